@@ -1,0 +1,61 @@
+# One command each; `make test` and `make demo` set everything up by themselves.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.vflow-ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test test-long lint format serve demo demo-model demo-eval clean
+
+help: ## show these targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: $(READY) ## create the virtual environment (once, and again when what is installed changes)
+
+# torch goes first and pinned: left to the resolver it may bring gigabytes of CUDA libraries. Which index pip takes it
+# from is pip's own business (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS).
+$(READY): pyproject.toml constraints.txt client/pyproject.toml client/setup.py $(wildcard proto/vflow/v1/*.proto)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "VFlow needs Python 3.11 or newer: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt torch
+	$(PIP) install --quiet --constraint constraints.txt --editable ./client --editable '.[dev]'
+	@touch $@
+
+test: lint ## lint, type-check and run all tests but the long ones
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: setup ## run the long tests
+	$(BIN)/python -m pytest -m long
+
+lint: setup build/modules ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
+
+format: setup ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The folders under their import names, for mypy.
+build/modules:
+	mkdir -p $@
+	ln -sfn ../../client $@/vflow_client
+	ln -sfn ../../client/generated/vflow $@/vflow
+	ln -sfn ../../server $@/vflow_server
+	ln -sfn ../../vflowopt $@/vflowopt
+
+serve: setup ## run the service with the embedded model in the foreground
+	$(BIN)/vflow serve
+
+demo: setup ## start the service, talk about a picture, show what was saved (IMAGE=path for one of yours)
+	$(BIN)/python benchmarks/demo.py $(if $(IMAGE),--image '$(IMAGE)')
+
+demo-model: setup ## train the embedded model anew
+	$(BIN)/python -m vflowopt.demo.train
+
+demo-eval: setup ## evaluate the embedded model on held-out pictures
+	$(BIN)/python -m vflowopt.demo.evaluate
+
+clean: ## remove the environment and everything built
+	rm -rf $(VENV) build client/generated client/build *.egg-info client/*.egg-info
