@@ -1,0 +1,71 @@
+"""Hugging Face's own answers to a conversation, computed the plain way: everything again in every turn."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+
+Turn = Sequence[str | np.ndarray]
+"""Parts of a turn: text, or the pixels of a picture."""
+
+
+class Reference:
+    """The unpruned model behind ``generate``, stateless."""
+
+    def __init__(self, folder: Path) -> None:
+        self.network = LlavaOnevisionForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.processor = LlavaOnevisionImageProcessorPil.from_pretrained(folder)
+
+    @torch.no_grad()
+    def answers(self, turns: Sequence[Turn], new_tokens: int) -> list[list[int]]:
+        """Greedy answers, as token ids without the end token, to turns that follow each other."""
+        messages: list[dict[str, object]] = []
+        pictures: list[np.ndarray] = []
+        answers: list[list[int]] = []
+        for turn in turns:
+            content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in turn]
+            messages.append({"role": "user", "content": content})
+            pictures += [part for part in turn if not isinstance(part, str)]
+            answers.append(self._generate(messages, pictures, answers, new_tokens))
+            text = f"ANSWER{len(answers) - 1}."
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": text}]})
+        return answers
+
+    def _generate(
+        self,
+        messages: list[dict[str, object]],
+        pictures: list[np.ndarray],
+        answers: list[list[int]],
+        new_tokens: int,
+    ) -> list[int]:
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        # Earlier answers enter as the very tokens that were generated, not as text tokenized again.
+        ids: list[int] = []
+        for index, answer in enumerate(answers):
+            head, text = text.split(f"ANSWER{index}.")
+            ids += [*self.tokenizer(head, add_special_tokens=False)["input_ids"], *answer]
+        ids += self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        inputs: dict[str, torch.Tensor] = {}
+        if pictures:
+            batch = self.processor(pictures, return_tensors="pt", input_data_format="channels_last")
+            features = self.network.get_image_features(batch["pixel_values"], batch["image_sizes"]).pooler_output
+            lengths = iter([len(of_picture) for of_picture in features])
+            image = self.network.config.image_token_id
+            ids = [token for each in ids for token in ([each] * next(lengths) if each == image else [each])]
+            inputs = {key: batch[key] for key in ("pixel_values", "image_sizes")}
+        prompt = torch.tensor([ids])
+        output = self.network.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            **inputs,
+        )
+        answer: list[int] = output[0, prompt.shape[1] :].tolist()
+        ends = self.network.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        return answer[:-1] if answer and answer[-1] in ends else answer

@@ -1,0 +1,67 @@
+"""A conversation driven straight on the runtime, as the service's engine drives it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vflowopt.conversation import Conversation
+from vflowopt.picture import Picture
+from vflowopt.runtime import Runtime
+from vflowopt.strategy import Strategy
+
+
+class Talk:
+    """One conversation; remembers the logits behind every token."""
+
+    def __init__(self, runtime: Runtime, strategy: Strategy) -> None:
+        self.runtime = runtime
+        self.strategy = strategy
+        self.conversation: Conversation = runtime.start(strategy)
+        self.turns = 0
+        self.logits: list[Tensor] = []
+        self._ahead: list[object] = []
+
+    def look(self, pixels: np.ndarray) -> None:
+        """Add a picture ahead of its question."""
+        (image,) = self.runtime.compress([Picture.from_pixels(pixels)], self.strategy)
+        self._ahead.append(image)
+        items = self.runtime.chat.turn(self.turns, self._ahead, generate=False)
+        self.runtime.extend(self.conversation, items[self._read :], want_logits=False)
+        self._read = len(items)
+
+    _read = 0
+
+    def ask(self, parts: Sequence[str | np.ndarray], new_tokens: int) -> list[int]:
+        """One turn, greedy; returns the answer's tokens without the end token."""
+        ready = [
+            part if isinstance(part, str) else self.runtime.compress([Picture.from_pixels(part)], self.strategy)[0]
+            for part in parts
+        ]
+        items = self.runtime.chat.turn(self.turns, [*self._ahead, *ready])[self._read :]
+        logits = self.runtime.extend(self.conversation, items)
+        answer: list[int] = []
+        while logits is not None:
+            self.logits.append(logits)
+            token = int(logits.argmax())
+            if token in self.runtime.chat.stop_ids:
+                break
+            answer.append(token)
+            if len(answer) == new_tokens:
+                self.conversation.log.append(token)
+                break
+            logits = self.runtime.decode([self.conversation], [token])[0]
+        self.turns, self._ahead, self._read = self.turns + 1, [], 0
+        return answer
+
+
+def picture(height: int, width: int, seed: int) -> np.ndarray:
+    """A picture of smooth colours with a textured spot: uint8 [height, width, 3]."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(1, 3, 4, 4, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0].permute(1, 2, 0) * 255
+    pixels = smooth.round().to(torch.uint8).numpy()
+    spot = pixels[height // 3 : height // 2, width // 3 : width // 2]
+    spot[:] = torch.randint(0, 256, spot.shape, generator=generator, dtype=torch.uint8).numpy()
+    return pixels

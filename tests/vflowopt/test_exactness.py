@@ -1,0 +1,35 @@
+"""With a budget of 100% the runtime answers what Hugging Face's ``generate`` answers, token for token."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.vflowopt.reference import Reference
+from tests.vflowopt.talk import Talk, picture
+from tests.vflowopt.tiny_models import SHAPES, Shape, save
+from vflowopt.runtime import Runtime
+from vflowopt.strategy import Strategy
+
+NEW_TOKENS = 12
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: shape.name)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shape: Shape = request.param
+    return save(shape, tmp_path_factory.mktemp(shape.name))
+
+
+@pytest.mark.parametrize("sizes", [((56, 56), (70, 150)), ((180, 61), (112, 112))], ids=["square-wide", "tall-mosaic"])
+def test_three_turns_with_two_pictures_answer_like_generate(folder: Path, sizes: list[tuple[int, int]]) -> None:
+    first, second = (picture(*size, seed=index) for index, size in enumerate(sizes))
+    turns = [[first, "what is this?"], ["and now?"], ["look: ", second, " same?"]]
+    expected = Reference(folder).answers(turns, NEW_TOKENS)
+
+    runtime = Runtime.load(folder, kv_budget=32 << 20)
+    talk = Talk(runtime, Strategy.full())
+    answers = [talk.ask(turn, NEW_TOKENS) for turn in turns]
+
+    assert answers == expected
+    assert len({token for answer in answers for token in answer}) > 5, "answers too uniform to prove anything"
+    talk.conversation.release()
+    assert runtime.pool.bytes_used == 0

@@ -1,0 +1,177 @@
+"""A picture's way from encoded tokens to a compressed image: score, choose stage by stage, recycle.
+
+Needs no question and nothing of the decoder, so a picture is compressed once, when it arrives (VFlowOpt, method
+section 2). Knows no model family: it reads an :class:`EncodedImage`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vflowopt.importance import context_relevance, head_averaged_attention, importance, patch_entropy
+from vflowopt.layout import TokenLayout
+from vflowopt.pruning import keep_most_important, stage_targets
+from vflowopt.recycling import recycle
+from vflowopt.strategy import Strategy
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """What the vision side of a model makes of a picture; independent of any strategy.
+
+    T maps (tiles or frames) of P patches each become N visual tokens of the decoder.
+
+    Attributes:
+        digest: SHA-256 of the picture's bytes, in hex.
+        embeddings: [N, hidden], projected tokens in the order in which the decoder reads them.
+        layout: where each token comes from.
+        query: [T, heads, P, head_dim], of the scoring layer.
+        key: [T, heads, P, head_dim], of the scoring layer.
+        scale: factor of that layer's attention scores.
+        pixels: uint8 [T, height, width, 3], the 8-bit tiles that the encoder saw.
+        patch: side of a patch in pixels.
+        arrange: takes one value per patch [T, P] through everything the model does to its token grid, to one value
+            per token [N]; the value at structural tokens is unspecified.
+        encode_ms: milliseconds that the encoder took, shared evenly by the pictures of its batch.
+    """
+
+    digest: str
+    embeddings: Tensor
+    layout: TokenLayout
+    query: Tensor
+    key: Tensor
+    scale: float
+    pixels: Tensor
+    patch: int
+    arrange: Callable[[Tensor], Tensor]
+    encode_ms: float
+
+
+@dataclass(frozen=True)
+class CompressionTimings:
+    """Milliseconds that a picture's compression took: encoder, scoring, pruning with recycling."""
+
+    encode_ms: float
+    score_ms: float
+    prune_ms: float
+
+
+@dataclass(frozen=True, eq=False)
+class CompressedImage:
+    """A picture as the decoder will read it: what is kept in each stage of its N visual tokens.
+
+    Attributes:
+        digest: SHA-256 of the picture's bytes, in hex.
+        layout: where each of the N tokens comes from.
+        importance: float32 [N]; zero at structural tokens.
+        kept: per stage, int64, ascending indices into the N tokens, each stage a subset of the one before. A recycled
+            token counts under the index whose place it takes.
+        recycled: int64, those indices of ``kept[0]`` that hold recycled tokens.
+        embeddings: [len(kept[0]), hidden].
+        positions: int64 [len(kept[0])], relative to the picture's first position.
+        span: positions that the picture takes in its conversation.
+        timings: what the compression took.
+    """
+
+    digest: str
+    layout: TokenLayout
+    importance: Tensor
+    kept: tuple[Tensor, ...]
+    recycled: Tensor
+    embeddings: Tensor
+    positions: Tensor
+    span: int
+    timings: CompressionTimings
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens before compression, structural ones included."""
+        return len(self.layout)
+
+    @property
+    def last_stages(self) -> Tensor:
+        """int64 [len(kept[0])]: the last stage in which each kept token is present."""
+        return torch.stack([torch.isin(self.kept[0], kept) for kept in self.kept]).sum(0) - 1
+
+
+def score(encoded: EncodedImage, strategy: Strategy) -> Tensor:
+    """Importance of each visual token (method section 1), one map per tile or frame.
+
+    The attention of one map at a time is held, averaged over its heads.
+
+    Returns:
+        float32 [N]; zero at structural tokens.
+    """
+    entropy = patch_entropy(encoded.pixels, encoded.patch).flatten(1).to(encoded.query.device)
+    maps = [
+        importance(
+            context_relevance(head_averaged_attention(query, key, encoded.scale), strategy.threshold),
+            patch_entropy_of_map,
+            strategy.alpha,
+        )
+        for query, key, patch_entropy_of_map in zip(encoded.query, encoded.key, entropy, strict=True)
+    ]
+    arranged = encoded.arrange(torch.stack(maps).float())
+    return arranged.masked_fill(encoded.layout.structural.to(arranged.device), 0.0).cpu()
+
+
+def choose(encoded: EncodedImage, scores: Tensor, strategy: Strategy, layers: int) -> CompressedImage:
+    """Prune by the given scores, stage by stage, and recycle (method sections 2 and 3).
+
+    Args:
+        encoded: the picture's tokens.
+        scores: float32 [N], higher stays longer; usually :func:`score`'s, a rival's in comparisons.
+        strategy: how much each stage keeps; its stages must lie within the decoder.
+        layers: decoder layers of the model, over which the budget is averaged.
+    """
+    begun = time.perf_counter()
+    layout = encoded.layout
+    targets = stage_targets(strategy, len(layout), int(layout.structural.sum()), layers)
+    if strategy.grid is None or targets[0] == len(layout):
+        first = keep_most_important(scores, layout.structural, targets[0])
+        recycled = first[:0]
+        embeddings = encoded.embeddings[first.to(encoded.embeddings.device)]
+    else:
+        outcome = recycle(
+            encoded.embeddings.float().cpu(),
+            scores,
+            targets[0],
+            layout.grid,
+            layout.row,
+            layout.column,
+            layout.structural,
+            side=strategy.grid,
+            reserve=strategy.reserve,
+        )
+        first, recycled = outcome.kept, outcome.recycled
+        embeddings = outcome.features.to(encoded.embeddings)
+    kept = [first]
+    for target in targets[1:]:
+        previous = kept[-1]
+        kept.append(previous[keep_most_important(scores[previous], layout.structural[previous], target)])
+    renumbered = strategy.positions == "renumbered"
+    return CompressedImage(
+        digest=encoded.digest,
+        layout=layout,
+        importance=scores,
+        kept=tuple(kept),
+        recycled=recycled,
+        embeddings=embeddings,
+        positions=torch.arange(len(first)) if renumbered else first,
+        span=len(first) if renumbered else len(layout),
+        timings=CompressionTimings(encoded.encode_ms, 0.0, (time.perf_counter() - begun) * 1e3),
+    )
+
+
+def compress(encoded: EncodedImage, strategy: Strategy, layers: int) -> CompressedImage:
+    """Score, prune and recycle an encoded picture (method sections 1 to 3); arguments as in :func:`choose`."""
+    begun = time.perf_counter()
+    scores = score(encoded, strategy)
+    score_ms = (time.perf_counter() - begun) * 1e3
+    image = choose(encoded, scores, strategy, layers)
+    return replace(image, timings=replace(image.timings, score_ms=score_ms))

@@ -1,0 +1,46 @@
+"""Where each visual token of a picture comes from: its grid, its cell, the pixels it covers.
+
+Knows nothing of models; an adapter (``vflowopt.models``) fills it in, pruning and recycling read it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLayout:
+    """The visual tokens of one picture, in the order in which the decoder reads them (N tokens).
+
+    A picture may be cut into several token grids (the AnyRes overview is grid 0, its mosaic of tiles grid 1). Tokens
+    that carry no pixels (row ends, separators) are structural: they are never pruned, averaged or scored.
+
+    Attributes:
+        grid: int64 [N], the grid a token belongs to.
+        row: int64 [N], its row in that grid.
+        column: int64 [N], its column in that grid; structural tokens stand one past the last column.
+        structural: bool [N].
+        boxes: float32 [N, 4], left, top, right and bottom of the pixels a token covers, in the upright picture; a
+            structural token has an empty box.
+    """
+
+    grid: Tensor
+    row: Tensor
+    column: Tensor
+    structural: Tensor
+    boxes: Tensor
+
+    def __len__(self) -> int:
+        """Number of tokens, structural ones included."""
+        return self.grid.shape[0]
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """Rows and columns of each grid, structural columns left out."""
+        content = ~self.structural
+        return [
+            (int(self.row[inside].max()) + 1, int(self.column[inside].max()) + 1)
+            for index in range(int(self.grid.max()) + 1)
+            if (inside := (self.grid == index) & content).any()
+        ]

@@ -1,0 +1,76 @@
+"""What the runtime needs of a model family, and nothing more."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from vflowopt.compression import EncodedImage
+from vflowopt.picture import Picture
+
+
+class ModelError(RuntimeError):
+    """A model that cannot be served.
+
+    Attributes:
+        reason: ``MODEL_NOT_FOUND``, ``MODEL_FAMILY_UNKNOWN``, ``MODEL_UNREADABLE`` or ``MODEL_UNSUPPORTED``.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class MultimodalModel(ABC):
+    """One large multimodal model: a vision side that encodes pictures, a decoder that the runtime steps through.
+
+    Attributes:
+        network: the whole model, as Hugging Face defines it.
+        tokenizer: its tokenizer, with the chat template.
+        image_token: the text by which its chat template stands for a picture.
+        decoder: the decoder stack, with ``layers``, ``embed_tokens``, ``norm`` and ``rotary_emb``.
+        head: from last hidden states to logits over the vocabulary.
+        heads: key-value heads of a decoder layer.
+        head_dim: channels of such a head.
+        context: positions that the decoder was made for.
+        stop_ids: tokens that end an answer.
+    """
+
+    network: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    image_token: str
+    decoder: nn.Module
+    head: nn.Module
+    heads: int
+    head_dim: int
+    context: int
+    stop_ids: frozenset[int]
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, in order."""
+        return self.decoder.layers  # type: ignore[return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the decoder's weights, and of its cache."""
+        weight: Tensor = self.decoder.embed_tokens.weight  # type: ignore[union-attr, assignment]
+        return weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the decoder lives."""
+        weight: Tensor = self.decoder.embed_tokens.weight  # type: ignore[union-attr, assignment]
+        return weight.device
+
+    @abstractmethod
+    def encode(self, pictures: Sequence[Picture]) -> list[EncodedImage]:
+        """Encode pictures, all their tiles in one batch, with the queries and keys of the scoring layer.
+
+        Raises:
+            PictureError: a picture that the model's processor cannot bring to its shape.
+        """

@@ -1,0 +1,67 @@
+"""From a folder or a cached hub id to a model that can be served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from vflowopt.models.interface import ModelError, MultimodalModel
+from vflowopt.models.llava_onevision import LlavaOnevision
+
+FAMILIES: dict[str, type[LlavaOnevision]] = {"llava_onevision": LlavaOnevision}
+"""Families by the ``model_type`` of their configuration."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Number types a model can be loaded in, by name."""
+
+
+def load_model(model: str | Path, *, device: str = "cpu", dtype: str = "float32") -> MultimodalModel:
+    """Load a model of a known family.
+
+    Args:
+        model: a local folder in Hugging Face's layout, or the id of a model in the local hub cache (or on the hub,
+            where the machine reaches it).
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: a name of :data:`DTYPES`.
+
+    Raises:
+        ModelError: there is no such model, its family is unknown, or its files do not hold a whole model.
+    """
+    if dtype not in DTYPES:
+        raise ModelError("MODEL_UNSUPPORTED", f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(
+            "MODEL_UNSUPPORTED", f"device is {device!r} but this torch sees no GPU; use device 'cpu' or a CUDA build"
+        )
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise ModelError("MODEL_NOT_FOUND", f"the folder {model} has no config.json; give a Hugging Face model folder")
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        known = ", ".join(FAMILIES)
+        raise ModelError(
+            "MODEL_NOT_FOUND",
+            f"no model configuration can be read at {model!s} ({_first_line(error)}); "
+            f"give an existing folder, or the id of a model in the hub cache, of one of the families: {known}",
+        ) from error
+    if config.model_type not in FAMILIES:
+        raise ModelError(
+            "MODEL_FAMILY_UNKNOWN",
+            f"{model!s} is of the family {config.model_type!r}; the families known here are: {', '.join(FAMILIES)}",
+        )
+    try:
+        return FAMILIES[config.model_type].load(model, config, torch.device(device), DTYPES[dtype])
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(
+            "MODEL_UNREADABLE",
+            f"{model!s} has a configuration of family {config.model_type!r} but does not load: {_first_line(error)}; "
+            "a whole model has weights, tokenizer, chat template and image processor configuration",
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
