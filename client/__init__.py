@@ -1,1 +1,95 @@
-"""Python client of VFlow."""
+"""Python client of VFlow: multi-turn conversations about pictures.
+
+    import vflow_client
+
+    with vflow_client.connect("localhost:50051") as client, client.session() as session:
+        session.add_image("picture.png")
+        for piece in session.ask("What is in the picture?"):
+            print(piece, end="", flush=True)
+
+The same for asyncio is in `vflow_client.aio`. Receipts, usage, sessions and strategies are messages of the contract
+(`vflow.v1`), documented there field by field. Failures are exceptions; `vflow_client.errors` draws their tree.
+"""
+
+from vflow.v1.compression_pb2 import CompressImageResponse
+from vflow.v1.conversations_pb2 import TurnReceipt, Usage
+from vflow.v1.images_pb2 import Image, ImageReceipt
+from vflow.v1.strategies_pb2 import Strategy
+from vflow_client.answer import Answer
+from vflow_client.client import Client, connect
+from vflow_client.errors import (
+    Cancelled,
+    CapacityExhausted,
+    Conflict,
+    ContextExceeded,
+    DeadlineExceeded,
+    EmptyTurn,
+    EngineFailed,
+    EtagMismatch,
+    InvalidRequest,
+    NameInvalid,
+    NotFound,
+    OptionOutOfRange,
+    PageTokenInvalid,
+    PictureNotHeld,
+    PictureRejected,
+    RequestIdReused,
+    ResourceExhausted,
+    ServerFault,
+    ServerStopping,
+    SessionBusy,
+    SessionDeleted,
+    SessionNotFound,
+    StrategyExists,
+    StrategyInvalid,
+    StrategyNotFound,
+    Unavailable,
+    VFlowError,
+)
+from vflow_client.image_source import ImageSource
+from vflow_client.retry import RetryPolicy
+from vflow_client.session import Session
+from vflow_client.strategy_admin import StrategyAdmin
+
+__all__ = [
+    "Answer",
+    "Cancelled",
+    "CapacityExhausted",
+    "Client",
+    "CompressImageResponse",
+    "Conflict",
+    "ContextExceeded",
+    "DeadlineExceeded",
+    "EmptyTurn",
+    "EngineFailed",
+    "EtagMismatch",
+    "Image",
+    "ImageReceipt",
+    "ImageSource",
+    "InvalidRequest",
+    "NameInvalid",
+    "NotFound",
+    "OptionOutOfRange",
+    "PageTokenInvalid",
+    "PictureNotHeld",
+    "PictureRejected",
+    "RequestIdReused",
+    "ResourceExhausted",
+    "RetryPolicy",
+    "ServerFault",
+    "ServerStopping",
+    "Session",
+    "SessionBusy",
+    "SessionDeleted",
+    "SessionNotFound",
+    "Strategy",
+    "StrategyAdmin",
+    "StrategyExists",
+    "StrategyInvalid",
+    "StrategyNotFound",
+    "TurnReceipt",
+    "Unavailable",
+    "Usage",
+    "VFlowError",
+    "connect",
+]

@@ -1,7 +1,8 @@
 """Build hook of the client: generates the gRPC stubs (package `vflow.v1`) from the contract in `proto/`.
 
-The stubs are written to `client/generated/`, which git ignores, whenever the distribution is built or installed, editable
-installs included. A source distribution carries them and has no `proto/` beside it: there they are taken as they are.
+The stubs are written to `client/generated/`, which git ignores, whenever the distribution is built or installed,
+editable installs included. A source distribution carries them and has no `proto/` beside it: they are then taken as
+they are.
 """
 
 import sys
@@ -38,7 +39,9 @@ def generate_stubs() -> None:
     if status != 0:
         sys.exit(status)
     (package.parent / "__init__.py").write_text('"""The contract of VFlow, generated from `proto/`."""\n')
-    (package / "__init__.py").write_text('"""Version 1 of the contract of VFlow, generated from `proto/vflow/v1/`."""\n')
+    (package / "__init__.py").write_text(
+        '"""Version 1 of the contract of VFlow, generated from `proto/vflow/v1/`."""\n'
+    )
     (package.parent / "py.typed").touch()
 
 

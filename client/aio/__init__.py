@@ -1,0 +1,14 @@
+"""The asyncio face of the client: the same names and arguments as the synchronous one, awaited.
+
+async with vflow_client.aio.connect("localhost:50051") as client, await client.session() as session:
+    await session.add_image("picture.png")
+    async for piece in await session.ask("What is in the picture?"):
+        print(piece, end="", flush=True)
+"""
+
+from vflow_client.aio.answer import AsyncAnswer
+from vflow_client.aio.client import AsyncClient, connect
+from vflow_client.aio.session import AsyncSession
+from vflow_client.aio.strategy_admin import AsyncStrategyAdmin
+
+__all__ = ["AsyncAnswer", "AsyncClient", "AsyncSession", "AsyncStrategyAdmin", "connect"]

@@ -1,0 +1,40 @@
+"""Making asyncio calls: timeout, retries and typed errors in one place."""
+
+import asyncio
+from typing import Any
+
+import grpc
+
+from vflow_client.errors import error_from_call
+from vflow_client.retry import Attempts, RetryPolicy
+
+
+class AsyncCaller:
+    """Makes calls under one default timeout (seconds; None: no limit) and one retry policy."""
+
+    def __init__(self, timeout: float | None, retry: RetryPolicy) -> None:
+        self._timeout = timeout
+        self._retry = retry
+
+    def attempts(self, timeout: float | None, *, repeatable: bool) -> Attempts:
+        """A fresh account of attempts for one call; a `timeout` of None stands for the default."""
+        return Attempts(self._retry, self._timeout if timeout is None else timeout, repeatable)
+
+    async def unary(self, method: Any, request: Any, timeout: float | None, *, repeatable: bool) -> Any:
+        """Calls a unary method and returns its response.
+
+        `repeatable`: the call may be sent again although an earlier attempt may have been carried out.
+
+        Raises:
+            VFlowError: the call failed for good.
+        """
+        attempts = self.attempts(timeout, repeatable=repeatable)
+        while True:
+            try:
+                return await method(request, timeout=attempts.remaining())
+            except grpc.RpcError as failure:
+                error = error_from_call(failure)
+                delay = attempts.delay_after(error)
+                if delay is None:
+                    raise error from failure
+            await asyncio.sleep(delay)

@@ -1,0 +1,43 @@
+"""Building the request of a turn: pure, shared by the synchronous and the asyncio face."""
+
+import uuid
+from collections.abc import Iterable, Sequence
+
+from vflow.v1.conversations_pb2 import ChatOptions, ChatRequest, Part
+from vflow_client.image_source import ImageSource, to_image
+
+
+def chat_request(
+    session: str,
+    parts: Sequence[ImageSource],
+    *,
+    images: Iterable[ImageSource] = (),
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop: str | Sequence[str] = (),
+) -> ChatRequest:
+    """The request for one turn, under a fresh random request_id, so that it can be sent again safely.
+
+    Args:
+        session: `sessions/{session}`.
+        parts: the turn in order; a `str` is text, anything else a picture.
+        images: pictures that come before all parts; here a `str` is a path.
+        max_new_tokens, temperature, top_p, seed, stop: see `ChatOptions`; None leaves the service's default.
+
+    Raises:
+        OSError: a picture's path that cannot be read.
+        TypeError: a part that is neither text nor a picture.
+        ValueError: a number outside what its field can hold.
+    """
+    pictures = [Part(image=to_image(image)) for image in images]
+    said = [Part(text=part) if isinstance(part, str) else Part(image=to_image(part)) for part in parts]
+    options = ChatOptions(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop=[stop] if isinstance(stop, str) else list(stop),
+    )
+    return ChatRequest(session=session, parts=pictures + said, options=options, request_id=str(uuid.uuid4()))

@@ -1,0 +1,268 @@
+"""What can go wrong, as exceptions: one class for each reason that a program would treat differently.
+
+    VFlowError                    everything below; also status codes that have no class of their own
+    ├── InvalidRequest            the request is wrong: sending it again cannot help
+    │   ├── PictureRejected       PICTURE_*: not a picture, damaged, too large, ... (see `reason`)
+    │   ├── EmptyTurn
+    │   ├── OptionOutOfRange
+    │   ├── ContextExceeded       the conversation has outgrown the model's context
+    │   ├── StrategyInvalid
+    │   ├── RequestIdReused
+    │   ├── PageTokenInvalid
+    │   └── NameInvalid           not a resource name or digest of the kind that was asked for
+    ├── NotFound
+    │   ├── SessionNotFound       never created, deleted, or expired
+    │   ├── StrategyNotFound
+    │   └── PictureNotHeld        the service does not hold that digest: send the bytes
+    ├── Conflict                  the request is right, but not now
+    │   ├── SessionBusy           another turn of the session is running
+    │   ├── SessionDeleted        the session was deleted while the turn ran
+    │   ├── StrategyExists
+    │   └── EtagMismatch          the active strategy changed in between
+    ├── Unavailable               the service cannot be reached, or takes no work
+    │   ├── ServerStopping
+    │   └── EngineFailed
+    ├── ResourceExhausted         a limit on the way, such as the size of a message
+    │   └── CapacityExhausted     no room at present; `retry_after` says when to try again
+    ├── DeadlineExceeded          the timeout passed first; the turn was not said
+    ├── Cancelled                 this side cancelled the call
+    └── ServerFault               a fault of the service itself
+
+Reasons are the values of `vflow.v1.ErrorReason`. A reason that this client does not know yet falls back to the class
+for its status code.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+
+DOMAIN = "vflow.dev"
+
+
+class VFlowError(Exception):
+    """A call failed.
+
+    Attributes:
+        message: what is wrong and what to do about it.
+        code: the gRPC status code.
+        reason: the name of an `ErrorReason`, or None where the error did not come from the service.
+        metadata: what the reason is about, as documented with each `ErrorReason`.
+        fields: for each field of the request that is wrong (its path), what is wrong with it.
+        retry_after: seconds after which the service asks to be tried again, or None.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: grpc.StatusCode = grpc.StatusCode.UNKNOWN,
+        reason: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        fields: Mapping[str, str] | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
+        self.reason = reason
+        self.metadata = dict(metadata or {})
+        self.fields = dict(fields or {})
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        """The message, with the reason or status code in front."""
+        return f"{self.reason or self.code.name}: {self.message}"
+
+
+class InvalidRequest(VFlowError):
+    """The request is wrong; sending it again cannot help."""
+
+
+class PictureRejected(InvalidRequest):
+    """The picture cannot be used; `reason` (PICTURE_...) tells why."""
+
+
+class EmptyTurn(InvalidRequest):
+    """The turn, or a part of it, says nothing."""
+
+
+class OptionOutOfRange(InvalidRequest):
+    """A field is outside its documented range."""
+
+
+class ContextExceeded(InvalidRequest):
+    """The conversation with this turn does not fit the model's context; open a new session."""
+
+
+class StrategyInvalid(InvalidRequest):
+    """A field of the strategy is wrong, or its fields contradict each other."""
+
+
+class RequestIdReused(InvalidRequest):
+    """The request_id came before, with another request."""
+
+
+class PageTokenInvalid(InvalidRequest):
+    """The page token is not one that the service gave out."""
+
+
+class NameInvalid(InvalidRequest):
+    """Not a resource name, or not a digest, of the kind that was asked for."""
+
+
+class NotFound(VFlowError):
+    """What the request names is not there."""
+
+
+class SessionNotFound(NotFound):
+    """The session was never created, was deleted, or has expired."""
+
+
+class StrategyNotFound(NotFound):
+    """There is no such strategy."""
+
+
+class PictureNotHeld(NotFound):
+    """The service does not hold the picture with this digest; send its bytes."""
+
+
+class Conflict(VFlowError):
+    """The request contradicts the present state of the service."""
+
+
+class SessionBusy(Conflict):
+    """Another turn or picture of this session is being worked on."""
+
+
+class SessionDeleted(Conflict):
+    """The session was deleted while the turn ran."""
+
+
+class StrategyExists(Conflict):
+    """The identifier belongs to another strategy."""
+
+
+class EtagMismatch(Conflict):
+    """The active strategy changed since the etag was read."""
+
+
+class Unavailable(VFlowError):
+    """The service cannot be reached, or takes no work."""
+
+
+class ServerStopping(Unavailable):
+    """The service is shutting down."""
+
+
+class EngineFailed(Unavailable):
+    """The engine of the service has failed; it must be restarted."""
+
+
+class ResourceExhausted(VFlowError):
+    """A limit on the way was hit, such as the size of a message."""
+
+
+class CapacityExhausted(ResourceExhausted):
+    """The service has no room at present; nothing was changed."""
+
+
+class DeadlineExceeded(VFlowError):
+    """The timeout passed before the call ended; an unfinished turn was not said."""
+
+
+class Cancelled(VFlowError):
+    """This side cancelled the call."""
+
+
+class ServerFault(VFlowError):
+    """A fault of the service itself; its log tells more."""
+
+
+CLASS_OF_REASON: Mapping[str, type[VFlowError]] = {
+    "SESSION_NOT_FOUND": SessionNotFound,
+    "SESSION_BUSY": SessionBusy,
+    "SESSION_DELETED": SessionDeleted,
+    "STRATEGY_NOT_FOUND": StrategyNotFound,
+    "STRATEGY_INVALID": StrategyInvalid,
+    "STRATEGY_EXISTS": StrategyExists,
+    "ETAG_MISMATCH": EtagMismatch,
+    "PICTURE_EMPTY": PictureRejected,
+    "PICTURE_NOT_AN_IMAGE": PictureRejected,
+    "PICTURE_TRUNCATED": PictureRejected,
+    "PICTURE_TOO_LARGE": PictureRejected,
+    "PICTURE_TOO_MANY_PIXELS": PictureRejected,
+    "PICTURE_TOO_SMALL": PictureRejected,
+    "PICTURE_TOO_NARROW": PictureRejected,
+    "PICTURE_UNSUPPORTED": PictureRejected,
+    "PICTURE_NOT_HELD": PictureNotHeld,
+    "DIGEST_INVALID": NameInvalid,
+    "EMPTY_TURN": EmptyTurn,
+    "OPTION_OUT_OF_RANGE": OptionOutOfRange,
+    "CONTEXT_EXCEEDED": ContextExceeded,
+    "REQUEST_ID_REUSED": RequestIdReused,
+    "PAGE_TOKEN_INVALID": PageTokenInvalid,
+    "NAME_INVALID": NameInvalid,
+    "CAPACITY_EXHAUSTED": CapacityExhausted,
+    "SERVER_STOPPING": ServerStopping,
+    "ENGINE_FAILED": EngineFailed,
+    "INTERNAL": ServerFault,
+}
+
+CLASS_OF_CODE: Mapping[grpc.StatusCode, type[VFlowError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+    grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
+    grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.ABORTED: Conflict,
+    grpc.StatusCode.ALREADY_EXISTS: Conflict,
+    grpc.StatusCode.FAILED_PRECONDITION: Conflict,
+    grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhausted,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.INTERNAL: ServerFault,
+}
+
+
+def error_from_call(call: grpc.RpcError) -> VFlowError:
+    """Turns the error of a gRPC call, synchronous or asyncio, into the exception of this module that fits it best."""
+    code: grpc.StatusCode = call.code()
+    info, fields, retry_after = _read_details(call.trailing_metadata() or ())
+    reason = info.reason if info is not None else None
+    kind = CLASS_OF_REASON.get(reason or "", CLASS_OF_CODE.get(code, VFlowError))
+    return kind(
+        call.details() or f"the call failed with status {code.name}",
+        code=code,
+        reason=reason,
+        metadata=info.metadata if info is not None else None,
+        fields=fields,
+        retry_after=retry_after,
+    )
+
+
+def _read_details(
+    trailers: Iterable[Any],
+) -> tuple[error_details_pb2.ErrorInfo | None, dict[str, str], float | None]:
+    """The ErrorInfo of this service, the field violations and the retry delay that trailers (key, value) carry."""
+    info: error_details_pb2.ErrorInfo | None = None
+    fields: dict[str, str] = {}
+    retry_after: float | None = None
+    for key, value in trailers:
+        if key != "grpc-status-details-bin" or not isinstance(value, bytes):
+            continue
+        for detail in status_pb2.Status.FromString(value).details:
+            if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+                candidate = error_details_pb2.ErrorInfo()
+                detail.Unpack(candidate)
+                if candidate.domain == DOMAIN:
+                    info = candidate
+            elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
+                request = error_details_pb2.BadRequest()
+                detail.Unpack(request)
+                fields.update((violation.field, violation.description) for violation in request.field_violations)
+            elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+                retry = error_details_pb2.RetryInfo()
+                detail.Unpack(retry)
+                retry_after = retry.retry_delay.ToNanoseconds() / 1e9
+    return info, fields, retry_after

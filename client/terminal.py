@@ -1,0 +1,172 @@
+"""A conversation in the terminal with any running service: `vflow chat`, or `python -m vflow_client`.
+
+Answers stream as they come, and each is followed by one line of receipt. Ctrl-C cancels the answer that is coming, Ctrl-D
+ends the conversation.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
+
+from vflow.v1.conversations_pb2 import TurnReceipt, Usage
+from vflow.v1.images_pb2 import ImageReceipt
+from vflow_client.client import Client, connect
+from vflow_client.errors import Unavailable, VFlowError
+from vflow_client.retry import DEFAULT_TIMEOUT
+from vflow_client.session import Session
+
+HELP = "/image PATH shows another picture, Ctrl-C cancels an answer, Ctrl-D ends"
+
+
+class Terminal:
+    """A conversation between a person and a session.
+
+    Args:
+        out: where answers and receipts go.
+        err: where errors go.
+        read: asks for a line with a prompt, raising EOFError at the end, as `input` does.
+    """
+
+    def __init__(self, out: TextIO, err: TextIO, read: Callable[[str], str] = input) -> None:
+        self._out = out
+        self._err = err
+        self._read = read
+
+    def converse(self, session: Session, pictures: Sequence[Path], *, max_new_tokens: int | None = None) -> bool:
+        """Shows `pictures`, then asks for questions until there are no more. Returns whether all went well."""
+        for picture in pictures:
+            if not self._show(session, picture):
+                return False
+        self._print(HELP)
+        went_well = True
+        while True:
+            try:
+                line = self._read("> ").strip()
+            except EOFError:
+                self._print("")
+                return went_well
+            except KeyboardInterrupt:
+                self._print("")
+                continue
+            command, _, argument = line.partition(" ")
+            if command == "/image":
+                went_well &= self._show(session, Path(argument.strip()))
+            elif line:
+                went_well &= self._ask(session, line, max_new_tokens)
+
+    def _show(self, session: Session, picture: Path) -> bool:
+        try:
+            receipt = session.add_image(picture)
+        except OSError as error:
+            return self._complain(f"{picture}: {error.strerror or error}")
+        except VFlowError as error:
+            return self._complain(f"{picture}: {error}")
+        self._print(f"{picture}: {describe_picture(receipt)}")
+        return True
+
+    def _ask(self, session: Session, question: str, max_new_tokens: int | None) -> bool:
+        answer = session.ask(question, max_new_tokens=max_new_tokens)
+        try:
+            for piece in answer:
+                self._out.write(piece)
+                self._out.flush()
+        except KeyboardInterrupt:
+            answer.close()
+            self._print("\n[cancelled: the question counts as not asked]")
+            return True
+        except VFlowError as error:
+            self._print("")
+            return self._complain(str(error))
+        finally:
+            answer.close()
+        self._print(f"\n{describe_turn(answer.usage, answer.receipt)}")
+        return True
+
+    def _print(self, text: str) -> None:
+        print(text, file=self._out, flush=True)
+
+    def _complain(self, text: str) -> bool:
+        print(f"error: {text}", file=self._err, flush=True)
+        return False
+
+
+def describe_picture(receipt: ImageReceipt) -> str:
+    """One line: what became of a picture."""
+    kept = "/".join(str(count) for count in receipt.kept_tokens)
+    seconds = (receipt.encode_ms + receipt.score_ms + receipt.prune_ms + receipt.prefill_ms) / 1000
+    return (
+        f"[{receipt.width} x {receipt.height}, {receipt.visual_tokens} visual tokens, kept {kept} "
+        f"({receipt.recycled_tokens} recycled), KV {_saving(receipt.kv_bytes, receipt.kv_bytes_full)}, {seconds:.2f} s"
+        f"{', known already' if receipt.cache_hit else ''}]"
+    )
+
+
+def describe_turn(usage: Usage, receipt: TurnReceipt) -> str:
+    """One line: what a turn cost."""
+    return (
+        f"[{usage.completion_tokens} tokens, {usage.reused_tokens} of {usage.prompt_tokens} prompt tokens reused, "
+        f"first token {receipt.first_token_ms:.0f} ms, in all {receipt.total_ms / 1000:.2f} s, "
+        f"KV {_saving(receipt.kv_bytes, receipt.kv_bytes_full)}{', cache rebuilt' if receipt.restored else ''}]"
+    )
+
+
+def _saving(used: int, full: int) -> str:
+    """`12.3 KiB instead of 98.4 KiB`."""
+    return f"{_size(used)} instead of {_size(full)}" if full > used else _size(used)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of the conversation on `parser`."""
+    parser.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE", help="pictures to talk about")
+    parser.add_argument(
+        "--address",
+        default=os.environ.get("VFLOW_ADDRESS", "localhost:50051"),
+        help="host and port of the service (environment: VFLOW_ADDRESS; default: %(default)s)",
+    )
+    parser.add_argument("--strategy", help="strategy that compresses the pictures, such as preset-25 (default: active)")
+    parser.add_argument("--max-new-tokens", type=int, help="tokens per answer at most (default: the service's)")
+    parser.add_argument(
+        "--timeout", type=float, default=DEFAULT_TIMEOUT, help="seconds per answer at most (default: %(default)g)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Holds the conversation that the parsed `arguments` ask for; returns the exit code: 0, or 1 if anything failed."""
+    # With it, input() has line editing and a history; not every platform has it.
+    with suppress(ImportError):
+        import readline  # noqa: F401
+    with connect(arguments.address, timeout=arguments.timeout) as client:
+        return _converse(client, arguments)
+
+
+def _converse(client: Client, arguments: argparse.Namespace) -> int:
+    terminal = Terminal(sys.stdout, sys.stderr)
+    try:
+        with client.session(arguments.strategy) as session:
+            went_well = terminal.converse(session, arguments.pictures, max_new_tokens=arguments.max_new_tokens)
+    except Unavailable as error:
+        print(f"error: no service at {arguments.address} ({error}); start one with `vflow serve`", file=sys.stderr)
+        return 1
+    except VFlowError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0 if went_well else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line of `python -m vflow_client`."""
+    parser = argparse.ArgumentParser("python -m vflow_client", description="Talk about pictures with a VFlow service.")
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
