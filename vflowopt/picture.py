@@ -241,7 +241,8 @@ def _to_eight_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
     if whites:
         low, high = 0.0, whites[0]
     values -= low
-    values *= 255.0 / max(high - low, np.finfo(np.float64).tiny)
+    values *= 255.0
+    values /= (high - low) or 1.0  # a flat picture has no range: it turns black
     return np.rint(values).astype(np.uint8)
 
 
