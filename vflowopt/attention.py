@@ -9,7 +9,7 @@ what that cache holds.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ def paged_attention(
     Returns:
         [1, tokens, heads, head_dim], and None for the weights, which are never materialised.
     """
-    layer: int = module.layer_idx  # type: ignore[assignment]
+    layer = cast(int, module.layer_idx)
     grouped = query.shape[1] != key.shape[1]
     new_keys, new_values = key[0].transpose(0, 1), value[0].transpose(0, 1)
     outputs = []
@@ -89,7 +89,7 @@ def paged_attention(
 
 
 def _lower_right(tokens: int, held: int, device: torch.device) -> Tensor | None:
-    """Which of ``held`` keys each of the last ``tokens`` queries may see [tokens, held]; None where no mask is needed."""
+    """Which of ``held`` keys each of the last ``tokens`` queries sees, bool [tokens, held]; None: no mask is needed."""
     if tokens == 1 or tokens == held:
         return None
     return torch.ones(tokens, held, dtype=torch.bool, device=device).tril(held - tokens)

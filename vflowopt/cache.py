@@ -134,7 +134,7 @@ class StageTable:
         return -(-length // self.pool.page_size) * len(self.layers)
 
     def resize(self, pages: Sequence[int], blocks: int) -> list[int]:
-        """Append ``pages`` (a whole number of blocks), then keep the first ``blocks`` blocks; returns the pages cut off."""
+        """Append ``pages``, whole blocks, then keep the first ``blocks`` blocks; returns the pages cut off."""
         added = torch.tensor(pages, dtype=torch.int64).reshape(-1, len(self.layers)).T
         table = torch.cat((self.blocks, added), dim=1)
         self.blocks, cut = table[:, :blocks], table[:, blocks:]
@@ -150,7 +150,7 @@ class StageTable:
         self.pool.values.index_copy_(0, slots, value)
 
     def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
-        """The first ``length`` keys and values of ``layer``, each [length, heads, head_dim], gathered into new tensors."""
+        """The first ``length`` keys and values of ``layer``, copied together, each [length, heads, head_dim]."""
         slots = self._slots[layer - self.layers.start, :length]
         return self.pool.keys.index_select(0, slots), self.pool.values.index_select(0, slots)
 

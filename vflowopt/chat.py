@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-
-from transformers import PreTrainedTokenizerBase
+from typing import Any
 
 from vflowopt.compression import CompressedImage
 from vflowopt.conversation import Item
@@ -28,14 +27,12 @@ class ChatFormat:
         stop_ids: tokens that end an answer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_token: str, stop_ids: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Any, image_token: str, stop_ids: frozenset[int]) -> None:
         self.tokenizer = tokenizer
         self.image_token = image_token
         self.stop_ids = stop_ids
 
-    def turn(
-        self, turns_before: int, parts: Sequence[str | CompressedImage], *, generate: bool = True
-    ) -> list[Item]:
+    def turn(self, turns_before: int, parts: Sequence[str | CompressedImage], *, generate: bool = True) -> list[Item]:
         """The items that the next user turn adds to the log.
 
         They begin by closing the answer before them, if there is one, as the template does.

@@ -99,9 +99,7 @@ class Runtime:
         return Conversation(self.pool, strategy, self.layers)
 
     @torch.inference_mode()
-    def extend(
-        self, conversation: Conversation, items: Sequence[Item], *, want_logits: bool = True
-    ) -> Tensor | None:
+    def extend(self, conversation: Conversation, items: Sequence[Item], *, want_logits: bool = True) -> Tensor | None:
         """Append items to a conversation's log and run everything that its cache does not cover yet.
 
         Atomic: whatever is raised, the conversation is as it was before.
@@ -121,7 +119,7 @@ class Runtime:
         except BaseException:
             del conversation.log[before:]
             raise
-        return self.model.head(self.model.decoder.norm(hidden[0])).float() if want_logits else None  # type: ignore[operator]
+        return self._logits(hidden[0]) if want_logits else None
 
     @torch.inference_mode()
     def decode(self, conversations: Sequence[Conversation], tokens: Sequence[int]) -> Tensor:
@@ -143,7 +141,11 @@ class Runtime:
             for conversation in conversations:
                 del conversation.log[-1]
             raise
-        return self.model.head(self.model.decoder.norm(hidden)).float()  # type: ignore[operator, no-any-return]
+        return self._logits(hidden)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.model.head(self.model.decoder.norm(hidden)).float()
+        return logits
 
     def _segment(self, conversation: Conversation) -> _Segment:
         """What a conversation has to run, as flat tensors, with room for it reserved in its cache."""
@@ -162,7 +164,7 @@ class Runtime:
                 last_stages.append(run.last_stages)
                 position += run.span
             else:
-                embeddings.append(embed(torch.tensor(run, device=self.model.device)))  # type: ignore[operator]
+                embeddings.append(embed(torch.tensor(run, device=self.model.device)))
                 positions.append(torch.arange(position, position + len(run)))
                 last_stages.append(torch.full((len(run),), last))
                 position += len(run)
@@ -173,7 +175,7 @@ class Runtime:
         device = self.model.device
         hidden = torch.cat([segment.embeddings for segment in segments])[None]
         positions = torch.cat([segment.positions for segment in segments])[None].to(device)
-        rotary: tuple[Tensor, Tensor] = self.model.decoder.rotary_emb(hidden, positions)  # type: ignore[operator]
+        rotary: tuple[Tensor, Tensor] = self.model.decoder.rotary_emb(hidden, positions)
         present = [segment.last_stages for segment in segments]
         spans = _spans(segments, present)
         for index, layer in enumerate(self.model.layers):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vflowopt.compression import EncodedImage
 from vflowopt.picture import Picture
@@ -40,11 +40,12 @@ class MultimodalModel(ABC):
         stop_ids: tokens that end an answer.
     """
 
-    network: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    # Hugging Face's modules find their children by name at run time: no static type says more than Any here.
+    network: Any
+    tokenizer: Any
     image_token: str
-    decoder: nn.Module
-    head: nn.Module
+    decoder: Any
+    head: Any
     heads: int
     head_dim: int
     context: int
@@ -53,18 +54,19 @@ class MultimodalModel(ABC):
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers, in order."""
-        return self.decoder.layers  # type: ignore[return-value]
+        layers: nn.ModuleList = self.decoder.layers
+        return layers
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the decoder's weights, and of its cache."""
-        weight: Tensor = self.decoder.embed_tokens.weight  # type: ignore[union-attr, assignment]
+        weight: Tensor = self.decoder.embed_tokens.weight
         return weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the decoder lives."""
-        weight: Tensor = self.decoder.embed_tokens.weight  # type: ignore[union-attr, assignment]
+        weight: Tensor = self.decoder.embed_tokens.weight
         return weight.device
 
     @abstractmethod

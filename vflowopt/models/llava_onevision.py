@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,12 @@ class LlavaOnevision(MultimodalModel):
         ModelError: the configuration uses something that is not supported, by name.
     """
 
-    def __init__(self, network: LlavaOnevisionForConditionalGeneration, tokenizer: Any, processor: Any) -> None:
+    def __init__(self, network: Any, tokenizer: Any, processor: Any) -> None:
         config = network.config
         text = config.text_config
         unsupported = {
-            f"vision tower {config.vision_config.model_type!r}": config.vision_config.model_type != "siglip_vision_model",
+            f"vision tower {config.vision_config.model_type!r}": config.vision_config.model_type
+            != "siglip_vision_model",
             "vision_feature_select_strategy other than 'full'": config.vision_feature_select_strategy != "full",
             "sliding-window layers in the decoder": "sliding_attention" in (getattr(text, "layer_types", None) or ()),
         }
@@ -75,11 +77,9 @@ class LlavaOnevision(MultimodalModel):
         self.scoring_layer = max(self.feature_states) - 1 if scoring is None else scoring % depth
 
     @classmethod
-    def load(
-        cls, model: str | Path, config: Any, device: torch.device, dtype: torch.dtype
-    ) -> LlavaOnevision:
+    def load(cls, model: str | Path, config: Any, device: torch.device, dtype: torch.dtype) -> LlavaOnevision:
         """Load weights, tokenizer and image processor from a folder or hub id; errors are Hugging Face's."""
-        network = LlavaOnevisionForConditionalGeneration.from_pretrained(
+        network: Any = LlavaOnevisionForConditionalGeneration.from_pretrained(
             model,
             config=config,
             dtype=dtype,
@@ -114,7 +114,7 @@ class LlavaOnevision(MultimodalModel):
                 scale=self._tower_layer(self.scoring_layer).self_attn.scale,
                 pixels=torch.from_numpy(np.ascontiguousarray(seen.transpose(0, 2, 3, 1))),
                 patch=self.network.config.vision_config.patch_size,
-                arrange=lambda values, size=picture.pixels.shape[:2]: self._arrange(values, size),
+                arrange=partial(self._arrange, picture.pixels.shape[:2]),
                 encode_ms=milliseconds,
             )
             for picture, embeddings, query, key, seen in zip(
@@ -137,7 +137,8 @@ class LlavaOnevision(MultimodalModel):
             raise PictureError(
                 "PICTURE_TOO_NARROW",
                 f"the model cannot cut a picture of {width} x {height} pixels into tiles; send one less narrow",
-                {"width": str(width), "height": str(height)},
+                width=str(width),
+                height=str(height),
             ) from error
         return np.asarray(batch["pixel_values"][0])
 
@@ -181,7 +182,7 @@ class LlavaOnevision(MultimodalModel):
         ratio = (width / height) / (best[1] / best[0])
         return (1 / ratio, 1.0) if ratio > 1 else (1.0, ratio)
 
-    def _arrange(self, values: Tensor, size: tuple[int, int]) -> Tensor:
+    def _arrange(self, size: Sequence[int], values: Tensor) -> Tensor:
         """Per-patch values [tiles, patches] through the packing of the features, to [N]."""
         return self._pack(values[..., None], size, values.new_zeros(1)).flatten()
 
@@ -235,12 +236,11 @@ class LlavaOnevision(MultimodalModel):
 
 def _split_heads(states: Tensor, heads: int) -> Tensor:
     """[tiles, patches, channels] to [tiles, heads, patches, head_dim]."""
-    return states.unflatten(-1, (heads, -1)).transpose(1, 2)
+    tiles, patches, _ = states.shape
+    return states.view(tiles, patches, heads, -1).transpose(1, 2)
 
 
 def _boxes(row: Tensor, column: Tensor, step: tuple[float, float], offset: tuple[float, float]) -> Tensor:
     """Left, top, right, bottom [n, 4] of cells of ``step`` (height, width) pixels, the first at ``offset`` (y, x)."""
     top, left = row * step[0] + offset[0], column * step[1] + offset[1]
     return torch.stack((left, top, left + step[1], top + step[0]), dim=-1).float()
-
-

@@ -1,0 +1,76 @@
+"""Models that cannot be served are refused with a reason and the way out; number types load."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.vflowopt.talk import Talk, picture
+from vflowopt.models import ModelError, load_model
+from vflowopt.runtime import Runtime
+from vflowopt.strategy import Strategy
+
+
+def test_a_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="llava_onevision") as refused:
+        load_model(tmp_path / "nowhere")
+    assert refused.value.reason == "MODEL_NOT_FOUND"
+
+
+def test_a_folder_without_a_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        load_model(tmp_path)
+
+
+def test_an_unknown_family(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ModelError, match=r"'bert'.*llava_onevision") as refused:
+        load_model(tmp_path)
+    assert refused.value.reason == "MODEL_FAMILY_UNKNOWN"
+
+
+def test_a_folder_without_weights(plain_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(plain_folder, folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="does not load") as refused:
+        load_model(folder)
+    assert refused.value.reason == "MODEL_UNREADABLE"
+
+
+def test_a_tower_that_is_not_supported(plain_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "default"
+    shutil.copytree(plain_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_feature_select_strategy"] = "default"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="vision_feature_select_strategy"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_runs(plain_folder: Path, dtype: str) -> None:
+    runtime = Runtime.load(plain_folder, dtype=dtype, kv_budget=1 << 22)
+    assert runtime.pool.keys.dtype == getattr(torch, dtype)
+    talk = Talk(runtime, Strategy.preset(0.1, 6))
+    assert talk.ask([picture(80, 80, 0), "hi"], 4)
+    assert all(logits.isfinite().all() for logits in talk.logits)
+    talk.conversation.release()
+
+
+def test_an_unknown_dtype_and_a_missing_gpu(plain_folder: Path) -> None:
+    with pytest.raises(ModelError, match="float32, bfloat16, float16"):
+        load_model(plain_folder, dtype="int4")
+    if not torch.cuda.is_available():
+        with pytest.raises(ModelError, match="no GPU"):
+            load_model(plain_folder, device="cuda")
+
+
+def test_the_revision_tells_weights_apart(plain_folder: Path, tmp_path: Path) -> None:
+    from tests.vflowopt.tiny_models import SHAPES, save
+
+    other = Runtime.load(save(SHAPES[0], tmp_path, seed=1), kv_budget=1 << 20)
+    same = Runtime.load(plain_folder, kv_budget=1 << 20)
+    assert Runtime.load(plain_folder, kv_budget=1 << 21).revision == same.revision != other.revision
