@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -137,7 +135,7 @@ class Picture:
                 bytes=len(data),
                 max_bytes=limits.max_bytes,
             )
-        with _open(data, limits) as image:
+        with _quiet, _open(data, limits) as image:
             limits.check(*image.size)
             try:
                 image.load()
@@ -179,8 +177,7 @@ class Picture:
 
 def _open(data: bytes, limits: PictureLimits) -> Image.Image:
     try:
-        with _quiet():
-            return Image.open(BytesIO(data), formats=FORMATS)
+        return Image.open(BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
         raise _bomb(limits) from None
     except Exception as error:  # Pillow's readers raise whatever they stumble on
@@ -209,8 +206,7 @@ def _bomb(limits: PictureLimits) -> PictureError:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        with _quiet():
-            return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # a picture with broken metadata is still a picture
         return 1
 
@@ -251,16 +247,31 @@ def _read_only(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return pixels
 
 
-_warnings_lock = threading.Lock()
+class _Quiet:
+    """Keeps Pillow's warnings about a file from the process: limits and errors say what a caller needs to know.
 
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Pillow's warnings about a file to ourselves: limits and errors say what a caller needs to know.
-
-    Warning filters belong to the process, so two threads must not swap them at once. Only headers and metadata are read
-    under the lock; decoding, the slow part, warns of nothing.
+    Warning filters belong to the process, and two threads that swapped them in turn would leave the wrong ones behind.
+    So the first thread in sets them and the last one out puts them back; decoding itself stays parallel.
     """
-    with _warnings_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._filters = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.simplefilter("ignore")
+            self._inside += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._filters.__exit__(None, None, None)
+
+
+_quiet = _Quiet()
