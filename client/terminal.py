@@ -1,7 +1,7 @@
 """A conversation in the terminal with any running service: `vflow chat`, or `python -m vflow_client`.
 
-Answers stream as they come, and each is followed by one line of receipt. Ctrl-C cancels the answer that is coming, Ctrl-D
-ends the conversation.
+Answers stream as they come, and each is followed by one line of receipt. Ctrl-C cancels the answer that is coming,
+Ctrl-D ends the conversation.
 """
 
 import argparse

@@ -1,0 +1,155 @@
+"""The asyncio client against a fake service over a real channel, and its likeness to the synchronous one."""
+
+import asyncio
+import inspect
+from typing import Any
+
+import grpc
+import pytest
+
+import vflow_client
+import vflow_client.aio
+from tests.client.conftest import QUICK
+from tests.client.fake_service import FakeService, Refusal
+
+GONE = Refusal(grpc.StatusCode.UNAVAILABLE)
+
+
+def connect(address: str) -> vflow_client.aio.AsyncClient:
+    return vflow_client.aio.connect(address, timeout=10, retry=QUICK)
+
+
+def test_a_conversation(address: str, service: FakeService) -> None:
+    async def converse() -> tuple[list[str], vflow_client.aio.AsyncAnswer]:
+        async with connect(address) as client, await client.session("full") as session:
+            assert (await session.add_image(b"picture")).visual_tokens == 256
+            answer = await session.ask("How many?", images=[b"another"])
+            pieces = [piece async for piece in answer]
+            assert (await session.state()).turn_count == 3
+            return pieces, answer
+
+    pieces, answer = asyncio.run(converse())
+    assert pieces == ["two ", "red ", "stars"] and answer.text == "two red stars"
+    assert answer.usage.completion_tokens == 4 and answer.receipt.kv_bytes_full == 40960
+    assert service.requests["CreateSession"][0].session.strategy == "strategies/full"
+    assert service.requests["DeleteSession"][0].name == "sessions/one"
+    assert not service.cancelled.is_set()
+
+
+@pytest.mark.parametrize("way", ["close", "cancel the task"])
+def test_leaving_an_answer_cancels_the_call(address: str, service: FakeService, way: str) -> None:
+    service.go_on.clear()
+
+    async def leave() -> None:
+        async with connect(address) as client:
+            answer = await client.attach("sessions/x").ask("How many?")
+            assert await anext(answer) == "two "
+            if way == "close":
+                answer.close()
+                with pytest.raises(vflow_client.Cancelled):
+                    await anext(answer)
+            else:
+                reading = asyncio.create_task(answer.read())
+                await asyncio.sleep(0.05)
+                reading.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await reading
+            assert await asyncio.to_thread(service.cancelled.wait, 5)
+
+    asyncio.run(leave())
+
+
+def test_closing_an_answer_that_another_task_reads(address: str, service: FakeService) -> None:
+    service.go_on.clear()
+
+    async def close() -> None:
+        async with connect(address) as client:
+            answer = await client.attach("sessions/x").ask("How many?")
+            reading = asyncio.create_task(answer.read())
+            await asyncio.sleep(0.1)
+            answer.close()
+            with pytest.raises(vflow_client.Cancelled):
+                await reading
+
+    asyncio.run(close())
+
+
+def test_a_turn_is_sent_again_only_until_its_first_text(address: str, service: FakeService) -> None:
+    async def ask() -> str:
+        async with connect(address) as client:
+            return await (await client.attach("sessions/x").ask("How many?")).read()
+
+    service.refusals["Chat"] = [GONE, GONE]
+    assert asyncio.run(ask()) == "two red stars"
+    requests = service.requests.pop("Chat")
+    assert len(requests) == 3 and len({request.request_id for request in requests}) == 1
+
+    service.refuse_after_first_piece = GONE
+    with pytest.raises(vflow_client.Unavailable):
+        asyncio.run(ask())
+    assert len(service.requests["Chat"]) == 1
+
+
+def test_errors_are_typed_and_a_missing_end_is_one(address: str, service: FakeService) -> None:
+    async def fail() -> None:
+        async with connect(address) as client:
+            service.refusals["AddImage"] = [
+                Refusal(grpc.StatusCode.INVALID_ARGUMENT, "PICTURE_TOO_LARGE", metadata={"max_bytes": "7"})
+            ]
+            with pytest.raises(vflow_client.PictureRejected) as caught:
+                await client.attach("sessions/x").add_image(b"picture")
+            assert caught.value.reason == "PICTURE_TOO_LARGE" and caught.value.metadata == {"max_bytes": "7"}
+            service.without_end = True
+            with pytest.raises(vflow_client.ServerFault):
+                await (await client.attach("sessions/x").ask("How many?")).read()
+
+    asyncio.run(fail())
+
+
+def test_lists_strategies_and_compression(address: str, service: FakeService) -> None:
+    async def look() -> None:
+        async with connect(address) as client:
+            await client.wait_until_reachable(timeout=5)
+            assert [state.name async for state in client.sessions()] == [f"sessions/{n}" for n in range(6)]
+            names = [strategy.name async for strategy in client.strategies.list()]
+            assert names == ["strategies/full", "strategies/mine"]
+            assert (await client.strategies.get("full")).etag == "e1"
+            assert (await client.strategies.create("mine", ratios=[0.5])).name == "strategies/mine"
+            assert (await client.strategies.activate("mine")).active
+            assert (await client.compress(b"picture", embeddings=True)).embeddings == b"safetensors"
+
+    asyncio.run(look())
+
+
+def test_nobody_at_the_address() -> None:
+    async def wait() -> None:
+        async with connect("127.0.0.1:1") as client:
+            with pytest.raises(vflow_client.Unavailable, match="could not be reached within"):
+                await client.wait_until_reachable(timeout=0.2)
+
+    asyncio.run(wait())
+
+
+@pytest.mark.parametrize(
+    ("plain", "asynchronous"),
+    [
+        (vflow_client.Client, vflow_client.aio.AsyncClient),
+        (vflow_client.Session, vflow_client.aio.AsyncSession),
+        (vflow_client.Answer, vflow_client.aio.AsyncAnswer),
+        (vflow_client.StrategyAdmin, vflow_client.aio.AsyncStrategyAdmin),
+    ],
+)
+def test_both_faces_have_the_same_methods_and_arguments(plain: type, asynchronous: type) -> None:
+    def face(cls: type) -> dict[str, Any]:
+        members = inspect.getmembers(cls, inspect.isfunction)
+        return {name: list(inspect.signature(member).parameters) for name, member in members if name[0] != "_"}
+
+    assert face(plain) == face(asynchronous)
+    assert face(plain)
+
+
+def test_connect_takes_the_same_arguments() -> None:
+    def parameters(function: Any) -> list[Any]:
+        return list(inspect.signature(function).parameters.values())
+
+    assert parameters(vflow_client.connect) == parameters(vflow_client.aio.connect)

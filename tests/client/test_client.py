@@ -1,0 +1,225 @@
+"""The synchronous client against a fake service over a real channel."""
+
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+
+import vflow_client
+from tests.client.fake_service import FakeService, Refusal
+
+FULL = Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "CAPACITY_EXHAUSTED", retry_after=0.05)
+GONE = Refusal(grpc.StatusCode.UNAVAILABLE)
+STOPPING = Refusal(grpc.StatusCode.UNAVAILABLE, "SERVER_STOPPING")
+
+
+def test_a_conversation(client: vflow_client.Client, service: FakeService, tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(b"from a path")
+    with client.session("preset-25") as session:
+        receipt = session.add_image(picture)
+        answer = session.ask("How many?", images=[b"in the turn"], max_new_tokens=5, temperature=0.5, stop="\n")
+        assert list(answer) == ["two ", "red ", "stars"]
+    assert receipt.image == "sessions/one/images/1" and list(receipt.kept_tokens) == [40, 20, 10]
+    assert answer.text == "two red stars" and answer.finish_reason == "STOP"
+    assert answer.usage.reused_tokens == 40 and answer.receipt.kv_bytes == 4096
+    assert [image.image for image in answer.images] == ["sessions/one/images/2"]
+
+    assert service.requests["CreateSession"][0].session.strategy == "strategies/preset-25"
+    assert service.requests["AddImage"][0].image.data == b"from a path"
+    chat = service.requests["Chat"][0]
+    assert [part.WhichOneof("content") for part in chat.parts] == ["image", "text"]
+    assert chat.options.max_new_tokens == 5 and chat.options.temperature == 0.5 and list(chat.options.stop) == ["\n"]
+    assert not chat.options.HasField("seed")
+    assert len(chat.request_id) >= 16
+    assert service.requests["DeleteSession"][0].name == "sessions/one"
+
+
+def test_parts_keep_their_order_and_a_string_among_them_is_text(
+    client: vflow_client.Client, service: FakeService
+) -> None:
+    client.attach("sessions/x").ask("Compare", b"one", "with", vflow_client.Image(digest="ab" * 32)).read()
+    parts = service.requests["Chat"][0].parts
+    assert [part.text or part.image.data or part.image.digest for part in parts] == [
+        "Compare",
+        b"one",
+        "with",
+        "ab" * 32,
+    ]
+
+
+def test_every_turn_has_its_own_request_id(client: vflow_client.Client, service: FakeService) -> None:
+    session = client.attach("sessions/x")
+    session.ask("a").read()
+    session.ask("a").read()
+    first, second = service.requests["Chat"]
+    assert first.request_id != second.request_id
+
+
+def test_text_arrives_before_the_answer_is_finished(client: vflow_client.Client, service: FakeService) -> None:
+    service.go_on.clear()
+    answer = client.attach("sessions/x").ask("How many?")
+    assert next(answer) == "two "
+    assert answer.text == "two " and not answer.finished
+    with pytest.raises(RuntimeError, match="not finished"):
+        _ = answer.usage
+    service.go_on.set()
+    assert str(answer) == "two red stars"
+    assert answer.finished
+
+
+def test_closing_an_unfinished_answer_cancels_the_call(client: vflow_client.Client, service: FakeService) -> None:
+    service.go_on.clear()
+    with client.attach("sessions/x").ask("How many?") as answer:
+        next(answer)
+    assert service.cancelled.wait(timeout=5)
+    with pytest.raises(vflow_client.Cancelled):
+        next(answer)
+
+
+def test_a_finished_answer_is_not_cancelled(client: vflow_client.Client, service: FakeService) -> None:
+    with client.attach("sessions/x").ask("How many?") as answer:
+        answer.read()
+    assert answer.text == "two red stars"
+    assert not service.cancelled.wait(timeout=0.2)
+
+
+def test_a_turn_is_sent_again_under_the_same_request_id(client: vflow_client.Client, service: FakeService) -> None:
+    service.refusals["Chat"] = [GONE, STOPPING]
+    assert client.attach("sessions/x").ask("How many?").read() == "two red stars"
+    requests = service.requests["Chat"]
+    assert len(requests) == 3 and len({request.request_id for request in requests}) == 1
+
+
+def test_a_turn_whose_text_was_seen_is_not_sent_again(client: vflow_client.Client, service: FakeService) -> None:
+    service.refuse_after_first_piece = GONE
+    answer = client.attach("sessions/x").ask("How many?")
+    assert next(answer) == "two "
+    with pytest.raises(vflow_client.Unavailable):
+        next(answer)
+    assert len(service.requests["Chat"]) == 1
+
+
+def test_a_stream_without_an_end_is_an_error(client: vflow_client.Client, service: FakeService) -> None:
+    service.without_end = True
+    with pytest.raises(vflow_client.ServerFault, match="without a final event"):
+        client.attach("sessions/x").ask("How many?").read()
+
+
+@pytest.mark.parametrize(
+    ("refusal", "calls"), [(FULL, 2), (STOPPING, 2), (GONE, 1)], ids=["no room", "stopping", "unreachable"]
+)
+def test_adding_a_picture_is_repeated_only_where_nothing_can_have_happened(
+    client: vflow_client.Client, service: FakeService, refusal: Refusal, calls: int
+) -> None:
+    service.refusals["AddImage"] = [refusal]
+    session = client.attach("sessions/x")
+    if calls == 1:
+        with pytest.raises(vflow_client.Unavailable):
+            session.add_image(b"picture")
+    else:
+        session.add_image(b"picture")
+    assert len(service.requests["AddImage"]) == calls
+
+
+def test_the_delay_that_the_service_asks_for_is_kept(client: vflow_client.Client, service: FakeService) -> None:
+    service.refusals["CreateSession"] = [FULL]
+    started = time.monotonic()
+    client.session()
+    assert time.monotonic() - started >= 0.05
+
+
+def test_retries_end(client: vflow_client.Client, service: FakeService) -> None:
+    service.refusals["GetSession"] = [GONE] * 9
+    with pytest.raises(vflow_client.Unavailable):
+        client.attach("sessions/x").state()
+    assert len(service.requests["GetSession"]) == 3
+
+
+def test_a_busy_session_is_for_the_caller_to_handle(client: vflow_client.Client, service: FakeService) -> None:
+    service.refusals["Chat"] = [Refusal(grpc.StatusCode.ABORTED, "SESSION_BUSY", metadata={"session": "sessions/x"})]
+    with pytest.raises(vflow_client.SessionBusy) as caught:
+        client.attach("sessions/x").ask("How many?").read()
+    assert caught.value.metadata == {"session": "sessions/x"}
+    assert len(service.requests["Chat"]) == 1
+
+
+def test_the_timeout_ends_a_turn(client: vflow_client.Client, service: FakeService) -> None:
+    service.go_on.clear()
+    answer = client.attach("sessions/x").ask("How many?", timeout=0.3)
+    with pytest.raises(vflow_client.DeadlineExceeded):
+        answer.read()
+    assert answer.text == "two "
+
+
+def test_lists_run_over_all_pages(client: vflow_client.Client, service: FakeService) -> None:
+    assert [state.name for state in client.sessions()] == [f"sessions/{number}" for number in range(6)]
+    assert [strategy.name for strategy in client.strategies.list()] == ["strategies/full", "strategies/mine"]
+
+
+def test_strategies(client: vflow_client.Client, service: FakeService) -> None:
+    assert client.strategies.get("full").name == "strategies/full"
+    made = client.strategies.create("mine", budget=0.2, ratios=[0.3, 0.9], grid=3.5, positions="renumbered")
+    assert made.name == "strategies/mine"
+    sent = service.requests["CreateStrategy"][0].strategy
+    assert sent.budget == 0.2 and list(sent.ratios) == [0.3, 0.9] and sent.grid == 3.5
+    assert sent.positions == vflow_client.Strategy.RENUMBERED and sent.reserve == vflow_client.Strategy.OCCUPIED
+    assert client.strategies.activate("strategies/mine", etag="e1").active
+    assert service.requests["ActivateStrategy"][0].etag == "e1"
+
+
+def test_an_unset_grid_stays_unset(client: vflow_client.Client, service: FakeService) -> None:
+    client.strategies.create("plain", ratios=[1.0])
+    sent = service.requests["CreateStrategy"][0].strategy
+    assert not sent.HasField("grid") and not sent.HasField("budget")
+
+
+def test_an_activation_guarded_by_an_etag_is_not_repeated(client: vflow_client.Client, service: FakeService) -> None:
+    service.refusals["ActivateStrategy"] = [GONE, GONE]
+    with pytest.raises(vflow_client.Unavailable):
+        client.strategies.activate("mine", etag="e1")
+    assert len(service.requests["ActivateStrategy"]) == 1
+    assert client.strategies.activate("mine").active
+    assert len(service.requests["ActivateStrategy"]) == 3
+
+
+def test_compress(client: vflow_client.Client, service: FakeService) -> None:
+    assert client.compress(b"picture", strategy="full", embeddings=True).embeddings == b"safetensors"
+    assert service.requests["CompressImage"][0].strategy == "strategies/full"
+    assert client.compress(b"picture").embeddings == b""
+    assert service.requests["CompressImage"][1].strategy == ""
+
+
+def test_deleting_a_session_that_is_gone_is_no_error(client: vflow_client.Client, service: FakeService) -> None:
+    service.refusals["DeleteSession"] = [Refusal(grpc.StatusCode.NOT_FOUND, "SESSION_NOT_FOUND")]
+    client.attach("sessions/x").delete()
+
+
+def test_a_failing_delete_does_not_hide_the_error_of_the_block(
+    client: vflow_client.Client, service: FakeService
+) -> None:
+    service.refusals["DeleteSession"] = [Refusal(grpc.StatusCode.INTERNAL, "INTERNAL")] * 2
+    with pytest.raises(KeyError), client.session():
+        raise KeyError("the block's own")
+    with pytest.raises(vflow_client.ServerFault), client.session():
+        pass
+
+
+def test_nobody_at_the_address() -> None:
+    with vflow_client.connect("127.0.0.1:1", retry=vflow_client.RetryPolicy(attempts=1)) as client:
+        with pytest.raises(vflow_client.Unavailable, match="could not be reached within"):
+            client.wait_until_reachable(timeout=0.2)
+        with pytest.raises(vflow_client.Unavailable):
+            client.session()
+
+
+def test_wait_until_reachable(client: vflow_client.Client) -> None:
+    client.wait_until_reachable(timeout=5)
+
+
+def test_messages_beyond_grpcs_default_limit_pass(client: vflow_client.Client, service: FakeService) -> None:
+    """The fake server keeps the default limit, so its refusal shows that the client did send five megabytes."""
+    with pytest.raises(vflow_client.ResourceExhausted, match="larger than max"):
+        client.attach("sessions/x").add_image(bytes(5 * 1024 * 1024))
+    assert "AddImage" not in service.requests

@@ -1,0 +1,8 @@
+"""What all tests share: no network, and no more threads than a small machine has cores."""
+
+import os
+
+# Before any test imports torch or transformers, which read these once.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
