@@ -1,0 +1,52 @@
+"""The process: load the model, serve until a signal comes, stop gracefully."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+import structlog
+import torch
+import uvloop
+
+from vflow_server.service import Service
+from vflow_server.settings import Settings
+from vflowopt.demo import model_path
+from vflowopt.runtime import Runtime
+
+log = structlog.get_logger(__name__)
+
+
+def run(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT; a second signal does not wait.
+
+    Raises:
+        ModelError: the model cannot be served.
+        ValueError: the KV budget does not hold a page, or the stored strategies cannot be read.
+        OSError: the address cannot be listened on.
+    """
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    model = settings.model or str(model_path())
+    log.info("loading the model", model=model, device=settings.device, dtype=settings.dtype)
+    runtime = Runtime.load(model, device=settings.device, dtype=settings.dtype, kv_budget=settings.kv_budget)
+    log.info("model loaded", revision=runtime.revision, layers=runtime.layers, kv_bytes=runtime.pool.bytes_total)
+    uvloop.run(_serve(runtime, settings))
+
+
+async def _serve(runtime: Runtime, settings: Settings) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    service = Service(runtime, settings)
+    port = await service.start()
+    # Standard output carries this line alone: whoever started the process reads from it where to call.
+    print(f"VFlow is ready on {settings.host}:{port}", flush=True)
+    log.info("ready", host=settings.host, port=port, strategy=service.strategies.active.name)
+    await stop.wait()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
+    log.info("stopping", grace=settings.grace)
+    await service.stop()
+    log.info("stopped")

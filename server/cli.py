@@ -1,0 +1,91 @@
+"""The command ``vflow``: serve, chat, health."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from vflow_client import terminal
+from vflow_server.option import OptionError
+from vflow_server.settings import CONFIG_VARIABLE, ENVIRONMENT_PREFIX, Settings, load, options
+
+USAGE = 2
+"""Exit code of a command that was asked for something it cannot do."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    parsed = _parser().parse_args(arguments)
+    if parsed.command == "chat":
+        return terminal.run(parsed)
+    if parsed.command == "health":
+        return _health(parsed.address)
+    flags = {name: getattr(parsed, name) for name in options() if getattr(parsed, name) is not None}
+    try:
+        settings = load(flags, os.environ, parsed.config)
+    except OptionError as error:
+        return _refuse(error)
+    return _serve(settings)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vflow", description="Conversations about pictures on a small KV cache: every picture is pruned once."
+    )
+    parser.add_argument("--version", action="version", version=f"vflow {version('vflow')}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser(
+        "serve",
+        help="run the service",
+        description="Run the service in the foreground until SIGTERM or Ctrl-C.",
+        epilog="Every option can also be set by an environment variable "
+        f"({ENVIRONMENT_PREFIX}KV_BUDGET for --kv-budget) or in a TOML file (kv_budget = ...); "
+        "a flag wins over a variable, a variable over the file.",
+    )
+    serve.add_argument("--config", type=Path, metavar="FILE", help=f"TOML file with settings [{CONFIG_VARIABLE}]")
+    for name, declared in options().items():
+        serve.add_argument(
+            f"--{name.replace('_', '-')}", metavar=declared.metavar, help=f"{declared.help} (default: {declared.shown})"
+        )
+    terminal.add_arguments(commands.add_parser("chat", help="a conversation in the terminal with a running service"))
+    health = commands.add_parser("health", help="ask a running service whether it serves (exit code 0) or not (1)")
+    health.add_argument("--address", metavar="HOST:PORT", help="where it listens (default: this machine)")
+    return parser
+
+
+def _serve(settings: Settings) -> int:
+    # The model's libraries take seconds to import: --help and a wrong option do not wait for them.
+    from vflow_server.app import run
+    from vflow_server.logging import configure
+    from vflowopt.models import ModelError
+
+    configure(settings.log_format, settings.log_level)
+    try:
+        run(settings)
+    except (ModelError, OSError, ValueError) as error:
+        return _refuse(error)
+    return 0
+
+
+def _health(address: str | None) -> int:
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    address = address or f"127.0.0.1:{os.environ.get(f'{ENVIRONMENT_PREFIX}PORT', Settings.port)}"
+    with grpc.insecure_channel(address) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=3)
+        except grpc.RpcError as error:
+            print(f"{address}: {error.details()}", file=sys.stderr)
+            return 1
+    print(f"{address}: {health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)}")
+    return 0 if answer.status == health_pb2.HealthCheckResponse.SERVING else 1
+
+
+def _refuse(error: Exception) -> int:
+    print(f"vflow: {error}", file=sys.stderr)
+    return USAGE

@@ -1,0 +1,97 @@
+"""The contract's ``Compression`` service: compressed pictures for backends that feed another engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+from safetensors.torch import save
+
+from vflow.v1 import compression_pb2, compression_pb2_grpc
+from vflow_server.engine import Engine, Steps
+from vflow_server.names import check_name
+from vflow_server.pictures import PictureStore
+from vflow_server.receipts import image_receipt
+from vflow_server.strategies import StrategyRevision, StrategyStore
+from vflow_server.workbench import Workbench
+from vflowopt.compression import CompressedImage
+from vflowopt.picture import Picture
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Response = compression_pb2.CompressImageResponse
+
+
+class Compression(compression_pb2_grpc.CompressionServicer):
+    """Compresses pictures and keeps no session.
+
+    Args:
+        engine: does the work.
+        bench: what the work is done with.
+        strategies: that a request may ask for.
+        pictures: takes in what requests bring.
+    """
+
+    def __init__(self, engine: Engine, bench: Workbench, strategies: StrategyStore, pictures: PictureStore) -> None:
+        self._engine = engine
+        self._bench = bench
+        self._strategies = strategies
+        self._pictures = pictures
+
+    async def CompressImage(self, request: compression_pb2.CompressImageRequest, context: Context) -> Response:
+        """Compress one picture."""
+        if request.strategy:
+            check_name(request.strategy, "strategies", "strategy")
+        revision = self._strategies.get(request.strategy)
+        picture = await self._pictures.take(request.image, "image")
+
+        def work(emit: Callable[[None], None]) -> Steps[Response]:
+            image, hit = self._bench.compress(picture, revision.strategy)
+            yield
+            return self._response(picture, image, revision, cache_hit=hit, embeddings=request.include_embeddings)
+
+        ticket = self._engine.submit(work)
+        try:
+            return await ticket.result()
+        finally:
+            ticket.cancel()
+
+    def _response(
+        self,
+        picture: Picture,
+        image: CompressedImage,
+        revision: StrategyRevision,
+        *,
+        cache_hit: bool,
+        embeddings: bool,
+    ) -> Response:
+        layout = image.layout
+        runtime = self._bench.runtime
+        response = Response(
+            grids=[compression_pb2.TokenGrid(rows=rows, columns=columns) for rows, columns in layout.shapes()],
+            tokens=compression_pb2.VisualTokens(
+                importance=image.importance.tolist(),
+                grid=layout.grid.tolist(),
+                row=layout.row.tolist(),
+                column=layout.column.tolist(),
+                structural=layout.structural.tolist(),
+                box=layout.boxes.flatten().tolist(),
+            ),
+            stages=[
+                compression_pb2.Stage(first_layer=start, kept=kept.tolist())
+                for start, kept in zip(revision.strategy.starts, image.kept, strict=True)
+            ],
+            recycled=image.recycled.tolist(),
+            positions=image.positions.tolist(),
+            position_span=image.span,
+            receipt=image_receipt(picture, image, runtime, revision.strategy, revision.name, cache_hit=cache_hit),
+        )
+        if embeddings:
+            response.embeddings = save(
+                {
+                    "embeddings": image.embeddings.contiguous().cpu(),
+                    "positions": image.positions.contiguous(),
+                    "kept": image.kept[0].contiguous(),
+                }
+            )
+        return response

@@ -1,0 +1,121 @@
+"""The contract's ``Conversations`` service: sessions and their turns."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import grpc
+from google.protobuf import empty_pb2
+
+from vflow.v1 import conversations_pb2, conversations_pb2_grpc
+from vflow_server.chat_request import fingerprint, read_turn
+from vflow_server.names import check_name
+from vflow_server.paging import Pager
+from vflow_server.pictures import PictureStore
+from vflow_server.session import Session
+from vflow_server.sessions import SessionStore
+from vflow_server.strategies import StrategyStore
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Conversations(conversations_pb2_grpc.ConversationsServicer):
+    """Between the contract's messages and the sessions.
+
+    Args:
+        sessions: that live.
+        strategies: that a new session may begin with.
+        pictures: takes in what requests bring.
+    """
+
+    def __init__(self, sessions: SessionStore, strategies: StrategyStore, pictures: PictureStore) -> None:
+        self._sessions = sessions
+        self._strategies = strategies
+        self._pictures = pictures
+        self._pager = Pager()
+
+    async def CreateSession(
+        self, request: conversations_pb2.CreateSessionRequest, context: Context
+    ) -> conversations_pb2.Session:
+        """Open a session."""
+        strategy = request.session.strategy
+        if strategy:
+            check_name(strategy, "strategies", "session.strategy")
+        return self._message(self._sessions.create(self._strategies.get(strategy)))
+
+    async def GetSession(
+        self, request: conversations_pb2.GetSessionRequest, context: Context
+    ) -> conversations_pb2.Session:
+        """Read a session."""
+        return self._message(self._find(request.name, "name"))
+
+    async def ListSessions(
+        self, request: conversations_pb2.ListSessionsRequest, context: Context
+    ) -> conversations_pb2.ListSessionsResponse:
+        """List the sessions, oldest first."""
+        page, token = self._pager.page(
+            self._sessions, lambda session: session.sequence, request.page_size, request.page_token
+        )
+        return conversations_pb2.ListSessionsResponse(sessions=map(self._message, page), next_page_token=token)
+
+    async def DeleteSession(self, request: conversations_pb2.DeleteSessionRequest, context: Context) -> empty_pb2.Empty:
+        """End a session and free what it holds."""
+        await self._sessions.delete(check_name(request.name, "sessions", "name"))
+        return empty_pb2.Empty()
+
+    async def AddImage(
+        self, request: conversations_pb2.AddImageRequest, context: Context
+    ) -> conversations_pb2.AddImageResponse:
+        """Show a picture ahead of its question."""
+        session = self._find(request.session, "session")
+        picture = await self._pictures.take(request.image, "image")
+        return conversations_pb2.AddImageResponse(receipt=await session.show(picture))
+
+    async def Chat(self, request: conversations_pb2.ChatRequest, context: Context) -> None:
+        """Say a turn and stream the answer.
+
+        Writes to the context instead of yielding: when the client is gone, gRPC cancels this coroutine wherever it
+        waits, whereas it may leave a suspended generator to the garbage collector with the turn still running.
+        """
+        accepted = time.perf_counter()
+        session = self._find(request.session, "session")
+        turn = await read_turn(request, self._pictures)
+        answer = await session.answer(
+            turn, accepted=accepted, request_id=request.request_id, fingerprint=fingerprint(turn)
+        )
+        if isinstance(answer, conversations_pb2.Finished):
+            if answer.text:
+                await context.write(_delta(answer.text))
+            await context.write(conversations_pb2.ChatResponse(finished=answer))
+            return
+        try:
+            async for text in answer.events():
+                await context.write(_delta(text))
+            finished = await session.outcome(answer)
+            await context.write(conversations_pb2.ChatResponse(finished=finished))
+        finally:
+            answer.cancel()
+
+    def _find(self, name: str, field: str) -> Session:
+        return self._sessions.get(check_name(name, "sessions", field))
+
+    def _message(self, session: Session) -> conversations_pb2.Session:
+        state = session.dialogue.state
+        message = conversations_pb2.Session(
+            name=session.name,
+            strategy=session.revision.name,
+            turn_count=state.turns,
+            image_count=state.images,
+            kv_bytes=state.kv_bytes,
+            kv_bytes_full=state.kv_bytes_full,
+            resident=state.resident,
+        )
+        message.create_time.FromNanoseconds(int(session.created * 1e9))
+        message.last_used_time.FromNanoseconds(int(session.used * 1e9))
+        message.expire_time.FromNanoseconds(int((session.used + self._sessions.idle_timeout) * 1e9))
+        return message
+
+
+def _delta(text: str) -> conversations_pb2.ChatResponse:
+    return conversations_pb2.ChatResponse(delta=conversations_pb2.TextDelta(text=text))

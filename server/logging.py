@@ -1,0 +1,33 @@
+"""Logs: structlog to standard error, for people (console) or for machines (JSON lines)."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import structlog
+
+
+def configure(log_format: str, log_level: str) -> None:
+    """Set up logging for the process.
+
+    Args:
+        log_format: ``console`` or ``json``.
+        log_level: ``debug``, ``info``, ``warning`` or ``error``.
+    """
+    machine = log_format == "json"
+    renderer: list[structlog.typing.Processor] = (
+        [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        if machine
+        else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+    )
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=machine),
+            *renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[log_level.upper()]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )

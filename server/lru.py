@@ -1,0 +1,48 @@
+"""A least-recently-used store bounded by bytes, for what can be made again."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+class ByteBoundedLRU(Generic[K, V]):
+    """Holds values until their bytes exceed a bound; then the least recently used go. Belongs to one thread.
+
+    Args:
+        most_bytes: the bound; 0 holds nothing.
+        size: bytes of a value.
+    """
+
+    def __init__(self, most_bytes: int, size: Callable[[V], int]) -> None:
+        self._most_bytes = most_bytes
+        self._size = size
+        self._values: OrderedDict[K, V] = OrderedDict()
+        self.bytes_held = 0
+
+    def get(self, key: K) -> V | None:
+        """The value of ``key``, which thereby was used last; None if it is not held."""
+        value = self._values.get(key)
+        if value is not None:
+            self._values.move_to_end(key)
+        return value
+
+    def put(self, key: K, value: V) -> None:
+        """Hold ``value``; a value larger than the bound is not held at all."""
+        if (old := self._values.pop(key, None)) is not None:
+            self.bytes_held -= self._size(old)
+        if self._size(value) > self._most_bytes:
+            return
+        self._values[key] = value
+        self.bytes_held += self._size(value)
+        while self.bytes_held > self._most_bytes:
+            _, dropped = self._values.popitem(last=False)
+            self.bytes_held -= self._size(dropped)
+
+    def __len__(self) -> int:
+        """Number of values held."""
+        return len(self._values)

@@ -1,0 +1,85 @@
+"""An option of the service: one declaration gives its flag, its environment variable, its TOML key, type and help."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+_SIZES = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+class OptionError(ValueError):
+    """An option whose value cannot be used; the message says where it came from and what was expected."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is known of an option beside its name and default.
+
+    Attributes:
+        help: what it does, for ``--help``.
+        parse: from text to value; raises ValueError saying what was expected.
+        metavar: stands for the value in ``--help``.
+        shown: the default, as a person would write it.
+    """
+
+    help: str
+    parse: Callable[[str], Any]
+    metavar: str
+    shown: str
+
+
+def option(default: str | None, help: str, parse: Callable[[str], Any] = str, *, metavar: str = "TEXT") -> Any:
+    """Declare a field of a settings dataclass. ``default`` is written as a user would write it; None means unset."""
+    value = None if default is None else parse(default)
+    return field(default=value, metadata={"option": Option(help, parse, metavar, default or "unset")})
+
+
+def size(text: str) -> int:
+    """Bytes: ``512MiB``, ``2GiB``, or a bare number."""
+    return int(_quantity(text, _SIZES, "a size such as 512MiB or 2GiB"))
+
+
+def seconds(text: str) -> float:
+    """Seconds: ``90s``, ``15m``, ``1h``, or a bare number."""
+    return _quantity(text, _SECONDS, "a duration such as 90s, 15m or 1h")
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """A whole number in a range."""
+
+    def parse(text: str) -> int:
+        expected = f"a whole number from {least}" + (f" to {most}" if most is not None else " on")
+        try:
+            number = int(text)
+        except ValueError:
+            raise ValueError(f"expected {expected}") from None
+        if number < least or (most is not None and number > most):
+            raise ValueError(f"expected {expected}")
+        return number
+
+    return parse
+
+
+def one_of(choices: Sequence[str]) -> Callable[[str], str]:
+    """One of a few words."""
+
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"expected one of {', '.join(choices)}")
+        return text
+
+    return parse
+
+
+def _quantity(text: str, units: dict[str, Any], expected: str) -> float:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in units:
+        raise ValueError(f"expected {expected}")
+    amount = float(match[1]) * float(units[match[2]])
+    if amount <= 0:
+        raise ValueError(f"expected {expected}, above zero")
+    return amount

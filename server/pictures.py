@@ -1,0 +1,76 @@
+"""Pictures as they come in: bytes are decoded off the event loop; a digest stands for a picture still held."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+from vflow.v1 import images_pb2
+from vflow_server.errors import InvalidRequest, NotFound
+from vflow_server.lru import ByteBoundedLRU
+from vflowopt.picture import Picture, PictureError, PictureLimits
+
+_DIGEST = re.compile("[0-9a-f]{64}")
+
+
+class PictureStore:
+    """Takes in pictures and holds the latest of them by digest. Belongs to the event loop's thread.
+
+    Args:
+        limits: what a picture may measure.
+        held_bytes: bytes of decoded pictures to hold.
+        threads: pictures decoded at the same time.
+    """
+
+    def __init__(self, limits: PictureLimits, *, held_bytes: int, threads: int = 2) -> None:
+        self._limits = limits
+        self._held: ByteBoundedLRU[str, Picture] = ByteBoundedLRU(held_bytes, lambda picture: picture.pixels.nbytes)
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="vflow-picture")
+
+    async def take(self, image: images_pb2.Image, field: str) -> Picture:
+        """The picture that ``image``, at ``field`` of a request, brings or stands for.
+
+        Raises:
+            ServiceError: it is not a picture within the limits, or its digest is malformed or of none that is held.
+        """
+        if image.WhichOneof("source") == "digest":
+            return self._by_digest(image.digest, field)
+        loop = asyncio.get_running_loop()
+        try:
+            if len(image.data) <= self._limits.max_bytes:
+                digest = await loop.run_in_executor(self._threads, _sha256, image.data)
+                if (held := self._held.get(digest)) is not None:
+                    return held
+            picture = await loop.run_in_executor(self._threads, Picture.decode, image.data, self._limits)
+        except PictureError as error:
+            raise InvalidRequest(error.reason, field, str(error), metadata=error.metadata) from error
+        self._held.put(picture.digest, picture)
+        return picture
+
+    def close(self) -> None:
+        """End the threads."""
+        self._threads.shutdown(cancel_futures=True)
+
+    def _by_digest(self, digest: str, field: str) -> Picture:
+        if not _DIGEST.fullmatch(digest):
+            raise InvalidRequest(
+                "DIGEST_INVALID",
+                f"{field}.digest",
+                f"{digest[:80]!r} is not a digest; give the SHA-256 of the picture's bytes as 64 lower-case "
+                "hexadecimal digits",
+                metadata={"digest": digest[:80]},
+            )
+        held = self._held.get(digest)
+        if held is None:
+            raise NotFound(
+                "PICTURE_NOT_HELD",
+                f"the picture {digest} is not held here (any more); send its bytes",
+                metadata={"digest": digest},
+            )
+        return held
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,56 @@
+"""Receipts: what a picture cost and what compression saved, read off what is really held."""
+
+from __future__ import annotations
+
+from vflow.v1 import images_pb2
+from vflowopt.compression import CompressedImage
+from vflowopt.picture import Picture
+from vflowopt.runtime import Runtime
+from vflowopt.strategy import Strategy
+
+
+def image_receipt(
+    picture: Picture,
+    image: CompressedImage,
+    runtime: Runtime,
+    strategy: Strategy,
+    strategy_name: str,
+    *,
+    cache_hit: bool,
+    name: str = "",
+    prefill_ms: float = 0.0,
+) -> images_pb2.ImageReceipt:
+    """The receipt of one picture.
+
+    Args:
+        picture: as it came.
+        image: as the decoder reads it.
+        runtime: the model that reads it.
+        strategy: which compressed it.
+        strategy_name: that strategy's resource name.
+        cache_hit: whether the compressed picture was at hand already.
+        name: the picture's resource name, where it belongs to a session.
+        prefill_ms: milliseconds of its prefill, where it had one of its own.
+    """
+    kept = [len(indices) for indices in image.kept]
+    token_layers = sum(count * span for count, span in zip(kept, strategy.spans(runtime.layers), strict=True))
+    height, width = picture.pixels.shape[:2]
+    receipt = images_pb2.ImageReceipt(
+        image=name,
+        digest=image.digest,
+        width=width,
+        height=height,
+        strategy=strategy_name,
+        visual_tokens=image.tokens,
+        kept_tokens=kept,
+        recycled_tokens=len(image.recycled),
+        kv_bytes=token_layers * runtime.bytes_per_token(),
+        kv_bytes_full=image.tokens * runtime.layers * runtime.bytes_per_token(),
+        cache_hit=cache_hit,
+        prefill_ms=prefill_ms,
+    )
+    if not cache_hit:
+        receipt.encode_ms = image.timings.encode_ms
+        receipt.score_ms = image.timings.score_ms
+        receipt.prune_ms = image.timings.prune_ms
+    return receipt

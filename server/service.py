@@ -1,0 +1,137 @@
+"""The service, wired: engine, stores and servicers behind one gRPC server."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from vflow.v1 import (
+    compression_pb2,
+    compression_pb2_grpc,
+    conversations_pb2,
+    conversations_pb2_grpc,
+    strategies_pb2,
+    strategies_pb2_grpc,
+)
+from vflow_server.admin import Strategies
+from vflow_server.compression import Compression
+from vflow_server.conversations import Conversations
+from vflow_server.engine import Engine
+from vflow_server.guard import Guard
+from vflow_server.pictures import PictureStore
+from vflow_server.sessions import SessionStore
+from vflow_server.settings import Settings
+from vflow_server.strategies import StrategyStore
+from vflow_server.workbench import Workbench
+from vflowopt.picture import PictureLimits
+from vflowopt.runtime import Runtime
+
+NAMES = tuple(
+    file.DESCRIPTOR.services_by_name[name].full_name
+    for file, name in (
+        (conversations_pb2, "Conversations"),
+        (compression_pb2, "Compression"),
+        (strategies_pb2, "Strategies"),
+    )
+)
+"""Full names of the contract's services, as health checks ask for them."""
+
+# A fuse against runaway clients only: it counts health checks too, and refuses without saying why.
+_MOST_CALLS = 4096
+
+log = structlog.get_logger(__name__)
+
+
+class Service:
+    """One service on one loaded model. Made, started and stopped on one event loop.
+
+    Args:
+        runtime: the model; handed over for good, nobody else may use it while the service runs.
+        settings: how to serve it.
+    """
+
+    def __init__(self, runtime: Runtime, settings: Settings) -> None:
+        self.settings = settings
+        self.engine = Engine(waiting=settings.max_waiting, running=settings.max_running, on_death=self._engine_died)
+        self.bench = Workbench(runtime, compressed_bytes=settings.compressed_memory)
+        self.strategies = StrategyStore(
+            runtime.layers, settings.data_dir / "strategies.json" if settings.data_dir else None
+        )
+        self.sessions = SessionStore(
+            self.engine, self.bench, most=settings.max_sessions, idle_timeout=settings.idle_timeout
+        )
+        self.pictures = PictureStore(
+            PictureLimits(max_bytes=settings.max_picture_bytes, max_pixels=settings.max_picture_pixels),
+            held_bytes=settings.picture_memory,
+        )
+        self._loop = asyncio.get_running_loop()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing from the stubs
+        self._server = self._grpc_server()
+
+    async def start(self) -> int:
+        """Listen and serve; returns the port.
+
+        Raises:
+            OSError: the address cannot be listened on.
+        """
+        host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
+        try:
+            port = self._server.add_insecure_port(f"{host}:{self.settings.port}")
+        except RuntimeError as error:
+            raise OSError(
+                f"cannot listen on {host}:{self.settings.port}; is the port taken? choose another with --port"
+            ) from error
+        self.engine.start()
+        await self._server.start()
+        self._expiry = asyncio.create_task(self.sessions.expire_forever())
+        for name in ("", *NAMES):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        return port
+
+    async def stop(self, grace: float | None = None) -> None:
+        """Take no more calls, give those that run ``grace`` seconds (default: as set), and give everything back."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(self.settings.grace if grace is None else grace)
+        self._expiry.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._expiry
+        await asyncio.to_thread(self.engine.stop)
+        self.pictures.close()
+
+    def _grpc_server(self) -> grpc.aio.Server:
+        limit = self.settings.max_message_bytes
+        server = grpc.aio.server(
+            interceptors=[Guard()],
+            maximum_concurrent_rpcs=_MOST_CALLS,
+            options=[
+                ("grpc.max_receive_message_length", limit),
+                ("grpc.max_send_message_length", limit),
+                # Two processes on one port would share the calls but not the sessions.
+                ("grpc.so_reuseport", 0),
+                # Find clients that died without a word, and bear with those that ping often.
+                ("grpc.keepalive_time_ms", 30_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+                ("grpc.http2.max_ping_strikes", 0),
+            ],
+        )
+        conversations_pb2_grpc.add_ConversationsServicer_to_server(
+            Conversations(self.sessions, self.strategies, self.pictures), server
+        )
+        compression_pb2_grpc.add_CompressionServicer_to_server(
+            Compression(self.engine, self.bench, self.strategies, self.pictures), server
+        )
+        strategies_pb2_grpc.add_StrategiesServicer_to_server(Strategies(self.strategies), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((*NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        return server
+
+    def _engine_died(self) -> None:
+        """Called in the engine's thread: say on the event loop that nothing is served any more."""
+        asyncio.run_coroutine_threadsafe(self._health.enter_graceful_shutdown(), self._loop)

@@ -1,0 +1,145 @@
+"""A session: a named dialogue that does one thing at a time. Belongs to the event loop's thread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from vflow.v1 import conversations_pb2, images_pb2
+from vflow_server.dialogue import Dialogue
+from vflow_server.engine import Engine, Steps, Ticket, Work, WorkCancelled
+from vflow_server.errors import session_busy, session_deleted, session_not_found
+from vflow_server.replays import Replays
+from vflow_server.showing import Showing
+from vflow_server.strategies import StrategyRevision
+from vflow_server.turn import Turn, TurnRequest
+from vflow_server.workbench import Workbench
+from vflowopt.picture import Picture
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class _UnderWay:
+    """What a session is doing."""
+
+    ticket: Ticket[Any, Any]
+    request_id: str = ""
+
+
+class Session:
+    """One session.
+
+    Args:
+        name: its resource name.
+        sequence: sessions count up in the order of their creation.
+        revision: the strategy that it keeps for as long as it lives.
+        engine: does the work.
+        bench: what the work is done with.
+    """
+
+    def __init__(self, name: str, sequence: int, revision: StrategyRevision, engine: Engine, bench: Workbench) -> None:
+        self.name = name
+        self.sequence = sequence
+        self.revision = revision
+        self.dialogue = Dialogue(revision.strategy)
+        self.created = self.used = time.time()
+        self.deleted = False
+        self._engine = engine
+        self._bench = bench
+        self._replays = Replays()
+        self._under_way: _UnderWay | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a turn or a picture is being worked on."""
+        return self._under_way is not None
+
+    async def show(self, picture: Picture) -> images_pb2.ImageReceipt:
+        """Show ``picture`` ahead of the next turn.
+
+        Raises:
+            ServiceError: SESSION_BUSY, SESSION_NOT_FOUND, SESSION_DELETED, or what the work was refused for.
+        """
+        await self._until_free()
+        ticket = self._begin(Showing(self._bench, self.dialogue, self.name, self.revision.name, picture))
+        try:
+            return await self.outcome(ticket)
+        finally:
+            ticket.cancel()
+
+    async def answer(
+        self,
+        request: TurnRequest,
+        *,
+        accepted: float,
+        request_id: str = "",
+        fingerprint: str = "",
+    ) -> Ticket[str, conversations_pb2.Finished] | conversations_pb2.Finished:
+        """Begin a turn, or find the answer to the same request from before.
+
+        The caller must cancel the ticket when it loses interest in it, and take its result by :meth:`outcome`.
+
+        Args:
+            request: the turn.
+            accepted: ``time.perf_counter()`` when the request came.
+            request_id: makes a repeated request safe.
+            fingerprint: digest of the request's content.
+
+        Raises:
+            ServiceError: SESSION_BUSY, SESSION_NOT_FOUND, REQUEST_ID_REUSED, or what the work was refused for.
+        """
+        await self._until_free(request_id)
+        if (replay := self._replays.find(request_id, fingerprint)) is not None:
+            return replay
+        ticket = self._begin(
+            Turn(self._bench, self.dialogue, self.name, self.revision.name, request, accepted), request_id
+        )
+        # Not the caller's task: a caller that is gone when the turn is done will ask for it again.
+        ticket.on_result(lambda finished: self._replays.keep(request_id, fingerprint, finished))
+        return ticket
+
+    async def outcome(self, ticket: Ticket[Any, R]) -> R:
+        """The result of a ticket of this session.
+
+        Raises:
+            ServiceError: SESSION_DELETED, or what the work was refused for.
+        """
+        try:
+            return await ticket.result()
+        except WorkCancelled:  # a caller that cancelled its own work does not ask for the outcome
+            raise session_deleted(self.name) from None
+
+    def delete(self) -> Ticket[Any, None]:
+        """Cancel what is under way and give back all memory; the ticket ends when that is done."""
+        self.deleted = True
+        if self._under_way is not None:
+            self._under_way.ticket.cancel()
+        return self._engine.submit(self._forget, housekeeping=True)
+
+    def _begin(self, work: Work[Any, R], request_id: str = "") -> Ticket[Any, R]:
+        ticket = self._engine.submit(work)
+        self._under_way = _UnderWay(ticket, request_id)
+        # The engine's word, not the caller's: a caller may be gone long before its work is undone.
+        ticket.on_end(self._ended)
+        return ticket
+
+    def _ended(self) -> None:
+        self._under_way = None
+        self.used = time.time()
+
+    def _forget(self, emit: Callable[[None], None]) -> Steps[None]:
+        self._bench.residency.forget(self.dialogue)
+        return
+        yield  # makes this a generator: one step
+
+    async def _until_free(self, request_id: str = "") -> None:
+        """Wait for what is being undone, and for an earlier call of the very same turn; refuse beside anything else."""
+        while (current := self._under_way) is not None:
+            if not current.ticket.cancelled and not (request_id and current.request_id == request_id):
+                raise session_busy(self.name)
+            await current.ticket.ended()
+        if self.deleted:
+            raise session_not_found(self.name)

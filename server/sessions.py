@@ -1,0 +1,96 @@
+"""All sessions: created within a bound, found by name, deleted on request or when they stay idle.
+
+Belongs to the event loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Iterator
+from itertools import count
+
+import structlog
+
+from vflow_server.engine import Engine
+from vflow_server.errors import CapacityExhausted, ServiceError, session_not_found
+from vflow_server.session import Session
+from vflow_server.strategies import StrategyRevision
+from vflow_server.workbench import Workbench
+
+log = structlog.get_logger(__name__)
+
+
+class SessionStore:
+    """The sessions that live.
+
+    Args:
+        engine: does their work.
+        bench: what the work is done with.
+        most: how many may live at the same time.
+        idle_timeout: seconds without use after which a session is deleted.
+    """
+
+    def __init__(self, engine: Engine, bench: Workbench, *, most: int, idle_timeout: float) -> None:
+        self._engine = engine
+        self._bench = bench
+        self._most = most
+        self.idle_timeout = idle_timeout
+        self._sessions: dict[str, Session] = {}
+        self._sequence = count()
+
+    def create(self, revision: StrategyRevision) -> Session:
+        """A new session under ``revision``.
+
+        Raises:
+            CapacityExhausted: too many sessions live.
+        """
+        if len(self._sessions) >= self._most:
+            raise CapacityExhausted(
+                "sessions",
+                f"{self._most} sessions live already; delete some, or retry when idle ones have expired",
+                metadata={"sessions": self._most},
+                retry_after=min(self.idle_timeout, 10.0),
+            )
+        name = f"sessions/s{secrets.token_hex(10)}"
+        session = Session(name, next(self._sequence), revision, self._engine, self._bench)
+        self._sessions[name] = session
+        return session
+
+    def get(self, name: str) -> Session:
+        """The session ``name``.
+
+        Raises:
+            NotFound: SESSION_NOT_FOUND.
+        """
+        try:
+            return self._sessions[name]
+        except KeyError:
+            raise session_not_found(name) from None
+
+    def __iter__(self) -> Iterator[Session]:
+        """The sessions, oldest first."""
+        return iter(self._sessions.values())
+
+    async def delete(self, name: str) -> None:
+        """Delete the session ``name``, cancelling what is under way in it; returns when its memory is free.
+
+        Raises:
+            NotFound: SESSION_NOT_FOUND.
+        """
+        session = self.get(name)
+        del self._sessions[name]
+        await session.delete().result()
+
+    async def expire_forever(self) -> None:
+        """Delete sessions as they expire."""
+        while True:
+            await asyncio.sleep(min(self.idle_timeout / 4, 10.0))
+            latest = time.time() - self.idle_timeout
+            for session in [session for session in self if not session.busy and session.used < latest]:
+                log.info("session expired", session=session.name)
+                try:
+                    await self.delete(session.name)
+                except ServiceError as error:  # deleted meanwhile, or the engine is going down
+                    log.debug("an expired session was not deleted", session=session.name, reason=error.reason)

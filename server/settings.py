@@ -1,0 +1,105 @@
+"""What can be set about the service, and from where: flag, then environment, then TOML file, then default.
+
+Each setting is declared once, as a field of :class:`Settings`: ``kv_budget`` is the flag ``--kv-budget``, the
+environment variable ``VFLOW_KV_BUDGET`` and the TOML key ``kv_budget``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from vflow_server.option import Option, OptionError, one_of, option, seconds, size, whole
+
+ENVIRONMENT_PREFIX = "VFLOW_"
+CONFIG_VARIABLE = "VFLOW_CONFIG"
+"""Environment variable that names the TOML file."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one service process."""
+
+    model: str | None = option(None, "model folder or hub id (unset: the embedded model)", metavar="PATH")
+    device: str = option("cpu", "cpu, cuda or cuda:N", metavar="NAME")
+    dtype: str = option("float32", "float32, bfloat16 or float16", metavar="NAME")
+    threads: int | None = option(None, "CPU threads of the model (unset: torch decides)", whole(1), metavar="N")
+    kv_budget: int = option("1GiB", "memory for the KV cache of all sessions", size, metavar="SIZE")
+    host: str = option("127.0.0.1", "address to listen on", metavar="HOST")
+    port: int = option("50051", "port to listen on; 0 takes a free one", whole(0, 65535), metavar="N")
+    max_sessions: int = option("1000", "sessions that may live at the same time", whole(1), metavar="N")
+    idle_timeout: float = option("15m", "a session unused for this long is deleted", seconds, metavar="TIME")
+    max_running: int = option("8", "requests that take turns on the model", whole(1), metavar="N")
+    max_waiting: int = option("64", "requests that may wait for the model", whole(1), metavar="N")
+    max_picture_bytes: int = option("20MiB", "largest picture file", size, metavar="SIZE")
+    max_picture_pixels: int = option("50000000", "most pixels of a picture", whole(1), metavar="N")
+    max_message_bytes: int = option("64MiB", "largest request, and largest response", size, metavar="SIZE")
+    picture_memory: int = option("256MiB", "decoded pictures held, to be named by digest", size, metavar="SIZE")
+    compressed_memory: int = option("256MiB", "compressed pictures held, for use again", size, metavar="SIZE")
+    data_dir: Path | None = option(
+        None, "folder for created strategies (unset: forgotten at the end)", Path, metavar="PATH"
+    )
+    grace: float = option("10s", "time for running calls to end when the service is stopped", seconds, metavar="TIME")
+    log_format: str = option("console", "console or json", one_of(("console", "json")), metavar="NAME")
+    log_level: str = option(
+        "info", "debug, info, warning or error", one_of(("debug", "info", "warning", "error")), metavar="NAME"
+    )
+
+
+def options() -> dict[str, Option]:
+    """Every setting's declaration, by name."""
+    return {declared.name: declared.metadata["option"] for declared in fields(Settings)}
+
+
+def load(flags: Mapping[str, str], environment: Mapping[str, str], file: Path | None = None) -> Settings:
+    """Put the settings together.
+
+    Args:
+        flags: given on the command line, by name, as text.
+        environment: the process's variables.
+        file: a TOML file; None takes the one that the environment names, if it does.
+
+    Raises:
+        OptionError: a value cannot be used, or the file cannot be read or sets what there is not.
+    """
+    if file is None and environment.get(CONFIG_VARIABLE):
+        file = Path(environment[CONFIG_VARIABLE])
+    written = _read(file) if file else {}
+    values: dict[str, Any] = {}
+    for name, declared in options().items():
+        variable = f"{ENVIRONMENT_PREFIX}{name.upper()}"
+        if name in flags:
+            source, text = f"--{name.replace('_', '-')}", flags[name]
+        elif environment.get(variable):
+            source, text = variable, environment[variable]
+        elif name in written:
+            source, text = f"{name} in {file}", written[name]
+        else:
+            continue
+        try:
+            values[name] = declared.parse(text)
+        except ValueError as error:
+            raise OptionError(f"{source} is {text!r}: {error}") from None
+    return Settings(**values)
+
+
+def _read(file: Path) -> dict[str, str]:
+    try:
+        document = tomllib.loads(file.read_text())
+    except OSError as error:
+        raise OptionError(f"the settings file {file} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OptionError(f"the settings file {file} is not valid TOML: {error}") from None
+    known = options()
+    for name, value in document.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(known)}"
+            raise OptionError(f"{name!r} in {file} is no setting; {hint}")
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise OptionError(f"{name} in {file} must be a text or a number")
+    return {name: str(value) for name, value in document.items()}

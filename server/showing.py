@@ -1,0 +1,61 @@
+"""A showing: a picture that comes ahead of its question, as work for the engine.
+
+One step encodes it, the next prefills it. It is committed as a whole or not at all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+
+from vflow.v1 import images_pb2
+from vflow_server.dialogue import Dialogue
+from vflow_server.receipts import image_receipt
+from vflow_server.turn import check_context
+from vflow_server.workbench import Workbench
+from vflowopt.picture import Picture
+
+
+class Showing:
+    """The work of adding one picture to a dialogue. Emits nothing; its result is the picture's receipt.
+
+    Args:
+        bench: the engine's things.
+        dialogue: who is shown the picture; nothing else may be under way in it.
+        session_name: the session's resource name.
+        strategy_name: resource name of the dialogue's strategy.
+        picture: the picture.
+    """
+
+    def __init__(
+        self, bench: Workbench, dialogue: Dialogue, session_name: str, strategy_name: str, picture: Picture
+    ) -> None:
+        self._bench = bench
+        self._dialogue = dialogue
+        self._session_name = session_name
+        self._strategy_name = strategy_name
+        self._picture = picture
+
+    def __call__(self, emit: Callable[[object], None]) -> Generator[None, None, images_pb2.ImageReceipt]:
+        """The steps of the showing."""
+        runtime, residency = self._bench.runtime, self._bench.residency
+        with residency.using(self._dialogue):
+            conversation = self._dialogue.conversation(runtime)
+            image, hit = self._bench.compress(self._picture, self._dialogue.strategy)
+            yield
+            items = self._dialogue.picture(runtime.chat, image)
+            check_context(conversation, items, 0, runtime.context)
+            begun = time.perf_counter()
+            residency.with_room(lambda: runtime.extend(conversation, items, want_logits=False))
+            prefill_ms = (time.perf_counter() - begun) * 1000
+            self._dialogue.commit_picture(image, len(items))
+        return image_receipt(
+            self._picture,
+            image,
+            runtime,
+            self._dialogue.strategy,
+            self._strategy_name,
+            cache_hit=hit,
+            name=f"{self._session_name}/images/{self._dialogue.images}",
+            prefill_ms=prefill_ms,
+        )

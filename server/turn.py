@@ -1,0 +1,197 @@
+"""A turn: what a user says and shows, and the answer, as work for the engine.
+
+One step encodes a picture, runs the prompt, or generates a token. Until the last step is done nothing is committed: a
+turn that fails or is cancelled leaves the conversation as it was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from functools import partial
+
+from vflow.v1 import conversations_pb2, images_pb2
+from vflow_server.dialogue import Dialogue
+from vflow_server.errors import InvalidRequest
+from vflow_server.receipts import image_receipt
+from vflow_server.workbench import Workbench
+from vflowopt.compression import CompressedImage
+from vflowopt.conversation import Conversation, Item, span, tokens_per_stage
+from vflowopt.picture import Picture
+from vflowopt.sampling import Sampler, SamplingOptions
+from vflowopt.text_stream import TextStream
+
+Finished = conversations_pb2.Finished
+
+
+@dataclass(frozen=True)
+class TurnRequest:
+    """A user turn, checked.
+
+    Attributes:
+        parts: text and pictures in the order given.
+        max_new_tokens: tokens of the answer at most.
+        sampling: how its tokens are drawn.
+        stop: the answer ends before any of these.
+    """
+
+    parts: tuple[str | Picture, ...]
+    max_new_tokens: int
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    stop: tuple[str, ...] = ()
+
+
+class Turn:
+    """The work of one turn. Emits pieces of text; its result is the contract's ``Finished``.
+
+    Args:
+        bench: the engine's things.
+        dialogue: whose turn it is; nothing else may be under way in it.
+        session_name: the session's resource name.
+        strategy_name: resource name of the dialogue's strategy.
+        request: what was said and how to answer.
+        accepted: ``time.perf_counter()`` when the request came.
+    """
+
+    def __init__(
+        self,
+        bench: Workbench,
+        dialogue: Dialogue,
+        session_name: str,
+        strategy_name: str,
+        request: TurnRequest,
+        accepted: float,
+    ) -> None:
+        self._bench = bench
+        self._dialogue = dialogue
+        self._session_name = session_name
+        self._strategy_name = strategy_name
+        self._request = request
+        self._accepted = accepted
+
+    def __call__(self, emit: Callable[[str], None]) -> Generator[None, None, Finished]:
+        """The steps of the turn."""
+        begun = time.perf_counter()
+        with self._bench.residency.using(self._dialogue):
+            conversation = self._dialogue.conversation(self._bench.runtime)
+            checkpoint = conversation.checkpoint()
+            try:
+                images, parts = yield from self._compressed()
+                finished = yield from self._answered(conversation, parts, emit)
+            except BaseException:  # GeneratorExit is how a cancelled turn ends
+                conversation.rollback(checkpoint)
+                raise
+            self._dialogue.commit_turn(len(images))
+        finished.images.extend(images)
+        finished.receipt.queue_ms = (begun - self._accepted) * 1000
+        return finished
+
+    def _compressed(
+        self,
+    ) -> Generator[None, None, tuple[list[images_pb2.ImageReceipt], list[str | CompressedImage]]]:
+        """Compress the turn's pictures, one a step."""
+        receipts: list[images_pb2.ImageReceipt] = []
+        parts: list[str | CompressedImage] = []
+        for part in self._request.parts:
+            if isinstance(part, str):
+                parts.append(part)
+                continue
+            image, hit = self._bench.compress(part, self._dialogue.strategy)
+            parts.append(image)
+            number = self._dialogue.images + len(receipts) + 1
+            receipts.append(
+                image_receipt(
+                    part,
+                    image,
+                    self._bench.runtime,
+                    self._dialogue.strategy,
+                    self._strategy_name,
+                    cache_hit=hit,
+                    name=f"{self._session_name}/images/{number}",
+                )
+            )
+            yield
+        return receipts, parts
+
+    def _answered(
+        self, conversation: Conversation, parts: list[str | CompressedImage], emit: Callable[[str], None]
+    ) -> Generator[None, None, Finished]:
+        """Run the prompt, then generate a token a step."""
+        runtime, residency = self._bench.runtime, self._bench.residency
+        items = self._dialogue.turn(runtime.chat, parts)
+        check_context(conversation, items, self._request.max_new_tokens, runtime.context)
+        (prompt_tokens,) = tokens_per_stage([*conversation.log, *items], 1)
+        (reused_tokens,) = tokens_per_stage(conversation.log[: conversation.cached_items], 1)
+        restored = bool(conversation.log) and not conversation.resident
+
+        prefill_begun = time.perf_counter()
+        logits = residency.with_room(lambda: runtime.extend(conversation, items))
+        assert logits is not None  # they were wanted
+        prefill_ended = first_token = time.perf_counter()
+        sampler = Sampler(self._request.sampling)
+        text = TextStream(runtime.chat, self._request.stop)
+        reason = Finished.FINISH_REASON_UNSPECIFIED
+        generated = 0
+        while True:
+            token = sampler(logits)
+            generated += 1
+            if generated == 1:
+                first_token = time.perf_counter()
+            if token in runtime.chat.stop_ids:
+                reason = Finished.STOP  # the token is not logged: the next turn closes this answer
+                break
+            if delta := text.push(token):
+                emit(delta)
+            if text.stopped or generated == self._request.max_new_tokens:
+                reason = Finished.STOP_STRING if text.stopped else Finished.LENGTH
+                conversation.log.append(token)  # said, but nothing follows yet that needs it run
+                break
+            yield
+            (logits,) = residency.with_room(partial(runtime.decode, [conversation], [token]))
+        if delta := text.finish():
+            emit(delta)
+        if text.stopped:  # what was held back completed a stop string
+            reason = Finished.STOP_STRING
+        ended = time.perf_counter()
+        return Finished(
+            text=text.text,
+            finish_reason=reason,
+            usage=conversations_pb2.Usage(
+                prompt_tokens=prompt_tokens, reused_tokens=reused_tokens, completion_tokens=generated
+            ),
+            receipt=conversations_pb2.TurnReceipt(
+                strategy=self._strategy_name,
+                new_prompt_tokens=prompt_tokens - reused_tokens,
+                reused_tokens=reused_tokens,
+                kv_bytes=conversation.kv_bytes,
+                kv_bytes_full=conversation.kv_bytes_full,
+                prefill_ms=(prefill_ended - prefill_begun) * 1000,
+                first_token_ms=(first_token - self._accepted) * 1000,
+                decode_ms=(ended - first_token) * 1000,
+                total_ms=(ended - self._accepted) * 1000,
+                restored=restored,
+            ),
+        )
+
+
+def check_context(conversation: Conversation, items: list[Item], max_new_tokens: int, context: int) -> None:
+    """Refuse what the model has no positions for.
+
+    Raises:
+        InvalidRequest: CONTEXT_EXCEEDED.
+    """
+    position, new = conversation.position, sum(map(span, items))
+    if position + new + max_new_tokens > context:
+        raise InvalidRequest(
+            "CONTEXT_EXCEEDED",
+            "parts",
+            f"the conversation takes {position} positions, this turn {new} and its answer up to {max_new_tokens}: "
+            f"more than the model's {context}. Say less, lower max_new_tokens, or begin a new session",
+            metadata={
+                "position": position,
+                "new_tokens": new,
+                "max_new_tokens": max_new_tokens,
+                "context": context,
+            },
+        )
