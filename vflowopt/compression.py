@@ -107,16 +107,17 @@ def score(encoded: EncodedImage, strategy: Strategy) -> Tensor:
     Returns:
         float32 [N]; zero at structural tokens.
     """
-    entropy = patch_entropy(encoded.pixels, encoded.patch).flatten(1).to(encoded.query.device)
-    maps = [
-        importance(
-            context_relevance(head_averaged_attention(query, key, encoded.scale), strategy.threshold),
-            patch_entropy_of_map,
-            strategy.alpha,
-        )
-        for query, key, patch_entropy_of_map in zip(encoded.query, encoded.key, entropy, strict=True)
-    ]
-    arranged = encoded.arrange(torch.stack(maps).float())
+    maps = torch.stack(
+        [
+            context_relevance(head_averaged_attention(query, key, encoded.scale), strategy.threshold)
+            for query, key in zip(encoded.query, encoded.key, strict=True)
+        ]
+    )
+    # Without weight the entropy adds nothing but its time: the published strategies all have alpha 0.
+    if strategy.alpha:
+        entropy = patch_entropy(encoded.pixels, encoded.patch).flatten(1).to(maps.device)
+        maps = importance(maps, entropy, strategy.alpha)
+    arranged = encoded.arrange(maps.float())
     return arranged.masked_fill(encoded.layout.structural.to(arranged.device), 0.0).cpu()
 
 

@@ -7,6 +7,7 @@ import pytest
 from tests.vflowopt.reference import Reference
 from tests.vflowopt.talk import Talk, picture
 from tests.vflowopt.tiny_models import SHAPES, Shape, save
+from vflowopt.demo import model_path
 from vflowopt.runtime import Runtime
 from vflowopt.strategy import Strategy
 
@@ -31,5 +32,20 @@ def test_three_turns_with_two_pictures_answer_like_generate(folder: Path, sizes:
 
     assert answers == expected
     assert len({token for answer in answers for token in answer}) > 5, "answers too uniform to prove anything"
+    talk.conversation.release()
+    assert runtime.pool.bytes_used == 0
+
+
+def test_the_embedded_model_answers_like_generate() -> None:
+    """Three turns on the weights that ship, a square picture first and a wide one in turn three."""
+    turns = [
+        [picture(448, 448, 1), "What colour is the star?"],
+        ["How many circles are there?"],
+        [picture(160, 500, 2), "And what shape is the red object?"],
+    ]
+    expected = Reference(model_path()).answers(turns, NEW_TOKENS)
+    runtime = Runtime.load(model_path(), kv_budget=64 << 20)
+    talk = Talk(runtime, Strategy.full())
+    assert [talk.ask(turn, NEW_TOKENS) for turn in turns] == expected
     talk.conversation.release()
     assert runtime.pool.bytes_used == 0

@@ -1,0 +1,37 @@
+"""A real service process for the length of a block."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+_READY = "VFlow is ready on "
+
+
+@contextmanager
+def running_service(*flags: str) -> Iterator[str]:
+    """Start ``vflow serve`` on a free port, yield its address, and stop it whatever happens.
+
+    Args:
+        flags: further flags of ``vflow serve``.
+
+    Raises:
+        RuntimeError: the process ended before it was ready; what it said is on standard error.
+    """
+    command: Sequence[str] = (str(Path(sys.executable).with_name("vflow")), "serve", "--port", "0", *flags)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            if not line.startswith(_READY):
+                raise RuntimeError(f"the service did not start (exit code {process.wait()}); see its message above")
+            yield line.removeprefix(_READY).strip()
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
