@@ -49,7 +49,7 @@ serve: setup ## run the service with the embedded model in the foreground
 	$(BIN)/vflow serve
 
 demo: setup ## start the service, talk about a picture, show what was saved (IMAGE=path for one of yours)
-	$(BIN)/python benchmarks/demo.py $(if $(IMAGE),--image '$(IMAGE)')
+	$(BIN)/python -m benchmarks.demo $(if $(IMAGE),--image '$(IMAGE)')
 
 demo-model: setup ## train the embedded model anew
 	$(BIN)/python -m vflowopt.demo.train

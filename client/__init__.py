@@ -12,6 +12,7 @@ The same for asyncio is in `vflow_client.aio`. Receipts, usage, sessions and str
 """
 
 from vflow.v1.compression_pb2 import CompressImageResponse
+from vflow.v1.conversations_pb2 import Session as SessionState
 from vflow.v1.conversations_pb2 import TurnReceipt, Usage
 from vflow.v1.images_pb2 import Image, ImageReceipt
 from vflow.v1.strategies_pb2 import Strategy
@@ -82,6 +83,7 @@ __all__ = [
     "SessionBusy",
     "SessionDeleted",
     "SessionNotFound",
+    "SessionState",
     "Strategy",
     "StrategyAdmin",
     "StrategyExists",
