@@ -37,13 +37,12 @@ format: setup ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The folders under their import names, for mypy.
+# The folders whose import names differ, under those, for mypy.
 build/modules:
 	mkdir -p $@
 	ln -sfn ../../client $@/vflow_client
 	ln -sfn ../../client/generated/vflow $@/vflow
 	ln -sfn ../../server $@/vflow_server
-	ln -sfn ../../vflowopt $@/vflowopt
 
 serve: setup ## run the service with the embedded model in the foreground
 	$(BIN)/vflow serve
