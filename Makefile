@@ -13,13 +13,14 @@ help: ## show these targets
 
 setup: $(READY) ## create the virtual environment (once, and again when what is installed changes)
 
-# torch goes first and pinned: left to the resolver it may bring gigabytes of CUDA libraries. Which index pip takes it
+# Nothing is compiled ahead (--no-compile): most modules of the large packages are never imported, and Python compiles those
+# that are. It halves the time. torch goes first and pinned: left to the resolver it may bring gigabytes of CUDA libraries. Which index pip takes it
 # from is pip's own business (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS).
 $(READY): pyproject.toml constraints.txt client/pyproject.toml client/setup.py $(wildcard proto/vflow/v1/*.proto)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "VFlow needs Python 3.11 or newer: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt torch
-	$(PIP) install --quiet --constraint constraints.txt --editable ./client --editable '.[dev]'
+	$(PIP) install --quiet --no-compile --constraint constraints.txt torch
+	$(PIP) install --quiet --no-compile --constraint constraints.txt --editable ./client --editable '.[dev]'
 	@touch $@
 
 test: lint ## lint, type-check and run all tests but the long ones

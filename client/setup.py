@@ -49,4 +49,5 @@ def generate_stubs() -> None:
 if CONTRACT.is_dir():
     generate_stubs()
 
-setup()
+# Named, because setuptools leaves the setup script itself out of the packages only if it knows which file that is.
+setup(script_name=__file__)
