@@ -1,0 +1,54 @@
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from vflowopt.demo import model_path
+from vflowopt.demo.anyres import layout
+from vflowopt.demo.conversation import NEWLINE, NOT_ASKED, PICTURE, Conversation
+from vflowopt.demo.questions import Question
+from vflowopt.demo.tokenizer import IMAGE
+
+TOKENIZER = AutoTokenizer.from_pretrained(model_path())
+QUESTIONS = [
+    Question("What colour is the star?", "red", "colour", False),
+    Question("What is written on the star?", "k5", "code", True),
+]
+
+
+@pytest.mark.parametrize("order", ["picture first", "question first", "own turn"])
+def test_a_row_is_the_chat_template_with_the_picture_expanded(order: str) -> None:
+    text, image = {"type": "text", "text": QUESTIONS[0].text}, {"type": "image"}
+    first = {"picture first": [image, text], "question first": [text, image], "own turn": [text]}[order]
+    messages: list[dict[str, object]] = [{"role": "user", "content": [image]}] if order == "own turn" else []
+    messages += [
+        {"role": "user", "content": first},
+        {"role": "assistant", "content": QUESTIONS[0].answer},
+        {"role": "user", "content": QUESTIONS[1].text},
+        {"role": "assistant", "content": QUESTIONS[1].answer},
+    ]
+    row = Conversation(TOKENIZER).row((448, 448), QUESTIONS, order=order)
+    template = TOKENIZER.encode(TOKENIZER.apply_chat_template(messages, tokenize=False), add_special_tokens=False)
+    picture = np.isin(row.ids, (PICTURE, NEWLINE))
+    start = int(picture.argmax())
+    collapsed = [*row.ids[:start], TOKENIZER.convert_tokens_to_ids(IMAGE), *row.ids[start + picture.sum() :]]
+    assert collapsed == template
+    assert picture.sum() == layout(448, 448).token_count
+
+
+def test_only_answers_are_learned() -> None:
+    row = Conversation(TOKENIZER).row((224, 224), QUESTIONS)
+    learned = row.targets[row.targets != NOT_ASKED]
+    assert TOKENIZER.decode(learned) == "red<|end|> k5<|end|>"
+    asked = np.flatnonzero(row.targets != NOT_ASKED)
+    assert (row.ids[asked + 1] == learned).all()
+
+
+def test_dropped_tokens_leave_gaps_and_newlines_stay() -> None:
+    conversation = Conversation(TOKENIZER)
+    full = conversation.row((448, 336), QUESTIONS)
+    thin = conversation.row((448, 336), QUESTIONS, keep=100, rng=np.random.default_rng(0))
+    assert (thin.ids == PICTURE).sum() == len(thin.features) == 100
+    assert (thin.ids == NEWLINE).sum() == (full.ids == NEWLINE).sum() == 24
+    assert (full.ids[thin.positions] == thin.ids).all()
+    visual = full.positions[full.ids == PICTURE]
+    assert (visual[thin.features] == thin.positions[thin.ids == PICTURE]).all()

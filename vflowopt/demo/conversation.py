@@ -1,0 +1,110 @@
+"""Conversations as training rows: which token stands where, at which position, and which tokens are answers.
+
+Knows tokens and positions, no weights.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from vflowopt.demo.anyres import token_sources
+from vflowopt.demo.questions import Question
+from vflowopt.demo.tokenizer import ASSISTANT, END, USER
+
+NOT_ASKED = -100
+"""Target of a token after which nothing is to be learned."""
+
+PICTURE, NEWLINE = -1, -2
+"""Stand in for ids: a picture's token, the newline at the end of a row of it."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversation about one picture.
+
+    Attributes:
+        ids: token ids (length,), with ``PICTURE`` and ``NEWLINE`` where the picture is.
+        positions: position ids (length,); a dropped visual token leaves a gap.
+        targets: the token that is to follow where it belongs to an answer, else ``NOT_ASKED``.
+        features: rows of the picture's cached features that stand at ``PICTURE``, in order.
+        turns: for every token the number of the question that it belongs to; -1 for what comes before the questions.
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    targets: np.ndarray
+    features: np.ndarray
+    turns: np.ndarray
+
+
+class Conversation:
+    """Writes conversations in the chat template's form."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._tokenizer = tokenizer
+        self._user, self._assistant, self._end = tokenizer.convert_tokens_to_ids([USER, ASSISTANT, END])
+        self._encode = lru_cache(maxsize=65536)(self._tokens)
+
+    def _tokens(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def row(
+        self,
+        size: tuple[int, int],
+        questions: list[Question],
+        *,
+        keep: int | None = None,
+        rng: np.random.Generator | None = None,
+        order: str = "picture first",
+    ) -> Row:
+        """Lay out a conversation.
+
+        Args:
+            size: the picture's width and height in pixels.
+            questions: one turn each, answered truly.
+            keep: visual tokens to keep, drawn at random by ``rng``; newlines stay beside them. All by default.
+            rng: needed with ``keep``.
+            order: "picture first", "question first" (the first question comes before the picture in its turn) or "own
+                turn" (the picture is
+                a turn without a question).
+        """
+        sources = token_sources(*size)
+        picture = np.where(sources >= 0, PICTURE, NEWLINE)
+        ids: list[int] = [self._user]
+        targets: list[int] = [NOT_ASKED]
+        turns: list[int] = [-1]
+
+        def say(tokens: tuple[int, ...], turn: int, learn: bool = False) -> None:
+            for token in tokens:
+                if learn:
+                    targets[-1] = token
+                ids.append(token)
+                targets.append(NOT_ASKED)
+                turns.append(turn)
+
+        if order == "question first":
+            say(self._encode(questions[0].text), 0)
+        say(tuple(picture.tolist()), -1)
+        if order == "own turn":
+            say((self._end, self._user), -1)
+        for number, question in enumerate(questions):
+            if number:
+                say((self._user,), number)
+            if number or order != "question first":
+                say(self._encode(question.text), number)
+            say((self._end, self._assistant), number)
+            say((*self._encode(question.answer), self._end), number, learn=True)
+
+        row = Row(
+            np.array(ids), np.arange(len(ids)), np.array(targets), np.arange(int((sources >= 0).sum())), np.array(turns)
+        )
+        return row if keep is None or keep >= len(row.features) else _thin(row, keep, rng or np.random.default_rng())
+
+
+def _thin(row: Row, keep: int, rng: np.random.Generator) -> Row:
+    chosen = np.sort(rng.permutation(len(row.features))[:keep])
+    stays = row.ids != PICTURE
+    stays[np.flatnonzero(~stays)[chosen]] = True
+    return Row(row.ids[stays], row.positions[stays], row.targets[stays], row.features[chosen], row.turns[stays])

@@ -1,0 +1,132 @@
+"""Second stage of training: the trained tower's features of many pictures, kept on disk for the stages that read them.
+
+The tower is by far the dearest part of a picture; its features are computed once and asked about many times.
+"""
+
+import pickle
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
+from transformers import SiglipVisionModel
+
+from vflowopt.demo.anyres import token_sources
+from vflowopt.demo.architecture import WIDTH, normalise
+from vflowopt.demo.labels import HEADS, label
+from vflowopt.demo.scene import Scene, generate
+from vflowopt.demo.tower import read_features
+
+_NOTHING = np.zeros((0, 0), np.uint8)
+
+
+@dataclass(frozen=True)
+class CachedPicture:
+    """Features of one picture.
+
+    Attributes:
+        scene: what the picture shows, without its pixels.
+        start, count: where its tokens lie in the cache; newline tokens have no features and are left out.
+    """
+
+    scene: Scene
+    start: int
+    count: int
+
+
+class FeatureCache:
+    """Tower features and labels of pictures, in the order in which the language model reads them.
+
+    Two flat files, read through memory maps, and an index. ``fill`` appends; what is there stays.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._features = folder / "features.bin"
+        self._labels = folder / "labels.bin"
+        self._index = folder / "index.pickle"
+        self.pictures: list[CachedPicture] = pickle.loads(self._index.read_bytes()) if self._index.exists() else []
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all pictures together."""
+        return self.pictures[-1].start + self.pictures[-1].count if self.pictures else 0
+
+    def features(self, picture: CachedPicture, rows: np.ndarray | slice = slice(None)) -> Tensor:
+        """Features (tokens, width) in bfloat16 of a picture, or of some of its tokens."""
+        stored = np.memmap(self._features, np.int16, "r", 2 * WIDTH * picture.start, (picture.count, WIDTH))
+        return torch.from_numpy(np.array(stored[rows])).view(torch.bfloat16)
+
+    def labels(self, picture: CachedPicture) -> np.ndarray:
+        """Labels (tokens, heads) of a picture, int8."""
+        return np.memmap(self._labels, np.int8, "r", len(HEADS) * picture.start, (picture.count, len(HEADS)))
+
+    @torch.no_grad()
+    def fill(
+        self, tower: SiglipVisionModel, *, minutes: float, most: int, first_seed: int, held_out: bool = False
+    ) -> None:
+        """Append pictures until so many minutes have passed or the cache holds ``most`` of them.
+
+        The picture at place ``n`` of the cache has the seed ``first_seed + n``.
+        """
+        begun = time.monotonic()
+        # Whatever a stopped run wrote after its last index is cut off.
+        for path, width in ((self._features, 2 * WIDTH), (self._labels, len(HEADS))):
+            path.touch()
+            with path.open("r+b") as file:
+                file.truncate(width * self.tokens)
+        stream = DataLoader(
+            _Pictures(first_seed + len(self), held_out), batch_size=None, num_workers=1, prefetch_factor=16
+        )
+        with self._features.open("ab") as features, self._labels.open("ab") as labels:
+            progress = tqdm(total=most, initial=len(self), desc="features", unit="picture", mininterval=10)
+            for scene, pixels, patch_labels in stream:
+                if len(self) >= most or time.monotonic() - begun > 60 * minutes:
+                    break
+                sources = torch.from_numpy(token_sources(*scene.size))
+                sources = sources[sources >= 0]
+                with torch.autocast("cpu", torch.bfloat16):
+                    hidden = read_features(tower, normalise(pixels))
+                rows = hidden.reshape(-1, WIDTH)[sources].to(torch.bfloat16)
+                features.write(rows.view(torch.int16).numpy().tobytes())
+                labels.write(patch_labels.transpose(1, 2).reshape(-1, len(HEADS))[sources].numpy().tobytes())
+                self.pictures.append(CachedPicture(scene, self.tokens, len(sources)))
+                progress.update()
+                if len(self) % 1000 == 0:
+                    self._write_index(features, labels)
+            self._write_index(features, labels)
+            progress.close()
+
+    def _write_index(self, *files: object) -> None:
+        for file in files:
+            file.flush()  # type: ignore[attr-defined]
+        partial = self._index.with_suffix(".partial")
+        partial.write_bytes(pickle.dumps(self.pictures))
+        partial.replace(self._index)
+
+
+class _Pictures(IterableDataset[tuple[Scene, Tensor, Tensor]]):
+    """Scenes of consecutive seeds with their tiles and labels; the pixels leave the scene once they are cut."""
+
+    def __init__(self, seed: int, held_out: bool) -> None:
+        self.seed, self.held_out = seed, held_out
+
+    def __iter__(self) -> Iterator[tuple[Scene, Tensor, Tensor]]:
+        seed = self.seed
+        while True:
+            scene = generate(seed, held_out=self.held_out)
+            cut = label(scene)
+            yield (
+                replace(scene, image=_NOTHING, instances=_NOTHING),
+                torch.from_numpy(cut.pixels),
+                torch.from_numpy(cut.labels),
+            )
+            seed += 1

@@ -1,0 +1,42 @@
+"""Gradients of a batch computed in shards, one processor core each.
+
+Cores that meet once per step lose less time to each other, and to whatever else the machine does, than cores that meet
+in every operation: on two shared cores this trains about half as fast again.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Shard = TypeVar("Shard")
+
+
+class ShardedGradient:
+    """Computes the mean gradient over shards of a batch, each in a thread of its own.
+
+    Args:
+        parameters: what to differentiate by; their ``.grad`` is set by every call.
+        loss: differentiable loss of one shard, run under bfloat16 autocast.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], loss: Callable[[Shard], Tensor], shards: int) -> None:
+        self.parameters = list(parameters)
+        self.shards = shards
+        self._loss = loss
+        self._threads = ThreadPoolExecutor(shards, initializer=torch.set_num_threads, initargs=(1,))
+
+    def __call__(self, shards: Sequence[Shard]) -> float:
+        """Set the parameters' gradients to the mean over ``shards``; returns the mean loss."""
+        results = list(self._threads.map(self._differentiate, shards))
+        for index, parameter in enumerate(self.parameters):
+            parts = [gradients[index] for _, gradients in results]
+            parameter.grad = torch.stack(parts).mean(0)
+        return sum(loss for loss, _ in results) / len(results)
+
+    def _differentiate(self, shard: Shard) -> tuple[float, tuple[Tensor, ...]]:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = self._loss(shard)
+        return loss.item(), torch.autograd.grad(loss, self.parameters)

@@ -1,0 +1,196 @@
+"""Fourth stage of training: projector and language model learn to answer, on cached features.
+
+Most batches carry a random part of every picture's tokens, its size drawn anew for each: several times cheaper, and the
+model cannot come to rely on how many tokens there are. A last stretch carries them all.
+"""
+
+import math
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast
+
+from vflowopt.demo.conversation import NEWLINE, NOT_ASKED, PICTURE, Conversation, Row
+from vflowopt.demo.features import CachedPicture, FeatureCache
+from vflowopt.demo.gradient import ShardedGradient
+from vflowopt.demo.questions import KINDS, ask
+from vflowopt.demo.tokenizer import PAD
+
+WEIGHTS = {
+    "colour": 1.0,
+    "shape": 1.0,
+    "code": 1.4,
+    "place": 1.0,
+    "existence": 1.2,
+    "count": 1.6,
+    "background": 0.3,
+}
+"""How often each kind is asked in training: the hard ones more often."""
+
+_TURNS = 8
+_TOKENS_PER_STEP = 6500
+_FULL_STRETCH = 0.22
+"""Share of the time, at the end, in which half of the batches carry whole pictures."""
+
+
+def logits_after(
+    model: LlavaOnevisionForConditionalGeneration, rows: list[Row], features: list[Tensor], pad: int
+) -> tuple[Tensor, Tensor]:
+    """Logits where an answer's token is to follow, and that token: (asked, vocabulary) and (asked,), row by row."""
+    length = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), length), pad)
+    positions = torch.zeros((len(rows), length), dtype=torch.long)
+    targets = torch.full((len(rows), length), NOT_ASKED)
+    for index, row in enumerate(rows):
+        size = len(row.ids)
+        ids[index, :size] = torch.from_numpy(row.ids)
+        positions[index, :size] = torch.from_numpy(row.positions)
+        targets[index, :size] = torch.from_numpy(row.targets)
+    core = model.model
+    embeds = core.language_model.embed_tokens(ids.clamp_min(0))
+    projected = core.multi_modal_projector(torch.cat(features).float()).to(embeds.dtype)
+    embeds = embeds.masked_scatter((ids == PICTURE)[..., None], projected)
+    embeds = torch.where((ids == NEWLINE)[..., None], core.image_newline, embeds)
+    hidden = decode(core.language_model, embeds, positions)
+    asked = targets != NOT_ASKED
+    return F.linear(hidden[asked], core.language_model.embed_tokens.weight), targets[asked]
+
+
+def decode(language_model: nn.Module, embeds: Tensor, positions: Tensor) -> Tensor:
+    """Causal pass over embeddings (batch, length, width) at explicit positions; rows are padded at their end, so no
+    mask is needed."""
+    rotary = language_model.rotary_emb(embeds, positions)
+    for layer in language_model.layers:
+        embeds = layer(embeds, attention_mask=None, position_embeddings=rotary)
+    return language_model.norm(embeds)
+
+
+@torch.no_grad()
+def probe(
+    model: LlavaOnevisionForConditionalGeneration,
+    conversation: Conversation,
+    cache: FeatureCache,
+    pictures: list[CachedPicture],
+    pad: int,
+    keep: float = 1.0,
+) -> dict[str, float]:
+    """Exact match per kind of question, teacher-forced, with a random share of the visual tokens; quick, for watching
+    training."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for number, picture in enumerate(pictures):
+        rng = np.random.default_rng([number, 7])
+        questions = ask(picture.scene, rng, _TURNS)
+        row = conversation.row(picture.scene.size, questions, keep=round(keep * picture.count), rng=rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, targets = logits_after(model, [row], [cache.features(picture, row.features)], pad)
+        hit = (logits.argmax(-1) == targets).numpy()
+        turns = row.turns[row.targets != NOT_ASKED]
+        for turn, question in enumerate(questions):
+            right[question.kind].append(bool(hit[turns == turn].all()))
+            right["all"].append(right[question.kind][-1])
+    return {kind: round(100 * float(np.mean(right[kind])), 1) for kind in ("all", *KINDS) if right[kind]}
+
+
+def _draw(rng: np.random.Generator, done: float) -> int | None:
+    """Visual tokens per picture of the next batch; None for all of them."""
+    if done > 1 - _FULL_STRETCH and rng.random() < 0.5:
+        return None
+    most = 500 if done < 0.5 else 900
+    return round(math.exp(rng.uniform(math.log(80), math.log(most))))
+
+
+def train_language(
+    model: LlavaOnevisionForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    cache: FeatureCache,
+    held_out: FeatureCache,
+    *,
+    minutes: float,
+    checkpoint: Path,
+    seed: int = 0,
+    shards: int = 2,
+    peak_rate: float = 1e-3,
+) -> None:
+    """Train projector, newline and language model in place, for so many minutes, resuming from ``checkpoint`` where it
+    exists."""
+    core = model.model
+    trained = nn.ModuleDict({"projector": core.multi_modal_projector, "language": core.language_model})
+    parameters = [*trained.parameters(), core.image_newline]
+    optimiser = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.01},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=peak_rate,
+        betas=(0.9, 0.98),
+    )
+    spent, step = 0.0, 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint)
+        trained.load_state_dict(state["trained"])
+        core.image_newline.data.copy_(state["newline"])
+        optimiser.load_state_dict(state["optimiser"])
+        spent, step = state["seconds"], state["step"]
+
+    def save() -> None:
+        state = {
+            "trained": trained.state_dict(),
+            "newline": core.image_newline.data,
+            "optimiser": optimiser.state_dict(),
+            "seconds": spent,
+            "step": step,
+        }
+        torch.save(state, checkpoint.with_suffix(".partial"))
+        checkpoint.with_suffix(".partial").replace(checkpoint)
+
+    conversation = Conversation(tokenizer)
+    pad = tokenizer.convert_tokens_to_ids(PAD)
+    rng = np.random.default_rng([seed, step])
+
+    def shard_loss(shard: tuple[list[Row], list[Tensor]]) -> Tensor:
+        logits, targets = logits_after(model, *shard, pad)
+        return F.cross_entropy(logits.float(), targets)
+
+    gradient = ShardedGradient(parameters, shard_loss, shards)
+    budget = 60 * minutes
+    begun, saved, smooth = time.monotonic() - spent, time.monotonic(), float("nan")
+    seen = 0
+    progress = tqdm(total=round(budget), initial=round(spent), desc="language", unit="s", mininterval=10)
+    while (spent := time.monotonic() - begun) < budget:
+        done = spent / budget
+        keep = _draw(rng, done)
+        batch = max(4, round(_TOKENS_PER_STEP / ((keep or 1100) + 150)))
+        rows, features = [], []
+        for number in rng.integers(0, len(cache), batch):
+            picture = cache.pictures[int(number)]
+            order = str(rng.choice(["picture first", "question first", "own turn"], p=[0.8, 0.1, 0.1]))
+            questions = ask(picture.scene, rng, _TURNS, WEIGHTS)
+            rows.append(conversation.row(picture.scene.size, questions, keep=keep, rng=rng, order=order))
+            features.append(cache.features(picture, rows[-1].features))
+        rate = peak_rate * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        loss = gradient([(rows[shard::shards], features[shard::shards]) for shard in range(shards)])
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        step += 1
+        seen += batch
+        smooth = loss if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss
+        progress.update(round(spent) - progress.n)
+        if time.monotonic() - saved > 120:
+            save()
+            probes = held_out.pictures[:50]
+            full, part = (probe(model, conversation, held_out, probes, pad, share) for share in (1.0, 0.25))
+            progress.write(
+                f"language step {step} ({spent:.0f} s, {seen} pictures) loss {smooth:.3f} "
+                f"held-out {full} at 25% {part['all']}"
+            )
+            saved = time.monotonic()
+    progress.close()
+    save()

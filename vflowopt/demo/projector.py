@@ -1,0 +1,105 @@
+"""How the projector starts: from what the tower already knows, in the language model's own words.
+
+Two steps that spare the language model a long plateau: the first map reads the label heads' directions and the whitened
+features, then projected object patches are pulled for some seconds towards the words for what they show.
+"""
+
+import time
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast
+
+from vflowopt.demo.architecture import WIDTH
+from vflowopt.demo.features import FeatureCache
+from vflowopt.demo.labels import HEADS
+from vflowopt.demo.scene import COLOURS, DIGITS, LETTERS, SHAPES, TINTS
+from vflowopt.demo.tower import PatchLabels
+
+_WORDS = {
+    "shape": SHAPES,
+    "colour": tuple(COLOURS),
+    "letter": tuple(LETTERS),
+    "digit": tuple(DIGITS),
+    "tint": tuple(TINTS),
+}
+
+
+def sample(cache: FeatureCache, pictures: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Features (tokens, width) in float32 and labels (tokens, heads) of a few hundred tokens of each of some
+    pictures."""
+    features, labels = [], []
+    for number in rng.permutation(len(cache))[:pictures]:
+        picture = cache.pictures[number]
+        rows = np.sort(rng.permutation(picture.count)[:256])
+        features.append(cache.features(picture, rows).float())
+        labels.append(torch.from_numpy(cache.labels(picture)[rows].astype(np.int64)))
+    return torch.cat(features), torch.cat(labels)
+
+
+@torch.no_grad()
+def start_projector(model: LlavaOnevisionForConditionalGeneration, heads: PatchLabels, features: Tensor) -> None:
+    """Point the projector's first map along the label heads' directions and the leading whitened directions of
+    ``features``.
+
+    Every output of that map starts with mean 0 and variance 1 over ``features`` (tokens, width).
+    """
+    mean = features.mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov(features.T))
+    whitened = (vectors / values.clamp_min(1e-6).sqrt()).T.flip(0)
+    known = heads.heads.weight * heads.norm.weight
+    known = known - known.mean(1, keepdim=True)
+    known = known / (features @ known.T).std(0)[:, None]
+    rows = torch.cat([known, whitened])[:WIDTH]
+    first, second = model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2
+    first.weight.copy_(rows)
+    first.bias.copy_(-rows @ mean)
+    nn.init.normal_(second.weight, std=(0.4 * WIDTH) ** -0.5)
+    nn.init.zeros_(second.bias)
+
+
+def align_with_words(
+    model: LlavaOnevisionForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    cache: FeatureCache,
+    *,
+    seconds: float,
+    rng: np.random.Generator,
+) -> float:
+    """Train the projector alone until projected patches lie nearest to the words for what they show.
+
+    Returns:
+        The share of words named rightly at the end.
+    """
+    projector = model.model.multi_modal_projector
+    embeddings = model.model.language_model.embed_tokens.weight.detach()
+    names = list(HEADS)
+    words = {}
+    for name, vocabulary in _WORDS.items():
+        # A word's last token: a lone digit is a space and the digit.
+        ids = [tokenizer.encode(word.lower(), add_special_tokens=False)[-1] for word in vocabulary]
+        words[name] = F.normalize(embeddings[torch.tensor(ids)], dim=-1)
+    optimiser = torch.optim.AdamW(projector.parameters(), lr=2e-3, weight_decay=0.0)
+    features, labels = sample(cache, 200, rng)
+    right, asked = 0, 1
+    begun = time.monotonic()
+    while time.monotonic() - begun < seconds:
+        rows = torch.from_numpy(rng.integers(0, len(features), 2048))
+        projected = F.normalize(projector(features[rows].to(projector.linear_1.weight)), dim=-1)
+        loss = projected.new_zeros(())
+        right, asked = 0, 1
+        for name, vectors in words.items():
+            target = labels[rows, names.index(name)]
+            if name != "tint":
+                target = target - 1
+            chosen = target >= 0
+            logits = 14 * projected[chosen] @ vectors.T
+            loss = loss + F.cross_entropy(logits, target[chosen], reduction="sum") / len(rows)
+            right += int((logits.argmax(-1) == target[chosen]).sum())
+            asked += int(chosen.sum())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return right / asked

@@ -1,0 +1,101 @@
+"""Train the embedded model: ``python -m vflowopt.demo.train``.
+
+Four stages, each with its budget of minutes: the tower's lower layers, features of many pictures, the scoring layer,
+the projector with the language model. Every stage writes checkpoints to a working folder and goes on from them when the
+command is given again; a stage whose minutes are spent is passed over.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vflowopt.demo import model_path
+from vflowopt.demo.architecture import configuration, initialise
+from vflowopt.demo.features import FeatureCache
+from vflowopt.demo.folder import save_folder
+from vflowopt.demo.language import train_language
+from vflowopt.demo.projector import align_with_words, sample, start_projector
+from vflowopt.demo.scoring import train_scoring
+from vflowopt.demo.tokenizer import IMAGE, build_tokenizer
+from vflowopt.demo.tower import train_tower
+
+_HELD_OUT_PICTURES = 60
+"""Pictures on held-out photographs that training is watched on; ``evaluate`` draws others."""
+
+
+def train(
+    work: Path,
+    folder: Path,
+    *,
+    tower_minutes: float,
+    feature_minutes: float,
+    scoring_minutes: float,
+    language_minutes: float,
+    pictures: int,
+    seed: int,
+) -> None:
+    """Run all stages and save the model.
+
+    Args:
+        work: folder for checkpoints and cached features (0.4 MB per picture).
+        folder: where the finished model goes.
+        tower_minutes, feature_minutes, scoring_minutes, language_minutes: budget of each stage.
+        pictures: most pictures to cache.
+        seed: of everything drawn; budgets in minutes still make a run depend on the machine's speed.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer()
+    image, pad = tokenizer.convert_tokens_to_ids(IMAGE), tokenizer.pad_token_id
+    model = initialise(configuration(len(tokenizer), image, tokenizer.eos_token_id, pad), seed)
+    tower = model.model.vision_tower
+    heads = train_tower(tower, minutes=tower_minutes, checkpoint=work / "tower.pt", seed=seed)
+
+    cache, held_out = FeatureCache(work / "features"), FeatureCache(work / "held-out")
+    held_out.fill(tower, minutes=2, most=_HELD_OUT_PICTURES, first_seed=seed * 10**9, held_out=True)
+    if not len(cache):
+        cache.fill(tower, minutes=feature_minutes, most=pictures, first_seed=(seed + 1) * 10**9)
+    train_scoring(tower, cache, minutes=scoring_minutes, checkpoint=work / "scoring.pt", seed=seed)
+
+    checkpoint = work / "language.pt"
+    if not checkpoint.exists():
+        rng = np.random.default_rng(seed)
+        features, _ = sample(cache, 100, rng)
+        start_projector(model, heads, features)
+        aligned = align_with_words(model, tokenizer, cache, seconds=20, rng=rng)
+        print(f"projector: {100 * aligned:.1f}% of the words of patches named rightly")
+    train_language(model, tokenizer, cache, held_out, minutes=language_minutes, checkpoint=checkpoint, seed=seed)
+    save_folder(model, tokenizer, folder)
+    print(f"saved the model to {folder}")
+
+
+def main() -> None:
+    """Read the command line and train."""
+    parser = argparse.ArgumentParser(description="Train the embedded model on pictures that it generates.")
+    parser.add_argument("--work", type=Path, default=Path("out/demo-model"), help="checkpoints and cached features")
+    parser.add_argument("--folder", type=Path, default=model_path(), help="where the finished model goes")
+    parser.add_argument("--tower-minutes", type=float, default=40, help="budget of the vision tower")
+    parser.add_argument("--feature-minutes", type=float, default=8, help="budget for caching features")
+    parser.add_argument("--scoring-minutes", type=float, default=3, help="budget of the scoring layer")
+    parser.add_argument("--language-minutes", type=float, default=50, help="budget of projector and language model")
+    parser.add_argument("--pictures", type=int, default=16000, help="most pictures to cache, 0.4 MB each")
+    parser.add_argument("--threads", type=int, default=0, help="processor threads; 0: as many as torch likes")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    train(
+        options.work,
+        options.folder,
+        tower_minutes=options.tower_minutes,
+        feature_minutes=options.feature_minutes,
+        scoring_minutes=options.scoring_minutes,
+        language_minutes=options.language_minutes,
+        pictures=options.pictures,
+        seed=options.seed,
+    )
+
+
+if __name__ == "__main__":
+    main()
