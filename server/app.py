@@ -8,6 +8,7 @@ import signal
 import structlog
 import torch
 import uvloop
+from transformers.utils.logging import disable_progress_bar
 
 from vflow_server.service import Service
 from vflow_server.settings import Settings
@@ -29,6 +30,7 @@ def run(settings: Settings) -> None:
         torch.set_num_threads(settings.threads)
     model = settings.model or str(model_path())
     log.info("loading the model", model=model, device=settings.device, dtype=settings.dtype)
+    disable_progress_bar()  # it would stand between the lines of the log
     runtime = Runtime.load(model, device=settings.device, dtype=settings.dtype, kv_budget=settings.kv_budget)
     log.info("model loaded", revision=runtime.revision, layers=runtime.layers, kv_bytes=runtime.pool.bytes_total)
     uvloop.run(_serve(runtime, settings))

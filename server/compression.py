@@ -89,8 +89,8 @@ class Compression(compression_pb2_grpc.CompressionServicer):
         if embeddings:
             response.embeddings = save(
                 {
-                    "embeddings": image.embeddings.contiguous().cpu(),
-                    "positions": image.positions.contiguous(),
+                    "embeddings": image.embeddings.cpu().contiguous(),
+                    "positions": image.positions.clone(),  # safetensors takes no two tensors of one memory
                     "kept": image.kept[0].contiguous(),
                 }
             )

@@ -217,7 +217,6 @@ class Engine:
             log.exception("the engine died")
             self._refusal = engine_failed
             self._on_death()
-            raise
         finally:
             self._abandon_all()
 

@@ -16,10 +16,13 @@ def configure(log_format: str, log_level: str) -> None:
         log_level: ``debug``, ``info``, ``warning`` or ``error``.
     """
     machine = log_format == "json"
+    # Plain tracebacks in both: those with local variables would write users' texts and pictures into the log.
     renderer: list[structlog.typing.Processor] = (
-        [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
         if machine
-        else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        else [
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
+        ]
     )
     structlog.configure(
         processors=[

@@ -1,0 +1,173 @@
+"""A real `vflow serve` process: how it starts, serves and ends."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+from tests.server.conftest import Serve
+from tests.server.waiting import until
+from vflow_client import CapacityExhausted, Client, RetryPolicy, VFlowError, connect
+from vflow_server.cli import main
+
+LONG_ANSWER = 11
+"""A seed with which the model goes on talking for thousands of tokens."""
+
+
+class Process:
+    """A service process, ready to serve."""
+
+    def __init__(self, *flags: str) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "vflow_server",
+            "serve",
+            "--port",
+            "0",
+            "--threads",
+            "1",
+            "--log-format",
+            "json",
+            *flags,
+        ]
+        self.popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert self.popen.stdout is not None
+        ready = self.popen.stdout.readline()
+        assert ready.startswith("VFlow is ready on 127.0.0.1:"), self.popen.communicate()[1]
+        self.address = ready.split()[-1]
+
+    def stop(self, number: int = signal.SIGTERM) -> list[dict[str, object]]:
+        """Send a signal and wait for the end; returns the log."""
+        self.popen.send_signal(number)
+        return self.ended()
+
+    def ended(self) -> list[dict[str, object]]:
+        """Wait for the end; returns the log."""
+        _, log = self.popen.communicate(timeout=30)
+        return [json.loads(line) for line in log.splitlines()]
+
+
+@pytest.fixture
+def process(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Process]:
+    monkeypatch.setenv("VFLOW_MAX_SESSIONS", "3")
+    process = Process("--model", str(model_folder), "--grace", "3s")
+    yield process
+    if process.popen.poll() is None:
+        process.popen.kill()
+        process.popen.communicate()
+
+
+@pytest.fixture
+def client(process: Process) -> Iterator[Client]:
+    with connect(process.address, timeout=20, retry=RetryPolicy(attempts=1)) as client:
+        yield client
+
+
+def chats(log: list[dict[str, object]]) -> list[object]:
+    return [line["outcome"] for line in log if line.get("method") == "Conversations/Chat"]
+
+
+def test_it_serves_and_a_stop_lets_a_running_turn_end(process: Process, client: Client) -> None:
+    services = {f"vflow.v1.{name}" for name in ("Conversations", "Compression", "Strategies")}
+    with grpc.insecure_channel(process.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for service in ("", *services):
+            answer = health.Check(health_pb2.HealthCheckRequest(service=service))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        assert services < set(ProtoReflectionDescriptorDatabase(channel).get_services())
+    assert main(["health", "--address", process.address]) == 0
+
+    session = client.session()
+    answer = session.ask("Go on", max_new_tokens=60, temperature=1.0, seed=LONG_ANSWER)
+    next(answer)
+    process.popen.send_signal(signal.SIGTERM)
+    answer.read()
+    assert answer.usage.completion_tokens == 60
+    log = process.ended()
+    assert process.popen.returncode == 0
+    milestones = [line["event"] for line in log if line["event"] in ("ready", "stopping", "stopped")]
+    assert milestones == ["ready", "stopping", "stopped"] and chats(log) == ["OK"]
+    assert main(["health", "--address", process.address]) == 1
+
+
+ASKING = """
+import sys
+from vflow_client import connect
+session = connect(sys.argv[1]).attach(sys.argv[2])
+answer = session.ask("Go on", max_new_tokens=4096, temperature=1.0, seed=int(sys.argv[3]))
+next(answer)
+print("begun", flush=True)
+answer.read()
+"""
+
+
+def test_a_killed_client_leaks_nothing_and_a_stop_has_its_limit(process: Process, client: Client) -> None:
+    with client.session() as undisturbed:
+        expected = undisturbed.ask("Hello", max_new_tokens=8).read()
+    session = client.session()
+    command = [sys.executable, "-c", ASKING, process.address, session.name, str(LONG_ANSWER)]
+    asking = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert asking.stdout is not None and asking.stdout.readline() == "begun\n"
+    assert session.state().turn_count == 0
+    asking.kill()
+    asking.communicate()
+    until(lambda: session.state().kv_bytes == 0)
+    assert session.ask("Hello", max_new_tokens=8).read() == expected
+    assert session.state().turn_count == 1
+
+    others = [client.session(), client.session()]
+    with pytest.raises(CapacityExhausted):  # VFLOW_MAX_SESSIONS
+        client.session()
+    endless = others[0].ask("Go on", max_new_tokens=4096, temperature=1.0, seed=LONG_ANSWER)
+    next(endless)
+    log = process.stop(signal.SIGINT)
+    assert process.popen.returncode == 0 and log[-1]["event"] == "stopped"
+    assert chats(log) == ["OK", "CANCELLED", "OK", "CANCELLED"]
+    with pytest.raises(VFlowError):
+        endless.read()
+
+
+def unknown_family(folder: Path) -> Path:
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    return folder
+
+
+UNSERVABLE: dict[str, tuple[Callable[[Path], list[str]], str]] = {
+    "a folder that is not there": (lambda folder: ["--model", str(folder / "none")], "existing folder"),
+    "an empty folder": (lambda folder: ["--model", str(folder)], "no config.json"),
+    "an unknown family": (lambda folder: ["--model", str(unknown_family(folder))], "family 'gpt2'"),
+    "an unknown type": (lambda folder: ["--dtype", "float8"], "choose one of"),
+    "no room": (lambda folder: ["--kv-budget", "10"], "does not hold one page"),
+    "a port that cannot be": (lambda folder: ["--port", "99999"], "--port is '99999'"),
+    "a settings file that is not there": (lambda folder: ["--config", str(folder / "none")], "cannot be read"),
+}
+
+
+@pytest.mark.parametrize(("flags", "complaint"), UNSERVABLE.values(), ids=UNSERVABLE)
+def test_what_cannot_be_served_ends_with_one_clear_line(
+    flags: Callable[[Path], list[str]],
+    complaint: str,
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # In this process, because a new one takes seconds to import the model's libraries.
+    monkeypatch.setattr("vflow_server.logging.configure", lambda *settings: None)
+    assert main(["serve", "--model", str(model_folder), *flags(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert complaint in told and told.startswith("vflow: ") and told.count("\n") == 1
+
+
+def test_an_address_that_is_taken_is_said_to_be(serve: Serve) -> None:
+    port = serve().address.rpartition(":")[2]
+    with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}"):
+        serve(port=port)

@@ -1,0 +1,84 @@
+"""Where settings come from, and which of them wins."""
+
+from pathlib import Path
+
+import pytest
+
+from vflow_server.option import OptionError
+from vflow_server.settings import Settings, load, options
+
+
+def test_a_flag_wins_over_a_variable_over_the_file_over_the_default(tmp_path: Path) -> None:
+    file = tmp_path / "vflow.toml"
+    file.write_text('port = 1\nkv_budget = "2MiB"\nhost = "from.file"\n')
+    settings = load({"port": "3"}, {"VFLOW_PORT": "2", "VFLOW_KV_BUDGET": "3KiB", "VFLOW_MODEL": ""}, file)
+    assert (settings.port, settings.kv_budget, settings.host) == (3, 3072, "from.file")
+    assert settings.grace == Settings().grace == 10.0 and settings.model is None
+    assert load({}, {"VFLOW_CONFIG": str(file)}).port == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("kv_budget", "1.5GiB", 3 * 2**29),
+        ("kv_budget", "4096", 4096),
+        ("kv_budget", "10 MB", 10_000_000),
+        ("idle_timeout", "90", 90.0),
+        ("idle_timeout", "2h", 7200.0),
+        ("grace", "250ms", 0.25),
+        ("data_dir", "/tmp/x", Path("/tmp/x")),
+        ("log_format", "json", "json"),
+    ],
+)
+def test_values_are_read_as_people_write_them(name: str, text: str, value: object) -> None:
+    assert getattr(load({name: text}, {}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("port", "70000"),
+        ("port", "http"),
+        ("max_sessions", "0"),
+        ("kv_budget", "lots"),
+        ("kv_budget", "0"),
+        ("kv_budget", "-1GiB"),
+        ("idle_timeout", "soon"),
+        ("idle_timeout", "nan"),
+        ("log_level", "loud"),
+        ("log_format", "xml"),
+    ],
+)
+def test_a_value_that_cannot_be_used_names_its_source(name: str, text: str) -> None:
+    with pytest.raises(OptionError, match=f"--{name.replace('_', '-')} is '{text}': expected"):
+        load({name: text}, {})
+    with pytest.raises(OptionError, match=f"VFLOW_{name.upper()} is"):
+        load({}, {f"VFLOW_{name.upper()}": text})
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("kv_budgt = 3", "did you mean 'kv_budget'"),
+        ("kv_budget = [1]", "must be a text or a number"),
+        ("port = true", "must be a text or a number"),
+        ("port = ", "not valid TOML"),
+        ("port = 700000", "port in .* is '700000'"),
+        ("[serve]\nport = 1", "no setting"),
+    ],
+)
+def test_a_file_that_cannot_be_used(tmp_path: Path, text: str, complaint: str) -> None:
+    file = tmp_path / "vflow.toml"
+    file.write_text(text)
+    with pytest.raises(OptionError, match=complaint):
+        load({}, {}, file)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="cannot be read"):
+        load({}, {}, tmp_path / "none.toml")
+
+
+def test_every_default_reads_back_as_itself() -> None:
+    shown = {name: declared.shown for name, declared in options().items() if declared.shown != "unset"}
+    assert load(shown, {}) == Settings()

@@ -1,0 +1,12 @@
+"""Waiting for what happens in another thread or process."""
+
+import time
+from collections.abc import Callable
+
+
+def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    """Wait for ``condition``; fails if it does not come true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
