@@ -3,10 +3,14 @@
 Pruning is piecewise constant in depth, so all layers of a stage hold the same tokens and share one length. A page holds
 ``page_size`` tokens of *one* layer: stages of any depth, cut differently by different strategies, then live in one
 pool without fragmenting it. The cache stores physical slots only; positions are the conversation's business.
+
+Pages are counted by reference. A fork shares all pages of its origin, and whoever writes into a page that others hold,
+too, gets a copy of it first.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -31,7 +35,7 @@ class PoolExhausted(RuntimeError):
 
 
 class PagePool:
-    """A preallocated store of KV pages.
+    """A preallocated store of KV pages, counted by reference.
 
     Args:
         budget: bytes that keys and values may take together; rounded down to whole pages.
@@ -40,6 +44,10 @@ class PagePool:
         head_dim: channels of a head.
         dtype: type of the stored keys and values.
         device: where they live.
+
+    Attributes:
+        keys: [slots, heads, head_dim]; a slot holds one token in one layer, a page is ``page_size`` slots in a row.
+        values: like ``keys``.
 
     Raises:
         ValueError: the budget does not hold a single page.
@@ -61,15 +69,17 @@ class PagePool:
         self.pages = budget // self.page_bytes
         if self.pages < 1:
             raise ValueError(f"a KV budget of {budget} bytes does not hold one page of {self.page_bytes} bytes")
-        # One row per token slot; a page is page_size consecutive rows.
         shape = (self.pages * page_size, heads, head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        # Zeros, not garbage: attention over padded rows multiplies what lies in unwritten slots by a weight of zero,
+        # and zero times NaN is NaN. The system hands out zeroed memory lazily, so nothing is touched yet.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
         self._free = list(range(self.pages - 1, -1, -1))
+        self._references = [0] * self.pages
 
     @property
     def free_pages(self) -> int:
-        """Pages that nobody owns."""
+        """Pages that nobody holds."""
         return len(self._free)
 
     @property
@@ -79,11 +89,11 @@ class PagePool:
 
     @property
     def bytes_used(self) -> int:
-        """Bytes of the pages that are owned."""
+        """Bytes of the pages that are held, each counted once however many hold it."""
         return (self.pages - len(self._free)) * self.page_bytes
 
     def take(self, count: int) -> list[int]:
-        """Take ``count`` pages.
+        """Take ``count`` free pages, with one reference each.
 
         Raises:
             PoolExhausted: fewer are free; nothing is taken then.
@@ -92,24 +102,51 @@ class PagePool:
             raise PoolExhausted(count, len(self._free), self.pages)
         taken = self._free[len(self._free) - count :]
         del self._free[len(self._free) - count :]
+        for page in taken:
+            self._references[page] = 1
         return taken
 
+    def share(self, pages: Iterable[int]) -> None:
+        """Add a reference to pages that are held."""
+        for page in pages:
+            self._references[page] += 1
+
+    def shared(self, page: int) -> bool:
+        """Whether more than one holds ``page``."""
+        return self._references[page] > 1
+
     def give_back(self, pages: Iterable[int]) -> None:
-        """Return pages that were taken."""
-        self._free.extend(pages)
+        """Drop a reference to each page; those that nobody holds any more become free."""
+        for page in pages:
+            self._references[page] -= 1
+            if not self._references[page]:
+                self._free.append(page)
+
+    def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
+        """Copy the contents of pages."""
+        from_slots, to_slots = self.slots(torch.tensor(source)), self.slots(torch.tensor(target))
+        for store in (self.keys, self.values):
+            store[to_slots] = store[from_slots]
+
+    def slots(self, pages: Tensor) -> Tensor:
+        """The slots of pages [..., n] in order, int64 [..., n * page_size], on the pool's device."""
+        offsets = torch.arange(self.page_size)
+        return (pages[..., None] * self.page_size + offsets).flatten(-2).to(self.keys.device)
 
     def check_integrity(self, owners: Iterable[StagedCache]) -> None:
-        """Prove that each page is either free or owned by exactly one of ``owners``.
+        """Prove that each page is either free or held, exactly as often as ``owners`` hold it.
 
         Raises:
-            AssertionError: a page is lost, or owned twice.
+            AssertionError: a page is lost, or its references and its owners differ.
         """
-        owned = [page for owner in owners for page in owner.owned_pages()]
-        seen = sorted(owned + self._free)
-        if seen != list(range(self.pages)):
-            lost = sorted(set(range(self.pages)) - set(seen))
-            twice = sorted({page for page in seen if seen.count(page) > 1}) if len(seen) != len(set(seen)) else []
-            raise AssertionError(f"KV pool corrupt: pages lost {lost[:8]}, pages owned twice {twice[:8]}")
+        held = Counter(page for owner in owners for page in owner.owned_pages())
+        wrong = [page for page in range(self.pages) if self._references[page] != held[page]]
+        free = Counter(self._free)
+        astray = [page for page in range(self.pages) if free[page] != (0 if self._references[page] else 1)]
+        if wrong or astray:
+            raise AssertionError(
+                f"KV pool corrupt: references differ from owners at pages {wrong[:8]}, free list wrong at {astray[:8]}"
+            )
 
 
 class StageTable:
@@ -118,41 +155,78 @@ class StageTable:
     Attributes:
         layers: the decoder layers of the stage.
         length: tokens held.
-        blocks: int64 [layers, blocks], the pages of each layer, in token order.
+        slots: int64 [layers, room], the pool's slot of each token in each layer; ``room`` is whole pages.
     """
 
     def __init__(self, pool: PagePool, layers: range) -> None:
         self.pool = pool
         self.layers = layers
         self.length = 0
-        self.blocks = torch.empty(len(layers), 0, dtype=torch.int64)
-        # Rows of the pool's tensors, one per token that the pages have room for: [layers, blocks * page_size].
-        self._slots = torch.empty(len(layers), 0, dtype=torch.int64, device=pool.keys.device)
+        # One list of pages per layer would do; one per block is what growing, sharing and cutting touch.
+        self.blocks: list[list[int]] = []
+        self.slots = torch.empty(len(layers), 0, dtype=torch.int64, device=pool.keys.device)
+
+    def blocks_for(self, length: int) -> int:
+        """Blocks that ``length`` tokens take; a block is one page in each layer of the stage."""
+        return -(-length // self.pool.page_size)
 
     def pages_for(self, length: int) -> int:
         """Pages, over all layers of the stage, that ``length`` tokens take."""
-        return -(-length // self.pool.page_size) * len(self.layers)
+        return self.blocks_for(length) * len(self.layers)
 
-    def resize(self, pages: Sequence[int], blocks: int) -> list[int]:
-        """Append ``pages``, whole blocks, then keep the first ``blocks`` blocks; returns the pages cut off."""
-        added = torch.tensor(pages, dtype=torch.int64).reshape(-1, len(self.layers)).T
-        table = torch.cat((self.blocks, added), dim=1)
-        self.blocks, cut = table[:, :blocks], table[:, blocks:]
-        offsets = torch.arange(self.pool.page_size)
-        slots = (self.blocks[:, :, None] * self.pool.page_size + offsets).reshape(len(self.layers), -1)
-        self._slots = slots.to(self.pool.keys.device)
-        return [int(page) for page in cut.flatten()]
+    def pages_to_write(self, more: int) -> int:
+        """Pages to take before ``more`` tokens can be written: new ones, and a copy of a last block that is shared."""
+        if not more:
+            return 0
+        new = max(self.pages_for(self.length + more) - len(self.blocks) * len(self.layers), 0)
+        return new + (len(self.layers) if self._last_block_shared() else 0)
 
-    def write(self, layer: int, key: Tensor, value: Tensor, start: int) -> None:
-        """Store the keys and values [tokens, heads, head_dim] of ``layer`` from token ``start`` on."""
-        slots = self._slots[layer - self.layers.start, start : start + key.shape[0]]
-        self.pool.keys.index_copy_(0, slots, key)
-        self.pool.values.index_copy_(0, slots, value)
+    def make_writable(self, more: int, pages: list[int]) -> None:
+        """Use exactly :meth:`pages_to_write` pages to make room for ``more`` tokens that nobody else sees."""
+        if not pages:
+            return
+        if self._last_block_shared():
+            place, depth = self.length // self.pool.page_size, len(self.layers)
+            old, self.blocks[place], pages = self.blocks[place], pages[:depth], pages[depth:]
+            self.pool.copy(old, self.blocks[place])
+            self.pool.give_back(old)
+        depth = len(self.layers)
+        self.blocks += [pages[first : first + depth] for first in range(0, len(pages), depth)]
+        self._update_slots()
 
-    def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
-        """The first ``length`` keys and values of ``layer``, copied together, each [length, heads, head_dim]."""
-        slots = self._slots[layer - self.layers.start, :length]
-        return self.pool.keys.index_select(0, slots), self.pool.values.index_select(0, slots)
+    def truncate(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens and give back the blocks that they do not reach."""
+        if length > self.length:
+            raise ValueError(f"cannot truncate a stage of {self.length} tokens to {length}")
+        self.length = length
+        cut = self.blocks[self.blocks_for(length) :]
+        if cut:
+            del self.blocks[self.blocks_for(length) :]
+            self.pool.give_back(page for block in cut for page in block)
+            self._update_slots()
+
+    def fork(self) -> StageTable:
+        """A table over the same tokens, sharing every page that holds any."""
+        twin = StageTable(self.pool, self.layers)
+        twin.length = self.length
+        twin.blocks = [list(block) for block in self.blocks[: self.blocks_for(self.length)]]
+        self.pool.share(page for block in twin.blocks for page in block)
+        twin._update_slots()
+        return twin
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Copies of all keys and values of ``layer``, each [length, heads, head_dim]."""
+        slots = self.slots[layer - self.layers.start, : self.length]
+        return self.pool.keys[slots], self.pool.values[slots]
+
+    def _last_block_shared(self) -> bool:
+        """Whether the next token falls into a block that others hold, too."""
+        place = self.length // self.pool.page_size
+        return place < len(self.blocks) and self.pool.shared(self.blocks[place][0])
+
+    def _update_slots(self) -> None:
+        pages = torch.tensor(self.blocks, dtype=torch.int64).reshape(-1, len(self.layers)).T
+        self.slots = self.pool.slots(pages)
 
 
 class StagedCache:
@@ -177,8 +251,8 @@ class StagedCache:
 
     @property
     def bytes_held(self) -> int:
-        """Bytes of the pages owned."""
-        return sum(stage.blocks.numel() for stage in self.stages) * self.pool.page_bytes
+        """Bytes of the pages held, shared ones included."""
+        return sum(len(stage.blocks) * len(stage.layers) for stage in self.stages) * self.pool.page_bytes
 
     def reserve(self, tokens: Sequence[int]) -> None:
         """Make room for ``tokens[s]`` more tokens in each stage ``s``; lengths do not change yet.
@@ -186,17 +260,13 @@ class StagedCache:
         Raises:
             PoolExhausted: not enough free pages; nothing changed.
         """
-        shortages = [
-            max(stage.pages_for(stage.length + more) - stage.blocks.numel(), 0)
-            for stage, more in zip(self.stages, tokens, strict=True)
-        ]
-        if not any(shortages):
+        wanted = [stage.pages_to_write(more) for stage, more in zip(self.stages, tokens, strict=True)]
+        if not any(wanted):
             return
-        pages = self.pool.take(sum(shortages))
-        for stage, shortage in zip(self.stages, shortages, strict=True):
-            mine, pages = pages[:shortage], pages[shortage:]
-            if mine:
-                stage.resize(mine, stage.blocks.shape[1] + shortage // len(stage.layers))
+        pages = self.pool.take(sum(wanted))
+        for stage, more, count in zip(self.stages, tokens, wanted, strict=True):
+            stage.make_writable(more, pages[:count])
+            pages = pages[count:]
 
     def advance(self, tokens: Sequence[int]) -> None:
         """Count ``tokens[s]`` tokens, written into room reserved before, as held."""
@@ -204,19 +274,24 @@ class StagedCache:
             stage.length += more
 
     def truncate(self, lengths: Sequence[int]) -> None:
-        """Forget all but the first ``lengths[s]`` tokens of each stage and give back the pages they leave empty."""
+        """Forget all but the first ``lengths[s]`` tokens of each stage and give back the pages they leave empty.
+
+        Raises:
+            ValueError: a stage holds fewer.
+        """
         for stage, length in zip(self.stages, lengths, strict=True):
-            if length > stage.length:
-                raise ValueError(f"cannot truncate a stage of {stage.length} tokens to {length}")
-            stage.length = length
-            blocks = -(-length // self.pool.page_size)
-            if blocks < stage.blocks.shape[1]:
-                self.pool.give_back(stage.resize((), blocks))
+            stage.truncate(length)
 
     def free(self) -> None:
         """Give back every page; the cache is empty and usable afterwards."""
         self.truncate([0] * len(self.stages))
 
+    def fork(self) -> StagedCache:
+        """A second cache over the same tokens, sharing all pages until one of the two writes into one."""
+        twin = StagedCache(self.pool, [stage.layers.start for stage in self.stages], len(self.stage_of_layer))
+        twin.stages = [stage.fork() for stage in self.stages]
+        return twin
+
     def owned_pages(self) -> list[int]:
-        """Every page owned, in no particular order."""
-        return [int(page) for stage in self.stages for page in stage.blocks.flatten()]
+        """Every page held, in no particular order."""
+        return [page for stage in self.stages for block in stage.blocks for page in block]

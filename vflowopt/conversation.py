@@ -17,13 +17,27 @@ Item = int | CompressedImage
 """What a log is made of: a token id, or a compressed picture."""
 
 
+@dataclass(frozen=True, order=True)
+class Progress:
+    """How far a cache has come through its log.
+
+    Attributes:
+        items: whole items cached.
+        offset: tokens cached of the item after those; only a picture is ever cached in part.
+        position: the logical position at which that item begins.
+    """
+
+    items: int = 0
+    offset: int = 0
+    position: int = 0
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A state to roll back to. Made by :meth:`Conversation.checkpoint`, good for that conversation alone."""
 
     items: int
-    cached_items: int
-    cached_position: int
+    cached: Progress
     lengths: tuple[int, ...]
 
 
@@ -37,21 +51,29 @@ class Conversation:
 
     Attributes:
         log: all items said, in order. Append to it only what the model shall read next.
-        cached_items: how many of the first items the cache covers.
-        cached_position: the logical position after those items.
+        cached: how much of the log the cache covers.
     """
 
     def __init__(self, pool: PagePool, strategy: Strategy, layers: int) -> None:
         self.strategy = strategy
         self.log: list[Item] = []
         self.cache = StagedCache(pool, strategy.starts, layers)
-        self.cached_items = 0
-        self.cached_position = 0
+        self.cached = Progress()
+
+    @property
+    def cached_items(self) -> int:
+        """Whole items that the cache covers."""
+        return self.cached.items
 
     @property
     def position(self) -> int:
         """The logical position of the next item."""
-        return self.cached_position + sum(map(span, self.log[self.cached_items :]))
+        return self.cached.position + sum(map(span, self.log[self.cached.items :]))
+
+    @property
+    def pending_tokens(self) -> int:
+        """Tokens of the first stage that are said but not cached yet."""
+        return sum(map(tokens_in, self.log[self.cached.items :])) - self.cached.offset
 
     @property
     def kv_bytes(self) -> int:
@@ -61,37 +83,48 @@ class Conversation:
     @property
     def kv_bytes_full(self) -> int:
         """Bytes of the pages that an unpruned cache of the cached items would hold."""
-        tokens = sum(item.tokens if isinstance(item, CompressedImage) else 1 for item in self.log[: self.cached_items])
+        tokens = sum(item.tokens if isinstance(item, CompressedImage) else 1 for item in self.log[: self.cached.items])
         return sum(stage.pages_for(tokens) for stage in self.cache.stages) * self.cache.pool.page_bytes
 
     @property
     def resident(self) -> bool:
         """Whether any of the log is cached."""
-        return self.cached_items > 0
+        return self.cached > Progress()
 
     def checkpoint(self) -> Checkpoint:
         """The present state, to come back to by :meth:`rollback`."""
-        return Checkpoint(len(self.log), self.cached_items, self.cached_position, self.cache.lengths)
+        return Checkpoint(len(self.log), self.cached, self.cache.lengths)
 
     def rollback(self, checkpoint: Checkpoint) -> None:
         """Forget everything said since ``checkpoint``; pages that become empty are given back."""
         del self.log[checkpoint.items :]
         # A release since the checkpoint may have left less cached than it had: then there is nothing to cut.
-        if self.cached_items > checkpoint.cached_items:
+        if self.cached > checkpoint.cached:
             self.cache.truncate(checkpoint.lengths)
-            self.cached_items = checkpoint.cached_items
-            self.cached_position = checkpoint.cached_position
+            self.cached = checkpoint.cached
+
+    def fork(self) -> Conversation:
+        """A second conversation with the same past; the two share pages until one of them writes into one."""
+        twin = Conversation(self.cache.pool, self.strategy, len(self.cache.stage_of_layer))
+        twin.log = list(self.log)
+        twin.cache = self.cache.fork()
+        twin.cached = self.cached
+        return twin
 
     def release(self) -> None:
         """Give back all pages and keep the log: the next extension rebuilds the cache. Idempotent."""
         self.cache.free()
-        self.cached_items = 0
-        self.cached_position = 0
+        self.cached = Progress()
 
 
 def span(item: Item) -> int:
     """Logical positions that an item takes."""
     return item.span if isinstance(item, CompressedImage) else 1
+
+
+def tokens_in(item: Item) -> int:
+    """Tokens of the first stage that an item is."""
+    return len(item.kept[0]) if isinstance(item, CompressedImage) else 1
 
 
 def tokens_per_stage(items: Sequence[Item], stages: int) -> list[int]:

@@ -7,6 +7,7 @@ number of conversations as one flat batch. It knows no requests, no sessions and
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vflowopt.attention import Span
-from vflowopt.cache import PagePool
+from vflowopt.attention import AttentionPlan
+from vflowopt.cache import PagePool, StagedCache
 from vflowopt.chat import ChatFormat
 from vflowopt.compression import CompressedImage, compress
-from vflowopt.conversation import Conversation, Item, span, tokens_per_stage
+from vflowopt.conversation import Conversation, Item, Progress
 from vflowopt.models import MultimodalModel, load_model
 from vflowopt.picture import Picture
 from vflowopt.strategy import Strategy
@@ -98,7 +99,6 @@ class Runtime:
         strategy.check(self.layers)
         return Conversation(self.pool, strategy, self.layers)
 
-    @torch.inference_mode()
     def extend(self, conversation: Conversation, items: Sequence[Item], *, want_logits: bool = True) -> Tensor | None:
         """Append items to a conversation's log and run everything that its cache does not cover yet.
 
@@ -111,17 +111,15 @@ class Runtime:
             PoolExhausted: too few pages are free.
             ValueError: there is nothing to run.
         """
-        before = len(conversation.log)
+        before = conversation.checkpoint()
         conversation.log.extend(items)
         try:
-            segment = self._segment(conversation)
-            hidden = self._forward([segment])
+            (logits,) = self.advance([conversation], want_logits=want_logits)
         except BaseException:
-            del conversation.log[before:]
+            conversation.rollback(before)
             raise
-        return self._logits(hidden[0]) if want_logits else None
+        return logits
 
-    @torch.inference_mode()
     def decode(self, conversations: Sequence[Conversation], tokens: Sequence[int]) -> Tensor:
         """Append one token to each conversation and run them all in one step.
 
@@ -136,68 +134,117 @@ class Runtime:
         for conversation, token in zip(conversations, tokens, strict=True):
             conversation.log.append(token)
         try:
-            hidden = self._forward([self._segment(conversation) for conversation in conversations])
+            logits = self.advance(conversations)
         except BaseException:
             for conversation in conversations:
                 del conversation.log[-1]
             raise
-        return self._logits(hidden)
+        return torch.stack([row for row in logits if row is not None])
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.model.head(self.model.decoder.norm(hidden)).float()
+    @torch.inference_mode()
+    def advance(
+        self,
+        conversations: Sequence[Conversation],
+        limits: Sequence[int | None] | None = None,
+        *,
+        want_logits: bool = True,
+    ) -> list[Tensor | None]:
+        """Run what the caches of conversations do not cover of their logs yet, all in one batch.
+
+        Args:
+            conversations: each with something to run; all different.
+            limits: tokens to run of each at most (first-stage tokens, at least 1); None: all of them.
+            want_logits: False where nobody will read them.
+
+        Returns:
+            For each conversation, float32 logits [vocabulary] after its last item, or None where they are not wanted
+            or something is left to run.
+
+        Raises:
+            PoolExhausted: too few pages are free; no cache has changed.
+            ValueError: a conversation has nothing to run.
+        """
+        limits = limits or [None] * len(conversations)
+        segments = [self._segment(each, limit) for each, limit in zip(conversations, limits, strict=True)]
+        hidden = self._forward(segments)
+        done = [place for place, segment in enumerate(segments) if segment.to.items == len(segment.conversation.log)]
+        logits: list[Tensor | None] = [None] * len(segments)
+        if want_logits and done:
+            rows: Tensor = self.model.head(self.model.decoder.norm(hidden[done])).float()
+            for place, row in zip(done, rows, strict=True):
+                logits[place] = row
         return logits
 
-    def _segment(self, conversation: Conversation) -> _Segment:
+    def _segment(self, conversation: Conversation, limit: int | None) -> _Segment:
         """What a conversation has to run, as flat tensors, with room for it reserved in its cache."""
-        items = conversation.log[conversation.cached_items :]
+        items, offset = conversation.log[conversation.cached.items :], conversation.cached.offset
         if not items:
             raise ValueError("the conversation has nothing to run: its cache covers its whole log")
-        counts = tokens_per_stage(items, len(conversation.cache.stages))
-        conversation.cache.reserve(counts)
-        embed, last = self.model.decoder.embed_tokens, len(counts) - 1
+        last = len(conversation.cache.stages) - 1
         embeddings, positions, last_stages = [], [], []
-        position = conversation.cached_position
+        position, whole, left = conversation.cached.position, conversation.cached.items, limit or sys.maxsize
         for run in _runs(items):
             if isinstance(run, CompressedImage):
-                embeddings.append(run.embeddings)
-                positions.append(run.positions + position)
-                last_stages.append(run.last_stages)
-                position += run.span
+                part = slice(offset, offset + left)
+                embeddings.append(run.embeddings[part])
+                positions.append(run.positions[part] + position)
+                last_stages.append(run.last_stages[part])
+                left -= len(positions[-1])
+                offset += len(positions[-1])
+                if offset < len(run.positions):
+                    break
+                position, whole, offset = position + run.span, whole + 1, 0
             else:
-                embeddings.append(embed(torch.tensor(run, device=self.model.device)))
+                run = run[:left]
+                embeddings.append(self.model.decoder.embed_tokens(torch.tensor(run, device=self.model.device)))
                 positions.append(torch.arange(position, position + len(run)))
                 last_stages.append(torch.full((len(run),), last))
-                position += len(run)
-        return _Segment(conversation, torch.cat(embeddings), torch.cat(positions), torch.cat(last_stages), counts)
+                left -= len(run)
+                position, whole = position + len(run), whole + len(run)
+            if not left:
+                break
+        stages = torch.cat(last_stages)
+        counts = [int((stages >= stage).sum()) for stage in range(last + 1)]
+        conversation.cache.reserve(counts)
+        to = Progress(whole, offset, position)
+        return _Segment(conversation, torch.cat(embeddings), torch.cat(positions), stages, counts, to)
 
     def _forward(self, segments: Sequence[_Segment]) -> Tensor:
         """Run segments through the decoder layers; returns the last hidden state of each [segments, hidden]."""
+        # Single tokens first, as the attention plan wants them.
+        order = sorted(range(len(segments)), key=lambda place: len(segments[place].positions) > 1)
+        segments = [segments[place] for place in order]
         device = self.model.device
+        caches = [segment.conversation.cache for segment in segments]
         hidden = torch.cat([segment.embeddings for segment in segments])[None]
         positions = torch.cat([segment.positions for segment in segments])[None].to(device)
         rotary: tuple[Tensor, Tensor] = self.model.decoder.rotary_emb(hidden, positions)
         present = [segment.last_stages for segment in segments]
-        spans = _spans(segments, present)
-        for index, layer in enumerate(self.model.layers):
-            entered = [segment.conversation.cache.stage_of_layer[index] for segment in segments]
+        for layers in _runs_within_stages(caches, self.layers):
+            entered = [cache.stage_of_layer[layers.start] for cache in caches]
             staying = [stages >= stage for stages, stage in zip(present, entered, strict=True)]
             if not all(bool(stay.all()) for stay in staying):
                 kept = torch.cat(staying).nonzero()[:, 0].to(device)
                 hidden = hidden[:, kept]
                 rotary = (rotary[0][:, kept], rotary[1][:, kept])
                 present = [stages[stay] for stages, stay in zip(present, staying, strict=True)]
-                spans = _spans(segments, present)
-            hidden = _layer_output(layer(hidden, position_embeddings=rotary, spans=spans))
+            plan = AttentionPlan(self.pool, layers, caches, [len(stages) for stages in present])
+            for layer in layers:
+                hidden = _layer_output(self.model.layers[layer](hidden, position_embeddings=rotary, plan=plan))
         for segment in segments:
             segment.commit()
-        return hidden[0, torch.tensor([span.stop - 1 for span in spans], device=device)]
+        last = torch.tensor([len(stages) for stages in present]).cumsum(0) - 1
+        rows = torch.empty(len(order), dtype=torch.int64)
+        rows[order] = last
+        return hidden[0, rows.to(device)]
 
 
 @dataclass(frozen=True, eq=False)
 class _Segment:
     """What one conversation brings into a forward pass: tokens with embeddings [n, hidden] and positions [n].
 
-    ``last_stages`` [n] says in which stage each is still present, ``counts`` how many enter each stage.
+    ``last_stages`` [n] says in which stage each is still present, ``counts`` how many enter each stage, ``to`` how far
+    the conversation's cache comes by them.
     """
 
     conversation: Conversation
@@ -205,13 +252,12 @@ class _Segment:
     positions: Tensor
     last_stages: Tensor
     counts: Sequence[int]
+    to: Progress
 
     def commit(self) -> None:
         """Count the tokens, all written by now, as cached."""
-        conversation = self.conversation
-        conversation.cached_position += sum(map(span, conversation.log[conversation.cached_items :]))
-        conversation.cached_items = len(conversation.log)
-        conversation.cache.advance(self.counts)
+        self.conversation.cached = self.to
+        self.conversation.cache.advance(self.counts)
 
 
 def _revision(model: MultimodalModel) -> str:
@@ -236,12 +282,10 @@ def _runs(items: Sequence[Item]) -> list[list[int] | CompressedImage]:
     return runs
 
 
-def _spans(segments: Sequence[_Segment], present: Sequence[Tensor]) -> list[Span]:
-    spans, start = [], 0
-    for segment, tokens in zip(segments, present, strict=True):
-        spans.append(Span(segment.conversation.cache, start, start + len(tokens)))
-        start += len(tokens)
-    return spans
+def _runs_within_stages(caches: Sequence[StagedCache], layers: int) -> list[range]:
+    """Cut the decoder into runs of layers within which none of the caches changes stage."""
+    starts = sorted({stage.layers.start for cache in caches for stage in cache.stages})
+    return [range(start, end) for start, end in zip(starts, (*starts[1:], layers), strict=True)]
 
 
 def _layer_output(output: Any) -> Tensor:

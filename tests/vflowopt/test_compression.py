@@ -29,7 +29,7 @@ def test_the_presets_keep_their_budget_in_the_cache(runtime: Runtime, size: tupl
             tensor.numel() * tensor.element_size()
             for stage in conversation.cache.stages
             for layer in stage.layers
-            for tensor in stage.read(layer, stage.length)
+            for tensor in stage.read(layer)
         )
         conversation.release()
     structural = int(image.layout.structural.sum())

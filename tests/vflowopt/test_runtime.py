@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.vflowopt.talk import Talk, picture
 from vflowopt.cache import PoolExhausted
 from vflowopt.compression import CompressedImage
+from vflowopt.conversation import Conversation
 from vflowopt.picture import Picture
 from vflowopt.runtime import Runtime
 from vflowopt.strategy import Strategy
@@ -107,12 +108,12 @@ def test_text_is_never_pruned_and_lengths_agree_with_the_tensors(talk: Talk) -> 
     assert [length - text for length in conversation.cache.lengths] == [len(kept) for kept in image.kept]
     for stage in conversation.cache.stages:
         for layer in stage.layers:
-            keys, values = stage.read(layer, stage.length)
+            keys, values = stage.read(layer)
             assert len(keys) == len(values) == stage.length
             assert keys.isfinite().all()
             assert (keys.flatten(1).abs().sum(1) > 0).all()
     tokens_full = text + image.tokens
-    assert conversation.cached_position == tokens_full
+    assert conversation.cached.position == tokens_full
     assert conversation.kv_bytes == len(conversation.cache.owned_pages()) * conversation.cache.pool.page_bytes
     assert conversation.kv_bytes_full == -(-tokens_full // 16) * 6 * conversation.cache.pool.page_bytes
 
@@ -161,6 +162,48 @@ def test_a_pool_too_small_refuses_and_changes_nothing(plain_folder: object) -> N
     runtime.pool.check_integrity([])
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 16, 50])
+def test_a_prefill_in_chunks_equals_one_in_a_piece(runtime: Runtime, chunk: int) -> None:
+    """Chunks cut pictures wherever they fall, beside other conversations that decode meanwhile."""
+    (image,) = runtime.compress([Picture.from_pixels(picture(112, 80, 4))], tenth())
+    items = [*range(10, 19), image, *range(30, 40), image, 7]
+    whole, chunked, beside = (runtime.start(tenth()) for _ in range(3))
+    expected = runtime.extend(whole, items)
+    runtime.extend(beside, [5, 6])
+    chunked.log.extend(items)
+    logits = None
+    while logits is None:
+        beside.log.append(9)
+        logits, other = runtime.advance([chunked, beside], [chunk, None])
+        assert other is not None
+    assert chunked.cached == whole.cached
+    assert chunked.cache.lengths == whole.cache.lengths
+    assert expected is not None
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    for conversation in (whole, chunked, beside):
+        conversation.release()
+
+
+def test_a_fork_shares_pages_and_then_goes_its_own_way(runtime: Runtime) -> None:
+    origin = Talk(runtime, tenth())
+    origin.ask([picture(112, 112, 1), "what?"], NEW_TOKENS)
+    alone = origin.conversation.kv_bytes
+    fork = Talk(runtime, tenth())
+    fork.conversation, fork.turns = origin.conversation.fork(), origin.turns
+    assert runtime.pool.bytes_used == alone == fork.conversation.kv_bytes
+    first, second = origin.ask(["one way"], NEW_TOKENS), fork.ask(["another way"], NEW_TOKENS)
+    assert alone < runtime.pool.bytes_used < origin.conversation.kv_bytes + fork.conversation.kv_bytes
+    runtime.pool.check_integrity([origin.conversation.cache, fork.conversation.cache])
+    for asked, answer in (("one way", first), ("another way", second)):
+        again = Talk(runtime, tenth())
+        again.ask([picture(112, 112, 1), "what?"], NEW_TOKENS)
+        assert again.ask([asked], NEW_TOKENS) == answer
+        again.conversation.release()
+    origin.conversation.release()
+    assert fork.ask(["and on"], NEW_TOKENS)
+    fork.conversation.release()
+
+
 def test_nothing_to_run_is_an_error(runtime: Runtime) -> None:
     conversation = runtime.start(Strategy.full())
     with pytest.raises(ValueError, match="nothing to run"):
@@ -169,7 +212,8 @@ def test_nothing_to_run_is_an_error(runtime: Runtime) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    steps=st.lists(st.sampled_from(["text", "picture", "rollback", "release", "decode"]), max_size=12), data=st.data()
+    steps=st.lists(st.sampled_from(["text", "picture", "rollback", "release", "decode", "fork", "chunk"]), max_size=12),
+    data=st.data(),
 )
 def test_any_order_of_operations_leaves_an_answer_like_a_fresh_one(
     shared_runtime: Runtime, steps: list[str], data: st.DataObject
@@ -177,6 +221,7 @@ def test_any_order_of_operations_leaves_an_answer_like_a_fresh_one(
     runtime = shared_runtime
     (image,) = runtime.compress([Picture.from_pixels(picture(60, 100, 9))], tenth())
     conversation, fresh, marks = runtime.start(tenth()), runtime.start(tenth()), []
+    forks: list[Conversation] = []
     try:
         for step in steps:
             marks.append(conversation.checkpoint())
@@ -188,19 +233,27 @@ def test_any_order_of_operations_leaves_an_answer_like_a_fresh_one(
                 runtime.decode([conversation], [data.draw(st.integers(0, 200))])
             elif step == "release":
                 conversation.release()
+            elif step == "fork":
+                # The fork goes on; what it came from stays, and goes its own way, too.
+                forks.append(conversation)
+                conversation = conversation.fork()
+                runtime.extend(forks[-1], [data.draw(st.integers(0, 200))])
+            elif step == "chunk" and conversation.pending_tokens + len(conversation.log) > 0:
+                conversation.log.append(image)
+                runtime.advance([conversation], [data.draw(st.integers(1, 9))])
             elif step == "rollback":
                 place = data.draw(st.integers(0, len(marks) - 1))
                 conversation.rollback(marks[place])
                 del marks[place + 1 :]
-            runtime.pool.check_integrity([conversation.cache])
+            runtime.pool.check_integrity([each.cache for each in (conversation, *forks)])
         expected = runtime.extend(fresh, [*conversation.log, 33])
         answer = runtime.extend(conversation, [33])
         assert answer is not None and expected is not None
         torch.testing.assert_close(answer, expected, atol=1e-4, rtol=0)
         assert conversation.position == fresh.position
     finally:
-        fresh.release()
-        conversation.release()
+        for each in (fresh, conversation, *forks):
+            each.release()
     runtime.pool.check_integrity([])
 
 
