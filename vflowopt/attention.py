@@ -60,15 +60,15 @@ class AttentionPlan:
         which of these each token sees; None and None where its own tokens are all it holds."""
         start = self.singles
         for row, end, count in list(zip(rows, held, counts, strict=True))[self.singles :]:
-            place = slice(start, start + count)
+            tokens = slice(start, start + count)
             start += count
             if not count:
                 continue  # a chunk of a picture none of whose tokens has come this far
             if count == end:
-                self.chunks.append((place, None, None))
+                self.chunks.append((tokens, None, None))
             else:
                 mask = torch.ones(count, end, dtype=torch.bool, device=device).tril(end - count)
-                self.chunks.append((place, row[:, :end], mask))
+                self.chunks.append((tokens, row[:, :end], mask))
 
 
 def paged_attention(
@@ -124,14 +124,14 @@ def paged_attention(
             plan.single_mask,
         )
         outputs.append(together.reshape(plan.singles, query.shape[1], query.shape[-1]))
-    for place, slots_of_all, mask in plan.chunks:
+    for tokens, slots_of_all, mask in plan.chunks:
         if slots_of_all is None:
             # What was just computed is everything: no need to gather it again.
-            chunk = attend(query[:, :, place], key[:, :, place], value[:, :, place], None, causal=True)
+            chunk = attend(query[:, :, tokens], key[:, :, tokens], value[:, :, tokens], None, causal=True)
         else:
             slots = slots_of_all[layer]
             chunk = attend(
-                query[:, :, place],
+                query[:, :, tokens],
                 keys.index_select(0, slots).transpose(0, 1)[None],
                 values.index_select(0, slots).transpose(0, 1)[None],
                 mask,
