@@ -67,9 +67,9 @@ class Ticket(Generic[E, R]):
         """
         return await asyncio.shield(self._outcome)
 
-    async def ended(self) -> None:
-        """Wait until the engine is through with the work, however it ended."""
-        await asyncio.wait([self._outcome])
+    async def ended(self, patience: float | None = None) -> None:
+        """Wait until the engine is through with the work, however it ended, but ``patience`` seconds at most."""
+        await asyncio.wait([self._outcome], timeout=patience)
 
     def on_end(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` on the event loop as soon as the engine is through with the work."""

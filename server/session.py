@@ -20,6 +20,10 @@ from vflowopt.picture import Picture
 
 R = TypeVar("R")
 
+_PATIENCE = 0.25
+"""Seconds before SESSION_BUSY. A client that cancels a turn, or runs out of time, and at once sends the next one is
+right to do so, but here the next one may be seen first."""
+
 
 @dataclass(frozen=True)
 class _UnderWay:
@@ -138,8 +142,11 @@ class Session:
     async def _until_free(self, request_id: str = "") -> None:
         """Wait for what is being undone, and for an earlier call of the very same turn; refuse beside anything else."""
         while (current := self._under_way) is not None:
-            if not current.ticket.cancelled and not (request_id and current.request_id == request_id):
+            if current.ticket.cancelled or (request_id and current.request_id == request_id):
+                await current.ticket.ended()
+                continue
+            await current.ticket.ended(_PATIENCE)
+            if self._under_way is current and not current.ticket.cancelled:
                 raise session_busy(self.name)
-            await current.ticket.ended()
         if self.deleted:
             raise session_not_found(self.name)

@@ -1,0 +1,96 @@
+"""Many clients at once that cancel, run out of time and compete for too small a pool, at random.
+
+Whatever happens, what a session did finish is what it would have answered alone, and no KV page is lost.
+"""
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.server.conftest import Serve
+from tests.server.drawing import png
+from tests.server.waiting import until
+from vflow_client import CapacityExhausted, Client, DeadlineExceeded, Session
+from vflowopt.runtime import Runtime
+
+STRATEGIES = ("full", "preset-50", "preset-10")
+PICTURES = [png(60, 60, seed) for seed in range(3)] + [png(50, 150), png(120, 40)]
+
+
+@pytest.fixture(scope="session")
+def scarce(model_folder: Path) -> Runtime:
+    """A model with room for about three of the conversations below at a time."""
+    runtime = Runtime.load(model_folder, kv_budget=700 << 10)
+    runtime.chat.stop_ids = frozenset()
+    return runtime
+
+
+@dataclass
+class Said:
+    """What one client brought to an end in one session: pictures shown, and turns with their answers."""
+
+    strategy: str
+    steps: list[tuple[str, bytes | None, str]] = field(default_factory=list)
+
+    def repeat(self, client: Client) -> list[str]:
+        with client.session(self.strategy) as session:
+            return [perform(session, question, picture) for question, picture, _ in self.steps]
+
+
+def perform(session: Session, question: str, picture: bytes | None) -> str:
+    """Say something short and hear it out, or show a picture where there is no question."""
+    if not question:
+        assert picture is not None
+        return session.add_image(picture).digest
+    return session.ask(question, images=[picture] if picture else [], max_new_tokens=6).read()
+
+
+def interrupt(session: Session, question: str, picture: bytes | None, chance: random.Random) -> None:
+    """Ask for a long answer, and go away or run out of time."""
+    timeout = chance.choice([20, 20, 0.02])
+    answer = session.ask(question, images=[picture] if picture else [], max_new_tokens=4000, timeout=timeout)
+    with suppress(DeadlineExceeded):
+        for _ in range(chance.randrange(4)):
+            next(answer)
+    answer.close()
+
+
+def live(client: Client, seed: int) -> tuple[Session, Said]:
+    """One client's life: mostly interrupted."""
+    chance = random.Random(seed)
+    said = Said(chance.choice(STRATEGIES))
+    session = client.session(said.strategy)
+    for step in range(12):
+        question = chance.choice(["", f"Question {step}", "Why?"])
+        picture = chance.choice(PICTURES) if not question or chance.random() < 0.3 else None
+        try:
+            if question and chance.random() < 0.5:
+                interrupt(session, question, picture, chance)
+            else:
+                said.steps.append((question, picture, perform(session, question, picture)))
+        except CapacityExhausted:
+            pass  # refused as a whole: nothing was said
+    return session, said
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_disorder_changes_no_answer_and_loses_no_page(
+    serve: Serve, runtime: Runtime, scarce: Runtime, seed: int
+) -> None:
+    served = serve(runtime=scarce, max_running="3")
+    with ThreadPoolExecutor(6) as threads:
+        lives = list(threads.map(lambda number: live(served.client, 100 * seed + number), range(6)))
+    until(lambda: not any(session.busy for session in served.service.sessions))
+    states = [session.state() for session, _ in lives]
+    assert sum(state.kv_bytes for state in states) == served.kv_bytes()
+    for state, (_, said) in zip(states, lives, strict=True):
+        assert state.turn_count == sum(bool(question) for question, _, _ in said.steps)
+    finished = [said for _, said in lives if said.steps]
+    assert len(finished) > 3
+    undisturbed = serve(runtime=runtime).client
+    for said in finished:
+        assert said.repeat(undisturbed) == [answer for _, _, answer in said.steps]
