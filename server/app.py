@@ -13,27 +13,43 @@ from transformers.utils.logging import disable_progress_bar
 from vflow_server.service import Service
 from vflow_server.settings import Settings
 from vflowopt.demo import model_path
+from vflowopt.models import ModelError
 from vflowopt.runtime import Runtime
 
 log = structlog.get_logger(__name__)
+
+
+class StartError(Exception):
+    """The service cannot start; the message says why and what to do."""
 
 
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT; a second signal does not wait.
 
     Raises:
-        ModelError: the model cannot be served.
-        ValueError: the KV budget does not hold a page, or the stored strategies cannot be read.
-        OSError: the address cannot be listened on.
+        StartError: the model cannot be served, or the address cannot be listened on.
     """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    uvloop.run(_serve(_load(settings), settings))
+
+
+def _load(settings: Settings) -> Runtime:
     model = settings.model or str(model_path())
     log.info("loading the model", model=model, device=settings.device, dtype=settings.dtype)
     disable_progress_bar()  # it would stand between the lines of the log
-    runtime = Runtime.load(model, device=settings.device, dtype=settings.dtype, kv_budget=settings.kv_budget)
+    try:
+        runtime = Runtime.load(model, device=settings.device, dtype=settings.dtype, kv_budget=settings.kv_budget)
+    except (ModelError, ValueError) as error:
+        raise StartError(str(error)) from error
+    except RuntimeError as error:  # how torch says that memory is short, or a device not there
+        reason = str(error).partition("\n")[0]
+        raise StartError(
+            f"the model and a KV cache of {settings.kv_budget} bytes cannot be set up on {settings.device} ({reason}); "
+            "check --device, or lower --kv-budget"
+        ) from error
     log.info("model loaded", revision=runtime.revision, layers=runtime.layers, kv_bytes=runtime.pool.bytes_total)
-    uvloop.run(_serve(runtime, settings))
+    return runtime
 
 
 async def _serve(runtime: Runtime, settings: Settings) -> None:
@@ -41,8 +57,11 @@ async def _serve(runtime: Runtime, settings: Settings) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    service = Service(runtime, settings)
-    port = await service.start()
+    try:
+        service = Service(runtime, settings)
+        port = await service.start()
+    except (OSError, ValueError) as error:
+        raise StartError(str(error)) from error
     # Standard output carries this line alone: whoever started the process reads from it where to call.
     print(f"VFlow is ready on {settings.host}:{port}", flush=True)
     log.info("ready", host=settings.host, port=port, strategy=service.strategies.active.name)

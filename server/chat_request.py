@@ -18,6 +18,8 @@ MOST_TEXT = 100_000
 MOST_NEW_TOKENS, DEFAULT_NEW_TOKENS = 4096, 256
 MOST_STOPS, LONGEST_STOP = 8, 64
 LONGEST_REQUEST_ID = 64
+MOST_PIXELS_OF_LARGEST = 4
+"""Pixels of a turn's pictures together, as a multiple of what one picture may have: all are decoded at a time."""
 
 
 async def read_turn(request: conversations_pb2.ChatRequest, pictures: PictureStore) -> TurnRequest:
@@ -30,11 +32,24 @@ async def read_turn(request: conversations_pb2.ChatRequest, pictures: PictureSto
     _check_parts(request)
     max_new_tokens, sampling, stop = _options(request.options)
     parts: list[str | Picture] = []
+    pixels, most_pixels = 0, MOST_PIXELS_OF_LARGEST * pictures.limits.max_pixels
     for index, part in enumerate(request.parts):
         if part.WhichOneof("content") == "text":
             parts.append(part.text)
-        else:
-            parts.append(await pictures.take(part.image, f"parts[{index}].image"))
+            continue
+        field = f"parts[{index}].image"
+        picture = await pictures.take(part.image, field)
+        height, width = picture.pixels.shape[:2]
+        pixels += height * width
+        if pixels > most_pixels:
+            raise InvalidRequest(
+                "PICTURE_TOO_MANY_PIXELS",
+                field,
+                f"with this picture the turn's pictures have {pixels} pixels together, more than {most_pixels}; "
+                "scale them down, or show some of them ahead by AddImage",
+                metadata={"width": width, "height": height, "max_pixels": most_pixels},
+            )
+        parts.append(picture)
     return TurnRequest(tuple(parts), max_new_tokens, sampling, stop)
 
 

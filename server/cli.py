@@ -48,9 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--config", type=Path, metavar="FILE", help=f"TOML file with settings [{CONFIG_VARIABLE}]")
     for name, declared in options().items():
-        serve.add_argument(
-            f"--{name.replace('_', '-')}", metavar=declared.metavar, help=f"{declared.help} (default: {declared.shown})"
-        )
+        serve.add_argument(f"--{name.replace('_', '-')}", metavar=declared.metavar, help=declared.described())
     terminal.add_arguments(commands.add_parser("chat", help="a conversation in the terminal with a running service"))
     health = commands.add_parser("health", help="ask a running service whether it serves (exit code 0) or not (1)")
     health.add_argument("--address", metavar="HOST:PORT", help="where it listens (default: this machine)")
@@ -59,14 +57,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _serve(settings: Settings) -> int:
     # The model's libraries take seconds to import: --help and a wrong option do not wait for them.
-    from vflow_server.app import run
+    from vflow_server.app import StartError, run
     from vflow_server.logging import configure
-    from vflowopt.models import ModelError
 
     configure(settings.log_format, settings.log_level)
     try:
         run(settings)
-    except (ModelError, OSError, ValueError) as error:
+    except StartError as error:
         return _refuse(error)
     return 0
 

@@ -10,6 +10,7 @@ from safetensors.torch import save
 
 from vflow.v1 import compression_pb2, compression_pb2_grpc
 from vflow_server.engine import Engine, Steps
+from vflow_server.errors import CapacityExhausted
 from vflow_server.names import check_name
 from vflow_server.pictures import PictureStore
 from vflow_server.receipts import image_receipt
@@ -30,13 +31,23 @@ class Compression(compression_pb2_grpc.CompressionServicer):
         bench: what the work is done with.
         strategies: that a request may ask for.
         pictures: takes in what requests bring.
+        most_bytes: size of a response at most.
     """
 
-    def __init__(self, engine: Engine, bench: Workbench, strategies: StrategyStore, pictures: PictureStore) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        bench: Workbench,
+        strategies: StrategyStore,
+        pictures: PictureStore,
+        *,
+        most_bytes: int,
+    ) -> None:
         self._engine = engine
         self._bench = bench
         self._strategies = strategies
         self._pictures = pictures
+        self._most_bytes = most_bytes
 
     async def CompressImage(self, request: compression_pb2.CompressImageRequest, context: Context) -> Response:
         """Compress one picture."""
@@ -93,5 +104,13 @@ class Compression(compression_pb2_grpc.CompressionServicer):
                     "positions": image.positions.clone(),  # safetensors takes no two tensors of one memory
                     "kept": image.kept[0].contiguous(),
                 }
+            )
+        if (size := response.ByteSize()) > self._most_bytes:
+            raise CapacityExhausted(
+                "message",
+                f"the response would take {size} bytes and the server sends at most {self._most_bytes}; leave out the "
+                "embeddings, choose a strategy that keeps less, or start the server with a larger --max-message-bytes",
+                metadata={"bytes": size, "max_bytes": self._most_bytes},
+                retry_after=None,
             )
         return response

@@ -2,7 +2,7 @@
 
 Work is a generator: what it does between two ``yield``s is one step (a picture's encoding, a prefill, one decoded
 token). The engine advances the running ones in turn, one step each, so a long answer does not hold up another
-session's picture and a cancelled one ends within a step. Knows no gRPC, no sessions and no model: whoever submits
+session's picture and a cancelled one ends within a step. Knows no calls, no sessions and no model: whoever submits
 work brings them along.
 """
 
@@ -39,7 +39,6 @@ class Ticket(Generic[E, R]):
     """The event loop's end of submitted work. All methods are for the event loop's thread."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, wake: Callable[[], None]) -> None:
-        self._loop = loop
         self._wake = wake
         self._events: asyncio.Queue[E | None] = asyncio.Queue()
         self._outcome: asyncio.Future[R] = loop.create_future()

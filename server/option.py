@@ -23,19 +23,23 @@ class Option:
         help: what it does, for ``--help``.
         parse: from text to value; raises ValueError saying what was expected.
         metavar: stands for the value in ``--help``.
-        shown: the default, as a person would write it.
+        shown: the default, as a user would write it; None if it is unset.
     """
 
     help: str
     parse: Callable[[str], Any]
     metavar: str
-    shown: str
+    shown: str | None
+
+    def described(self) -> str:
+        """The help text, with the default where there is one."""
+        return self.help if self.shown is None else f"{self.help} (default: {self.shown})"
 
 
 def option(default: str | None, help: str, parse: Callable[[str], Any] = str, *, metavar: str = "TEXT") -> Any:
     """Declare a field of a settings dataclass. ``default`` is written as a user would write it; None means unset."""
     value = None if default is None else parse(default)
-    return field(default=value, metadata={"option": Option(help, parse, metavar, default or "unset")})
+    return field(default=value, metadata={"option": Option(help, parse, metavar, default)})
 
 
 def size(text: str) -> int:

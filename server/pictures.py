@@ -19,13 +19,13 @@ class PictureStore:
     """Takes in pictures and holds the latest of them by digest. Belongs to the event loop's thread.
 
     Args:
-        limits: what a picture may measure.
+        limits: what a picture may measure (also an attribute).
         held_bytes: bytes of decoded pictures to hold.
         threads: pictures decoded at the same time.
     """
 
     def __init__(self, limits: PictureLimits, *, held_bytes: int, threads: int = 2) -> None:
-        self._limits = limits
+        self.limits = limits
         self._held: ByteBoundedLRU[str, Picture] = ByteBoundedLRU(held_bytes, lambda picture: picture.pixels.nbytes)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="vflow-picture")
 
@@ -39,11 +39,11 @@ class PictureStore:
             return self._by_digest(image.digest, field)
         loop = asyncio.get_running_loop()
         try:
-            if len(image.data) <= self._limits.max_bytes:
+            if len(image.data) <= self.limits.max_bytes:
                 digest = await loop.run_in_executor(self._threads, _sha256, image.data)
                 if (held := self._held.get(digest)) is not None:
                     return held
-            picture = await loop.run_in_executor(self._threads, Picture.decode, image.data, self._limits)
+            picture = await loop.run_in_executor(self._threads, Picture.decode, image.data, self.limits)
         except PictureError as error:
             raise InvalidRequest(error.reason, field, str(error), metadata=error.metadata) from error
         self._held.put(picture.digest, picture)

@@ -87,10 +87,10 @@ class Service:
                 f"cannot listen on {host}:{self.settings.port}; is the port taken? choose another with --port"
             ) from error
         self.engine.start()
-        await self._server.start()
-        self._expiry = asyncio.create_task(self.sessions.expire_forever())
         for name in ("", *NAMES):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await self._server.start()
+        self._expiry = asyncio.create_task(self.sessions.expire_forever())
         return port
 
     async def stop(self, grace: float | None = None) -> None:
@@ -125,7 +125,7 @@ class Service:
             Conversations(self.sessions, self.strategies, self.pictures), server
         )
         compression_pb2_grpc.add_CompressionServicer_to_server(
-            Compression(self.engine, self.bench, self.strategies, self.pictures), server
+            Compression(self.engine, self.bench, self.strategies, self.pictures, most_bytes=limit), server
         )
         strategies_pb2_grpc.add_StrategiesServicer_to_server(Strategies(self.strategies), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

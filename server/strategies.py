@@ -63,6 +63,8 @@ class StrategyStore:
         self._file = file
         self._writing = asyncio.Lock()
         self._revisions: dict[str, StrategyRevision] = {}
+        # Stored entries, by name, that do not fit this model: kept for the model that they were made for.
+        self._misfits: dict[str, dict[str, object]] = {}
         self._generation = 0
         now = time.time()
         self._add("strategies/full", Strategy.full(), "keeps every token: the unpruned model", now, built_in=True)
@@ -113,7 +115,7 @@ class StrategyStore:
             ServiceError: STRATEGY_EXISTS, CAPACITY_EXHAUSTED.
         """
         strategy.check(self.layers)
-        if name in self._revisions:
+        if name in self._revisions or name in self._misfits:
             raise ServiceError(
                 grpc.StatusCode.ALREADY_EXISTS,
                 "STRATEGY_EXISTS",
@@ -155,7 +157,7 @@ class StrategyStore:
         return revision
 
     def _load(self, file: Path) -> None:
-        """Read what :meth:`_save` wrote; a strategy that does not fit this model is left out.
+        """Read what :meth:`_save` wrote; a strategy that does not fit this model is not offered.
 
         Raises:
             ValueError: the file was not written by this service.
@@ -171,6 +173,7 @@ class StrategyStore:
                     strategy.check(self.layers)
                 except StrategyError as error:
                     log.warning("stored strategy left out", strategy=entry["name"], because=str(error))
+                    self._misfits[entry["name"]] = entry
                 else:
                     self._add(entry["name"], strategy, entry["description"], float(entry["created"]))
             self.active = self._revisions.get(document["active"], self.active)
@@ -186,14 +189,17 @@ class StrategyStore:
                 "generation": self._generation,
                 "active": self.active.name,
                 "strategies": [
-                    {
-                        "name": revision.name,
-                        "description": revision.description,
-                        "created": revision.created,
-                        "strategy": revision.strategy.to_json(),
-                    }
-                    for revision in self
-                    if not revision.built_in
+                    *self._misfits.values(),
+                    *(
+                        {
+                            "name": revision.name,
+                            "description": revision.description,
+                            "created": revision.created,
+                            "strategy": revision.strategy.to_json(),
+                        }
+                        for revision in self
+                        if not revision.built_in
+                    ),
                 ],
             }
             await asyncio.to_thread(_write, self._file, json.dumps(document, indent=1))

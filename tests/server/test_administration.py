@@ -61,7 +61,7 @@ def test_created_strategies_outlive_the_process(serve: Serve, tmp_path: Path) ->
     assert found == active and found.create_time == made.create_time
 
 
-def test_a_stored_strategy_that_does_not_fit_is_left_out_and_a_foreign_file_refused(
+def test_a_stored_strategy_that_does_not_fit_is_kept_for_its_own_model_and_a_foreign_file_refused(
     serve: Serve, tmp_path: Path
 ) -> None:
     first = serve(data_dir=str(tmp_path))
@@ -69,7 +69,12 @@ def test_a_stored_strategy_that_does_not_fit_is_left_out_and_a_foreign_file_refu
     first.stop()
     file = tmp_path / "strategies.json"
     file.write_text(file.read_text().replace("[0,5]", "[0,50]"))
-    assert len(list(serve(data_dir=str(tmp_path)).client.strategies.list())) == 4
+    second = serve(data_dir=str(tmp_path))
+    assert len(list(second.client.strategies.list())) == 4
+    with pytest.raises(StrategyExists):
+        second.client.strategies.create("mine", ratios=[0.5, 0.5, 0.5])
+    second.client.strategies.create("other", ratios=[0.5, 0.5, 0.5])
+    assert "[0,50]" in file.read_text()
     file.write_text(json.dumps({"schema": 99}))
     with pytest.raises(ValueError, match="move it away"):
         serve(data_dir=str(tmp_path))

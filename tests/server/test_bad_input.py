@@ -19,7 +19,7 @@ from vflow.v1.compression_pb2_grpc import CompressionStub
 from vflow.v1.conversations_pb2_grpc import ConversationsStub
 from vflow.v1.images_pb2 import Image
 from vflow.v1.strategies_pb2_grpc import StrategiesStub
-from vflow_client import Session
+from vflow_client import ContextExceeded, Session
 
 INVALID, NOT_FOUND = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
 NAN = float("nan")
@@ -143,6 +143,8 @@ def test_a_picture_lying_on_its_side_is_turned_upright(small: Served) -> None:
     assert (receipt.width, receipt.height) == (30, 40)
 
 
+LARGE = encoded(Pillow.new("1", (300, 300)))
+
 TURNS: dict[str, tuple[dict[str, Any], str, str]] = {
     "no parts": ({"parts": []}, "EMPTY_TURN", "parts"),
     "an empty part": ({"parts": [talk.Part()]}, "EMPTY_TURN", "parts[0]"),
@@ -150,6 +152,11 @@ TURNS: dict[str, tuple[dict[str, Any], str, str]] = {
     "a picture alone": ({"parts": [talk.Part(image=Image(data=png(30, 30)))]}, "EMPTY_TURN", "parts"),
     "too many parts": ({"parts": [talk.Part(text="a")] * 65}, "OPTION_OUT_OF_RANGE", "parts"),
     "too long a text": ({"parts": [talk.Part(text="a" * 100_001)]}, "OPTION_OUT_OF_RANGE", "parts[0].text"),
+    "too many pixels together": (
+        {"parts": [talk.Part(text="a"), *[talk.Part(image=Image(data=LARGE))] * 5]},
+        "PICTURE_TOO_MANY_PIXELS",
+        "parts[5].image",
+    ),
     "more than the context": ({"parts": [talk.Part(text="a" * 9000)]}, "CONTEXT_EXCEEDED", "parts"),
     "a request_id too long": ({"request_id": "x" * 65}, "OPTION_OUT_OF_RANGE", "request_id"),
     "a request_id not ASCII": ({"request_id": "ü"}, "OPTION_OUT_OF_RANGE", "request_id"),
@@ -183,13 +190,20 @@ def test_turns_that_cannot_be(small: Served, stubs: Stubs, fields: dict[str, Any
         assert session.state().turn_count == 0
 
 
-def test_a_conversation_that_outgrows_the_context(small: Served) -> None:
+def test_a_conversation_that_outgrows_the_context(small: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small.service.bench.runtime, "context", 500)
     with small.client.session() as session:
-        session.ask("a" * 4000, max_new_tokens=1).read()
-        with pytest.raises(Exception, match="CONTEXT_EXCEEDED") as refused:
-            session.ask("a" * 4000, max_new_tokens=300).read()
-        assert refused.value.metadata["context"] == "8192"  # type: ignore[attr-defined]
-        session.ask("a" * 4000, max_new_tokens=1).read()
+        session.ask("a" * 200, max_new_tokens=1).read()
+        with pytest.raises(ContextExceeded) as refused:
+            session.ask("a" * 200, max_new_tokens=100).read()
+        position, new = (int(refused.value.metadata[name]) for name in ("position", "new_tokens"))
+        assert position > 200 and new > 200 and refused.value.metadata["context"] == "500"
+        room = 500 - position - new
+        with pytest.raises(ContextExceeded):
+            session.ask("a" * 200, max_new_tokens=room + 1).read()
+        session.ask("a" * 200, max_new_tokens=room).read()
+        with pytest.raises(ContextExceeded):
+            session.add_image(png(90, 120))
 
 
 NAMES: dict[str, tuple[Callable[[Stubs], Any], grpc.StatusCode, str]] = {

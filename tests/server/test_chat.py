@@ -6,8 +6,9 @@ import grpc
 import pytest
 
 from tests.server.conftest import Serve
-from tests.server.drawing import png
+from tests.server.drawing import encoded, noise, png
 from tests.server.served import Served
+from tests.vflowopt.talk import Talk
 from vflow.v1.conversations_pb2 import ChatOptions, ChatRequest, ChatResponse, Finished, Part
 from vflow.v1.conversations_pb2_grpc import ConversationsStub
 from vflow.v1.images_pb2 import Image
@@ -34,6 +35,29 @@ def test_a_picture_shown_ahead_is_answered_like_one_in_the_turn(client: Client, 
         # All but the picture's own tokens and what stands before it is new to the turn.
         assert early.usage.prompt_tokens == late.usage.prompt_tokens and late.usage.reused_tokens == 0
         assert early.usage.reused_tokens >= receipt.kept_tokens[0]
+
+
+@pytest.mark.parametrize("strategy", ["full", "preset-25"])
+def test_the_answers_are_those_of_the_library(served: Served, strategy: str) -> None:
+    pictures = [noise(90, 120), noise(60, 60, seed=1)]
+    runtime = served.service.bench.runtime
+
+    def straight() -> list[str]:
+        alone = Talk(runtime, served.service.strategies.get(f"strategies/{strategy}").strategy)
+        alone.look(pictures[0])
+        turns = [["What is this?"], ["And now?"], [pictures[1], "And this?"]]
+        answers = [runtime.chat.decode(alone.ask(turn, 10)) for turn in turns]
+        alone.conversation.release()
+        return answers
+
+    with served.client.session(strategy) as session:
+        session.add_image(encoded(pictures[0]))
+        answers = [
+            session.ask("What is this?", max_new_tokens=10).read(),
+            session.ask("And now?", max_new_tokens=10).read(),
+            session.ask(encoded(pictures[1]), "And this?", max_new_tokens=10).read(),
+        ]
+    assert answers == served.on_engine(straight)
 
 
 def test_a_later_turn_reuses_everything_before_it(client: Client, picture: bytes) -> None:

@@ -64,7 +64,7 @@ def live(client: Client, seed: int) -> tuple[Session, Said]:
     chance = random.Random(seed)
     said = Said(chance.choice(STRATEGIES))
     session = client.session(said.strategy)
-    for step in range(12):
+    for step in range(8):
         question = chance.choice(["", f"Question {step}", "Why?"])
         picture = chance.choice(PICTURES) if not question or chance.random() < 0.3 else None
         try:
@@ -77,7 +77,7 @@ def live(client: Client, seed: int) -> tuple[Session, Said]:
     return session, said
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_disorder_changes_no_answer_and_loses_no_page(
     serve: Serve, runtime: Runtime, scarce: Runtime, seed: int
 ) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -23,6 +23,11 @@ async def running_engine(
         yield engine
     finally:
         await asyncio.to_thread(engine.stop)
+
+
+def play(scene: Coroutine[None, None, None]) -> None:
+    """Run a scene, which fails if it hangs."""
+    asyncio.run(asyncio.wait_for(scene, 20))
 
 
 def counting(steps: int) -> Callable[[Emit], Generator[None, None, str]]:
@@ -62,7 +67,7 @@ def test_events_come_in_order_and_the_result_last() -> None:
             assert [event async for event in ticket.events()] == [0, 1, 2]
             assert await ticket.result() == "done"
 
-    asyncio.run(scene())
+    play(scene())
 
 
 def test_running_work_takes_turns() -> None:
@@ -89,7 +94,7 @@ def test_running_work_takes_turns() -> None:
             for ticket in tickets:
                 await ticket.result()
 
-    asyncio.run(scene())
+    play(scene())
     assert "".join(order) == "ababab"
 
 
@@ -106,7 +111,7 @@ def test_cancelled_work_is_undone_and_its_successor_runs() -> None:
             assert endless.undone.is_set()
             assert await successor.result() == "done"
 
-    asyncio.run(scene())
+    play(scene())
 
 
 def test_work_cancelled_while_it_waits_never_begins() -> None:
@@ -120,7 +125,7 @@ def test_work_cancelled_while_it_waits_never_begins() -> None:
             await ticket.ended()
             assert not second.begun.is_set()
 
-    asyncio.run(scene())
+    play(scene())
 
 
 def test_too_much_waiting_work_is_refused_with_a_time_to_retry_and_housekeeping_is_not() -> None:
@@ -135,7 +140,7 @@ def test_too_much_waiting_work_is_refused_with_a_time_to_retry_and_housekeeping_
             assert refused.value.reason == "CAPACITY_EXHAUSTED" and refused.value.retry_after
             assert await engine.submit(counting(1), housekeeping=True).result() == "done"
 
-    asyncio.run(scene())
+    play(scene())
 
 
 def test_work_that_fails_fails_alone() -> None:
@@ -149,7 +154,7 @@ def test_work_that_fails_fails_alone() -> None:
                 await engine.submit(failing).result()
             assert await engine.submit(counting(1)).result() == "done"
 
-    asyncio.run(scene())
+    play(scene())
 
 
 def test_stopping_undoes_all_work_and_takes_no_more() -> None:
@@ -166,7 +171,7 @@ def test_stopping_undoes_all_work_and_takes_no_more() -> None:
             with pytest.raises(ServiceError, match="stopping"):
                 engine.submit(counting(1))
 
-    asyncio.run(scene())
+    play(scene())
 
 
 def test_a_dead_engine_says_so_to_everybody() -> None:
@@ -187,4 +192,4 @@ def test_a_dead_engine_says_so_to_everybody() -> None:
             with pytest.raises(ServiceError, match="restarted"):
                 engine.submit(counting(1))
 
-    asyncio.run(scene())
+    play(scene())
