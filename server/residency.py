@@ -46,7 +46,7 @@ class Residency:
             dialogue.publish()
 
     def with_room(self, action: Callable[[], T]) -> T:
-        """Do ``action``, which changes nothing where pages run short, releasing idle dialogues until it succeeds.
+        """Do ``action``, which must change nothing where pages run short, releasing idle dialogues until it succeeds.
 
         Raises:
             CapacityExhausted: pages are short though every idle dialogue was released.

@@ -1,6 +1,6 @@
 """A showing: a picture that comes ahead of its question, as work for the engine.
 
-One step encodes it, the next prefills it. It is committed as a whole or not at all.
+One step encodes it, the next ones prefill it. It is committed as a whole or not at all.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator
 
 from vflow.v1 import images_pb2
 from vflow_server.dialogue import Dialogue
+from vflow_server.prefill import prefill
 from vflow_server.receipts import image_receipt
 from vflow_server.turn import check_context
 from vflow_server.workbench import Workbench
@@ -38,16 +39,22 @@ class Showing:
 
     def __call__(self, emit: Callable[[object], None]) -> Generator[None, None, images_pb2.ImageReceipt]:
         """The steps of the showing."""
-        runtime, residency = self._bench.runtime, self._bench.residency
-        with residency.using(self._dialogue):
+        runtime = self._bench.runtime
+        with self._bench.residency.using(self._dialogue):
             conversation = self._dialogue.conversation(runtime)
-            image, hit = self._bench.compress(self._picture, self._dialogue.strategy)
-            yield
-            items = self._dialogue.picture(runtime.chat, image)
-            check_context(conversation, items, 0, runtime.context)
-            begun = time.perf_counter()
-            residency.with_room(lambda: runtime.extend(conversation, items, want_logits=False))
-            prefill_ms = (time.perf_counter() - begun) * 1000
+            checkpoint = conversation.checkpoint()
+            try:
+                image, hit = self._bench.compress(self._picture, self._dialogue.strategy)
+                yield
+                items = self._dialogue.picture(runtime.chat, image)
+                check_context(conversation, items, 0, runtime.context)
+                begun = time.perf_counter()
+                conversation.log.extend(items)
+                yield from prefill(self._bench, conversation, want_logits=False)
+                prefill_ms = (time.perf_counter() - begun) * 1000
+            except BaseException:  # GeneratorExit is how a cancelled showing ends
+                conversation.rollback(checkpoint)
+                raise
             self._dialogue.commit_picture(image, len(items))
         return image_receipt(
             self._picture,

@@ -1,7 +1,7 @@
 """A turn: what a user says and shows, and the answer, as work for the engine.
 
-One step encodes a picture, runs the prompt, or generates a token. Until the last step is done nothing is committed: a
-turn that fails or is cancelled leaves the conversation as it was.
+One step encodes a picture, runs a piece of the prompt, or generates a token. Until the last step is done nothing is
+committed: a turn that fails or is cancelled leaves the conversation as it was.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import partial
 from vflow.v1 import conversations_pb2, images_pb2
 from vflow_server.dialogue import Dialogue
 from vflow_server.errors import InvalidRequest
+from vflow_server.prefill import prefill
 from vflow_server.receipts import image_receipt
 from vflow_server.workbench import Workbench
 from vflowopt.compression import CompressedImage
@@ -126,7 +127,8 @@ class Turn:
         restored = bool(conversation.log) and not conversation.resident
 
         prefill_begun = time.perf_counter()
-        logits = residency.with_room(lambda: runtime.extend(conversation, items))
+        conversation.log.extend(items)
+        logits = yield from prefill(self._bench, conversation)
         assert logits is not None  # they were wanted
         prefill_ended = first_token = time.perf_counter()
         sampler = Sampler(self._request.sampling)

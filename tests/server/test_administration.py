@@ -49,6 +49,10 @@ def test_a_new_active_strategy_serves_new_sessions_only(client: Client, picture:
     assert client.compress(picture).receipt.strategy == "strategies/preset-50"
     with pytest.raises(EtagMismatch) as refused:
         client.strategies.activate("full", etag=etag)
+    back = client.strategies.activate("preset-10")
+    assert back.etag not in (etag, activated.etag)  # the same strategy as at first, but not the same choice
+    with pytest.raises(EtagMismatch):
+        client.strategies.activate("full", etag=etag)
     assert refused.value.metadata == {"strategy": "strategies/preset-50", "etag": activated.etag}
 
 

@@ -79,8 +79,9 @@ def live(client: Client, seed: int) -> tuple[Session, Said]:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_disorder_changes_no_answer_and_loses_no_page(
-    serve: Serve, runtime: Runtime, scarce: Runtime, seed: int
+    serve: Serve, runtime: Runtime, scarce: Runtime, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
+    monkeypatch.setattr("vflow_server.prefill.PIECE", 16)
     served = serve(runtime=scarce, max_running="3")
     with ThreadPoolExecutor(6) as threads:
         lives = list(threads.map(lambda number: live(served.client, 100 * seed + number), range(6)))

@@ -80,6 +80,37 @@ def test_a_cancelled_turn_ends_within_a_step(served: Served, client: Client, mon
         assert steps <= at_cancel + 1
 
 
+@pytest.mark.parametrize("where", ["a turn", "a picture"])
+def test_a_long_prompt_can_be_cancelled_on_the_way(
+    served: Served, client: Client, picture: bytes, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    runtime, advance = served.service.bench.runtime, served.service.bench.runtime.advance
+    pieces = 0
+
+    def slow(*arguments: object, **options: object) -> object:
+        nonlocal pieces
+        pieces += 1
+        time.sleep(0.1)
+        return advance(*arguments, **options)  # type: ignore[arg-type]
+
+    with client.session("full") as session:
+        session.ask("Hello", max_new_tokens=2).read()
+        before = session.state()
+        monkeypatch.setattr("vflow_server.prefill.PIECE", 4)
+        monkeypatch.setattr(runtime, "advance", slow)
+        with pytest.raises(DeadlineExceeded):
+            if where == "a turn":
+                session.ask("a" * 2000, timeout=0.3).read()
+            else:
+                session.add_image(picture, timeout=0.3)
+        until(lambda: not is_busy(served, session))
+        assert 1 < pieces < 15
+        monkeypatch.setattr(runtime, "advance", advance)
+        after = session.state()
+        assert (after.turn_count, after.image_count, after.kv_bytes) == (1, 0, before.kv_bytes)
+        session.ask("Still there?", max_new_tokens=2).read()
+
+
 def test_a_turn_right_after_a_cancelled_one_waits_for_it(client: Client) -> None:
     with client.session() as session:
         for _ in range(5):
