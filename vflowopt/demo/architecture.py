@@ -20,7 +20,7 @@ def configuration(vocabulary: int, image: int, end: int, pad: int) -> LlavaOnevi
         vocabulary: number of tokens.
         image, end, pad: ids of the ``<image>``, ``<|end|>`` and ``<pad>`` tokens.
     """
-    return LlavaOnevisionConfig(
+    config = LlavaOnevisionConfig(
         vision_config={
             "model_type": "siglip_vision_model",
             "hidden_size": WIDTH,
@@ -52,8 +52,9 @@ def configuration(vocabulary: int, image: int, end: int, pad: int) -> LlavaOnevi
         vision_feature_layer=-2,
         vision_aspect_ratio="anyres_max_9",
         tie_word_embeddings=True,
-        vflow_scoring_layer=-1,
     )
+    config.vflow_scoring_layer = -1
+    return config
 
 
 def sine_cosine_positions() -> torch.Tensor:

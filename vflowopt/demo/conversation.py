@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vflowopt.demo.anyres import token_sources
 from vflowopt.demo.questions import Question
-from vflowopt.demo.tokenizer import ASSISTANT, END, USER
+from vflowopt.demo.tokenizer import ASSISTANT, END, USER, token_id
 
 NOT_ASKED = -100
 """Target of a token after which nothing is to be learned."""
@@ -44,7 +44,7 @@ class Conversation:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
-        self._user, self._assistant, self._end = tokenizer.convert_tokens_to_ids([USER, ASSISTANT, END])
+        self._user, self._assistant, self._end = (token_id(tokenizer, token) for token in (USER, ASSISTANT, END))
         self._encode = lru_cache(maxsize=65536)(self._tokens)
 
     def _tokens(self, text: str) -> tuple[int, ...]:

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast
 
 from vflowopt.demo import model_path
 from vflowopt.demo.anyres import tiles
 from vflowopt.demo.architecture import normalise
 from vflowopt.demo.questions import KINDS, Question, held_out
-from vflowopt.demo.tokenizer import ASSISTANT, END, USER
+from vflowopt.demo.tokenizer import ASSISTANT, END, USER, token_id
 
 _FIRST_SEED = 5_000_000
 """Far from every seed that training draws; the photographs are others, too."""
@@ -65,7 +65,7 @@ def answered_right(
     and greedy decoding gives the true answer just if the true answer's every token is the likeliest after those before
     it.
     """
-    user, assistant, end = tokenizer.convert_tokens_to_ids([USER, ASSISTANT, END])
+    user, assistant, end = (token_id(tokenizer, token) for token in (USER, ASSISTANT, END))
     first = 1 + len(visual)
     ids: list[int] = []
     positions: list[int] = []
@@ -80,9 +80,10 @@ def answered_right(
         turns += [turn] * (len(asked) + len(answer))
     embed = model.get_input_embeddings()
     embeds = torch.cat([embed(torch.tensor([user])), visual, embed(torch.tensor(ids))])[None]
-    turn = torch.tensor([-1] * first + turns)
-    length = len(turn)
-    visible = torch.ones(length, length, dtype=torch.bool).tril() & ((turn[None] == -1) | (turn[None] == turn[:, None]))
+    owner = torch.tensor([-1] * first + turns)
+    length = len(owner)
+    visible = (owner[None] == -1) | (owner[None] == owner[:, None])
+    visible = visible.tril()
     mask = torch.zeros(length, length, dtype=embeds.dtype).masked_fill_(~visible, torch.finfo(embeds.dtype).min)
     where = torch.tensor([*range(first), *positions])[None]
     hidden = model.model.language_model(
@@ -141,7 +142,7 @@ def evaluate(
 def load(folder: Path) -> tuple[LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast]:
     """The model in float32, in eval mode, and its tokenizer."""
     model = LlavaOnevisionForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
+    return model, PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def main() -> None:

@@ -6,7 +6,10 @@ The tower is by far the dearest part of a picture; its features are computed onc
 import pickle
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from io import BufferedWriter
 from pathlib import Path
 
 import numpy as np
@@ -69,13 +72,19 @@ class FeatureCache:
         """Labels (tokens, heads) of a picture, int8."""
         return np.memmap(self._labels, np.int8, "r", len(HEADS) * picture.start, (picture.count, len(HEADS)))
 
-    @torch.no_grad()
     def fill(
-        self, tower: SiglipVisionModel, *, minutes: float, most: int, first_seed: int, held_out: bool = False
+        self,
+        tower: SiglipVisionModel,
+        *,
+        minutes: float,
+        most: int,
+        first_seed: int,
+        held_out: bool = False,
+        threads: int = 2,
     ) -> None:
         """Append pictures until so many minutes have passed or the cache holds ``most`` of them.
 
-        The picture at place ``n`` of the cache has the seed ``first_seed + n``.
+        The picture at place ``n`` has the seed ``first_seed + n``. Each thread encodes a picture of its own.
         """
         begun = time.monotonic()
         # Whatever a stopped run wrote after its last index is cut off.
@@ -84,33 +93,48 @@ class FeatureCache:
             with path.open("r+b") as file:
                 file.truncate(width * self.tokens)
         stream = DataLoader(
-            _Pictures(first_seed + len(self), held_out), batch_size=None, num_workers=1, prefetch_factor=16
+            _Pictures(first_seed + len(self), held_out), batch_size=None, num_workers=1, prefetch_factor=8
         )
-        with self._features.open("ab") as features, self._labels.open("ab") as labels:
-            progress = tqdm(total=most, initial=len(self), desc="features", unit="picture", mininterval=10)
-            for scene, pixels, patch_labels in stream:
-                if len(self) >= most or time.monotonic() - begun > 60 * minutes:
-                    break
-                sources = torch.from_numpy(token_sources(*scene.size))
-                sources = sources[sources >= 0]
-                with torch.autocast("cpu", torch.bfloat16):
-                    hidden = read_features(tower, normalise(pixels))
-                rows = hidden.reshape(-1, WIDTH)[sources].to(torch.bfloat16)
-                features.write(rows.view(torch.int16).numpy().tobytes())
-                labels.write(patch_labels.transpose(1, 2).reshape(-1, len(HEADS))[sources].numpy().tobytes())
-                self.pictures.append(CachedPicture(scene, self.tokens, len(sources)))
-                progress.update()
-                if len(self) % 1000 == 0:
+        pictures = iter(stream)
+        progress = tqdm(total=most, initial=len(self), desc="features", unit="picture", mininterval=10)
+        with (
+            self._features.open("ab") as features,
+            self._labels.open("ab") as labels,
+            ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ):
+            while len(self) < most and time.monotonic() - begun < 60 * minutes:
+                group = [next(pictures) for _ in range(min(threads, most - len(self)))]
+                for (scene, _, patch_labels), rows in zip(group, pool.map(partial(_encode, tower), group), strict=True):
+                    sources = _sources(scene)
+                    features.write(rows.view(torch.int16).numpy().tobytes())
+                    labels.write(patch_labels.transpose(1, 2).reshape(-1, len(HEADS))[sources].numpy().tobytes())
+                    self.pictures.append(CachedPicture(scene, self.tokens, len(sources)))
+                    progress.update()
+                if len(self) % 500 < threads:
                     self._write_index(features, labels)
             self._write_index(features, labels)
-            progress.close()
+        progress.close()
 
-    def _write_index(self, *files: object) -> None:
+    def _write_index(self, *files: BufferedWriter) -> None:
         for file in files:
-            file.flush()  # type: ignore[attr-defined]
-        partial = self._index.with_suffix(".partial")
-        partial.write_bytes(pickle.dumps(self.pictures))
-        partial.replace(self._index)
+            file.flush()
+        unfinished = self._index.with_suffix(".partial")
+        unfinished.write_bytes(pickle.dumps(self.pictures))
+        unfinished.replace(self._index)
+
+
+def _sources(scene: Scene) -> Tensor:
+    """Which tower output each token of the picture is, newlines left out."""
+    sources = torch.from_numpy(token_sources(*scene.size))
+    return sources[sources >= 0]
+
+
+def _encode(tower: SiglipVisionModel, picture: tuple[Scene, Tensor, Tensor]) -> Tensor:
+    """Features (tokens, width) of a picture in bfloat16, in the order of its tokens."""
+    scene, pixels, _ = picture
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        hidden = read_features(tower, normalise(pixels))
+    return hidden.reshape(-1, WIDTH)[_sources(scene)].to(torch.bfloat16)
 
 
 class _Pictures(IterableDataset[tuple[Scene, Tensor, Tensor]]):

@@ -6,7 +6,7 @@ in every operation: on two shared cores this trains about half as fast again.
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 Shard = TypeVar("Shard")
 
 
-class ShardedGradient:
+class ShardedGradient(Generic[Shard]):
     """Computes the mean gradient over shards of a batch, each in a thread of its own.
 
     Args:

@@ -71,7 +71,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class _View:
-    """How one tile sees the picture: pixels of the tile per pixel of the picture, and where the picture's corner falls."""
+    """How a tile sees the picture: its pixels per pixel of the picture, and where the corner of the picture falls."""
 
     scale_x: float
     scale_y: float

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast, Qwen2Model
 
 from vflowopt.demo.conversation import NEWLINE, NOT_ASKED, PICTURE, Conversation, Row
 from vflowopt.demo.features import CachedPicture, FeatureCache
 from vflowopt.demo.gradient import ShardedGradient
 from vflowopt.demo.questions import KINDS, ask
-from vflowopt.demo.tokenizer import PAD
+from vflowopt.demo.tokenizer import PAD, token_id
 
 WEIGHTS = {
     "colour": 1.0,
@@ -33,8 +33,8 @@ WEIGHTS = {
 }
 """How often each kind is asked in training: the hard ones more often."""
 
-_TURNS = 8
-_TOKENS_PER_STEP = 6500
+_TURNS = 10
+_TOKENS_PER_STEP = 4500
 _FULL_STRETCH = 0.22
 """Share of the time, at the end, in which half of the batches carry whole pictures."""
 
@@ -62,13 +62,14 @@ def logits_after(
     return F.linear(hidden[asked], core.language_model.embed_tokens.weight), targets[asked]
 
 
-def decode(language_model: nn.Module, embeds: Tensor, positions: Tensor) -> Tensor:
+def decode(language_model: Qwen2Model, embeds: Tensor, positions: Tensor) -> Tensor:
     """Causal pass over embeddings (batch, length, width) at explicit positions; rows are padded at their end, so no
     mask is needed."""
     rotary = language_model.rotary_emb(embeds, positions)
     for layer in language_model.layers:
         embeds = layer(embeds, attention_mask=None, position_embeddings=rotary)
-    return language_model.norm(embeds)
+    hidden: Tensor = language_model.norm(embeds)
+    return hidden
 
 
 @torch.no_grad()
@@ -150,7 +151,7 @@ def train_language(
         checkpoint.with_suffix(".partial").replace(checkpoint)
 
     conversation = Conversation(tokenizer)
-    pad = tokenizer.convert_tokens_to_ids(PAD)
+    pad = token_id(tokenizer, PAD)
     rng = np.random.default_rng([seed, step])
 
     def shard_loss(shard: tuple[list[Row], list[Tensor]]) -> Tensor:

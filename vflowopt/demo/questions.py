@@ -88,18 +88,24 @@ def _only_of_shape(scene: Scene) -> list[SceneObject]:
 
 def _colour(scene: Scene, rng: np.random.Generator) -> Question | None:
     item = _pick(rng, _only_of_shape(scene))
-    return item and Question(_phrase(rng, "colour", shape=item.shape), item.colour, "colour", item.small)
+    if item is None:
+        return None
+    return Question(_phrase(rng, "colour", shape=item.shape), item.colour, "colour", item.small)
 
 
 def _shape(scene: Scene, rng: np.random.Generator) -> Question | None:
     colours = [item.colour for item in scene.objects]
     item = _pick(rng, [item for item in scene.objects if colours.count(item.colour) == 1])
-    return item and Question(_phrase(rng, "shape", colour=item.colour), item.shape, "shape", item.small)
+    if item is None:
+        return None
+    return Question(_phrase(rng, "shape", colour=item.colour), item.shape, "shape", item.small)
 
 
 def _code(scene: Scene, rng: np.random.Generator) -> Question | None:
     item = _pick(rng, [item for item in _only_of_shape(scene) if item.code])
-    return item and Question(_phrase(rng, "code", shape=item.shape), (item.code or "").lower(), "code", True)
+    if item is None or item.code is None:
+        return None
+    return Question(_phrase(rng, "code", shape=item.shape), item.code.lower(), "code", True)
 
 
 def _clear_of_thirds(item: SceneObject, width: int, height: int) -> bool:
@@ -111,9 +117,10 @@ def _place(scene: Scene, rng: np.random.Generator) -> Question | None:
     width, height = scene.size
     clear = [item for item in _only_of_shape(scene) if not item.small and _clear_of_thirds(item, width, height)]
     item = _pick(rng, clear)
-    return item and Question(
-        _phrase(rng, "place", shape=item.shape), PLACES[place_of(item.centre, width, height)], "place", False
-    )
+    if item is None:
+        return None
+    place = PLACES[place_of(item.centre, width, height)]
+    return Question(_phrase(rng, "place", shape=item.shape), place, "place", False)
 
 
 def _existence(scene: Scene, rng: np.random.Generator) -> Question | None:

@@ -33,8 +33,8 @@ TINTS = {
     "yellow": (172, 160, 102),
     "purple": (150, 122, 166),
 }
-LETTERS = "ACEHKLPRTX"
-DIGITS = "234579"
+LETTERS = "CEHLTX"
+DIGITS = "3457"
 """Characters of the codes: chosen to be told apart easily at 12 pixels."""
 
 SIZES = ((448, 448), (448, 336), (336, 448), (672, 224), (224, 672), (224, 448), (448, 224), (224, 224), (300, 400))
@@ -136,7 +136,7 @@ def _outlines() -> dict[str, np.ndarray]:
         "arrow": [(-1, -0.36), (0.05, -0.36), (0.05, -1), (1, 0), (0.05, 1), (0.05, 0.36), (-1, 0.36)],
         "hourglass": [(-0.9, -1), (0.9, -1), (0.18, 0), (0.9, 1), (-0.9, 1), (-0.18, 0)],
     }
-    filled = {}
+    filled: dict[str, np.ndarray] = {}
     for name, points in polygons.items():
         polygon = np.asarray(points, np.float64)
         low, high = polygon.min(0), polygon.max(0)
@@ -177,7 +177,8 @@ def _background(rng: np.random.Generator, size: tuple[int, int], name: str, tint
         light = light[:, ::-1]
     light = 0.5 + 0.55 * (light - light.mean()) + rng.uniform(0.1, 0.4)
     colour = np.asarray(TINTS[tint], np.float32) + rng.uniform(-8, 8, 3).astype(np.float32)
-    return np.clip(light[..., None] * colour, 0, 255).astype(np.uint8)
+    pixels: np.ndarray = np.clip(light[..., None] * colour, 0, 255).astype(np.uint8)
+    return pixels
 
 
 def _boxes(rng: np.random.Generator, size: tuple[int, int], sides: list[int]) -> list[tuple[int, int, int, int]]:

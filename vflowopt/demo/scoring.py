@@ -8,6 +8,7 @@ answer is read from this layer.
 import math
 import time
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import SiglipVisionModel
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from vflowopt.demo.anyres import SIDE, token_sources
 from vflowopt.demo.architecture import WIDTH
@@ -60,13 +62,14 @@ def whole_tiles(cache: FeatureCache, picture: CachedPicture) -> tuple[Tensor, np
 @torch.no_grad()
 def focus(tower: SiglipVisionModel, cache: FeatureCache, pictures: int = 40) -> float:
     """How many times more attention a patch with an object receives than one without, on average."""
-    attention = tower.encoder.layers[-1].self_attn
+    layer = cast(SiglipEncoderLayer, tower.encoder.layers[-1])
+    attention = layer.self_attn
     received: dict[bool, list[Tensor]] = {True: [], False: []}
     for picture in cache.pictures[:pictures]:
         whole = whole_tiles(cache, picture)
         if whole is None:
             continue
-        hidden = tower.encoder.layers[-1].layer_norm1(whole[0].float())
+        hidden = layer.layer_norm1(whole[0].float())
         heads = (len(hidden), _PATCHES, attention.num_heads, attention.head_dim)
         queries, keys = (
             projection(hidden).view(heads).transpose(1, 2) for projection in (attention.q_proj, attention.k_proj)

@@ -7,13 +7,14 @@ pictures.
 import json
 from collections.abc import Iterator
 from itertools import product
+from string import ascii_lowercase, digits
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from vflowopt.demo.labels import PLACES
 from vflowopt.demo.questions import PHRASINGS, plural
-from vflowopt.demo.scene import COLOURS, DIGITS, LETTERS, SHAPES, TINTS
+from vflowopt.demo.scene import COLOURS, SHAPES, TINTS
 
 USER, ASSISTANT, END, IMAGE, PAD, VIDEO = "<|user|>", "<|assistant|>", "<|end|>", "<image>", "<pad>", "<video>"
 
@@ -58,13 +59,18 @@ white black brown who why will with word words would write written yes you your
 """
 
 
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    """The id of a token that the tokenizer has."""
+    return tokenizer.get_vocab()[token]
+
+
 def _corpus() -> Iterator[str]:
     for phrasings in PHRASINGS.values():
         for phrasing, (shape, colour) in product(phrasings, product(SHAPES, COLOURS)):
             yield phrasing.format(
                 shape=shape, shapes=plural(shape), colour=colour, article="an" if colour[0] == "o" else "a"
             )
-    for answer in (*SHAPES, *COLOURS, *TINTS, *PLACES, "yes", "no", *LETTERS, *DIGITS):
+    for answer in (*SHAPES, *COLOURS, *TINTS, *PLACES, "yes", "no", *ascii_lowercase, *digits):
         yield from [answer] * 40
     for word in _EVERYDAY.split():
         yield from [word] * 8

@@ -18,10 +18,10 @@ from vflowopt.demo.folder import save_folder
 from vflowopt.demo.language import train_language
 from vflowopt.demo.projector import align_with_words, sample, start_projector
 from vflowopt.demo.scoring import train_scoring
-from vflowopt.demo.tokenizer import IMAGE, build_tokenizer
+from vflowopt.demo.tokenizer import END, IMAGE, PAD, build_tokenizer, token_id
 from vflowopt.demo.tower import train_tower
 
-_HELD_OUT_PICTURES = 60
+_HELD_OUT_PICTURES = 50
 """Pictures on held-out photographs that training is watched on; ``evaluate`` draws others."""
 
 
@@ -47,8 +47,8 @@ def train(
     """
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
-    image, pad = tokenizer.convert_tokens_to_ids(IMAGE), tokenizer.pad_token_id
-    model = initialise(configuration(len(tokenizer), image, tokenizer.eos_token_id, pad), seed)
+    image, end, pad = (token_id(tokenizer, token) for token in (IMAGE, END, PAD))
+    model = initialise(configuration(len(tokenizer), image, end, pad), seed)
     tower = model.model.vision_tower
     heads = train_tower(tower, minutes=tower_minutes, checkpoint=work / "tower.pt", seed=seed)
 
