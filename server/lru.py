@@ -42,7 +42,3 @@ class ByteBoundedLRU(Generic[K, V]):
         while self.bytes_held > self._most_bytes:
             _, dropped = self._values.popitem(last=False)
             self.bytes_held -= self._size(dropped)
-
-    def __len__(self) -> int:
-        """Number of values held."""
-        return len(self._values)

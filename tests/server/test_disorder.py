@@ -64,7 +64,7 @@ def live(client: Client, seed: int) -> tuple[Session, Said]:
     chance = random.Random(seed)
     said = Said(chance.choice(STRATEGIES))
     session = client.session(said.strategy)
-    for step in range(8):
+    for step in range(6):
         question = chance.choice(["", f"Question {step}", "Why?"])
         picture = chance.choice(PICTURES) if not question or chance.random() < 0.3 else None
         try:
@@ -83,15 +83,15 @@ def test_disorder_changes_no_answer_and_loses_no_page(
 ) -> None:
     monkeypatch.setattr("vflow_server.prefill.PIECE", 16)
     served = serve(runtime=scarce, max_running="3")
-    with ThreadPoolExecutor(6) as threads:
-        lives = list(threads.map(lambda number: live(served.client, 100 * seed + number), range(6)))
+    with ThreadPoolExecutor(5) as threads:
+        lives = list(threads.map(lambda number: live(served.client, 100 * seed + number), range(5)))
     until(lambda: not any(session.busy for session in served.service.sessions))
     states = [session.state() for session, _ in lives]
     assert sum(state.kv_bytes for state in states) == served.kv_bytes()
     for state, (_, said) in zip(states, lives, strict=True):
         assert state.turn_count == sum(bool(question) for question, _, _ in said.steps)
     finished = [said for _, said in lives if said.steps]
-    assert len(finished) > 3
+    assert len(finished) > 2
     undisturbed = serve(runtime=runtime).client
     for said in finished:
         assert said.repeat(undisturbed) == [answer for _, _, answer in said.steps]
