@@ -12,6 +12,7 @@ from vflow.v1 import compression_pb2, compression_pb2_grpc
 from vflow_server.engine import Engine, Steps
 from vflow_server.errors import CapacityExhausted
 from vflow_server.names import check_name
+from vflow_server.needs import Encode
 from vflow_server.pictures import PictureStore
 from vflow_server.receipts import image_receipt
 from vflow_server.strategies import StrategyRevision, StrategyStore
@@ -57,8 +58,7 @@ class Compression(compression_pb2_grpc.CompressionServicer):
         picture = await self._pictures.take(request.image, "image")
 
         def work(emit: Callable[[None], None]) -> Steps[Response]:
-            image, hit = self._bench.compress(picture, revision.strategy)
-            yield
+            image, hit = yield Encode(picture, revision.strategy)
             return self._response(picture, image, revision, cache_hit=hit, embeddings=request.include_embeddings)
 
         ticket = self._engine.submit(work)

@@ -1,9 +1,9 @@
 """The engine: one thread that owns the model. Units of work go in, events come out.
 
-Work is a generator: what it does between two ``yield``s is one step (a picture's encoding, a prefill, one decoded
-token). The engine advances the running ones in turn, one step each, so a long answer does not hold up another
-session's picture and a cancelled one ends within a step. Knows no calls, no sessions and no model: whoever submits
-work brings them along.
+Work is a generator that yields what it needs of the model and is sent the answer. In every round the engine takes all
+running work to its next need, and hands the needs to a scheduler, which meets as many as it sees fit in one step of the
+model: so a long answer holds nobody up, and cancelled work ends within a step. Knows no calls, no sessions and no
+model: whoever submits work brings them along.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from typing import Any, Generic, TypeVar
 
 import structlog
@@ -21,9 +21,11 @@ from vflow_server.errors import CapacityExhausted, ServiceError, engine_failed, 
 E = TypeVar("E")
 R = TypeVar("R")
 
-Steps = Generator[None, None, R]
-Work = Callable[[Callable[[E], None]], Generator[None, None, R]]
-"""Work: given a function that emits events, a generator whose return value is the result.
+Steps = Generator[Any, Any, R]
+"""Yields needs, or None where it only lets others have their turn; returns the result."""
+
+Work = Callable[[Callable[[E], None]], Steps[R]]
+"""Work: given a function that emits events, the steps.
 
 Closing the generator means that the work is cancelled: it must undo what it did and let GeneratorExit pass.
 """
@@ -84,27 +86,44 @@ class Ticket(Generic[E, R]):
         self._outcome.add_done_callback(deliver)
 
 
-class _Task(Generic[E, R]):
-    """The engine's end of submitted work: the ticket and the generator."""
+class Task(Generic[E, R]):
+    """The engine's end of submitted work.
+
+    Attributes:
+        need: what the work waits for; None if it can go on.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, work: Work[E, R], wake: Callable[[], None]) -> None:
         self.loop = loop
         self.ticket: Ticket[E, R] = Ticket(loop, wake)
+        self.need: Any = None
+        self._answer: Any = None
+        self._failure: Exception | None = None
         self._steps = work(self._emit)
 
+    def answer(self, answer: Any) -> None:
+        """Meet the need."""
+        self.need, self._answer = None, answer
+
+    def fail(self, failure: Exception) -> None:
+        """Raise ``failure`` where the work waits for its need."""
+        self.need, self._failure = None, failure
+
     def advance(self) -> bool:
-        """Run one step; False when that was the last one."""
+        """Go on to the next need; False when the work has ended."""
+        answer, failure = self._answer, self._failure
+        self._answer = self._failure = None
         try:
             if self.ticket.cancelled:
                 self._steps.close()
                 raise WorkCancelled
-            next(self._steps)
+            self.need = self._steps.send(answer) if failure is None else self._steps.throw(failure)
         except StopIteration as end:
             self._tell(self._end, end.value, None)
-        except Exception as failure:
-            if self.ticket.cancelled and not isinstance(failure, WorkCancelled):
+        except Exception as error:
+            if self.ticket.cancelled and not isinstance(error, WorkCancelled):
                 log.exception("cancelled work failed to undo itself")  # its caller is gone: nobody else would tell
-            self._tell(self._end, None, failure)
+            self._tell(self._end, None, error)
         except BaseException:
             self._tell(self._end, None, engine_failed())
             raise
@@ -143,16 +162,26 @@ class Engine:
     Args:
         waiting: how much submitted work may wait for its first step.
         running: how much work may be under way at once; what is beyond waits.
+        schedule: called once a round with the tasks that need something, in the order of their arrival; meets one
+            need at least.
         on_death: called in the engine's thread if it ends other than by :meth:`stop`.
     """
 
-    def __init__(self, *, waiting: int, running: int, on_death: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        *,
+        waiting: int,
+        running: int,
+        schedule: Callable[[Sequence[Task[Any, Any]]], None] = lambda tasks: None,
+        on_death: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._schedule = schedule
         self._most_waiting = waiting
         self._most_running = running
         self._on_death = on_death
         self._changed = threading.Condition()
-        self._waiting: deque[_Task[Any, Any]] = deque()
-        self._running: deque[_Task[Any, Any]] = deque()
+        self._waiting: deque[Task[Any, Any]] = deque()
+        self._running: deque[Task[Any, Any]] = deque()
         self._open = False
         self._refusal: Callable[[], ServiceError] = server_stopping
         self._thread = threading.Thread(target=self._run, name="vflow-engine", daemon=True)
@@ -178,7 +207,7 @@ class Engine:
             ServiceError: CAPACITY_EXHAUSTED when too much work waits, SERVER_STOPPING or ENGINE_FAILED when the engine
                 takes none any more.
         """
-        task = _Task(asyncio.get_running_loop(), work, self._wake)
+        task = Task(asyncio.get_running_loop(), work, self._wake)
         with self._changed:
             if not self._open:
                 raise self._refusal()
@@ -209,9 +238,12 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            while (task := self._next()) is not None:
-                if task.advance():
-                    self._running.append(task)
+            while (tasks := self._round()) is not None:
+                for task in tasks:
+                    if (task.need is None or task.ticket.cancelled) and not task.advance():
+                        self._remove(task)
+                if needing := [task for task in tasks if task.need is not None]:
+                    self._schedule(needing)
         except BaseException:
             log.exception("the engine died")
             self._refusal = engine_failed
@@ -219,22 +251,25 @@ class Engine:
         finally:
             self._abandon_all()
 
-    def _next(self) -> _Task[Any, Any] | None:
-        """Wait for something to do and choose whose step comes next; None when the engine shall stop."""
+    def _round(self) -> list[Task[Any, Any]] | None:
+        """Wait for something to do; the work of the next round in the order of its arrival, None to stop."""
         with self._changed:
             while self._open and not self._running and not self._waiting:
                 self._changed.wait()
             if not self._open:
                 return None
-            # Cancelled work gives its memory back before anybody else asks for memory.
-            for queue in (self._running, self._waiting):
-                for task in queue:
-                    if task.ticket.cancelled:
-                        queue.remove(task)
-                        return task
+            for task in [task for task in self._waiting if task.ticket.cancelled]:
+                self._waiting.remove(task)
+                self._running.append(task)
             while self._waiting and len(self._running) < self._most_running:
                 self._running.append(self._waiting.popleft())
-            return self._running.popleft()
+            # Cancelled work gives its memory back before anybody else asks for memory.
+            return sorted(self._running, key=lambda task: not task.ticket.cancelled)
+
+    def _remove(self, task: Task[Any, Any]) -> None:
+        task.need = None
+        with self._changed:
+            self._running.remove(task)
 
     def _abandon_all(self) -> None:
         with self._changed:

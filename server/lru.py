@@ -31,6 +31,13 @@ class ByteBoundedLRU(Generic[K, V]):
             self._values.move_to_end(key)
         return value
 
+    def take(self, key: K) -> V | None:
+        """The value of ``key``, which is not held any more; None if it was not."""
+        value = self._values.pop(key, None)
+        if value is not None:
+            self.bytes_held -= self._size(value)
+        return value
+
     def put(self, key: K, value: V) -> None:
         """Hold ``value``; a value larger than the bound is not held at all."""
         if (old := self._values.pop(key, None)) is not None:

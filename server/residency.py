@@ -6,18 +6,19 @@ Belongs to the engine's thread.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 import structlog
 
 from vflow_server.dialogue import Dialogue
 from vflow_server.errors import CapacityExhausted
+from vflow_server.lru import ByteBoundedLRU
+from vflow_server.prefixes import PrefixStore
 from vflowopt.cache import PoolExhausted
+from vflowopt.conversation import Conversation
+from vflowopt.parking import ParkedCache, park, unpark
 from vflowopt.runtime import Runtime
-
-T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -25,63 +26,98 @@ log = structlog.get_logger(__name__)
 class Residency:
     """The dialogues on a runtime, by last use.
 
-    A dialogue is in use while work on it is under way; its pages are then never taken from it.
+    A dialogue is in use while work on it is under way. What idle ones hold is parked outside the pool when pages run
+    short, and comes back with their next turn; beyond the bound of the parked, caches are rebuilt from the log.
+
+    Args:
+        runtime: whose pages are held.
+        prefixes: they hold pages, too, and are the first to go.
+        parked_bytes: bytes of parked caches at most.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, prefixes: PrefixStore, *, parked_bytes: int) -> None:
         self._runtime = runtime
-        self._in_use: set[Dialogue] = set()
+        self._prefixes = prefixes
+        self._in_use: OrderedDict[Dialogue, None] = OrderedDict()
         self._idle: OrderedDict[Dialogue, None] = OrderedDict()
+        self._parked: ByteBoundedLRU[Conversation, ParkedCache] = ByteBoundedLRU(
+            parked_bytes, lambda parked: parked.nbytes
+        )
 
     @contextmanager
     def using(self, dialogue: Dialogue) -> Iterator[None]:
-        """Protect the pages of ``dialogue`` while work on it is under way."""
+        """Count ``dialogue`` as in use while work on it is under way."""
         self._idle.pop(dialogue, None)
-        self._in_use.add(dialogue)
+        self._in_use[dialogue] = None
         try:
             yield
         finally:
-            self._in_use.remove(dialogue)
+            del self._in_use[dialogue]
             self._idle[dialogue] = None
             dialogue.publish()
 
-    def with_room(self, action: Callable[[], T]) -> T:
-        """Do ``action``, which must change nothing where pages run short, releasing idle dialogues until it succeeds.
+    def release_idle(self) -> bool:
+        """Free some pages that no work under way needs; False when there are none."""
+        if self._prefixes.release_one():
+            return True
+        resident = next((dialogue for dialogue in self._idle if dialogue.state.kv_bytes), None)
+        if resident is None:
+            return False
+        log.info("parked the KV cache of an idle session", kv_bytes=resident.state.kv_bytes)
+        conversation = resident.conversation(self._runtime)
+        self._parked.put(conversation, park(conversation))
+        resident.publish()
+        return True
+
+    def preempt(self, spare: Conversation) -> bool:
+        """Release the conversation in use that began last and holds pages, but not ``spare``; False if none does.
+
+        It is not parked: only a cache that covers nothing but finished turns stays true whatever becomes of this one.
+        """
+        for dialogue in reversed(self._in_use):
+            conversation = dialogue.conversation(self._runtime)
+            if conversation is not spare and conversation.resident:
+                log.info("preempted a running turn", kv_bytes=conversation.kv_bytes)
+                conversation.release()
+                return True
+        return False
+
+    def parked(self, conversation: Conversation) -> bool:
+        """Whether a cache of the conversation is parked."""
+        return self._parked.get(conversation) is not None
+
+    def restore(self, conversation: Conversation) -> None:
+        """Bring back what was parked of a conversation, if anything was and it has nothing cached.
 
         Raises:
-            CapacityExhausted: pages are short though every idle dialogue was released.
+            PoolExhausted: too few pages are free; it stays parked.
         """
-        while True:
-            try:
-                return action()
-            except PoolExhausted as shortage:
-                if not self._release_one():
-                    raise self._refusal(shortage) from None
+        if conversation.resident or (parked := self._parked.take(conversation)) is None:
+            return
+        try:
+            unpark(conversation, parked)
+        except PoolExhausted:
+            self._parked.put(conversation, parked)
+            raise
 
     def forget(self, dialogue: Dialogue) -> None:
-        """Release the pages of ``dialogue`` for good."""
+        """Release all that is held of ``dialogue`` for good."""
+        self._parked.take(dialogue.conversation(self._runtime))
         dialogue.release()
         self._idle.pop(dialogue, None)
 
     def check(self) -> int:
-        """Bytes of all pages held, after proving that each page has exactly one owner or none.
+        """Bytes of the pages that dialogues hold, after proving that each page is held as often as it has owners.
 
         Raises:
-            AssertionError: a page is lost, or owned twice.
+            AssertionError: a page is lost, or its references and its owners differ.
         """
         owners = [dialogue.conversation(self._runtime).cache for dialogue in (*self._idle, *self._in_use)]
-        self._runtime.pool.check_integrity(owners)
-        return self._runtime.pool.bytes_used
+        self._runtime.pool.check_integrity([*owners, *self._prefixes.caches()])
+        return sum(owner.bytes_held for owner in owners)
 
-    def _release_one(self) -> bool:
-        resident = next((dialogue for dialogue in self._idle if dialogue.state.kv_bytes), None)
-        if resident is None:
-            return False
-        log.info("released the KV cache of an idle session", kv_bytes=resident.state.kv_bytes)
-        resident.release()
-        return True
-
-    def _refusal(self, shortage: PoolExhausted) -> CapacityExhausted:
+    def refusal(self, shortage: PoolExhausted) -> CapacityExhausted:
+        """What to tell whom no pages can be had for."""
         alone = len(self._in_use) == 1
         budget = self._runtime.pool.bytes_total
         remedy = (

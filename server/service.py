@@ -24,6 +24,7 @@ from vflow_server.conversations import Conversations
 from vflow_server.engine import Engine
 from vflow_server.guard import Guard
 from vflow_server.pictures import PictureStore
+from vflow_server.scheduler import Scheduler
 from vflow_server.sessions import SessionStore
 from vflow_server.settings import Settings
 from vflow_server.strategies import StrategyStore
@@ -57,8 +58,15 @@ class Service:
 
     def __init__(self, runtime: Runtime, settings: Settings) -> None:
         self.settings = settings
-        self.engine = Engine(waiting=settings.max_waiting, running=settings.max_running, on_death=self._engine_died)
-        self.bench = Workbench(runtime, compressed_bytes=settings.compressed_memory)
+        self.bench = Workbench(
+            runtime, compressed_bytes=settings.compressed_memory, parked_bytes=settings.parked_memory
+        )
+        self.engine = Engine(
+            waiting=settings.max_waiting,
+            running=settings.max_running,
+            schedule=Scheduler(self.bench),
+            on_death=self._engine_died,
+        )
         self.strategies = StrategyStore(
             runtime.layers, settings.data_dir / "strategies.json" if settings.data_dir else None
         )
@@ -101,6 +109,7 @@ class Service:
         with suppress(asyncio.CancelledError):
             await self._expiry
         await asyncio.to_thread(self.engine.stop)
+        self.bench.close()
         self.pictures.close()
 
     def _grpc_server(self) -> grpc.aio.Server:

@@ -33,13 +33,14 @@ class Settings:
     port: int = option("50051", "port to listen on; 0 takes a free one", whole(0, 65535), metavar="N")
     max_sessions: int = option("1000", "sessions that may live at the same time", whole(1), metavar="N")
     idle_timeout: float = option("15m", "a session unused for this long is deleted", seconds, metavar="TIME")
-    max_running: int = option("8", "requests that take turns on the model", whole(1), metavar="N")
+    max_running: int = option("32", "requests that share the model's steps", whole(1), metavar="N")
     max_waiting: int = option("64", "requests that may wait for the model", whole(1), metavar="N")
     max_picture_bytes: int = option("20MiB", "largest picture file", size, metavar="SIZE")
     max_picture_pixels: int = option("50000000", "most pixels of a picture", whole(1), metavar="N")
     max_message_bytes: int = option("64MiB", "largest request, and largest response", size, metavar="SIZE")
     picture_memory: int = option("256MiB", "decoded pictures held, to be named by digest", size, metavar="SIZE")
     compressed_memory: int = option("256MiB", "compressed pictures held, for use again", size, metavar="SIZE")
+    parked_memory: int = option("1GiB", "KV caches of idle sessions held outside the KV budget", size, metavar="SIZE")
     data_dir: Path | None = option(
         None, "folder for created strategies (unset: forgotten at the end)", Path, metavar="PATH"
     )

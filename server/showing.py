@@ -6,11 +6,13 @@ One step encodes it, the next ones prefill it. It is committed as a whole or not
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 
 from vflow.v1 import images_pb2
 from vflow_server.dialogue import Dialogue
-from vflow_server.prefill import prefill
+from vflow_server.engine import Steps
+from vflow_server.needs import Encode
+from vflow_server.reading import read
 from vflow_server.receipts import image_receipt
 from vflow_server.turn import check_context
 from vflow_server.workbench import Workbench
@@ -37,20 +39,18 @@ class Showing:
         self._strategy_name = strategy_name
         self._picture = picture
 
-    def __call__(self, emit: Callable[[object], None]) -> Generator[None, None, images_pb2.ImageReceipt]:
+    def __call__(self, emit: Callable[[object], None]) -> Steps[images_pb2.ImageReceipt]:
         """The steps of the showing."""
         runtime = self._bench.runtime
         with self._bench.residency.using(self._dialogue):
             conversation = self._dialogue.conversation(runtime)
             checkpoint = conversation.checkpoint()
             try:
-                image, hit = self._bench.compress(self._picture, self._dialogue.strategy)
-                yield
+                image, hit = yield Encode(self._picture, self._dialogue.strategy)
                 items = self._dialogue.picture(runtime.chat, image)
                 check_context(conversation, items, 0, runtime.context)
                 begun = time.perf_counter()
-                conversation.log.extend(items)
-                yield from prefill(self._bench, conversation, want_logits=False)
+                yield from read(self._bench, conversation, items, want_logits=False)
                 prefill_ms = (time.perf_counter() - begun) * 1000
             except BaseException:  # GeneratorExit is how a cancelled showing ends
                 conversation.rollback(checkpoint)

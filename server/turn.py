@@ -7,14 +7,15 @@ committed: a turn that fails or is cancelled leaves the conversation as it was.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 from vflow.v1 import conversations_pb2, images_pb2
 from vflow_server.dialogue import Dialogue
+from vflow_server.engine import Steps
 from vflow_server.errors import InvalidRequest
-from vflow_server.prefill import prefill
+from vflow_server.needs import Encode, Run
+from vflow_server.reading import read
 from vflow_server.receipts import image_receipt
 from vflow_server.workbench import Workbench
 from vflowopt.compression import CompressedImage
@@ -71,7 +72,7 @@ class Turn:
         self._request = request
         self._accepted = accepted
 
-    def __call__(self, emit: Callable[[str], None]) -> Generator[None, None, Finished]:
+    def __call__(self, emit: Callable[[str], None]) -> Steps[Finished]:
         """The steps of the turn."""
         begun = time.perf_counter()
         with self._bench.residency.using(self._dialogue):
@@ -90,7 +91,7 @@ class Turn:
 
     def _compressed(
         self,
-    ) -> Generator[None, None, tuple[list[images_pb2.ImageReceipt], list[str | CompressedImage]]]:
+    ) -> Steps[tuple[list[images_pb2.ImageReceipt], list[str | CompressedImage]]]:
         """Compress the turn's pictures, one a step."""
         receipts: list[images_pb2.ImageReceipt] = []
         parts: list[str | CompressedImage] = []
@@ -98,7 +99,7 @@ class Turn:
             if isinstance(part, str):
                 parts.append(part)
                 continue
-            image, hit = self._bench.compress(part, self._dialogue.strategy)
+            image, hit = yield Encode(part, self._dialogue.strategy)
             parts.append(image)
             number = self._dialogue.images + len(receipts) + 1
             receipts.append(
@@ -112,14 +113,13 @@ class Turn:
                     name=f"{self._session_name}/images/{number}",
                 )
             )
-            yield
         return receipts, parts
 
     def _answered(
         self, conversation: Conversation, parts: list[str | CompressedImage], emit: Callable[[str], None]
-    ) -> Generator[None, None, Finished]:
+    ) -> Steps[Finished]:
         """Run the prompt, then generate a token a step."""
-        runtime, residency = self._bench.runtime, self._bench.residency
+        runtime = self._bench.runtime
         items = self._dialogue.turn(runtime.chat, parts)
         check_context(conversation, items, self._request.max_new_tokens, runtime.context)
         (prompt_tokens,) = tokens_per_stage([*conversation.log, *items], 1)
@@ -127,8 +127,7 @@ class Turn:
         restored = bool(conversation.log) and not conversation.resident
 
         prefill_begun = time.perf_counter()
-        conversation.log.extend(items)
-        logits = yield from prefill(self._bench, conversation)
+        logits = yield from read(self._bench, conversation, items)
         assert logits is not None  # they were wanted
         prefill_ended = first_token = time.perf_counter()
         sampler = Sampler(self._request.sampling)
@@ -149,8 +148,8 @@ class Turn:
                 reason = Finished.STOP_STRING if text.stopped else Finished.LENGTH
                 conversation.log.append(token)  # said, but nothing follows yet that needs it run
                 break
-            yield
-            (logits,) = residency.with_room(partial(runtime.decode, [conversation], [token]))
+            conversation.log.append(token)
+            logits = yield Run(conversation)
         if delta := text.finish():
             emit(delta)
         if text.stopped:  # what was held back completed a stop string

@@ -5,9 +5,12 @@ Belongs to the engine's thread.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from vflow_server.lru import ByteBoundedLRU
+from vflow_server.prefixes import PrefixStore
 from vflow_server.residency import Residency
 from vflowopt.compression import CompressedImage
 from vflowopt.picture import Picture
@@ -22,23 +25,37 @@ class Workbench:
         runtime: the model; handed over for good.
         compressed_bytes: bytes of compressed pictures to remember, so that the same picture under the same strategy is
             not encoded twice.
+        parked_bytes: bytes of KV caches to hold outside the pool for idle dialogues.
+        prefixes: beginnings to keep for dialogues that begin the same way.
     """
 
-    def __init__(self, runtime: Runtime, *, compressed_bytes: int) -> None:
+    def __init__(self, runtime: Runtime, *, compressed_bytes: int, parked_bytes: int, prefixes: int = 64) -> None:
         self.runtime = runtime
-        self.residency = Residency(runtime)
+        self.prefixes = PrefixStore(prefixes)
+        self.residency = Residency(runtime, self.prefixes, parked_bytes=parked_bytes)
         self._compressed: ByteBoundedLRU[tuple[str, Strategy], CompressedImage] = ByteBoundedLRU(
             compressed_bytes, _bytes
         )
 
-    def compress(self, picture: Picture, strategy: Strategy) -> tuple[CompressedImage, bool]:
-        """The compressed picture, and whether it was at hand already."""
-        key = (picture.digest, strategy)
-        if (held := self._compressed.get(key)) is not None:
-            return held, True
-        (made,) = self.runtime.compress([picture], strategy)
-        self._compressed.put(key, made)
-        return made, False
+    def close(self) -> None:
+        """Give back the pages that prefixes hold; for when the engine has ended."""
+        while self.prefixes.release_one():
+            pass
+
+    def held(self, picture: Picture, strategy: Strategy) -> CompressedImage | None:
+        """The compressed picture, if it is at hand."""
+        return self._compressed.get((picture.digest, strategy))
+
+    def compress(self, pictures: Sequence[Picture], strategy: Strategy) -> list[CompressedImage]:
+        """Encode pictures in one batch and compress them; they are at hand from then on.
+
+        Raises:
+            PictureError: the model cannot take the shape of one of them.
+        """
+        images = self.runtime.compress(pictures, strategy)
+        for picture, image in zip(pictures, images, strict=True):
+            self._compressed.put((picture.digest, strategy), image)
+        return images
 
 
 def _bytes(image: CompressedImage) -> int:

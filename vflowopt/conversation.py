@@ -76,6 +76,12 @@ class Conversation:
         return sum(map(tokens_in, self.log[self.cached.items :])) - self.cached.offset
 
     @property
+    def pages_wanted(self) -> int:
+        """Pages that caching the rest of the log takes at most."""
+        tokens = tokens_per_stage(self.log[self.cached.items :], len(self.cache.stages))
+        return sum(stage.pages_to_write(more) for stage, more in zip(self.cache.stages, tokens, strict=True))
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of the pages held now."""
         return self.cache.bytes_held
@@ -110,6 +116,12 @@ class Conversation:
         twin.cache = self.cache.fork()
         twin.cached = self.cached
         return twin
+
+    def share(self, prefix: Conversation) -> None:
+        """Take over the cache of ``prefix``, whose log this log begins with; an own cache is given back first."""
+        self.cache.free()
+        self.cache = prefix.cache.fork()
+        self.cached = prefix.cached
 
     def release(self) -> None:
         """Give back all pages and keep the log: the next extension rebuilds the cache. Idempotent."""

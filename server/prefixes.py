@@ -1,0 +1,67 @@
+"""Beginnings that conversations have in common: the same tokens and pictures under the same strategy, cached once.
+
+A prefix is a frozen fork of a conversation at the moment when its last item was a picture. Whoever begins the same way
+shares its pages. Belongs to the engine's thread.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from vflowopt.cache import StagedCache
+from vflowopt.compression import CompressedImage
+from vflowopt.conversation import Conversation, Item
+from vflowopt.strategy import Strategy
+
+_Key = tuple[Strategy, tuple[int | str, ...]]
+
+
+class PrefixStore:
+    """Prefixes by strategy and content, for one model.
+
+    Args:
+        most: prefixes held; the least recently used go first.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._prefixes: OrderedDict[_Key, Conversation] = OrderedDict()
+
+    def find(self, strategy: Strategy, items: Sequence[Item]) -> Conversation | None:
+        """The longest prefix of ``items`` that is held, or None."""
+        content = _content(items)
+        for end in range(len(items), 0, -1):
+            # Only pictures end prefixes: looking for others would hash every beginning of a long text.
+            if isinstance(items[end - 1], CompressedImage):
+                key = (strategy, content[:end])
+                if (prefix := self._prefixes.get(key)) is not None:
+                    self._prefixes.move_to_end(key)
+                    return prefix
+        return None
+
+    def keep(self, conversation: Conversation) -> None:
+        """Hold the present state of ``conversation``, all of it cached and its last item a picture."""
+        key = (conversation.strategy, _content(conversation.log))
+        if key not in self._prefixes:
+            self._prefixes[key] = conversation.fork()
+        self._prefixes.move_to_end(key)
+        if len(self._prefixes) > self._most:
+            self.release_one()
+
+    def release_one(self) -> bool:
+        """Give up the least recently used prefix; False when there is none. Pages that others share stay theirs."""
+        if not self._prefixes:
+            return False
+        _, prefix = self._prefixes.popitem(last=False)
+        prefix.release()
+        return True
+
+    def caches(self) -> list[StagedCache]:
+        """The caches held, for the proof of the pool's integrity."""
+        return [prefix.cache for prefix in self._prefixes.values()]
+
+
+def _content(items: Sequence[Item]) -> tuple[int | str, ...]:
+    """What items say, whoever says it: token ids, and pictures by their digest."""
+    return tuple(item.digest if isinstance(item, CompressedImage) else item for item in items)

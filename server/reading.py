@@ -1,0 +1,45 @@
+"""Reading: have a conversation say more and cache it, from a shared prefix where one is held."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+
+from torch import Tensor
+
+from vflow_server.needs import Run
+from vflow_server.workbench import Workbench
+from vflowopt.compression import CompressedImage
+from vflowopt.conversation import Conversation, Item
+
+
+def read(
+    bench: Workbench, conversation: Conversation, items: Sequence[Item], *, want_logits: bool = True
+) -> Generator[Run, Tensor | None, Tensor | None]:
+    """Append ``items`` to the log and run all that is not cached.
+
+    Whoever closes the generator, or gets an exception from it, must roll the conversation back.
+
+    Returns:
+        Logits [vocabulary] after the last item, if they are wanted.
+
+    Raises:
+        CapacityExhausted: pages are short though everything was released that can be.
+    """
+    opening = not conversation.log
+    said = [*conversation.log, *items]
+    bare = not conversation.resident and not bench.residency.parked(conversation)
+    if bare and (prefix := bench.prefixes.find(conversation.strategy, said)) is not None:
+        conversation.log.extend(said[len(conversation.log) : len(prefix.log)])
+        conversation.share(prefix)
+    rest = said[len(conversation.log) :]
+    pictures = [place for place, item in enumerate(rest) if isinstance(item, CompressedImage)]
+    if opening and pictures:
+        # Stop behind the last picture, for others who begin with it and ask something else.
+        conversation.log.extend(rest[: pictures[-1] + 1])
+        yield Run(conversation, want_logits=False)
+        bench.prefixes.keep(conversation)
+        rest = rest[pictures[-1] + 1 :]
+    conversation.log.extend(rest)
+    if conversation.cached_items == len(conversation.log) and not want_logits:
+        return None
+    return (yield Run(conversation, want_logits))

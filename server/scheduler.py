@@ -1,0 +1,114 @@
+"""The scheduler: which needs of the running work are met in a step, and what gives way when KV pages run short.
+
+Every step runs one batch of the model, one token of every answer that is under way and a bounded number of tokens of
+prompts, and encodes a few pictures; first come, first served. So neither a long prompt nor a picture stalls the streams
+of others for more than a step. Belongs to the engine's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vflow_server.engine import Task
+from vflow_server.needs import Encode, Run
+from vflow_server.workbench import Workbench
+from vflowopt.cache import PoolExhausted
+
+PROMPT_TOKENS = 512
+"""Tokens of prompts that a step runs at most, over all conversations."""
+
+PICTURES = 4
+"""Pictures that a step encodes at most; one only while answers are under way."""
+
+Needing = Task[Any, Any]
+
+
+class Scheduler:
+    """Meets the needs of work.
+
+    Args:
+        bench: the model, and what it has at hand.
+    """
+
+    def __init__(self, bench: Workbench) -> None:
+        self._bench = bench
+        self._residency = bench.residency
+
+    def __call__(self, tasks: Sequence[Needing]) -> None:
+        """One step: meet the needs of some of ``tasks``, which come in the order of their arrival."""
+        running = [task for task in tasks if isinstance(task.need, Run)]
+        answering = any(task.need.conversation.pending_tokens == 1 for task in running)
+        self._run(running)
+        encoding = [task for task in tasks if isinstance(task.need, Encode) and not self._at_hand(task)]
+        self._encode([task for task in encoding if task.need.strategy == encoding[0].need.strategy], answering)
+
+    def _at_hand(self, task: Needing) -> bool:
+        """Answer with a picture that was compressed before, if there is one."""
+        image = self._bench.held(task.need.picture, task.need.strategy)
+        if image is not None:
+            task.answer((image, True))
+        return image is not None
+
+    def _encode(self, tasks: Sequence[Needing], answering: bool) -> None:
+        """Encode the first few pictures in one batch; the same picture is encoded once."""
+        first = {task.need.picture.digest: task for task in reversed(tasks)}
+        batch = [task for task in tasks if first[task.need.picture.digest] is task][: 1 if answering else PICTURES]
+        if not batch:
+            return
+        try:
+            images = self._bench.compress([task.need.picture for task in batch], batch[0].need.strategy)
+        except Exception as failure:
+            if len(batch) > 1:  # whose picture it was shows when the first is encoded alone
+                self._encode(batch[:1], answering)
+            else:
+                batch[0].fail(failure)
+            return
+        for task, image in zip(batch, images, strict=True):
+            task.answer((image, False))
+
+    def _run(self, tasks: Sequence[Needing]) -> None:
+        """Run one batch. Where pages run short, what is idle gives way first, then the youngest in use."""
+        while batch := self._batch(tasks):
+            eldest = next(iter(batch))
+            try:
+                self._residency.restore(eldest.need.conversation)
+                logits = self._bench.runtime.advance(
+                    [task.need.conversation for task in batch],
+                    list(batch.values()),
+                    want_logits=any(task.need.want_logits for task in batch),
+                )
+            except PoolExhausted as shortage:
+                if self._residency.release_idle() or self._residency.preempt(eldest.need.conversation):
+                    continue
+                eldest.fail(self._residency.refusal(shortage))
+                tasks = [task for task in tasks if task is not eldest]
+            else:
+                for task, row in zip(batch, logits, strict=True):
+                    conversation = task.need.conversation
+                    if conversation.cached_items == len(conversation.log):
+                        task.answer(row if task.need.want_logits else None)
+                return
+
+    def _batch(self, tasks: Sequence[Needing]) -> dict[Needing, int]:
+        """Who runs in this step, and how many tokens of each.
+
+        A prompt begins only when there is room for all of it, unless it comes first: so two never keep taking each
+        other's pages, and whoever came first always gets on.
+        """
+        batch: dict[Needing, int] = {}
+        left, promised = PROMPT_TOKENS, 0
+        for task in tasks:
+            conversation = task.need.conversation
+            if conversation.pending_tokens > 1 and batch:
+                wanted = promised + conversation.pages_wanted
+                while wanted > self._bench.runtime.pool.free_pages and self._residency.release_idle():
+                    pass
+                if wanted > self._bench.runtime.pool.free_pages or not left:
+                    continue
+                promised = wanted
+                self._residency.restore(conversation)
+            tokens = conversation.pending_tokens
+            batch[task] = tokens if tokens == 1 else min(tokens, max(left, 1))
+            left -= batch[task] if tokens > 1 else 0
+        return batch
