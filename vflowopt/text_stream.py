@@ -25,6 +25,10 @@ class TextStream:
         self._chat = chat
         self._stop = tuple(stop)
         self._tokens: list[int] = []
+        # Tokens before _settled are decoded for good. Those from _context on are decoded again with what follows: how
+        # a token reads (its space, its bytes) may depend on its neighbour, never on more.
+        self._context = self._settled = 0
+        self._decoded = ""
         self.text = ""
         self.stopped = False
 
@@ -37,26 +41,30 @@ class TextStream:
         """The rest of the text, when no more tokens come."""
         return self._hand_out(final=True)
 
+    def _decode(self, *, final: bool) -> None:
+        """Decode what came since the last time, unless it ends within a character."""
+        known = self._chat.decode(self._tokens[self._context : self._settled])
+        text = self._chat.decode(self._tokens[self._context :])
+        if final or not text.endswith(_UNFINISHED):
+            self._decoded += text[len(known) :]
+            self._context, self._settled = self._settled, len(self._tokens)
+
     def _hand_out(self, *, final: bool) -> str:
         if self.stopped:
             return ""
-        # Decoding everything again keeps spaces and bytes right for any tokenizer; answers are short.
-        text = self._chat.decode(self._tokens)
-        met = [place for place in (text.find(stop) for stop in self._stop) if place >= 0]
+        self._decode(final=final)
+        safe = len(self._decoded) if final else len(self._decoded) - self._held_back()
+        # No stop string lies before what was handed out, and none begins there either: it would have been held back.
+        met = [place for stop in self._stop if (place := self._decoded.find(stop, len(self.text))) >= 0]
         if met:
-            self.stopped = True
-            text = text[: min(met)]
-        elif not final:
-            # A character whose bytes are not all there yet decodes to the replacement character.
-            text = text.rstrip(_UNFINISHED)
-            text = text[: len(text) - self._held_back(text)]
-        if not text.startswith(self.text):
-            return ""
-        delta, self.text = text[len(self.text) :], text
+            self.stopped, safe = True, min(met)
+        delta = self._decoded[len(self.text) : safe]
+        self.text += delta
         return delta
 
-    def _held_back(self, text: str) -> int:
-        """Characters at the end of ``text`` that may be the beginning of a stop string."""
+    def _held_back(self) -> int:
+        """Characters at the end of the text that may be the beginning of a stop string."""
         return max(
-            (size for stop in self._stop for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0
+            (size for stop in self._stop for size in range(1, len(stop)) if self._decoded.endswith(stop[:size])),
+            default=0,
         )

@@ -14,7 +14,7 @@ from vflowopt.strategy import Strategy
 
 
 def test_a_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="llava_onevision") as refused:
+    with pytest.raises(ModelError, match="there is no folder") as refused:
         load_model(tmp_path / "nowhere")
     assert refused.value.reason == "MODEL_NOT_FOUND"
 

@@ -35,6 +35,8 @@ def load_model(model: str | Path, *, device: str = "cpu", dtype: str = "float32"
         raise ModelError(
             "MODEL_UNSUPPORTED", f"device is {device!r} but this torch sees no GPU; use device 'cpu' or a CUDA build"
         )
+    if _is_path(model) and not Path(model).is_dir():
+        raise ModelError("MODEL_NOT_FOUND", f"there is no folder {model!s}; give a Hugging Face model folder or hub id")
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise ModelError("MODEL_NOT_FOUND", f"the folder {model} has no config.json; give a Hugging Face model folder")
     try:
@@ -61,6 +63,11 @@ def load_model(model: str | Path, *, device: str = "cpu", dtype: str = "float32"
             f"{model!s} has a configuration of family {config.model_type!r} but does not load: {_first_line(error)}; "
             "a whole model has weights, tokenizer, chat template and image processor configuration",
         ) from error
+
+
+def _is_path(model: str | Path) -> bool:
+    """Whether this can only be a folder: hub ids are relative and have at most one slash."""
+    return isinstance(model, Path) or model.startswith((".", "~", "/")) or model.count("/") > 1
 
 
 def _first_line(error: Exception) -> str:
