@@ -20,7 +20,11 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return save(shape, tmp_path_factory.mktemp(shape.name))
 
 
-@pytest.mark.parametrize("sizes", [((56, 56), (70, 150)), ((180, 61), (112, 112))], ids=["square-wide", "tall-mosaic"])
+@pytest.mark.parametrize(
+    "sizes",
+    [((56, 56), (70, 150)), ((180, 61), (112, 112)), ((2, 300), (300, 2))],
+    ids=["square-wide", "tall-mosaic", "thin"],
+)
 def test_three_turns_with_two_pictures_answer_like_generate(folder: Path, sizes: list[tuple[int, int]]) -> None:
     first, second = (picture(*size, seed=index) for index, size in enumerate(sizes))
     turns = [[first, "what is this?"], ["and now?"], ["look: ", second, " same?"]]

@@ -153,7 +153,8 @@ class LlavaOnevision(MultimodalModel):
         structural = marks.isnan()
         overview = side * side
         mosaic = structural[overview:]
-        columns = int(mosaic.nonzero()[0]) + 1 if mosaic.any() else len(mosaic)
+        # Of a very thin picture unpadding leaves no rows at all, or rows of nothing but their newline.
+        columns = int(mosaic.nonzero()[0]) + 1 if len(mosaic) else 1
         place = torch.arange(len(mosaic))
         grid = torch.cat((torch.zeros(overview, dtype=torch.long), torch.ones(len(mosaic), dtype=torch.long)))
         row = torch.cat((torch.arange(overview) // side, place // columns))
@@ -168,7 +169,7 @@ class LlavaOnevision(MultimodalModel):
         for axis, count in enumerate((rows, columns - 1)):
             whole = best[axis] // patch
             cut = (whole - int(round(whole * min(1.0, self._share(height, width, best)[axis]), 7))) // 2
-            steps.append((whole - 2 * cut) / count * patch / scale[axis])
+            steps.append((whole - 2 * cut) / max(count, 1) * patch / scale[axis])
             offsets.append((cut * patch - (best[axis] - inner[axis]) // 2) / scale[axis])
         mosaic_boxes = _boxes(row[overview:], column[overview:], (steps[0], steps[1]), (offsets[0], offsets[1]))
         boxes = torch.cat((overview_boxes, mosaic_boxes))
