@@ -46,10 +46,12 @@ class AttentionPlan:
         # Conversations that bring one token are attended to together, padded to the longest of them.
         self.singles = next((place for place, count in enumerate(counts) if count != 1), len(counts))
         longest = max(held[: self.singles], default=0)
-        self.single_slots = torch.zeros(len(layers), self.singles, longest, dtype=torch.int64, device=device)
-        """int64 [layers, singles, longest]."""
+        self.single_slots = torch.empty(len(layers), self.singles, longest, dtype=torch.int64, device=device)
+        """int64 [layers, singles, longest]; what pads a conversation is its own last slot: whatever is wrong with the
+        numbers of another (NaN times a weight of zero is NaN), it stays there."""
         for place in range(self.singles):
             self.single_slots[:, place, : held[place]] = rows[place][:, : held[place]]
+            self.single_slots[:, place, held[place] :] = rows[place][:, held[place] - 1 : held[place]]
         lengths = torch.tensor(held[: self.singles], device=device)
         seen = (torch.arange(longest, device=device) < lengths[:, None])[:, None, None]
         self.single_mask: Tensor | None = None if self.singles == 1 else seen

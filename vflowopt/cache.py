@@ -70,8 +70,7 @@ class PagePool:
         if self.pages < 1:
             raise ValueError(f"a KV budget of {budget} bytes does not hold one page of {self.page_bytes} bytes")
         shape = (self.pages * page_size, heads, head_dim)
-        # Zeros, not garbage: attention over padded rows multiplies what lies in unwritten slots by a weight of zero,
-        # and zero times NaN is NaN. The system hands out zeroed memory lazily, so nothing is touched yet.
+        # The system hands out zeroed memory lazily, so nothing is touched yet.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self._free = list(range(self.pages - 1, -1, -1))

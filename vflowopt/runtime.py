@@ -157,22 +157,31 @@ class Runtime:
             want_logits: False where nobody will read them.
 
         Returns:
-            For each conversation, float32 logits [vocabulary] after its last item, or None where they are not wanted
-            or something is left to run.
+            For each conversation, float32 logits [vocabulary] after its last item, or None where they are not wanted,
+            something is left to run, or the log ends with tokens of a picture that do not reach the last stage.
 
         Raises:
-            PoolExhausted: too few pages are free; no cache has changed.
+            PoolExhausted: too few pages are free.
             ValueError: a conversation has nothing to run.
+
+            Whatever is raised, every conversation is as it was before.
         """
         limits = limits or [None] * len(conversations)
-        segments = [self._segment(each, limit) for each, limit in zip(conversations, limits, strict=True)]
-        hidden = self._forward(segments)
-        done = [place for place, segment in enumerate(segments) if segment.to.items == len(segment.conversation.log)]
-        logits: list[Tensor | None] = [None] * len(segments)
-        if want_logits and done:
-            rows: Tensor = self.model.head(self.model.decoder.norm(hidden[done])).float()
-            for place, row in zip(done, rows, strict=True):
-                logits[place] = row
+        logits: list[Tensor | None] = [None] * len(conversations)
+        try:
+            segments = [self._segment(each, limit) for each, limit in zip(conversations, limits, strict=True)]
+            done = [place for place, segment in enumerate(segments) if want_logits and segment.reaches_the_end]
+            hidden = self._forward(segments, done)
+            if done:
+                rows: Tensor = self.model.head(self.model.decoder.norm(hidden)).float()
+                for place, row in zip(done, rows, strict=True):
+                    logits[place] = row
+        except BaseException:
+            for conversation in conversations:
+                conversation.cache.truncate(conversation.cache.lengths)  # gives back the room reserved in vain
+            raise
+        for segment in segments:
+            segment.commit()
         return logits
 
     def _segment(self, conversation: Conversation, limit: int | None) -> _Segment:
@@ -209,8 +218,8 @@ class Runtime:
         to = Progress(whole, offset, position)
         return _Segment(conversation, torch.cat(embeddings), torch.cat(positions), stages, counts, to)
 
-    def _forward(self, segments: Sequence[_Segment]) -> Tensor:
-        """Run segments through the decoder layers; returns the last hidden state of each [segments, hidden]."""
+    def _forward(self, segments: Sequence[_Segment], wanted: Sequence[int]) -> Tensor:
+        """Run segments through the decoder layers; the last hidden state of the ``wanted`` ones [wanted, hidden]."""
         # Single tokens first, as the attention plan wants them.
         order = sorted(range(len(segments)), key=lambda place: len(segments[place].positions) > 1)
         segments = [segments[place] for place in order]
@@ -228,15 +237,14 @@ class Runtime:
                 hidden = hidden[:, kept]
                 rotary = (rotary[0][:, kept], rotary[1][:, kept])
                 present = [stages[stay] for stages, stay in zip(present, staying, strict=True)]
+            if not hidden.shape[1]:
+                break  # a chunk of a picture of which nothing goes further
             plan = AttentionPlan(self.pool, layers, caches, [len(stages) for stages in present])
             for layer in layers:
                 hidden = _layer_output(self.model.layers[layer](hidden, position_embeddings=rotary, plan=plan))
-        for segment in segments:
-            segment.commit()
-        last = torch.tensor([len(stages) for stages in present]).cumsum(0) - 1
         rows = torch.empty(len(order), dtype=torch.int64)
-        rows[order] = last
-        return hidden[0, rows.to(device)]
+        rows[order] = torch.tensor([len(stages) for stages in present]).cumsum(0) - 1
+        return hidden[0, rows[list(wanted)].to(device)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,6 +261,11 @@ class _Segment:
     last_stages: Tensor
     counts: Sequence[int]
     to: Progress
+
+    @property
+    def reaches_the_end(self) -> bool:
+        """Whether it runs the last of the log, through all layers."""
+        return self.to.items == len(self.conversation.log) and self.counts[-1] > 0
 
     def commit(self) -> None:
         """Count the tokens, all written by now, as cached."""

@@ -1,6 +1,7 @@
 """Reused caches, receipts and rollbacks: what the runtime promises beyond the unpruned answer."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,9 +146,9 @@ def test_rollback_after_a_release_is_right(talk: Talk) -> None:
     assert talk.ask(["second"], NEW_TOKENS) == undisturbed
 
 
-def test_a_pool_too_small_refuses_and_changes_nothing(plain_folder: object) -> None:
+def test_a_pool_too_small_refuses_and_changes_nothing(plain_folder: Path) -> None:
     page = 2 * 16 * 2 * 16 * 4
-    runtime = Runtime.load(str(plain_folder), kv_budget=40 * page)
+    runtime = Runtime.load(plain_folder, kv_budget=40 * page)
     talk = Talk(runtime, Strategy.full())
     talk.ask(["hello"], 2)
     items, used = list(talk.conversation.log), runtime.pool.bytes_used
@@ -160,6 +161,69 @@ def test_a_pool_too_small_refuses_and_changes_nothing(plain_folder: object) -> N
     assert talk.ask(["bye"], 2)
     talk.conversation.release()
     runtime.pool.check_integrity([])
+
+
+def test_a_batch_that_does_not_fit_changes_none_of_its_members(plain_folder: Path) -> None:
+    page = 2 * 16 * 2 * 16 * 4
+    runtime = Runtime.load(plain_folder, kv_budget=18 * page)
+    conversations = [runtime.start(Strategy.full()) for _ in range(2)]
+    for conversation in conversations:
+        runtime.extend(conversation, list(range(16)))  # one full page in each of six layers
+    before = [conversation.checkpoint() for conversation in conversations]
+    with pytest.raises(PoolExhausted):
+        runtime.decode(conversations, [1, 2])
+    assert [conversation.checkpoint() for conversation in conversations] == before
+    assert runtime.pool.bytes_used == 12 * page
+    runtime.decode(conversations[:1], [1])
+
+
+def test_a_failure_of_the_model_changes_nothing(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    conversation = runtime.start(Strategy.full())
+    expected = runtime.extend(conversation, list(range(16)))
+    before, used = conversation.checkpoint(), runtime.pool.bytes_used
+    for part in ("head", "decoder"):
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime.model, part, None)
+            with pytest.raises((TypeError, AttributeError)):
+                runtime.decode([conversation], [1])
+        assert (conversation.checkpoint(), runtime.pool.bytes_used) == (before, used)
+    conversation.release()
+    assert torch.equal(runtime.extend(conversation, []), expected)  # type: ignore[arg-type]
+    conversation.release()
+
+
+def test_what_goes_wrong_in_one_conversation_stays_there(runtime: Runtime) -> None:
+    """Numbers that overflowed in one cache, of half precision say, reach no other of the batch."""
+    conversations = [runtime.start(Strategy.full()) for _ in range(3)]
+    for index, conversation in enumerate(conversations):
+        runtime.extend(conversation, list(range(5 + 20 * index)))
+    broken = torch.ones(len(runtime.pool.keys), dtype=torch.bool)
+    for conversation in conversations[1:]:
+        broken[conversation.cache.stages[0].slots.flatten()] = False
+    runtime.pool.keys[broken] = runtime.pool.values[broken] = torch.nan
+    logits = runtime.decode(conversations, [1, 2, 3])
+    assert logits.isfinite().all(1).tolist() == [False, True, True]
+    runtime.pool.keys[broken] = runtime.pool.values[broken] = 0.0
+    for conversation in conversations:
+        conversation.release()
+
+
+def test_a_chunk_may_vanish_on_its_way(runtime: Runtime) -> None:
+    """Token by token and alone, so that some steps have nothing left for the later stages."""
+    strategy = Strategy((0, 1, 3, 5), (0.9, 0.6, 0.5, 0.3))
+    (image,) = runtime.compress([Picture.from_pixels(picture(100, 60, 1))], strategy)
+    assert (image.last_stages == 0).any()
+    whole, chunked = runtime.start(strategy), runtime.start(strategy)
+    expected = runtime.extend(whole, [1, 2, image, 3])
+    chunked.log.extend([1, 2, image, 3])
+    logits = None
+    while logits is None:
+        (logits,) = runtime.advance([chunked], [1])
+    assert expected is not None
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    assert chunked.cache.lengths == whole.cache.lengths
+    whole.release()
+    chunked.release()
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 16, 50])
