@@ -76,7 +76,7 @@ class Residency:
         """
         for dialogue in reversed(self._in_use):
             conversation = dialogue.conversation(self._runtime)
-            if conversation is not spare and conversation.resident:
+            if conversation is not spare and conversation.kv_bytes:
                 log.info("preempted a running turn", kv_bytes=conversation.kv_bytes)
                 conversation.release()
                 return True
@@ -117,18 +117,12 @@ class Residency:
         return sum(owner.bytes_held for owner in owners)
 
     def refusal(self, shortage: PoolExhausted) -> CapacityExhausted:
-        """What to tell whom no pages can be had for."""
-        alone = len(self._in_use) == 1
+        """What to tell whom no pages can be had for although nobody else holds any."""
         budget = self._runtime.pool.bytes_total
-        remedy = (
-            "this conversation alone needs more: begin a new session, choose a strategy that keeps less, "
-            "or start the server with a larger --kv-budget"
-            if alone
-            else "other conversations hold it: retry in a moment"
-        )
         return CapacityExhausted(
             "kv_cache",
-            f"the KV cache of {budget} bytes is full; {remedy}",
+            f"the KV cache of {budget} bytes is full and this conversation alone needs more: begin a new session, "
+            "choose a strategy that keeps less, or start the server with a larger --kv-budget",
             metadata={"kv_budget": budget, "pages_needed": shortage.needed, "pages_free": shortage.free},
-            retry_after=None if alone else 1.0,
+            retry_after=None,
         )

@@ -68,7 +68,11 @@ class Scheduler:
             task.answer((image, False))
 
     def _run(self, tasks: Sequence[Needing]) -> None:
-        """Run one batch. Where pages run short, what is idle gives way first, then the youngest in use."""
+        """Run one batch.
+
+        Where pages run short, what is idle gives way first, then the youngest in use, then all but the first of the
+        batch; the first is refused only where it needs more than the whole pool.
+        """
         while batch := self._batch(tasks):
             eldest = next(iter(batch))
             try:
@@ -81,8 +85,18 @@ class Scheduler:
             except PoolExhausted as shortage:
                 if self._residency.release_idle() or self._residency.preempt(eldest.need.conversation):
                     continue
+                if len(batch) > 1:
+                    tasks = [eldest]
+                    continue
                 eldest.fail(self._residency.refusal(shortage))
                 tasks = [task for task in tasks if task is not eldest]
+            except Exception as failure:
+                if len(batch) > 1:  # whose fault it was shows when each is run alone
+                    for task in batch:
+                        self._run([task])
+                else:
+                    eldest.fail(failure)
+                return
             else:
                 for task, row in zip(batch, logits, strict=True):
                     conversation = task.need.conversation
@@ -93,22 +107,30 @@ class Scheduler:
     def _batch(self, tasks: Sequence[Needing]) -> dict[Needing, int]:
         """Who runs in this step, and how many tokens of each.
 
-        A prompt begins only when there is room for all of it, unless it comes first: so two never keep taking each
-        other's pages, and whoever came first always gets on.
+        A prompt runs only when there is room for all of it beside the batch, unless it comes first: so two never keep
+        taking each other's pages, and whoever came first always gets on.
         """
         batch: dict[Needing, int] = {}
-        left, promised = PROMPT_TOKENS, 0
+        left = PROMPT_TOKENS
+        answering = [task.need.conversation for task in tasks if task.need.conversation.pending_tokens == 1]
+        promised = sum(conversation.pages_wanted for conversation in answering)
         for task in tasks:
             conversation = task.need.conversation
-            if conversation.pending_tokens > 1 and batch:
-                wanted = promised + conversation.pages_wanted
-                while wanted > self._bench.runtime.pool.free_pages and self._residency.release_idle():
-                    pass
-                if wanted > self._bench.runtime.pool.free_pages or not left:
+            if conversation.pending_tokens == 1:
+                batch[task] = 1
+                continue
+            if batch:
+                if not left or not self._make_room(promised + conversation.pages_wanted):
                     continue
-                promised = wanted
                 self._residency.restore(conversation)
-            tokens = conversation.pending_tokens
-            batch[task] = tokens if tokens == 1 else min(tokens, max(left, 1))
-            left -= batch[task] if tokens > 1 else 0
+            promised += conversation.pages_wanted
+            batch[task] = min(conversation.pending_tokens, left)
+            left -= batch[task]
         return batch
+
+    def _make_room(self, pages: int) -> bool:
+        """Have what is idle give way until ``pages`` are free; False if that does not suffice."""
+        while pages > self._bench.runtime.pool.free_pages:
+            if not self._residency.release_idle():
+                return False
+        return True
