@@ -124,9 +124,6 @@ class Task(Generic[E, R]):
             if self.ticket.cancelled and not isinstance(error, WorkCancelled):
                 log.exception("cancelled work failed to undo itself")  # its caller is gone: nobody else would tell
             self._tell(self._end, None, error)
-        except BaseException:
-            self._tell(self._end, None, engine_failed())
-            raise
         else:
             return True
         return False
