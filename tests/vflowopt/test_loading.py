@@ -50,6 +50,31 @@ def test_a_tower_that_is_not_supported(plain_folder: Path, tmp_path: Path) -> No
         load_model(folder)
 
 
+TEXT_ONLY = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + message['content'] }}{% endfor %}"
+"""A template of a language model: contents are strings."""
+
+
+@pytest.mark.parametrize("template", [None, TEXT_ONLY, "{{ 'no picture' }}"])
+def test_a_chat_template_that_takes_no_pictures(plain_folder: Path, tmp_path: Path, template: str | None) -> None:
+    folder = tmp_path / "mute"
+    shutil.copytree(plain_folder, folder)
+    (folder / "chat_template.jinja").unlink()
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(ModelError, match="chat template") as refused:
+        load_model(folder)
+    assert refused.value.reason == "MODEL_UNSUPPORTED"
+
+
+def test_the_processors_chat_template_of_older_folders_goes_first(plain_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "older"
+    shutil.copytree(plain_folder, folder)
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(TEXT_ONLY)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert load_model(folder).tokenizer.chat_template == template
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_runs(plain_folder: Path, dtype: str) -> None:
     runtime = Runtime.load(plain_folder, dtype=dtype, kv_budget=1 << 22)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,16 @@ class MultimodalModel(ABC):
     head_dim: int
     context: int
     stop_ids: frozenset[int]
+
+    @classmethod
+    @abstractmethod
+    def load(cls, model: str | Path, config: Any, device: torch.device, dtype: torch.dtype) -> Self:
+        """Load a folder or hub id, whose configuration is ``config``.
+
+        Raises:
+            ModelError: the model has something that is not supported.
+            OSError, ValueError, KeyError, RuntimeError: Hugging Face's, where the files do not hold a whole model.
+        """
 
     @property
     def layers(self) -> nn.ModuleList:

@@ -7,11 +7,12 @@ map goes through the very function that packs the features, so that map and toke
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 from transformers.image_utils import ChannelDimension
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.utils.hub import cached_file
 
 from vflowopt.attention import PAGED
 from vflowopt.compression import EncodedImage
@@ -77,7 +79,7 @@ class LlavaOnevision(MultimodalModel):
         self.scoring_layer = max(self.feature_states) - 1 if scoring is None else scoring % depth
 
     @classmethod
-    def load(cls, model: str | Path, config: Any, device: torch.device, dtype: torch.dtype) -> LlavaOnevision:
+    def load(cls, model: str | Path, config: Any, device: torch.device, dtype: torch.dtype) -> Self:
         """Load weights, tokenizer and image processor from a folder or hub id; errors are Hugging Face's."""
         network: Any = LlavaOnevisionForConditionalGeneration.from_pretrained(
             model,
@@ -85,9 +87,20 @@ class LlavaOnevision(MultimodalModel):
             dtype=dtype,
             attn_implementation={"text_config": PAGED, "vision_config": "sdpa"},
         )
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        # Folders of before chat_template.jinja keep the template that knows pictures here, and the one of the language
+        # model, which takes text alone, with the tokenizer: the processor's goes first, as in Hugging Face's processor.
+        template = cached_file(
+            str(model),
+            "chat_template.json",
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if template is not None:
+            tokenizer.chat_template = json.loads(Path(template).read_text(encoding="utf-8"))["chat_template"]
         return cls(
             network.to(device).eval(),
-            AutoTokenizer.from_pretrained(model),
+            tokenizer,
             LlavaOnevisionImageProcessorPil.from_pretrained(model),
         )
 

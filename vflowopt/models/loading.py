@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from vflowopt.models.interface import ModelError, MultimodalModel
 from vflowopt.models.llava_onevision import LlavaOnevision
 
-FAMILIES: dict[str, type[LlavaOnevision]] = {"llava_onevision": LlavaOnevision}
+FAMILIES: dict[str, type[MultimodalModel]] = {"llava_onevision": LlavaOnevision}
 """Families by the ``model_type`` of their configuration."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,7 +27,8 @@ def load_model(model: str | Path, *, device: str = "cpu", dtype: str = "float32"
         dtype: a name of :data:`DTYPES`.
 
     Raises:
-        ModelError: there is no such model, its family is unknown, or its files do not hold a whole model.
+        ModelError: there is no such model, its family is unknown, or its files do not hold a whole model that can be
+            talked to about pictures.
     """
     if dtype not in DTYPES:
         raise ModelError("MODEL_UNSUPPORTED", f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
@@ -54,7 +55,7 @@ def load_model(model: str | Path, *, device: str = "cpu", dtype: str = "float32"
             f"{model!s} is of the family {config.model_type!r}; the families known here are: {', '.join(FAMILIES)}",
         )
     try:
-        return FAMILIES[config.model_type].load(model, config, torch.device(device), DTYPES[dtype])
+        loaded = FAMILIES[config.model_type].load(model, config, torch.device(device), DTYPES[dtype])
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, ModelError):
             raise
@@ -63,6 +64,24 @@ def load_model(model: str | Path, *, device: str = "cpu", dtype: str = "float32"
             f"{model!s} has a configuration of family {config.model_type!r} but does not load: {_first_line(error)}; "
             "a whole model has weights, tokenizer, chat template and image processor configuration",
         ) from error
+    _check_chat_template(model, loaded)
+    return loaded
+
+
+def _check_chat_template(model: str | Path, loaded: MultimodalModel) -> None:
+    """Raise ModelError unless the chat template writes a picture: the first turn of a user would be too late."""
+    content = [{"type": "image"}, {"type": "text", "text": "?"}]
+    try:
+        text = loaded.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        problem = None if loaded.image_token in text else f"it does not write {loaded.image_token!r} for a picture"
+    except Exception as error:  # a template is a program: it raises whatever it stumbles on
+        problem = _first_line(error)
+    if problem:
+        raise ModelError(
+            "MODEL_UNSUPPORTED",
+            f"the chat template of {model!s} cannot be used: {problem}; put one that takes contents as lists of parts, "
+            "pictures among them, into chat_template.jinja beside the tokenizer",
+        )
 
 
 def _is_path(model: str | Path) -> bool:
