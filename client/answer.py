@@ -90,4 +90,5 @@ class Answer(Transcript, Iterator[str]):
                         next(self._call, None)
                 return event
             time.sleep(delay)
+            self._refuse_if_closed()
             self._call = self._send()

@@ -86,4 +86,5 @@ class AsyncAnswer(Transcript, AsyncIterator[str]):
                     await self._call.code()
                 return event
             await asyncio.sleep(delay)
+            self._refuse_if_closed()
             self._send()

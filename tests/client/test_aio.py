@@ -74,6 +74,24 @@ def test_closing_an_answer_that_another_task_reads(address: str, service: FakeSe
     asyncio.run(close())
 
 
+def test_closing_an_answer_between_two_attempts_sends_no_other(address: str, service: FakeService) -> None:
+    full = Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "CAPACITY_EXHAUSTED", retry_after=0.3)
+    service.refusals["Chat"] = [full]
+
+    async def close() -> None:
+        async with connect(address) as client:
+            answer = await client.attach("sessions/x").ask("How many?")
+            reading = asyncio.create_task(answer.read())
+            await asyncio.sleep(0.1)
+            answer.close()
+            with pytest.raises(vflow_client.Cancelled):
+                await reading
+            await asyncio.sleep(0.1)
+
+    asyncio.run(close())
+    assert len(service.requests["Chat"]) == 1
+
+
 def test_a_turn_is_sent_again_only_until_its_first_text(address: str, service: FakeService) -> None:
     async def ask() -> str:
         async with connect(address) as client:
