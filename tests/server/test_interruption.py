@@ -100,9 +100,9 @@ def test_a_long_prompt_can_be_cancelled_on_the_way(
         monkeypatch.setattr(runtime, "advance", slow)
         with pytest.raises(DeadlineExceeded):
             if where == "a turn":
-                session.ask("a" * 2000, timeout=0.3).read()
+                session.ask("a" * 2000, timeout=0.6).read()
             else:
-                session.add_image(picture, timeout=0.3)
+                session.add_image(picture, timeout=0.6)
         until(lambda: not is_busy(served, session))
         assert 1 < pieces < 15
         monkeypatch.setattr(runtime, "advance", advance)
