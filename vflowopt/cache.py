@@ -184,14 +184,14 @@ class StageTable:
         """Use exactly :meth:`pages_to_write` pages to make room for ``more`` tokens that nobody else sees."""
         if not pages:
             return
+        first, depth = len(self.blocks), len(self.layers)
         if self._last_block_shared():
-            place, depth = self.length // self.pool.page_size, len(self.layers)
-            old, self.blocks[place], pages = self.blocks[place], pages[:depth], pages[depth:]
-            self.pool.copy(old, self.blocks[place])
+            first = self.length // self.pool.page_size
+            old, self.blocks[first], pages = self.blocks[first], pages[:depth], pages[depth:]
+            self.pool.copy(old, self.blocks[first])
             self.pool.give_back(old)
-        depth = len(self.layers)
-        self.blocks += [pages[first : first + depth] for first in range(0, len(pages), depth)]
-        self._update_slots()
+        self.blocks += [pages[start : start + depth] for start in range(0, len(pages), depth)]
+        self._update_slots(first)
 
     def truncate(self, length: int) -> None:
         """Forget all but the first ``length`` tokens and give back the blocks that they do not reach."""
@@ -202,7 +202,7 @@ class StageTable:
         if cut:
             del self.blocks[self.blocks_for(length) :]
             self.pool.give_back(page for block in cut for page in block)
-            self._update_slots()
+            self._update_slots(len(self.blocks))
 
     def fork(self) -> StageTable:
         """A table over the same tokens, sharing every page that holds any."""
@@ -210,7 +210,7 @@ class StageTable:
         twin.length = self.length
         twin.blocks = [list(block) for block in self.blocks[: self.blocks_for(self.length)]]
         self.pool.share(page for block in twin.blocks for page in block)
-        twin._update_slots()
+        twin._update_slots(0)
         return twin
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -223,9 +223,11 @@ class StageTable:
         place = self.length // self.pool.page_size
         return place < len(self.blocks) and self.pool.shared(self.blocks[place][0])
 
-    def _update_slots(self) -> None:
-        pages = torch.tensor(self.blocks, dtype=torch.int64).reshape(-1, len(self.layers)).T
-        self.slots = self.pool.slots(pages)
+    def _update_slots(self, first: int) -> None:
+        """Bring ``slots`` in line with the blocks, of which those before ``first`` are as they were."""
+        # Only what changed: a long conversation would pay for all its blocks with every page that it grows by.
+        pages = torch.tensor(self.blocks[first:], dtype=torch.int64).reshape(-1, len(self.layers)).T
+        self.slots = torch.cat((self.slots[:, : first * self.pool.page_size], self.pool.slots(pages)), dim=1)
 
 
 class StagedCache:
