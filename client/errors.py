@@ -23,7 +23,7 @@
     │   ├── ServerStopping
     │   └── EngineFailed
     ├── ResourceExhausted         a limit on the way, such as the size of a message
-    │   └── CapacityExhausted     no room at present; `retry_after` says when to try again
+    │   └── CapacityExhausted     no room; without a `retry_after` waiting does not help
     ├── DeadlineExceeded          the timeout passed first; the turn was not said
     ├── Cancelled                 this side cancelled the call
     └── ServerFault               a fault of the service itself
@@ -165,7 +165,7 @@ class ResourceExhausted(VFlowError):
 
 
 class CapacityExhausted(ResourceExhausted):
-    """The service has no room at present; nothing was changed."""
+    """The service has no room; nothing was changed. Where `retry_after` is None, waiting does not help."""
 
 
 class DeadlineExceeded(VFlowError):

@@ -110,7 +110,7 @@ def describe_turn(usage: Usage, receipt: TurnReceipt) -> str:
     return (
         f"[{usage.completion_tokens} tokens, {usage.reused_tokens} of {usage.prompt_tokens} prompt tokens reused, "
         f"first token {receipt.first_token_ms:.0f} ms, in all {receipt.total_ms / 1000:.2f} s, "
-        f"KV {_saving(receipt.kv_bytes, receipt.kv_bytes_full)}{', cache rebuilt' if receipt.restored else ''}]"
+        f"KV {_saving(receipt.kv_bytes, receipt.kv_bytes_full)}{', cache restored' if receipt.restored else ''}]"
     )
 
 
