@@ -35,7 +35,6 @@ class Held:
     """A conversation that was held: its receipts and answers."""
 
     image: vflow_client.ImageReceipt
-    state: object = None
     answers: list[str] = field(default_factory=list)
     turns: list[vflow_client.TurnReceipt] = field(default_factory=list)
 
@@ -52,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         data = picture.read_bytes()
         shown = ImageOps.exif_transpose(Image.open(picture))
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         print(f"demo: cannot read {picture} as a picture: {error}; give a PNG or JPEG file by IMAGE=", file=sys.stderr)
         return 2
     questions, truths = _questions(picture, options)
@@ -67,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             compressed = _hold(client, options.strategy, data, questions, truths, quiet=False)
             full = _hold(client, FULL, data, questions, None, quiet=True)
             response = client.compress(data, strategy=options.strategy)
-    except vflow_client.VFlowError as error:
+    except (vflow_client.VFlowError, RuntimeError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     _print_table(compressed, full)
@@ -101,7 +100,7 @@ def _hold(
 ) -> Held:
     """Hold the conversation, printing it as it streams unless ``quiet``."""
     with client.session(strategy) as session:
-        # A picture of one pixel more is another picture: warming up must not fill the cache for the measured one.
+        # A file of one byte more is another picture: warming up must not fill the cache for the measured one.
         held = Held(session.add_image(data + b"\0" if warm_up else data))
         for index, question in enumerate(questions):
             answer = session.ask(question)

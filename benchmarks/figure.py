@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-_WIDTH = 300
+# Most pixels of a panel.
+_WIDTH, _HEIGHT = 300, 600
 _GAP = 14
 _CAPTION = 22
 _PAPER = (250, 250, 248)
@@ -41,8 +42,9 @@ def draw(picture: Image.Image, maps: Sequence[TokenMap], stages: int) -> Image.I
         maps: one per token grid.
         stages: pruning stages.
     """
-    scale = _WIDTH / picture.width
-    small = picture.convert("RGB").resize((_WIDTH, max(1, round(picture.height * scale))), Image.Resampling.LANCZOS)
+    scale = min(_WIDTH / picture.width, _HEIGHT / picture.height)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    small = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
     columns, rows = stages + 2, len(maps)
     sheet = Image.new(
         "RGB",
