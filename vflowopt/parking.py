@@ -42,12 +42,20 @@ class ParkedCache:
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
     def save(self, path: Path) -> None:
-        """Write to ``path``, atomically: there is the whole file or none. Errors are the file system's."""
+        """Write to ``path``, atomically: there is the whole file or none.
+
+        Raises:
+            OSError, SafetensorError: it cannot be written, for want of space say; nothing is left of it.
+        """
         tensors = {f"keys.{stage}": tensor for stage, tensor in enumerate(self.keys)}
         tensors |= {f"values.{stage}": tensor for stage, tensor in enumerate(self.values)}
         partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, metadata={"cached": json.dumps(asdict(self.cached))})
-        os.replace(partial, path)
+        try:
+            save_file(tensors, partial, metadata={"cached": json.dumps(asdict(self.cached))})
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
     @classmethod
     def load(cls, path: Path) -> ParkedCache:

@@ -34,6 +34,16 @@ def test_a_parked_conversation_goes_on_like_an_undisturbed_one(runtime: Runtime,
         talk.conversation.release()
 
 
+def test_a_file_that_cannot_be_written_leaves_nothing(runtime: Runtime, tmp_path: Path) -> None:
+    talk = Talk(runtime, STRATEGY)
+    talk.ask(["hello"], 3)
+    parked = park(talk.conversation)
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError):
+        parked.save(tmp_path / "taken")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]
+
+
 def test_what_is_not_of_this_conversation_is_refused(runtime: Runtime, tmp_path: Path) -> None:
     talk, other = Talk(runtime, STRATEGY), Talk(runtime, Strategy.full())
     talk.ask(["hello"], 3)
