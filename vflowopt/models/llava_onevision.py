@@ -116,6 +116,8 @@ class LlavaOnevision(MultimodalModel):
             self._pack(of_picture, picture.pixels.shape[:2], self.network.model.image_newline)
             for of_picture, picture in zip(projected, pictures, strict=True)
         ]
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # work is only queued there: the time would count as scoring
         milliseconds = (time.perf_counter() - begun) * 1e3 / len(pictures)
         return [
             EncodedImage(
@@ -156,7 +158,7 @@ class LlavaOnevision(MultimodalModel):
         return np.asarray(batch["pixel_values"][0])
 
     def layout(self, height: int, width: int) -> TokenLayout:
-        """Where the visual tokens of a picture of this size come from."""
+        """Where the visual tokens of a picture of ``height`` x ``width`` pixels come from."""
         vision = self.network.config.vision_config
         side, patch = vision.image_size // vision.patch_size, vision.patch_size
         best = select_best_resolution((height, width), self.network.config.image_grid_pinpoints)
@@ -175,7 +177,7 @@ class LlavaOnevision(MultimodalModel):
 
         # Pixels of a mosaic token: its share of the unpadded patch rows and columns, less the padding, unscaled.
         rows = len(mosaic) // columns
-        inner = get_patch_output_size(np.zeros((1, height, width)), best, ChannelDimension.FIRST)
+        inner = get_patch_output_size(np.broadcast_to(np.uint8(0), (1, height, width)), best, ChannelDimension.FIRST)
         scale = (inner[0] / height, inner[1] / width)
         overview_boxes = _boxes(row[:overview], column[:overview], (height / side, width / side), (0.0, 0.0))
         steps, offsets = [], []
