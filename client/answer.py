@@ -18,7 +18,8 @@ class Answer(Transcript, Iterator[str]):
     """Iterate over it for the pieces of text as they come; `usage` and `receipt` are there after the last one.
 
     Closing an answer before its end (`close()`, or leaving it as a context manager) cancels the turn: the session is
-    then as if it had not been asked. One answer is read by one thread.
+    then as if it had not been asked, unless the service, which may be ahead of the reader, had finished the turn
+    already (`Session.state().turn_count` tells). One answer is read by one thread.
     """
 
     def __init__(self, method: Any, request: ChatRequest, attempts: Attempts) -> None:

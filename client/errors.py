@@ -24,7 +24,7 @@
     │   └── EngineFailed
     ├── ResourceExhausted         a limit on the way, such as the size of a message
     │   └── CapacityExhausted     no room; without a `retry_after` waiting does not help
-    ├── DeadlineExceeded          the timeout passed first; the turn was not said
+    ├── DeadlineExceeded          the timeout passed before the call ended
     ├── Cancelled                 this side cancelled the call
     └── ServerFault               a fault of the service itself
 
@@ -169,7 +169,7 @@ class CapacityExhausted(ResourceExhausted):
 
 
 class DeadlineExceeded(VFlowError):
-    """The timeout passed before the call ended; an unfinished turn was not said."""
+    """The timeout passed before the call ended; a turn that the service had not finished by then was not said."""
 
 
 class Cancelled(VFlowError):

@@ -76,7 +76,7 @@ class Terminal:
                 self._out.flush()
         except KeyboardInterrupt:
             answer.close()
-            self._print("\n[cancelled: the question counts as not asked]")
+            self._print("\n[cancelled]")
             return True
         except VFlowError as error:
             self._print("")

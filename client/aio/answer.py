@@ -17,7 +17,8 @@ class AsyncAnswer(Transcript, AsyncIterator[str]):
     """Iterate over it for the pieces of text as they come; `usage` and `receipt` are there after the last one.
 
     Closing an answer before its end (`close()`, or leaving it as an async context manager), or cancelling the task that
-    reads it, cancels the turn: the session is then as if it had not been asked. One answer is read by one task.
+    reads it, cancels the turn: the session is then as if it had not been asked, unless the service, which may be ahead
+    of the reader, had finished the turn already (`AsyncSession.state()` tells). One answer is read by one task.
     """
 
     def __init__(self, method: Any, request: ChatRequest, attempts: Attempts) -> None:
