@@ -67,7 +67,7 @@ def outcomes(bench: Workbench, texts: Sequence[str], tokens: int) -> list[Finish
     return asyncio.run(asyncio.wait_for(scene(), 20))
 
 
-@pytest.mark.parametrize("tokens", [2, 60])
+@pytest.mark.parametrize("tokens", [2, 30])
 def test_turns_that_fit_one_after_the_other_but_not_together_are_all_answered(bench: Workbench, tokens: int) -> None:
     texts = [letter * 120 for letter in "abcd"]
     together = [end.text if isinstance(end, Finished) else end for end in outcomes(bench, texts, tokens)]
