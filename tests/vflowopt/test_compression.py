@@ -11,7 +11,7 @@ from vflowopt.pruning import stage_targets
 from vflowopt.runtime import Runtime
 from vflowopt.strategy import Strategy
 
-SIZES = [(56, 56), (112, 112), (60, 200), (300, 90), (113, 97), (30, 40)]
+SIZES = [(56, 56), (112, 112), (60, 200), (300, 90), (113, 97), (30, 40), (1, 200), (300, 2), (1, 1)]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -70,7 +70,7 @@ def test_a_batch_of_pictures_is_compressed_like_each_alone(runtime: Runtime) -> 
         torch.testing.assert_close(alone.embeddings, together.embeddings, atol=1e-4, rtol=1e-4)
 
 
-def test_scoring_holds_one_map_at_a_time(runtime: Runtime) -> None:
+def test_scores_are_those_of_the_whole_attention(runtime: Runtime) -> None:
     """The importance equals that of the full attention of the scoring layer, computed the plain way."""
     model = runtime.model
     assert isinstance(model, LlavaOnevision)

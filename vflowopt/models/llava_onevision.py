@@ -231,21 +231,22 @@ class LlavaOnevision(MultimodalModel):
             ]
         )
         hidden = tower.embeddings(torch.from_numpy(pixels).to(self.device))
-        states, query, key = [hidden], None, None
-        for index in range(max(max(self.feature_states), self.scoring_layer + 1)):
-            layer = self._tower_layer(index)
+        states: dict[int, Tensor] = {}
+        query, key = None, None
+        last = max(*self.feature_states, self.scoring_layer)
+        for index in range(last + 1):
+            # Only what is needed is kept: the states of all layers and tiles of a large tower are gigabytes.
+            if index in self.feature_states:
+                states[index] = hidden
             if index == self.scoring_layer:
+                layer = self._tower_layer(index)
                 normed = layer.layer_norm1(hidden)
-                attention = layer.self_attn
                 query, key = (
-                    _split_heads(projection(normed), attention.num_heads)
-                    for projection in (attention.q_proj, attention.k_proj)
+                    _split_heads(projection(normed), layer.self_attn.num_heads)
+                    for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj)
                 )
-            if index < max(self.feature_states):
-                hidden = layer(hidden, None)
-                states.append(hidden)
-            elif index < self.scoring_layer:
-                hidden = layer(hidden, None)
+            if index < last:
+                hidden = self._tower_layer(index)(hidden, None)
         assert query is not None and key is not None
         return torch.cat([states[index] for index in self.feature_states], dim=-1), query, key
 
