@@ -65,6 +65,8 @@ class Terminal:
             return self._complain(f"{picture}: {error.strerror or error}")
         except VFlowError as error:
             return self._complain(f"{picture}: {error}")
+        except KeyboardInterrupt:
+            return self._complain(f"{picture}: not shown")
         self._print(f"{picture}: {describe_picture(receipt)}")
         return True
 

@@ -23,10 +23,15 @@ class StartError(Exception):
     """The service cannot start; the message says why and what to do."""
 
 
+class EngineDied(Exception):
+    """The engine ended by a fault; whoever runs the process should start it again. The log says what happened."""
+
+
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT; a second signal does not wait.
 
     Raises:
+        EngineDied: nothing can be served any more.
         StartError: the model cannot be served, or the address cannot be listened on.
     """
     if settings.threads is not None:
@@ -65,9 +70,14 @@ async def _serve(runtime: Runtime, settings: Settings) -> None:
     # Standard output carries this line alone: whoever started the process reads from it where to call.
     print(f"VFlow is ready on {settings.host}:{port}", flush=True)
     log.info("ready", host=settings.host, port=port, strategy=service.strategies.active.name)
-    await stop.wait()
+    waits = [asyncio.create_task(event.wait()) for event in (stop, service.failed)]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.remove_signal_handler(number)
     log.info("stopping", grace=settings.grace)
     await service.stop()
     log.info("stopped")
+    if service.failed.is_set():
+        raise EngineDied

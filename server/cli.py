@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _serve(settings: Settings) -> int:
     # The model's libraries take seconds to import: --help and a wrong option do not wait for them.
-    from vflow_server.app import StartError, run
+    from vflow_server.app import EngineDied, StartError, run
     from vflow_server.logging import configure
 
     configure(settings.log_format, settings.log_level)
@@ -65,6 +65,8 @@ def _serve(settings: Settings) -> int:
         run(settings)
     except StartError as error:
         return _refuse(error)
+    except EngineDied:  # the log has said why; a supervisor sees the exit code and starts anew
+        return 1
     return 0
 
 

@@ -17,12 +17,16 @@ class Encode:
     strategy: Strategy
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Run:
     """A conversation whose log shall be cached to its end.
 
     The answer is the logits [vocabulary] after the last item, or None where they are not wanted.
+
+    Attributes:
+        ran: tokens that the model ran for it, so far.
     """
 
     conversation: Conversation
     want_logits: bool = True
+    ran: int = 0

@@ -47,15 +47,23 @@ class PrefixStore:
             self._prefixes[key] = conversation.fork()
         self._prefixes.move_to_end(key)
         if len(self._prefixes) > self._most:
-            self.release_one()
+            _, oldest = self._prefixes.popitem(last=False)
+            oldest.release()
 
     def release_one(self) -> bool:
-        """Give up the least recently used prefix; False when there is none. Pages that others share stay theirs."""
-        if not self._prefixes:
-            return False
-        _, prefix = self._prefixes.popitem(last=False)
-        prefix.release()
-        return True
+        """Free pages: give up the least recently used prefix that holds some alone; False when there is none."""
+        for key, prefix in self._prefixes.items():
+            if prefix.cache.frees_pages:
+                del self._prefixes[key]
+                prefix.release()
+                return True
+        return False
+
+    def clear(self) -> None:
+        """Give up all prefixes."""
+        for prefix in self._prefixes.values():
+            prefix.release()
+        self._prefixes.clear()
 
     def caches(self) -> list[StagedCache]:
         """The caches held, for the proof of the pool's integrity."""

@@ -13,33 +13,49 @@ from vflowopt.conversation import Conversation, Item
 
 
 def read(
-    bench: Workbench, conversation: Conversation, items: Sequence[Item], *, want_logits: bool = True
-) -> Generator[Run, Tensor | None, Tensor | None]:
+    bench: Workbench,
+    conversation: Conversation,
+    items: Sequence[Item],
+    *,
+    opening: bool,
+    want_logits: bool = True,
+) -> Generator[Run, Tensor | None, tuple[Tensor | None, int]]:
     """Append ``items`` to the log and run all that is not cached.
 
     Whoever closes the generator, or gets an exception from it, must roll the conversation back.
 
+    Args:
+        bench: the model, and what it has at hand.
+        conversation: whose log grows.
+        items: what is said.
+        opening: no turn is finished yet: others may begin the same way, so pictures make prefixes to share.
+        want_logits: False where nobody will read them.
+
     Returns:
-        Logits [vocabulary] after the last item, if they are wanted.
+        Logits [vocabulary] after the last item, if they are wanted; and how many tokens the model had to run.
 
     Raises:
         CapacityExhausted: pages are short though everything was released that can be.
     """
-    opening = not conversation.log
     said = [*conversation.log, *items]
     bare = not conversation.resident and not bench.residency.parked(conversation)
     if bare and (prefix := bench.prefixes.find(conversation.strategy, said)) is not None:
         conversation.log.extend(said[len(conversation.log) : len(prefix.log)])
         conversation.share(prefix)
     rest = said[len(conversation.log) :]
+    ran = 0
     pictures = [place for place, item in enumerate(rest) if isinstance(item, CompressedImage)]
     if opening and pictures:
         # Stop behind the last picture, for others who begin with it and ask something else.
         conversation.log.extend(rest[: pictures[-1] + 1])
-        yield Run(conversation, want_logits=False)
+        beginning = Run(conversation, want_logits=False)
+        yield beginning
+        ran = beginning.ran
         bench.prefixes.keep(conversation)
         rest = rest[pictures[-1] + 1 :]
     conversation.log.extend(rest)
     if conversation.cached_items == len(conversation.log) and not want_logits:
-        return None
-    return (yield Run(conversation, want_logits))
+        return None, ran
+    whole = Run(conversation, want_logits)
+    logits = yield whole
+    return logits, ran + whole.ran

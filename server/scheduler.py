@@ -77,6 +77,7 @@ class Scheduler:
             eldest = next(iter(batch))
             try:
                 self._residency.restore(eldest.need.conversation)
+                pending = [task.need.conversation.pending_tokens for task in batch]
                 logits = self._bench.runtime.advance(
                     [task.need.conversation for task in batch],
                     list(batch.values()),
@@ -98,8 +99,9 @@ class Scheduler:
                     eldest.fail(failure)
                 return
             else:
-                for task, row in zip(batch, logits, strict=True):
+                for task, before, row in zip(batch, pending, logits, strict=True):
                     conversation = task.need.conversation
+                    task.need.ran += before - conversation.pending_tokens
                     if conversation.cached_items == len(conversation.log):
                         task.answer(row if task.need.want_logits else None)
                 return

@@ -77,6 +77,8 @@ class Service:
             PictureLimits(max_bytes=settings.max_picture_bytes, max_pixels=settings.max_picture_pixels),
             held_bytes=settings.picture_memory,
         )
+        self.failed = asyncio.Event()
+        """Set when the engine has died: nothing can be served any more."""
         self._loop = asyncio.get_running_loop()
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing from the stubs
         self._server = self._grpc_server()
@@ -144,3 +146,4 @@ class Service:
     def _engine_died(self) -> None:
         """Called in the engine's thread: say on the event loop that nothing is served any more."""
         asyncio.run_coroutine_threadsafe(self._health.enter_graceful_shutdown(), self._loop)
+        self._loop.call_soon_threadsafe(self.failed.set)

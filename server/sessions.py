@@ -94,3 +94,5 @@ class SessionStore:
                     await self.delete(session.name)
                 except ServiceError as error:  # deleted meanwhile, or the engine is going down
                     log.debug("an expired session was not deleted", session=session.name, reason=error.reason)
+                except Exception:  # one that resists must not keep the others from expiring
+                    log.exception("an expired session was not deleted", session=session.name)

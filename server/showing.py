@@ -50,7 +50,7 @@ class Showing:
                 items = self._dialogue.picture(runtime.chat, image)
                 check_context(conversation, items, 0, runtime.context)
                 begun = time.perf_counter()
-                yield from read(self._bench, conversation, items, want_logits=False)
+                yield from read(self._bench, conversation, items, opening=self._dialogue.turns == 0, want_logits=False)
                 prefill_ms = (time.perf_counter() - begun) * 1000
             except BaseException:  # GeneratorExit is how a cancelled showing ends
                 conversation.rollback(checkpoint)

@@ -125,7 +125,11 @@ class StrategyStore:
         if len(self._revisions) >= MOST:
             raise CapacityExhausted("strategies", f"{MOST} strategies exist, the most there can be", retry_after=None)
         revision = self._add(name, strategy, description, time.time())
-        await self._save()
+        try:
+            await self._save()
+        except BaseException:
+            del self._revisions[name]  # refused as a whole: the caller may try again
+            raise
         return revision
 
     async def activate(self, name: str, etag: str) -> StrategyRevision:

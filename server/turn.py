@@ -123,12 +123,13 @@ class Turn:
         items = self._dialogue.turn(runtime.chat, parts)
         check_context(conversation, items, self._request.max_new_tokens, runtime.context)
         (prompt_tokens,) = tokens_per_stage([*conversation.log, *items], 1)
-        (reused_tokens,) = tokens_per_stage(conversation.log[: conversation.cached_items], 1)
         restored = bool(conversation.log) and not conversation.resident
 
         prefill_begun = time.perf_counter()
-        logits = yield from read(self._bench, conversation, items)
+        logits, ran = yield from read(self._bench, conversation, items, opening=self._dialogue.turns == 0)
         assert logits is not None  # they were wanted
+        # More than the prompt has may have been run, where pages ran short and some had to be run again.
+        reused_tokens = max(prompt_tokens - ran, 0)
         prefill_ended = first_token = time.perf_counter()
         sampler = Sampler(self._request.sampling)
         text = TextStream(runtime.chat, self._request.stop)
@@ -163,7 +164,7 @@ class Turn:
             ),
             receipt=conversations_pb2.TurnReceipt(
                 strategy=self._strategy_name,
-                new_prompt_tokens=prompt_tokens - reused_tokens,
+                new_prompt_tokens=ran,
                 reused_tokens=reused_tokens,
                 kv_bytes=conversation.kv_bytes,
                 kv_bytes_full=conversation.kv_bytes_full,

@@ -39,8 +39,7 @@ class Workbench:
 
     def close(self) -> None:
         """Give back the pages that prefixes hold; for when the engine has ended."""
-        while self.prefixes.release_one():
-            pass
+        self.prefixes.clear()
 
     def held(self, picture: Picture, strategy: Strategy) -> CompressedImage | None:
         """The compressed picture, if it is at hand."""

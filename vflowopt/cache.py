@@ -255,6 +255,11 @@ class StagedCache:
         """Bytes of the pages held, shared ones included."""
         return sum(len(stage.blocks) * len(stage.layers) for stage in self.stages) * self.pool.page_bytes
 
+    @property
+    def frees_pages(self) -> bool:
+        """Whether giving back the pages held would free any: some are shared with nobody."""
+        return any(not self.pool.shared(page) for page in self.owned_pages())
+
     def reserve(self, tokens: Sequence[int]) -> None:
         """Make room for ``tokens[s]`` more tokens in each stage ``s``; lengths do not change yet.
 

@@ -39,7 +39,7 @@ def test_idle_sessions_make_room_and_go_on_as_if_undisturbed(serve: Serve, cramp
         assert not given_up.resident and given_up.kv_bytes == 0 and given_up.turn_count == 2
         third = session.ask("Question 2", max_new_tokens=8)
         answers.append(third.read())
-        assert third.receipt.restored and third.usage.reused_tokens == 0
+        assert third.receipt.restored and third.usage.reused_tokens > 0
         assert not rival.state().resident
         answers += talk(session, range(3, 4))
     assert answers == expected

@@ -1,0 +1,45 @@
+"""The embedded model with the presets: what is really held of a picture."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.vflowopt.talk import picture
+from vflowopt.conversation import Conversation
+from vflowopt.demo import model_path
+from vflowopt.picture import Picture
+from vflowopt.runtime import Runtime
+from vflowopt.strategy import Strategy
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Iterator[Runtime]:
+    runtime = Runtime.load(model_path(), kv_budget=64 << 20)
+    yield runtime
+    runtime.pool.check_integrity([])
+
+
+def tensor_bytes(conversation: Conversation) -> int:
+    """Bytes of the keys and values themselves."""
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for stage in conversation.cache.stages
+        for layer in stage.layers
+        for tensor in stage.read(layer)
+    )
+
+
+@pytest.mark.parametrize(("budget", "most"), [(0.5, 0.5), (0.25, 0.25), (0.1, 0.1)])
+def test_the_presets_hold_no_more_than_their_share(embedded: Runtime, budget: float, most: float) -> None:
+    """In tensors exactly, and in pages allocated within a page per stage and layer."""
+    held, allocated = [], []
+    for strategy in (Strategy.preset(budget, embedded.layers), Strategy.full()):
+        (image,) = embedded.compress([Picture.from_pixels(picture(448, 448, 3))], strategy)
+        assert image.tokens == 1312
+        conversation = embedded.start(strategy)
+        embedded.extend(conversation, [image], want_logits=False)
+        held.append(tensor_bytes(conversation))
+        allocated.append(conversation.kv_bytes)
+        conversation.release()
+    assert held[0] <= most * held[1]
+    assert allocated[0] <= (most + 0.01) * allocated[1]
