@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--strategy", help="the strategy to show (default: the service's active one)")
     parser.add_argument("--out", type=Path, help="where to write the figure (default: demo-PICTURE.png, here)")
     options = parser.parse_args(arguments)
-    picture = options.image or picture_path() / "market.png"
+    picture = options.image or picture_path() / "cat.png"
     try:
         data = picture.read_bytes()
         shown = ImageOps.exif_transpose(Image.open(picture))
