@@ -43,12 +43,27 @@ def test_only_answers_are_learned() -> None:
     assert (row.ids[asked + 1] == learned).all()
 
 
+def test_hints_begin_at_the_word_that_the_question_is_about() -> None:
+    row = Conversation(TOKENIZER).row((224, 224), QUESTIONS)
+    hinted = np.flatnonzero(row.hints != NOT_ASKED)
+    assert TOKENIZER.convert_ids_to_tokens(row.ids[hinted]) == ["▁star", "?", "<|end|>"] * 2
+    assert TOKENIZER.convert_ids_to_tokens(row.hints[hinted]) == ["▁red"] * 3 + ["▁k"] * 3
+    assert not ((row.hints != NOT_ASKED) & (row.targets != NOT_ASKED)).any()
+
+
+def test_a_lone_digit_is_hinted_by_the_digit() -> None:
+    row = Conversation(TOKENIZER).row((224, 224), [Question("Count the stars.", "3", "count", False)])
+    assert set(TOKENIZER.convert_ids_to_tokens(row.hints[row.hints != NOT_ASKED])) == {"3"}
+
+
 def test_dropped_tokens_leave_gaps_and_newlines_stay() -> None:
     conversation = Conversation(TOKENIZER)
     full = conversation.row((448, 336), QUESTIONS)
-    thin = conversation.row((448, 336), QUESTIONS, keep=100, rng=np.random.default_rng(0))
+    keep = np.sort(np.random.default_rng(0).permutation(len(full.features))[:100])
+    thin = conversation.row((448, 336), QUESTIONS, keep=keep)
     assert (thin.ids == PICTURE).sum() == len(thin.features) == 100
     assert (thin.ids == NEWLINE).sum() == (full.ids == NEWLINE).sum() == 24
     assert (full.ids[thin.positions] == thin.ids).all()
     visual = full.positions[full.ids == PICTURE]
+    assert (thin.features == keep).all()
     assert (visual[thin.features] == thin.positions[thin.ids == PICTURE]).all()

@@ -78,9 +78,9 @@ def layout(width: int, height: int) -> AnyResLayout:
     rows, columns = best
     full_width, full_height = columns * TILE, rows * TILE
     if full_width / width < full_height / height:
-        content_width, content_height = full_width, min(ceil(height * full_width / width), full_height)
+        content_width, content_height = full_width, min(ceil(height * (full_width / width)), full_height)
     else:
-        content_width, content_height = min(ceil(width * full_height / height), full_width), full_height
+        content_width, content_height = min(ceil(width * (full_height / height)), full_width), full_height
 
     # Unpadding works on the token grid, with its own rounding.
     token_width, token_height = columns * SIDE, rows * SIDE

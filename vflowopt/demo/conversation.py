@@ -10,7 +10,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from vflowopt.demo.anyres import token_sources
-from vflowopt.demo.questions import Question
+from vflowopt.demo.questions import Question, plural
+from vflowopt.demo.scene import COLOURS, SHAPES
 from vflowopt.demo.tokenizer import ASSISTANT, END, USER, token_id
 
 NOT_ASKED = -100
@@ -28,6 +29,7 @@ class Row:
         ids: token ids (length,), with ``PICTURE`` and ``NEWLINE`` where the picture is.
         positions: position ids (length,); a dropped visual token leaves a gap.
         targets: the token that is to follow where it belongs to an answer, else ``NOT_ASKED``.
+        hints: what is to be answered, from the word that the question is about on, else ``NOT_ASKED``.
         features: rows of the picture's cached features that stand at ``PICTURE``, in order.
         turns: for every token the number of the question that it belongs to; -1 for what comes before the questions.
     """
@@ -35,6 +37,7 @@ class Row:
     ids: np.ndarray
     positions: np.ndarray
     targets: np.ndarray
+    hints: np.ndarray
     features: np.ndarray
     turns: np.ndarray
 
@@ -46,6 +49,8 @@ class Conversation:
         self._tokenizer = tokenizer
         self._user, self._assistant, self._end = (token_id(tokenizer, token) for token in (USER, ASSISTANT, END))
         self._encode = lru_cache(maxsize=65536)(self._tokens)
+        names = (*SHAPES, *(plural(shape) for shape in SHAPES), *COLOURS, "background")
+        self._names = {token for name in names for token in self._encode(name)}
 
     def _tokens(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
@@ -55,8 +60,7 @@ class Conversation:
         size: tuple[int, int],
         questions: list[Question],
         *,
-        keep: int | None = None,
-        rng: np.random.Generator | None = None,
+        keep: np.ndarray | None = None,
         order: str = "picture first",
     ) -> Row:
         """Lay out a conversation.
@@ -64,17 +68,23 @@ class Conversation:
         Args:
             size: the picture's width and height in pixels.
             questions: one turn each, answered truly.
-            keep: visual tokens to keep, drawn at random by ``rng``; newlines stay beside them. All by default.
-            rng: needed with ``keep``.
+            keep: which of the picture's visual tokens to keep, ascending; newlines stay beside them. All by default.
             order: "picture first", "question first" (the first question comes before the picture in its turn) or "own
-                turn" (the picture is
-                a turn without a question).
+                turn" (the picture is a turn without a question).
         """
         sources = token_sources(*size)
         picture = np.where(sources >= 0, PICTURE, NEWLINE)
         ids: list[int] = [self._user]
         targets: list[int] = [NOT_ASKED]
         turns: list[int] = [-1]
+        hints: list[int] = [NOT_ASKED]
+
+        def hint(first: int, question: Question) -> None:
+            """From the last name in the question on, the answer's telling token is already known."""
+            named = [place for place in range(first, len(ids)) if ids[place] in self._names]
+            answer = self._encode(question.answer)
+            if named:  # a lone digit is a space and the digit
+                hints[named[-1] :] = [answer[1] if question.kind == "count" else answer[0]] * (len(ids) - named[-1])
 
         def say(tokens: tuple[int, ...], turn: int, learn: bool = False) -> None:
             for token in tokens:
@@ -82,6 +92,7 @@ class Conversation:
                     targets[-1] = token
                 ids.append(token)
                 targets.append(NOT_ASKED)
+                hints.append(NOT_ASKED)
                 turns.append(turn)
 
         if order == "question first":
@@ -90,21 +101,36 @@ class Conversation:
         if order == "own turn":
             say((self._end, self._user), -1)
         for number, question in enumerate(questions):
+            start = len(ids)
             if number:
                 say((self._user,), number)
             if number or order != "question first":
                 say(self._encode(question.text), number)
-            say((self._end, self._assistant), number)
+            say((self._end,), number)
+            if number or order != "question first":
+                hint(start, question)
+            say((self._assistant,), number)
             say((*self._encode(question.answer), self._end), number, learn=True)
 
         row = Row(
-            np.array(ids), np.arange(len(ids)), np.array(targets), np.arange(int((sources >= 0).sum())), np.array(turns)
+            ids=np.array(ids),
+            positions=np.arange(len(ids)),
+            targets=np.array(targets),
+            hints=np.array(hints),
+            features=np.arange(int((sources >= 0).sum())),
+            turns=np.array(turns),
         )
-        return row if keep is None or keep >= len(row.features) else _thin(row, keep, rng or np.random.default_rng())
+        return row if keep is None else _thin(row, keep)
 
 
-def _thin(row: Row, keep: int, rng: np.random.Generator) -> Row:
-    chosen = np.sort(rng.permutation(len(row.features))[:keep])
+def _thin(row: Row, chosen: np.ndarray) -> Row:
     stays = row.ids != PICTURE
     stays[np.flatnonzero(~stays)[chosen]] = True
-    return Row(row.ids[stays], row.positions[stays], row.targets[stays], row.features[chosen], row.turns[stays])
+    return Row(
+        ids=row.ids[stays],
+        positions=row.positions[stays],
+        targets=row.targets[stays],
+        hints=row.hints[stays],
+        features=row.features[chosen],
+        turns=row.turns[stays],
+    )

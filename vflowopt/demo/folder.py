@@ -19,8 +19,7 @@ _HUB_PREFIXES = {
 
 
 def hub_name(name: str) -> str | None:
-    """The name that a tensor of the model has in a hub checkpoint; None for the output head, which is tied to the
-    embeddings."""
+    """The name that a tensor of the model has in a hub checkpoint; None for the output head, which is tied."""
     for prefix, hub_prefix in _HUB_PREFIXES.items():
         if name.startswith(prefix):
             return hub_prefix + name.removeprefix(prefix)
@@ -51,8 +50,7 @@ def processor_settings() -> dict[str, object]:
 def save_folder(
     model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path
 ) -> None:
-    """Write everything that ``from_pretrained`` and vLLM need into ``folder``, the weights in bfloat16 under the hub's
-    names."""
+    """Write all that ``from_pretrained`` and vLLM need to ``folder``, the weights in bfloat16 by the hub's names."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {hub_name(name): tensor for name, tensor in model.state_dict().items()}
     save_file(

@@ -7,6 +7,7 @@ model cannot come to rely on how many tokens there are. A last stretch carries t
 import math
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast, Qwen2Model
 
+from vflowopt.demo.anyres import SIDE
 from vflowopt.demo.conversation import NEWLINE, NOT_ASKED, PICTURE, Conversation, Row
 from vflowopt.demo.features import CachedPicture, FeatureCache
 from vflowopt.demo.gradient import ShardedGradient
 from vflowopt.demo.questions import KINDS, ask
 from vflowopt.demo.tokenizer import PAD, token_id
+from vflowopt.demo.visible import answerable
 
 WEIGHTS = {
     "colour": 1.0,
@@ -34,15 +37,27 @@ WEIGHTS = {
 """How often each kind is asked in training: the hard ones more often."""
 
 _TURNS = 10
-_TOKENS_PER_STEP = 4500
+_OVERVIEW = SIDE * SIDE
+_PROBE_TURNS = 8
+_TOKENS_PER_STEP = 3000
 _FULL_STRETCH = 0.22
 """Share of the time, at the end, in which half of the batches carry whole pictures."""
+_ONE_ORDER = 0.4
+"""Share of the time, at the start, in which every picture comes before its questions."""
 
 
 def logits_after(
-    model: LlavaOnevisionForConditionalGeneration, rows: list[Row], features: list[Tensor], pad: int
+    model: LlavaOnevisionForConditionalGeneration,
+    rows: list[Row],
+    features: list[Tensor],
+    pad: int,
+    *,
+    hints: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Logits where an answer's token is to follow, and that token: (asked, vocabulary) and (asked,), row by row."""
+    """Logits where an answer's token is to follow, and that token: (asked, vocabulary) and (asked,), row by row.
+
+    With ``hints``, also logits over the question's last words, and what they ask for.
+    """
     length = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), length), pad)
     positions = torch.zeros((len(rows), length), dtype=torch.long)
@@ -51,7 +66,8 @@ def logits_after(
         size = len(row.ids)
         ids[index, :size] = torch.from_numpy(row.ids)
         positions[index, :size] = torch.from_numpy(row.positions)
-        targets[index, :size] = torch.from_numpy(row.targets)
+        wanted = np.where(row.targets == NOT_ASKED, row.hints, row.targets) if hints else row.targets
+        targets[index, :size] = torch.from_numpy(wanted)
     core = model.model
     embeds = core.language_model.embed_tokens(ids.clamp_min(0))
     projected = core.multi_modal_projector(torch.cat(features).float()).to(embeds.dtype)
@@ -63,8 +79,10 @@ def logits_after(
 
 
 def decode(language_model: Qwen2Model, embeds: Tensor, positions: Tensor) -> Tensor:
-    """Causal pass over embeddings (batch, length, width) at explicit positions; rows are padded at their end, so no
-    mask is needed."""
+    """Causal pass over embeddings (batch, length, width) at explicit positions.
+
+    Rows are padded at their end, so no mask is needed.
+    """
     rotary = language_model.rotary_emb(embeds, positions)
     for layer in language_model.layers:
         embeds = layer(embeds, attention_mask=None, position_embeddings=rotary)
@@ -81,13 +99,13 @@ def probe(
     pad: int,
     keep: float = 1.0,
 ) -> dict[str, float]:
-    """Exact match per kind of question, teacher-forced, with a random share of the visual tokens; quick, for watching
-    training."""
+    """Exact match per kind of question with a random share of the visual tokens: quick, to watch training by."""
     right: dict[str, list[bool]] = defaultdict(list)
     for number, picture in enumerate(pictures):
         rng = np.random.default_rng([number, 7])
-        questions = ask(picture.scene, rng, _TURNS)
-        row = conversation.row(picture.scene.size, questions, keep=round(keep * picture.count), rng=rng)
+        questions = ask(picture.scene, rng, _PROBE_TURNS)
+        some = _some(rng, picture, round(keep * _OVERVIEW), round(keep * (picture.count - _OVERVIEW)))
+        row = conversation.row(picture.scene.size, questions, keep=some)
         with torch.autocast("cpu", torch.bfloat16):
             logits, targets = logits_after(model, [row], [cache.features(picture, row.features)], pad)
         hit = (logits.argmax(-1) == targets).numpy()
@@ -98,12 +116,35 @@ def probe(
     return {kind: round(100 * float(np.mean(right[kind])), 1) for kind in ("all", *KINDS) if right[kind]}
 
 
-def _draw(rng: np.random.Generator, done: float) -> int | None:
-    """Visual tokens per picture of the next batch; None for all of them."""
-    if done > 1 - _FULL_STRETCH and rng.random() < 0.5:
-        return None
-    most = 500 if done < 0.5 else 900
-    return round(math.exp(rng.uniform(math.log(80), math.log(most))))
+def _some(rng: np.random.Generator, picture: CachedPicture, overview: int, mosaic: int) -> np.ndarray:
+    """So many random tokens of a picture's overview and of its mosaic, ascending."""
+    first = rng.permutation(_OVERVIEW)[:overview]
+    second = _OVERVIEW + rng.permutation(picture.count - _OVERVIEW)[:mosaic]
+    return np.sort(np.concatenate((first, second)))
+
+
+def _draw(
+    cache: FeatureCache, conversation: Conversation, rng: np.random.Generator, done: float
+) -> tuple[list[Row], list[Tensor]]:
+    """A batch: conversations and the features that they show; ``done`` is the share of the training that is over."""
+    overview, mosaic = _OVERVIEW, 1056
+    if done < 1 - _FULL_STRETCH or rng.random() < 0.5:
+        overview = int(rng.integers(64, _OVERVIEW + 1))
+        dense = done > 0.3 and rng.random() < 0.35
+        mosaic = round(math.exp(rng.uniform(math.log(300 if dense else 12), math.log(900 if dense else 160))))
+    rows, features = [], []
+    for number in rng.integers(0, len(cache), max(4, round(_TOKENS_PER_STEP / (overview + mosaic + 200)))):
+        picture = cache.pictures[int(number)]
+        order = "picture first"
+        if done > _ONE_ORDER:
+            order = str(rng.choice(["picture first", "question first", "own turn"], p=[0.8, 0.1, 0.1]))
+        keep, labels = _some(rng, picture, overview, mosaic), cache.labels(picture)
+        asked = ask(picture.scene, rng, 2 * _TURNS, WEIGHTS)
+        questions = [question for question in asked if answerable(question, labels, keep)][:_TURNS]
+        if questions:
+            rows.append(conversation.row(picture.scene.size, questions, keep=keep, order=order))
+            features.append(cache.features(picture, rows[-1].features))
+    return rows, features
 
 
 def train_language(
@@ -116,10 +157,9 @@ def train_language(
     checkpoint: Path,
     seed: int = 0,
     shards: int = 2,
-    peak_rate: float = 1e-3,
+    peak_rate: float = 1.5e-3,
 ) -> None:
-    """Train projector, newline and language model in place, for so many minutes, resuming from ``checkpoint`` where it
-    exists."""
+    """Train projector, newline and language model in place, for so many minutes; ``checkpoint`` is gone on from."""
     core = model.model
     trained = nn.ModuleDict({"projector": core.multi_modal_projector, "language": core.language_model})
     parameters = [*trained.parameters(), core.image_newline]
@@ -130,6 +170,7 @@ def train_language(
         ],
         lr=peak_rate,
         betas=(0.9, 0.98),
+        fused=True,
     )
     spent, step = 0.0, 0
     if checkpoint.exists():
@@ -155,38 +196,33 @@ def train_language(
     rng = np.random.default_rng([seed, step])
 
     def shard_loss(shard: tuple[list[Row], list[Tensor]]) -> Tensor:
-        logits, targets = logits_after(model, *shard, pad)
+        logits, targets = logits_after(model, *shard, pad, hints=True)
         return F.cross_entropy(logits.float(), targets)
 
-    gradient = ShardedGradient(parameters, shard_loss, shards)
+    gradient = ShardedGradient(parameters, shard_loss, shards, autocast=False)
+    drawing = ThreadPoolExecutor(1)  # the next batch is drawn while this one trains
+    drawn = drawing.submit(_draw, cache, conversation, rng, spent / (60 * minutes))
     budget = 60 * minutes
     begun, saved, smooth = time.monotonic() - spent, time.monotonic(), float("nan")
     seen = 0
     progress = tqdm(total=round(budget), initial=round(spent), desc="language", unit="s", mininterval=10)
     while (spent := time.monotonic() - begun) < budget:
         done = spent / budget
-        keep = _draw(rng, done)
-        batch = max(4, round(_TOKENS_PER_STEP / ((keep or 1100) + 150)))
-        rows, features = [], []
-        for number in rng.integers(0, len(cache), batch):
-            picture = cache.pictures[int(number)]
-            order = str(rng.choice(["picture first", "question first", "own turn"], p=[0.8, 0.1, 0.1]))
-            questions = ask(picture.scene, rng, _TURNS, WEIGHTS)
-            rows.append(conversation.row(picture.scene.size, questions, keep=keep, rng=rng, order=order))
-            features.append(cache.features(picture, rows[-1].features))
-        rate = peak_rate * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+        rows, features = drawn.result()
+        drawn = drawing.submit(_draw, cache, conversation, rng, done)
+        rate = peak_rate * min(1.0, (step + 1) / 60) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
         for group in optimiser.param_groups:
             group["lr"] = rate
         loss = gradient([(rows[shard::shards], features[shard::shards]) for shard in range(shards)])
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         step += 1
-        seen += batch
-        smooth = loss if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss
+        seen += len(rows)
+        smooth = loss if math.isnan(smooth) else 0.95 * smooth + 0.05 * loss
         progress.update(round(spent) - progress.n)
         if time.monotonic() - saved > 120:
             save()
-            probes = held_out.pictures[:50]
+            probes = held_out.pictures[:40]
             full, part = (probe(model, conversation, held_out, probes, pad, share) for share in (1.0, 0.25))
             progress.write(
                 f"language step {step} ({spent:.0f} s, {seen} pictures) loss {smooth:.3f} "
@@ -194,4 +230,5 @@ def train_language(
             )
             saved = time.monotonic()
     progress.close()
+    drawing.shutdown(cancel_futures=True)
     save()

@@ -28,8 +28,7 @@ _WORDS = {
 
 
 def sample(cache: FeatureCache, pictures: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Features (tokens, width) in float32 and labels (tokens, heads) of a few hundred tokens of each of some
-    pictures."""
+    """Features (tokens, width) in float32 and labels (tokens, heads) of up to 256 tokens of each of some pictures."""
     features, labels = [], []
     for number in rng.permutation(len(cache))[:pictures]:
         picture = cache.pictures[number]
@@ -102,4 +101,9 @@ def align_with_words(
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
+    # Alignment turns vectors but also lengthens them; the layers expect what the words bring, about 1 per dimension.
+    with torch.no_grad():
+        length = projector(features[:4096].to(projector.linear_1.weight)).square().mean().sqrt()
+        projector.linear_2.weight.div_(length)
+        projector.linear_2.bias.div_(length)
     return right / asked

@@ -48,8 +48,7 @@ def captions(labels: np.ndarray) -> np.ndarray:
 
 
 def whole_tiles(cache: FeatureCache, picture: CachedPicture) -> tuple[Tensor, np.ndarray] | None:
-    """Features (tiles, 256, width) and labels (tiles, 256, heads) of a picture, or None where padding left holes in
-    them."""
+    """Features (tiles, 256, width) and labels (tiles, 256, heads) of a picture, or None where padding left holes."""
     sources = token_sources(*picture.scene.size)
     sources = sources[sources >= 0]
     if len(sources) % _PATCHES or sources.max() + 1 != len(sources):
@@ -92,8 +91,7 @@ def train_scoring(
     shards: int = 2,
     peak_rate: float = 1e-3,
 ) -> None:
-    """Train the tower's last layer and final norm in place, for so many minutes; done at once if ``checkpoint``
-    exists."""
+    """Train the tower's last layer and final norm in place, for so many minutes, unless ``checkpoint`` has them."""
     layer, norm = tower.encoder.layers[-1], tower.post_layernorm
     if checkpoint.exists():
         state = torch.load(checkpoint)
@@ -113,7 +111,7 @@ def train_scoring(
         # answer.
         return F.binary_cross_entropy_with_logits(logits.float(), wanted, pos_weight=torch.tensor(4.0))
 
-    gradient = ShardedGradient(trained, shard_loss, shards)
+    gradient = ShardedGradient(trained, shard_loss, shards, autocast=True)
     begun, budget, step, smooth = time.monotonic(), 60 * minutes, 0, float("nan")
     progress = tqdm(total=round(budget), desc="scoring", unit="s", mininterval=10)
     features: list[Tensor] = []

@@ -45,8 +45,7 @@ _WHOLE_TILES = 0.12
 
 
 class PatchLabels(nn.Module):
-    """Linear heads over the tower's features; thrown away after training but for their directions, which start the
-    projector."""
+    """Linear heads over the tower's features; only their directions outlive training: they start the projector."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,8 +75,7 @@ def read_features(tower: SiglipVisionModel, pixels: Tensor, patches: Tensor | No
 
 
 class TileStream(IterableDataset[tuple[Tensor, Tensor]]):
-    """Endless batches of labelled tiles: overviews and mosaic tiles of crowded scenes, and some of the ordinary
-    kind."""
+    """Endless batches of labelled tiles, overviews and mosaic, most of them of crowded scenes."""
 
     def __init__(self, seed: int, batch: int, *, crowded: float = 0.85, held_out: bool = False) -> None:
         self.seed, self.batch, self.crowded, self.held_out = seed, batch, crowded, held_out
@@ -113,8 +111,7 @@ def instructive_patches(labels: Tensor, count: int) -> Tensor:
 
 
 def dense_loss(logits: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """Weighted sum of the labels' cross entropies; ``labels`` is (tiles, heads, 256) with ``IGNORE`` where nothing is
-    asked."""
+    """Weighted sum of the labels' cross entropies; ``labels`` is (tiles, heads, patches)."""
     total = logits[0].new_zeros(())
     for index, (name, classes) in enumerate(HEADS.items()):
         weight = torch.ones(classes)
@@ -189,7 +186,7 @@ def train_tower(
         asked = labels.gather(2, patches[:, None].expand(-1, len(HEADS), -1))
         return dense_loss(heads(read_features(tower, normalise(pixels), patches)), asked)
 
-    gradient = ShardedGradient(trained, shard_loss, shards)
+    gradient = ShardedGradient(trained, shard_loss, shards, autocast=True)
     held_out = iter(TileStream(seed, 20, crowded=0.0, held_out=True))
     probes = [next(held_out) for _ in range(6)]
     stream = DataLoader(TileStream(seed + 1 + step, batch), batch_size=None, num_workers=1, prefetch_factor=8)

@@ -63,7 +63,7 @@ def train(
         rng = np.random.default_rng(seed)
         features, _ = sample(cache, 100, rng)
         start_projector(model, heads, features)
-        aligned = align_with_words(model, tokenizer, cache, seconds=20, rng=rng)
+        aligned = align_with_words(model, tokenizer, cache, seconds=15, rng=rng)
         print(f"projector: {100 * aligned:.1f}% of the words of patches named rightly")
     train_language(model, tokenizer, cache, held_out, minutes=language_minutes, checkpoint=checkpoint, seed=seed)
     save_folder(model, tokenizer, folder)
