@@ -26,13 +26,13 @@ from vflowopt.demo.tokenizer import PAD, token_id
 from vflowopt.demo.visible import answerable
 
 WEIGHTS = {
-    "colour": 1.0,
-    "shape": 1.0,
-    "code": 1.4,
-    "place": 1.0,
-    "existence": 1.2,
-    "count": 1.6,
-    "background": 0.3,
+    "colour": 0.5,
+    "shape": 0.5,
+    "code": 2.5,
+    "place": 1.6,
+    "existence": 1.4,
+    "count": 1.8,
+    "background": 0.15,
 }
 """How often each kind is asked in training: the hard ones more often."""
 
@@ -40,7 +40,7 @@ _TURNS = 10
 _OVERVIEW = SIDE * SIDE
 _PROBE_TURNS = 8
 _TOKENS_PER_STEP = 3000
-_FULL_STRETCH = 0.22
+_FULL_STRETCH = 0.1
 """Share of the time, at the end, in which half of the batches carry whole pictures."""
 _ONE_ORDER = 0.4
 """Share of the time, at the start, in which every picture comes before its questions."""
@@ -130,8 +130,8 @@ def _draw(
     overview, mosaic = _OVERVIEW, 1056
     if done < 1 - _FULL_STRETCH or rng.random() < 0.5:
         overview = int(rng.integers(64, _OVERVIEW + 1))
-        dense = done > 0.3 and rng.random() < 0.35
-        mosaic = round(math.exp(rng.uniform(math.log(300 if dense else 12), math.log(900 if dense else 160))))
+        dense = done > 0.3 and rng.random() < 0.6
+        mosaic = round(math.exp(rng.uniform(math.log(200 if dense else 12), math.log(900 if dense else 160))))
     rows, features = [], []
     for number in rng.integers(0, len(cache), max(4, round(_TOKENS_PER_STEP / (overview + mosaic + 200)))):
         picture = cache.pictures[int(number)]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import LlavaOnevisionForConditionalGeneration
 
 from vflowopt.demo import model_path
 from vflowopt.demo.architecture import configuration, initialise
@@ -35,6 +36,7 @@ def train(
     language_minutes: float,
     pictures: int,
     seed: int,
+    start_from: Path | None = None,
 ) -> None:
     """Run all stages and save the model.
 
@@ -44,22 +46,30 @@ def train(
         tower_minutes, feature_minutes, scoring_minutes, language_minutes: budget of each stage.
         pictures: most pictures to cache.
         seed: of everything drawn; budgets in minutes still make a run depend on the machine's speed.
+        start_from: a saved model whose projector and language model are trained on, on features of new pictures; its
+            tower stays as it is.
     """
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
-    image, end, pad = (token_id(tokenizer, token) for token in (IMAGE, END, PAD))
-    model = initialise(configuration(len(tokenizer), image, end, pad), seed)
-    tower = model.model.vision_tower
-    heads = train_tower(tower, minutes=tower_minutes, checkpoint=work / "tower.pt", seed=seed)
+    heads = None
+    if start_from is None:
+        image, end, pad = (token_id(tokenizer, token) for token in (IMAGE, END, PAD))
+        model = initialise(configuration(len(tokenizer), image, end, pad), seed)
+        tower = model.model.vision_tower
+        heads = train_tower(tower, minutes=tower_minutes, checkpoint=work / "tower.pt", seed=seed)
+    else:
+        model = LlavaOnevisionForConditionalGeneration.from_pretrained(start_from, dtype=torch.float32)
+        tower = model.model.vision_tower
 
     cache, held_out = FeatureCache(work / "features"), FeatureCache(work / "held-out")
     held_out.fill(tower, minutes=2, most=_HELD_OUT_PICTURES, first_seed=seed * 10**9, held_out=True)
     if not len(cache):
         cache.fill(tower, minutes=feature_minutes, most=pictures, first_seed=(seed + 1) * 10**9)
-    train_scoring(tower, cache, minutes=scoring_minutes, checkpoint=work / "scoring.pt", seed=seed)
+    if heads is not None:
+        train_scoring(tower, cache, minutes=scoring_minutes, checkpoint=work / "scoring.pt", seed=seed)
 
     checkpoint = work / "language.pt"
-    if not checkpoint.exists():
+    if heads is not None and not checkpoint.exists():
         rng = np.random.default_rng(seed)
         features, _ = sample(cache, 100, rng)
         start_projector(model, heads, features)
@@ -81,7 +91,13 @@ def main() -> None:
     parser.add_argument("--language-minutes", type=float, default=50, help="budget of projector and language model")
     parser.add_argument("--pictures", type=int, default=16000, help="most pictures to cache, 0.4 MB each")
     parser.add_argument("--threads", type=int, default=0, help="processor threads; 0: as many as torch likes")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="another one draws other pictures")
+    parser.add_argument(
+        "--start-from",
+        type=Path,
+        metavar="FOLDER",
+        help="train the language model of this saved model on, its tower as it is; needs a --work folder of its own",
+    )
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -94,6 +110,7 @@ def main() -> None:
         language_minutes=options.language_minutes,
         pictures=options.pictures,
         seed=options.seed,
+        start_from=options.start_from,
     )
 
 
