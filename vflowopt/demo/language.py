@@ -26,12 +26,12 @@ from vflowopt.demo.tokenizer import PAD, token_id
 from vflowopt.demo.visible import answerable
 
 WEIGHTS = {
-    "colour": 0.5,
-    "shape": 0.5,
+    "colour": 0.4,
+    "shape": 0.4,
     "code": 2.5,
-    "place": 1.6,
-    "existence": 1.4,
-    "count": 1.8,
+    "place": 2.5,
+    "existence": 1.2,
+    "count": 1.5,
     "background": 0.15,
 }
 """How often each kind is asked in training: the hard ones more often."""
@@ -220,7 +220,7 @@ def train_language(
         seen += len(rows)
         smooth = loss if math.isnan(smooth) else 0.95 * smooth + 0.05 * loss
         progress.update(round(spent) - progress.n)
-        if time.monotonic() - saved > 120:
+        if time.monotonic() - saved > 100:
             save()
             probes = held_out.pictures[:40]
             full, part = (probe(model, conversation, held_out, probes, pad, share) for share in (1.0, 0.25))

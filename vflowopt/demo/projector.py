@@ -14,7 +14,7 @@ from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedToken
 
 from vflowopt.demo.architecture import WIDTH
 from vflowopt.demo.features import FeatureCache
-from vflowopt.demo.labels import HEADS
+from vflowopt.demo.labels import HEADS, PLACES
 from vflowopt.demo.scene import COLOURS, DIGITS, LETTERS, SHAPES, TINTS
 from vflowopt.demo.tower import PatchLabels
 
@@ -23,6 +23,7 @@ _WORDS = {
     "colour": tuple(COLOURS),
     "letter": tuple(LETTERS),
     "digit": tuple(DIGITS),
+    "place": PLACES,
     "tint": tuple(TINTS),
 }
 
@@ -77,9 +78,10 @@ def align_with_words(
     names = list(HEADS)
     words = {}
     for name, vocabulary in _WORDS.items():
-        # A word's last token: a lone digit is a space and the digit.
-        ids = [tokenizer.encode(word.lower(), add_special_tokens=False)[-1] for word in vocabulary]
-        words[name] = F.normalize(embeddings[torch.tensor(ids)], dim=-1)
+        # A place is the sum of its words; of a lone digit, which is a space and the digit, the digit counts.
+        ids = [tokenizer.encode(word.lower(), add_special_tokens=False) for word in vocabulary]
+        vectors = [embeddings[tokens if name == "place" else tokens[-1:]].sum(0) for tokens in ids]
+        words[name] = F.normalize(torch.stack(vectors), dim=-1)
     optimiser = torch.optim.AdamW(projector.parameters(), lr=2e-3, weight_decay=0.0)
     features, labels = sample(cache, 200, rng)
     right, asked = 0, 1
@@ -91,7 +93,7 @@ def align_with_words(
         right, asked = 0, 1
         for name, vectors in words.items():
             target = labels[rows, names.index(name)]
-            if name != "tint":
+            if name not in ("place", "tint"):  # those have no class for "none"
                 target = target - 1
             chosen = target >= 0
             logits = 14 * projected[chosen] @ vectors.T
