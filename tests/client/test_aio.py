@@ -75,18 +75,20 @@ def test_closing_an_answer_that_another_task_reads(address: str, service: FakeSe
 
 
 def test_closing_an_answer_between_two_attempts_sends_no_other(address: str, service: FakeService) -> None:
-    full = Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "CAPACITY_EXHAUSTED", retry_after=0.3)
+    full = Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "CAPACITY_EXHAUSTED", retry_after=0.8)
     service.refusals["Chat"] = [full]
 
     async def close() -> None:
         async with connect(address) as client:
             answer = await client.attach("sessions/x").ask("How many?")
             reading = asyncio.create_task(answer.read())
-            await asyncio.sleep(0.1)
+            while "Chat" not in service.requests:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)  # until the refusal has come back
             answer.close()
             with pytest.raises(vflow_client.Cancelled):
                 await reading
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(1.0)  # beyond the time of the second attempt
 
     asyncio.run(close())
     assert len(service.requests["Chat"]) == 1

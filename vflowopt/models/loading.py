@@ -37,7 +37,10 @@ def load_model(model: str | Path, *, device: str = "cpu", dtype: str = "float32"
             "MODEL_UNSUPPORTED", f"device is {device!r} but this torch sees no GPU; use device 'cpu' or a CUDA build"
         )
     if _is_path(model) and not Path(model).is_dir():
-        raise ModelError("MODEL_NOT_FOUND", f"there is no folder {model!s}; give a Hugging Face model folder or hub id")
+        raise ModelError(
+            "MODEL_NOT_FOUND",
+            f"there is no folder {model!s}; give an existing folder in Hugging Face's layout, or a hub id",
+        )
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise ModelError("MODEL_NOT_FOUND", f"the folder {model} has no config.json; give a Hugging Face model folder")
     try:
