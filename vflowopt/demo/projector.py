@@ -91,12 +91,12 @@ def align_with_words(
         projected = F.normalize(projector(features[rows].to(projector.linear_1.weight)), dim=-1)
         loss = projected.new_zeros(())
         right, asked = 0, 1
-        for name, vectors in words.items():
+        for name, known in words.items():
             target = labels[rows, names.index(name)]
             if name not in ("place", "tint"):  # those have no class for "none"
                 target = target - 1
             chosen = target >= 0
-            logits = 14 * projected[chosen] @ vectors.T
+            logits = 14 * projected[chosen] @ known.T
             loss = loss + F.cross_entropy(logits, target[chosen], reduction="sum") / len(rows)
             right += int((logits.argmax(-1) == target[chosen]).sum())
             asked += int(chosen.sum())
