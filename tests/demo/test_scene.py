@@ -78,3 +78,12 @@ def test_an_unknown_photograph_package_is_said_plainly(monkeypatch: pytest.Monke
     scene._photograph.cache_clear()
     with pytest.raises(ModuleNotFoundError, match="pip install scikit-image"):
         generate(0)
+
+
+def test_distinct_scenes_show_every_shape_once_and_many_codes() -> None:
+    scenes = [generate(seed, distinct=True) for seed in range(12)]
+    for scene in scenes:
+        assert len({item.shape for item in scene.objects}) == len(scene.objects)
+        assert not any(item.small for item in scene.objects)
+    codes = sum(item.code is not None for scene in scenes for item in scene.objects)
+    assert codes > 0.5 * sum(len(scene.objects) for scene in scenes)

@@ -138,7 +138,10 @@ def _encode(tower: SiglipVisionModel, picture: tuple[Scene, Tensor, Tensor]) -> 
 
 
 class _Pictures(IterableDataset[tuple[Scene, Tensor, Tensor]]):
-    """Scenes of consecutive seeds with their tiles and labels; the pixels leave the scene once they are cut."""
+    """Scenes of consecutive seeds with their tiles and labels; the pixels leave the scene once they are cut.
+
+    For training, every third scene shows distinct objects only: in the others codes are rare.
+    """
 
     def __init__(self, seed: int, held_out: bool) -> None:
         self.seed, self.held_out = seed, held_out
@@ -146,7 +149,7 @@ class _Pictures(IterableDataset[tuple[Scene, Tensor, Tensor]]):
     def __iter__(self) -> Iterator[tuple[Scene, Tensor, Tensor]]:
         seed = self.seed
         while True:
-            scene = generate(seed, held_out=self.held_out)
+            scene = generate(seed, held_out=self.held_out, distinct=not self.held_out and seed % 3 == 0)
             cut = label(scene)
             yield (
                 replace(scene, image=_NOTHING, instances=_NOTHING),

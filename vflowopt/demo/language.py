@@ -17,33 +17,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast, Qwen2Model
 
-from vflowopt.demo.anyres import SIDE
 from vflowopt.demo.conversation import NEWLINE, NOT_ASKED, PICTURE, Conversation, Row
+from vflowopt.demo.curriculum import OVERVIEW, draw, scattered
 from vflowopt.demo.features import CachedPicture, FeatureCache
 from vflowopt.demo.gradient import ShardedGradient
 from vflowopt.demo.questions import KINDS, ask
 from vflowopt.demo.tokenizer import PAD, token_id
-from vflowopt.demo.visible import answerable
 
-WEIGHTS = {
-    "colour": 0.4,
-    "shape": 0.4,
-    "code": 2.5,
-    "place": 2.5,
-    "existence": 1.2,
-    "count": 1.5,
-    "background": 0.15,
-}
-"""How often each kind is asked in training: the hard ones more often."""
-
-_TURNS = 10
-_OVERVIEW = SIDE * SIDE
 _PROBE_TURNS = 8
-_TOKENS_PER_STEP = 3000
-_FULL_STRETCH = 0.1
-"""Share of the time, at the end, in which half of the batches carry whole pictures."""
-_ONE_ORDER = 0.4
-"""Share of the time, at the start, in which every picture comes before its questions."""
 
 
 def logits_after(
@@ -104,7 +85,7 @@ def probe(
     for number, picture in enumerate(pictures):
         rng = np.random.default_rng([number, 7])
         questions = ask(picture.scene, rng, _PROBE_TURNS)
-        some = _some(rng, picture, round(keep * _OVERVIEW), round(keep * (picture.count - _OVERVIEW)))
+        some = scattered(rng, picture, round(keep * OVERVIEW), round(keep * (picture.count - OVERVIEW)))
         row = conversation.row(picture.scene.size, questions, keep=some)
         with torch.autocast("cpu", torch.bfloat16):
             logits, targets = logits_after(model, [row], [cache.features(picture, row.features)], pad)
@@ -114,37 +95,6 @@ def probe(
             right[question.kind].append(bool(hit[turns == turn].all()))
             right["all"].append(right[question.kind][-1])
     return {kind: round(100 * float(np.mean(right[kind])), 1) for kind in ("all", *KINDS) if right[kind]}
-
-
-def _some(rng: np.random.Generator, picture: CachedPicture, overview: int, mosaic: int) -> np.ndarray:
-    """So many random tokens of a picture's overview and of its mosaic, ascending."""
-    first = rng.permutation(_OVERVIEW)[:overview]
-    second = _OVERVIEW + rng.permutation(picture.count - _OVERVIEW)[:mosaic]
-    return np.sort(np.concatenate((first, second)))
-
-
-def _draw(
-    cache: FeatureCache, conversation: Conversation, rng: np.random.Generator, done: float
-) -> tuple[list[Row], list[Tensor]]:
-    """A batch: conversations and the features that they show; ``done`` is the share of the training that is over."""
-    overview, mosaic = _OVERVIEW, 1056
-    if done < 1 - _FULL_STRETCH or rng.random() < 0.5:
-        overview = int(rng.integers(64, _OVERVIEW + 1))
-        dense = done > 0.3 and rng.random() < 0.6
-        mosaic = round(math.exp(rng.uniform(math.log(200 if dense else 12), math.log(900 if dense else 160))))
-    rows, features = [], []
-    for number in rng.integers(0, len(cache), max(4, round(_TOKENS_PER_STEP / (overview + mosaic + 200)))):
-        picture = cache.pictures[int(number)]
-        order = "picture first"
-        if done > _ONE_ORDER:
-            order = str(rng.choice(["picture first", "question first", "own turn"], p=[0.8, 0.1, 0.1]))
-        keep, labels = _some(rng, picture, overview, mosaic), cache.labels(picture)
-        asked = ask(picture.scene, rng, 2 * _TURNS, WEIGHTS)
-        questions = [question for question in asked if answerable(question, labels, keep)][:_TURNS]
-        if questions:
-            rows.append(conversation.row(picture.scene.size, questions, keep=keep, order=order))
-            features.append(cache.features(picture, rows[-1].features))
-    return rows, features
 
 
 def train_language(
@@ -201,7 +151,7 @@ def train_language(
 
     gradient = ShardedGradient(parameters, shard_loss, shards, autocast=False)
     drawing = ThreadPoolExecutor(1)  # the next batch is drawn while this one trains
-    drawn = drawing.submit(_draw, cache, conversation, rng, spent / (60 * minutes))
+    drawn = drawing.submit(draw, cache, conversation, rng, spent / (60 * minutes))
     budget = 60 * minutes
     begun, saved, smooth = time.monotonic() - spent, time.monotonic(), float("nan")
     seen = 0
@@ -209,7 +159,7 @@ def train_language(
     while (spent := time.monotonic() - begun) < budget:
         done = spent / budget
         rows, features = drawn.result()
-        drawn = drawing.submit(_draw, cache, conversation, rng, done)
+        drawn = drawing.submit(draw, cache, conversation, rng, done)
         rate = peak_rate * min(1.0, (step + 1) / 60) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
         for group in optimiser.param_groups:
             group["lr"] = rate

@@ -241,16 +241,25 @@ def _shapes(rng: np.random.Generator, count: int) -> list[str]:
     return shapes
 
 
-def generate(seed: int, *, held_out: bool = False, crowded: bool = False, size: tuple[int, int] | None = None) -> Scene:
+def generate(
+    seed: int,
+    *,
+    held_out: bool = False,
+    crowded: bool = False,
+    distinct: bool = False,
+    size: tuple[int, int] | None = None,
+) -> Scene:
     """Draw the scene of a seed.
 
     Args:
         seed: any non-negative integer; the same seed gives the same scene.
         held_out: draw on the photographs that training never sees, from a stream of random numbers of its own.
         crowded: as many objects as find room; labels for training the vision tower, too full for questions.
+        distinct: no two objects share a shape, all are large and carry a code where it finds room: many questions about
+            detail for training the language model.
         size: width and height in pixels; by default drawn from ``SIZES``.
     """
-    rng = np.random.default_rng([seed, int(held_out), int(crowded)])
+    rng = np.random.default_rng([seed, int(held_out), int(crowded) + 2 * int(distinct)])
     if size is None:
         size = SIZES[0] if rng.random() < 0.5 else SIZES[int(rng.integers(1, len(SIZES)))]
     photograph = str(rng.choice(HELD_OUT_PHOTOGRAPHS if held_out else TRAINING_PHOTOGRAPHS))
@@ -262,12 +271,17 @@ def generate(seed: int, *, held_out: bool = False, crowded: bool = False, size: 
         count = int(rng.integers(5, 7))
     else:
         count = int(rng.integers(7, 10)) if area < 0.7 else int(rng.integers(8, 13))
-    small = rng.random(count) < 0.16
+    if distinct:
+        count = min(count, len(SHAPES))
+    small = rng.random(count) < (0 if distinct else 0.16)
     largest = 66 if crowded or area < 0.7 else 84
-    sides = np.where(small, rng.integers(22, 29, count), rng.integers(38, largest + 1, count))
+    sides = np.where(small, rng.integers(22, 29, count), rng.integers(50 if distinct else 38, largest + 1, count))
     # Large ones first: they find room while there is some.
     boxes = _boxes(rng, size, sorted((int(side) for side in sides), reverse=True))
-    shapes = list(rng.choice(SHAPES, len(boxes))) if crowded else _shapes(rng, len(boxes))
+    if distinct:
+        shapes = list(rng.permutation(SHAPES)[: len(boxes)])
+    else:
+        shapes = list(rng.choice(SHAPES, len(boxes))) if crowded else _shapes(rng, len(boxes))
     order = rng.permutation(len(boxes))
 
     plan = layout(*size)
@@ -284,7 +298,7 @@ def generate(seed: int, *, held_out: bool = False, crowded: bool = False, size: 
         canvas.paste(sprite, box[:2], sprite)
         instances.paste(index + 1, box, sprite.getchannel("A").point(lambda alpha: 255 * (alpha > 127)))
         code, plate = None, None
-        if min(width, height) >= 50 and rng.random() < (0.95 if crowded else 0.6):
+        if min(width, height) >= 50 and rng.random() < (0.95 if crowded or distinct else 0.6):
             plate = _plate_box(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), int(rng.integers(18, 21)))
             if plan.in_one_tile(plate):
                 code = str(rng.choice(list(LETTERS))) + str(rng.choice(list(DIGITS)))

@@ -11,20 +11,18 @@ from vflowopt.demo.questions import Question, plural
 from vflowopt.demo.scene import COLOURS, DIGITS, LETTERS, SHAPES
 
 _SHAPE, _COLOUR, _LETTER, _DIGIT = (list(HEADS).index(name) for name in ("shape", "colour", "letter", "digit"))
-_ENOUGH_TO_COUNT = 0.55
+_ENOUGH_TO_COUNT = 0.85
 """Share of the overview that must be there to be asked how many."""
 
 
-def answerable(question: Question, labels: np.ndarray, rows: np.ndarray) -> bool:
+def answerable(question: Question, seen: np.ndarray, overview: int) -> bool:
     """Whether the tokens at hand show what a question is about.
 
     Args:
         question: what is asked.
-        labels: labels (tokens, heads) of all of a picture's tokens.
-        rows: which tokens are at hand, the overview's being the first ones.
+        seen: labels (tokens, heads) of the tokens at hand, the overview's first.
+        overview: how many of them are the overview's.
     """
-    seen = labels[rows]
-    overview = rows < SIDE * SIDE
     words = question.text.lower().strip("?.").split()
     shape = next((1 + i for i, name in enumerate(SHAPES) if name in words or plural(name) in words), 0)
     colour = next((1 + i for i, name in enumerate(COLOURS) if name in words), 0)
@@ -39,9 +37,9 @@ def answerable(question: Question, labels: np.ndarray, rows: np.ndarray) -> bool
             and (seen[:, _DIGIT] == 1 + DIGITS.index(digit)).any()
         )
     if question.kind == "place":
-        return bool((seen[overview, _SHAPE] == shape).any())
+        return bool((seen[:overview, _SHAPE] == shape).any())
     if question.kind == "count":
-        return bool(overview.mean() * len(rows) >= _ENOUGH_TO_COUNT * SIDE * SIDE)
+        return overview >= _ENOUGH_TO_COUNT * SIDE * SIDE
     if question.kind == "existence" and question.answer == "yes":
         return bool(((seen[:, _SHAPE] == shape) & (seen[:, _COLOUR] == colour)).any())
     return True

@@ -1,0 +1,99 @@
+"""What the language model is shown in training: a part of each picture's tokens, and questions which they answer.
+
+The parts are drawn by chance alone, never by what they show. Knows no weights.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from vflowopt.demo.anyres import SIDE, layout
+from vflowopt.demo.conversation import Conversation, Row
+from vflowopt.demo.features import CachedPicture, FeatureCache
+from vflowopt.demo.questions import ask
+from vflowopt.demo.visible import answerable
+
+WEIGHTS = {
+    "colour": 0.5,
+    "shape": 0.5,
+    "code": 4.0,
+    "place": 2.5,
+    "existence": 1.0,
+    "count": 1.2,
+    "background": 0.15,
+}
+"""How often each kind is asked in training: the hard ones more often."""
+
+OVERVIEW = SIDE * SIDE
+"""Tokens of the overview; they come first."""
+
+_TURNS = 14
+_TOKENS_PER_STEP = 3000
+_WHOLE_STRETCH = 0.15
+"""Share of the time, at the end, in which half of the batches carry whole pictures."""
+_ONE_ORDER = 0.4
+"""Share of the time, at the start, in which every picture comes before its questions."""
+
+
+def scattered(rng: np.random.Generator, picture: CachedPicture, overview: int, mosaic: int) -> np.ndarray:
+    """So many random tokens of a picture's overview and of its mosaic, ascending."""
+    first = rng.permutation(OVERVIEW)[:overview]
+    second = OVERVIEW + rng.permutation(picture.count - OVERVIEW)[:mosaic]
+    return np.sort(np.concatenate((first, second)))
+
+
+def window(rng: np.random.Generator, picture: CachedPicture, overview: int, mosaic: int) -> np.ndarray:
+    """So many random tokens of a picture's overview and a random rectangle of about so many of its mosaic, ascending.
+
+    Fine detail lies in neighbouring tokens, which a scattered part seldom holds together.
+    """
+    plan = layout(*picture.scene.size)
+    rows, columns = (stop - start for start, stop in (plan.token_rows, plan.token_columns))
+    height = min(rows, max(1, round(math.sqrt(mosaic) * math.exp(rng.uniform(-0.4, 0.4)))))
+    width = min(columns, max(1, round(mosaic / height)))
+    top, left = int(rng.integers(rows - height + 1)), int(rng.integers(columns - width + 1))
+    inside = (top + np.arange(height))[:, None] * columns + left + np.arange(width)
+    first = np.sort(rng.permutation(OVERVIEW)[:overview])
+    return np.concatenate((first, OVERVIEW + inside.reshape(-1)))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """How much of every picture of a batch is shown; ``mosaic`` above any picture's means all of it."""
+
+    overview: int
+    mosaic: int
+    together: bool
+
+
+def _part(rng: np.random.Generator, done: float) -> _Part:
+    if done > 1 - _WHOLE_STRETCH and rng.random() < 0.5:
+        return _Part(OVERVIEW, 4 * OVERVIEW, together=False)
+    overview = OVERVIEW if rng.random() < 0.5 else int(rng.integers(64, OVERVIEW + 1))
+    kind = rng.choice(["window", "sparse", "dense"], p=[0.55, 0.2, 0.25])
+    least, most = {"window": (70, 260), "sparse": (12, 160), "dense": (200, 900)}[str(kind)]
+    mosaic = round(math.exp(rng.uniform(math.log(least), math.log(most))))
+    return _Part(overview, mosaic, together=kind == "window")
+
+
+def draw(
+    cache: FeatureCache, conversation: Conversation, rng: np.random.Generator, done: float
+) -> tuple[list[Row], list[Tensor]]:
+    """A batch: conversations and the features that they show; ``done`` is the share of the training that is over."""
+    part = _part(rng, done)
+    choose = window if part.together else scattered
+    rows, features = [], []
+    for number in rng.integers(0, len(cache), max(4, round(_TOKENS_PER_STEP / (part.overview + part.mosaic + 200)))):
+        picture = cache.pictures[int(number)]
+        order = "picture first"
+        if done > _ONE_ORDER:
+            order = str(rng.choice(["picture first", "question first", "own turn"], p=[0.8, 0.1, 0.1]))
+        keep = choose(rng, picture, part.overview, part.mosaic)
+        seen, asked = np.array(cache.labels(picture))[keep], ask(picture.scene, rng, 2 * _TURNS, WEIGHTS)
+        questions = [question for question in asked if answerable(question, seen, part.overview)][:_TURNS]
+        if questions:
+            rows.append(conversation.row(picture.scene.size, questions, keep=keep, order=order))
+            features.append(cache.features(picture, rows[-1].features))
+    return rows, features
