@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -35,42 +36,116 @@ class AttentionPlan:
         self.pool = pool
         self.first_layer = layers.start
         tables = [cache.stages[cache.stage_of_layer[layers.start]] for cache in caches]
-        rows = [table.slots[layers.start - table.layers.start : layers.stop - table.layers.start] for table in tables]
-        held = [table.length + count for table, count in zip(tables, counts, strict=True)]
-        device = pool.keys.device
-        self.write_slots = torch.cat(
-            [row[:, end - count : end] for row, end, count in zip(rows, held, counts, strict=True)], dim=1
-        )
-        """int64 [layers, tokens]."""
-
-        # Conversations that bring one token are attended to together, padded to the longest of them.
+        self._pages = [
+            table.pages[layers.start - table.layers.start : layers.stop - table.layers.start] for table in tables
+        ]
+        self._held = [table.length + count for table, count in zip(tables, counts, strict=True)]
         self.singles = next((place for place, count in enumerate(counts) if count != 1), len(counts))
-        longest = max(held[: self.singles], default=0)
-        self.single_slots = torch.empty(len(layers), self.singles, longest, dtype=torch.int64, device=device)
-        """int64 [layers, singles, longest]; what pads a conversation is its own last slot: whatever is wrong with the
-        numbers of another (NaN times a weight of zero is NaN), it stays there."""
-        for place in range(self.singles):
-            self.single_slots[:, place, : held[place]] = rows[place][:, : held[place]]
-            self.single_slots[:, place, held[place] :] = rows[place][:, held[place] - 1 : held[place]]
-        lengths = torch.tensor(held[: self.singles], device=device)
-        seen = (torch.arange(longest, device=device) < lengths[:, None])[:, None, None]
-        self.single_mask: Tensor | None = None if self.singles == 1 else seen
-        """bool [singles, 1, 1, longest]; None where nothing is padded."""
-
-        self.chunks: list[tuple[slice, Tensor | None, Tensor | None]] = []
+        written = [
+            pool.slots_of(pages, range(end - count, end))
+            for pages, end, count in zip(self._pages, self._held, counts, strict=True)
+        ]
+        self.write_slots = torch.from_numpy(np.concatenate(written, axis=1)).to(pool.keys.device)
+        """int64 [layers, tokens]."""
+        if self.singles:
+            self._plan_singles(len(layers))
+        self.chunks = self._plan_chunks(counts)
         """Of each other conversation: its tokens in the batch; the slots [layers, held] of all it holds with them, and
         which of these each token sees; None and None where its own tokens are all it holds."""
-        start = self.singles
-        for row, end, count in list(zip(rows, held, counts, strict=True))[self.singles :]:
+
+    def _plan_singles(self, layers: int) -> None:
+        """Conversations that bring one token are attended to together, padded to the longest of them by whole pages.
+
+        What pads a conversation is its own last page: whatever is wrong with the numbers of another (NaN times a weight
+        of zero is NaN), it stays there. Of that page, nothing that an earlier owner wrote is left.
+        """
+        held, size = self._held[: self.singles], self.pool.page_size
+        blocks = -(-max(held) // size)
+        pages = np.empty((layers, self.singles, blocks), np.int64)
+        for place, length in enumerate(held):
+            own = -(-length // size)
+            pages[:, place, :own] = self._pages[place][:, :own]
+            pages[:, place, own:] = self._pages[place][:, own - 1 : own]
+        device = self.pool.keys.device
+        self.single_pages = torch.from_numpy(pages.reshape(layers, -1)).to(device)
+        """int64 [layers, singles * blocks]."""
+        self.single_mask: Tensor | None = None
+        """[singles, 1, 1, blocks * page_size], minus infinity where nothing is held; None where all is."""
+        if any(length != blocks * size for length in held):
+            seen = np.arange(blocks * size) < np.array(held)[:, None]
+            mask = np.where(seen, np.float32(0), np.float32(-np.inf))[:, None, None]
+            self.single_mask = torch.from_numpy(mask).to(device, self.pool.keys.dtype)
+
+    def _plan_chunks(self, counts: Sequence[int]) -> list[tuple[slice, Tensor | None, Tensor | None]]:
+        chunks: list[tuple[slice, Tensor | None, Tensor | None]] = []
+        device, start = self.pool.keys.device, self.singles
+        for pages, end, count in list(zip(self._pages, self._held, counts, strict=True))[self.singles :]:
             tokens = slice(start, start + count)
             start += count
             if not count:
                 continue  # a chunk of a picture none of whose tokens has come this far
             if count == end:
-                self.chunks.append((tokens, None, None))
+                chunks.append((tokens, None, None))
             else:
                 mask = torch.ones(count, end, dtype=torch.bool, device=device).tril(end - count)
-                self.chunks.append((tokens, row[:, :end], mask))
+                slots = torch.from_numpy(self.pool.slots_of(pages, range(end))).to(device)
+                chunks.append((tokens, slots, mask))
+        return chunks
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+        """Causal attention of each conversation's new tokens over everything it holds in a layer.
+
+        Args:
+            layer: the decoder layer.
+            query: [tokens, heads, head_dim].
+            key: [tokens, kv_heads, head_dim]; written into the caches, like ``value``.
+            value: [tokens, kv_heads, head_dim].
+            scale: factor of the scores.
+
+        Returns:
+            [tokens, heads, head_dim].
+        """
+        layer -= self.first_layer
+        keys, values = self.pool.keys, self.pool.values
+        keys.index_copy_(0, self.write_slots[layer], key)
+        values.index_copy_(0, self.write_slots[layer], value)
+        outputs = [self._attend_singles(layer, query[: self.singles], key.shape[1], scale)] if self.singles else []
+        for tokens, slots_of_all, mask in self.chunks:
+            if slots_of_all is None:
+                # What was just computed is everything: no need to gather it again.
+                seen, said = key[tokens], value[tokens]
+            else:
+                slots = slots_of_all[layer]
+                seen, said = keys.index_select(0, slots), values.index_select(0, slots)
+            chunk = nn.functional.scaled_dot_product_attention(
+                query[tokens].transpose(0, 1)[None],
+                seen.transpose(0, 1)[None],
+                said.transpose(0, 1)[None],
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+            outputs.append(chunk[0].transpose(0, 1))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _attend_singles(self, layer: int, query: Tensor, kv_heads: int, scale: float) -> Tensor:
+        """The conversations that bring one token: [singles, heads, head_dim] to the same."""
+        # Whole pages are gathered: they are long enough to be copied at the memory's speed.
+        pages = self.single_pages[layer]
+        seen, said = (
+            store.view(self.pool.pages, -1).index_select(0, pages).view(self.singles, -1, kv_heads, query.shape[-1])
+            for store in (self.pool.keys, self.pool.values)
+        )
+        # The query heads that share a key head stand in for query tokens: one pass over the keys serves them all.
+        together = nn.functional.scaled_dot_product_attention(
+            query.reshape(self.singles, kv_heads, -1, query.shape[-1]),
+            seen.transpose(1, 2),
+            said.transpose(1, 2),
+            attn_mask=self.single_mask,
+            scale=scale,
+        )
+        return together.reshape(query.shape)
 
 
 def paged_attention(
@@ -84,7 +159,7 @@ def paged_attention(
     scaling: float,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of each conversation's new tokens over everything it holds in this layer.
+    """:meth:`AttentionPlan.attend` as Hugging Face's layers call it.
 
     Args:
         module: the attention module of a decoder layer; its ``layer_idx`` says which.
@@ -98,48 +173,8 @@ def paged_attention(
     Returns:
         [1, tokens, heads, head_dim], and None for the weights, which are never materialised.
     """
-    layer = cast(int, module.layer_idx) - plan.first_layer
-    keys, values = plan.pool.keys, plan.pool.values
-    keys.index_copy_(0, plan.write_slots[layer], key[0].transpose(0, 1))
-    values.index_copy_(0, plan.write_slots[layer], value[0].transpose(0, 1))
-
-    def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
-        return nn.functional.scaled_dot_product_attention(
-            query,
-            keys,
-            values,
-            attn_mask=mask,
-            is_causal=causal,
-            scale=scaling,
-            enable_gqa=query.shape[1] != keys.shape[1],
-        )
-
-    outputs = []
-    if plan.singles:
-        slots = plan.single_slots[layer]
-        # The query heads that share a key head stand in for query tokens: one pass over the keys serves them all.
-        shape = (plan.singles, key.shape[1], -1, query.shape[-1])
-        together = attend(
-            query[0, :, : plan.singles].transpose(0, 1).reshape(shape),
-            keys.index_select(0, slots.flatten()).unflatten(0, slots.shape).transpose(1, 2),
-            values.index_select(0, slots.flatten()).unflatten(0, slots.shape).transpose(1, 2),
-            plan.single_mask,
-        )
-        outputs.append(together.reshape(plan.singles, query.shape[1], query.shape[-1]))
-    for tokens, slots_of_all, mask in plan.chunks:
-        if slots_of_all is None:
-            # What was just computed is everything: no need to gather it again.
-            chunk = attend(query[:, :, tokens], key[:, :, tokens], value[:, :, tokens], None, causal=True)
-        else:
-            slots = slots_of_all[layer]
-            chunk = attend(
-                query[:, :, tokens],
-                keys.index_select(0, slots).transpose(0, 1)[None],
-                values.index_select(0, slots).transpose(0, 1)[None],
-                mask,
-            )
-        outputs.append(chunk[0].transpose(0, 1))
-    return torch.cat(outputs)[None], None
+    states = (each[0].transpose(0, 1) for each in (query, key, value))
+    return plan.attend(cast(int, module.layer_idx), *states, scale=scaling)[None], None
 
 
 AttentionInterface.register(PAGED, paged_attention)

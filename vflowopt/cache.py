@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -101,6 +102,10 @@ class PagePool:
             raise PoolExhausted(count, len(self._free), self.pages)
         taken = self._free[len(self._free) - count :]
         del self._free[len(self._free) - count :]
+        # What the last owner left behind must not reach the new one: a masked NaN is still NaN times zero.
+        fresh = torch.tensor(taken, device=self.keys.device)
+        self.keys.view(self.pages, -1).index_fill_(0, fresh, 0)
+        self.values.view(self.pages, -1).index_fill_(0, fresh, 0)
         for page in taken:
             self._references[page] = 1
         return taken
@@ -123,14 +128,20 @@ class PagePool:
 
     def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
         """Copy the contents of pages."""
-        from_slots, to_slots = self.slots(torch.tensor(source)), self.slots(torch.tensor(target))
         for store in (self.keys, self.values):
-            store[to_slots] = store[from_slots]
+            by_page = store.view(self.pages, -1)
+            by_page[list(target)] = by_page[list(source)]
 
-    def slots(self, pages: Tensor) -> Tensor:
-        """The slots of pages [..., n] in order, int64 [..., n * page_size], on the pool's device."""
-        offsets = torch.arange(self.page_size)
-        return (pages[..., None] * self.page_size + offsets).flatten(-2).to(self.keys.device)
+    def slots_of(self, pages: np.ndarray, tokens: range) -> np.ndarray:
+        """The slots, int64 [rows, tokens], of tokens that lie one after the other in each row of ``pages``.
+
+        Args:
+            pages: int64 [rows, n].
+            tokens: which tokens of a row.
+        """
+        places = np.arange(tokens.start, tokens.stop)
+        slots = pages[:, places // self.page_size] * self.page_size + places % self.page_size
+        return np.ascontiguousarray(slots)
 
     def check_integrity(self, owners: Iterable[StagedCache]) -> None:
         """Prove that each page is either free or held, exactly as often as ``owners`` hold it.
@@ -154,7 +165,7 @@ class StageTable:
     Attributes:
         layers: the decoder layers of the stage.
         length: tokens held.
-        slots: int64 [layers, room], the pool's slot of each token in each layer; ``room`` is whole pages.
+        pages: int64 [layers, blocks], the page of each block in each layer.
     """
 
     def __init__(self, pool: PagePool, layers: range) -> None:
@@ -163,7 +174,7 @@ class StageTable:
         self.length = 0
         # One list of pages per layer would do; one per block is what growing, sharing and cutting touch.
         self.blocks: list[list[int]] = []
-        self.slots = torch.empty(len(layers), 0, dtype=torch.int64, device=pool.keys.device)
+        self.pages = np.empty((len(layers), 0), np.int64)
 
     def blocks_for(self, length: int) -> int:
         """Blocks that ``length`` tokens take; a block is one page in each layer of the stage."""
@@ -191,7 +202,7 @@ class StageTable:
             self.pool.copy(old, self.blocks[first])
             self.pool.give_back(old)
         self.blocks += [pages[start : start + depth] for start in range(0, len(pages), depth)]
-        self._update_slots(first)
+        self._update_pages(first)
 
     def truncate(self, length: int) -> None:
         """Forget all but the first ``length`` tokens and give back the blocks that they do not reach."""
@@ -202,7 +213,7 @@ class StageTable:
         if cut:
             del self.blocks[self.blocks_for(length) :]
             self.pool.give_back(page for block in cut for page in block)
-            self._update_slots(len(self.blocks))
+            self._update_pages(len(self.blocks))
 
     def fork(self) -> StageTable:
         """A table over the same tokens, sharing every page that holds any."""
@@ -210,12 +221,17 @@ class StageTable:
         twin.length = self.length
         twin.blocks = [list(block) for block in self.blocks[: self.blocks_for(self.length)]]
         self.pool.share(page for block in twin.blocks for page in block)
-        twin._update_slots(0)
+        twin._update_pages(0)
         return twin
+
+    def slots(self, tokens: range | None = None) -> Tensor:
+        """The pool's slots, int64 [layers, tokens], of some tokens in each layer; by default of all that are held."""
+        slots = self.pool.slots_of(self.pages, range(self.length) if tokens is None else tokens)
+        return torch.from_numpy(slots).to(self.pool.keys.device)
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """Copies of all keys and values of ``layer``, each [length, heads, head_dim]."""
-        slots = self.slots[layer - self.layers.start, : self.length]
+        slots = self.slots()[layer - self.layers.start]
         return self.pool.keys[slots], self.pool.values[slots]
 
     def _last_block_shared(self) -> bool:
@@ -223,11 +239,11 @@ class StageTable:
         place = self.length // self.pool.page_size
         return place < len(self.blocks) and self.pool.shared(self.blocks[place][0])
 
-    def _update_slots(self, first: int) -> None:
-        """Bring ``slots`` in line with the blocks, of which those before ``first`` are as they were."""
+    def _update_pages(self, first: int) -> None:
+        """Bring ``pages`` in line with the blocks, of which those before ``first`` are as they were."""
         # Only what changed: a long conversation would pay for all its blocks with every page that it grows by.
-        pages = torch.tensor(self.blocks[first:], dtype=torch.int64).reshape(-1, len(self.layers)).T
-        self.slots = torch.cat((self.slots[:, : first * self.pool.page_size], self.pool.slots(pages)), dim=1)
+        grown = np.array(self.blocks[first:], np.int64).reshape(-1, len(self.layers)).T
+        self.pages = np.concatenate((self.pages[:, :first], grown), axis=1)
 
 
 class StagedCache:

@@ -81,7 +81,7 @@ def park(conversation: Conversation) -> ParkedCache:
     """Copy a conversation's cache to the host and give back its pages."""
     keys, values = [], []
     for stage in conversation.cache.stages:
-        slots = stage.slots[:, : stage.length]
+        slots = stage.slots()
         # One read for all layers of the stage.
         keys.append(stage.pool.keys[slots].cpu())
         values.append(stage.pool.values[slots].cpu())
@@ -104,7 +104,7 @@ def unpark(conversation: Conversation, parked: ParkedCache) -> None:
         raise ParkingError("the parked cache is not of this conversation, or that holds a cache already")
     cache.reserve(lengths)
     for stage, keys, values in zip(cache.stages, parked.keys, parked.values, strict=True):
-        slots = stage.slots[:, : keys.shape[1]]
+        slots = stage.slots(range(keys.shape[1]))
         stage.pool.keys[slots] = keys.to(stage.pool.keys)
         stage.pool.values[slots] = values.to(stage.pool.values)
     cache.advance(lengths)

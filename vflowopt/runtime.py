@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from vflowopt.cache import PagePool, StagedCache
 from vflowopt.chat import ChatFormat
 from vflowopt.compression import CompressedImage, compress
 from vflowopt.conversation import Conversation, Item, Progress
+from vflowopt.decoder import build_decoder
 from vflowopt.models import MultimodalModel, load_model
 from vflowopt.picture import Picture
 from vflowopt.strategy import Strategy
@@ -37,6 +38,7 @@ class Runtime:
     Attributes:
         chat: how the model writes conversations.
         layers: decoder layers.
+        decoder: runs them.
         context: positions that the decoder was made for.
         pool: the KV pages.
         revision: short digest of the model's configuration and weights.
@@ -56,6 +58,7 @@ class Runtime:
             device=model.device,
         )
         self.revision = _revision(model)
+        self.decoder = build_decoder(model.decoder)
 
     @classmethod
     def load(
@@ -173,7 +176,7 @@ class Runtime:
             done = [place for place, segment in enumerate(segments) if want_logits and segment.reaches_the_end]
             hidden = self._forward(segments, done)
             if done:
-                rows: Tensor = self.model.head(self.model.decoder.norm(hidden)).float()
+                rows: Tensor = self.model.head(self.decoder.norm(hidden)).float()
                 for place, row in zip(done, rows, strict=True):
                     logits[place] = row
         except BaseException:
@@ -185,19 +188,26 @@ class Runtime:
         return logits
 
     def _segment(self, conversation: Conversation, limit: int | None) -> _Segment:
-        """What a conversation has to run, as flat tensors, with room for it reserved in its cache."""
-        items, offset = conversation.log[conversation.cached.items :], conversation.cached.offset
-        if not items:
+        """What a conversation has to run, with room for it reserved in its cache."""
+        log, cached = conversation.log, conversation.cached
+        if cached.items == len(log):
             raise ValueError("the conversation has nothing to run: its cache covers its whole log")
-        last = len(conversation.cache.stages) - 1
-        embeddings, positions, last_stages = [], [], []
-        position, whole, left = conversation.cached.position, conversation.cached.items, limit or sys.maxsize
-        for run in _runs(items):
+        stages = len(conversation.cache.stages)
+        if cached.items == len(log) - 1 and isinstance(token := log[-1], int):
+            # By far the most frequent case: one more token of an answer.
+            conversation.cache.reserve(counts := [1] * stages)
+            to = Progress(len(log), 0, cached.position + 1)
+            return _Segment(conversation, [[token]], np.array([cached.position]), None, counts, to)
+        pieces: list[list[int] | Tensor] = []
+        positions: list[np.ndarray] = []
+        last_stages: list[np.ndarray] = []
+        position, whole, offset, left = cached.position, cached.items, cached.offset, limit or sys.maxsize
+        for run in _runs(log[cached.items :]):
             if isinstance(run, CompressedImage):
                 part = slice(offset, offset + left)
-                embeddings.append(run.embeddings[part])
-                positions.append(run.positions[part] + position)
-                last_stages.append(run.last_stages[part])
+                pieces.append(run.embeddings[part])
+                positions.append(run.positions[part].numpy() + position)
+                last_stages.append(run.last_stages[part].numpy())
                 left -= len(positions[-1])
                 offset += len(positions[-1])
                 if offset < len(run.positions):
@@ -205,18 +215,18 @@ class Runtime:
                 position, whole, offset = position + run.span, whole + 1, 0
             else:
                 run = run[:left]
-                embeddings.append(self.model.decoder.embed_tokens(torch.tensor(run, device=self.model.device)))
-                positions.append(torch.arange(position, position + len(run)))
-                last_stages.append(torch.full((len(run),), last))
+                pieces.append(run)
+                positions.append(np.arange(position, position + len(run)))
+                last_stages.append(np.full(len(run), stages - 1))
                 left -= len(run)
                 position, whole = position + len(run), whole + len(run)
             if not left:
                 break
-        stages = torch.cat(last_stages)
-        counts = [int((stages >= stage).sum()) for stage in range(last + 1)]
+        ends = np.concatenate(last_stages)
+        counts = [int((ends >= stage).sum()) for stage in range(stages)]
         conversation.cache.reserve(counts)
         to = Progress(whole, offset, position)
-        return _Segment(conversation, torch.cat(embeddings), torch.cat(positions), stages, counts, to)
+        return _Segment(conversation, pieces, np.concatenate(positions), ends, counts, to)
 
     def _forward(self, segments: Sequence[_Segment], wanted: Sequence[int]) -> Tensor:
         """Run segments through the decoder layers; the last hidden state of the ``wanted`` ones [wanted, hidden]."""
@@ -225,42 +235,66 @@ class Runtime:
         segments = [segments[place] for place in order]
         device = self.model.device
         caches = [segment.conversation.cache for segment in segments]
-        hidden = torch.cat([segment.embeddings for segment in segments])[None]
-        positions = torch.cat([segment.positions for segment in segments])[None].to(device)
-        rotary: tuple[Tensor, Tensor] = self.model.decoder.rotary_emb(hidden, positions)
-        present = [segment.last_stages for segment in segments]
+        hidden = self._embed([piece for segment in segments for piece in segment.pieces])
+        rotary = self.decoder.rotary(torch.from_numpy(np.concatenate([segment.positions for segment in segments])))
+        here = [0] * len(segments)  # the stage that each segment is in
         for layers in _runs_within_stages(caches, self.layers):
             entered = [cache.stage_of_layer[layers.start] for cache in caches]
-            staying = [stages >= stage for stages, stage in zip(present, entered, strict=True)]
-            if not all(bool(stay.all()) for stay in staying):
-                kept = torch.cat(staying).nonzero()[:, 0].to(device)
-                hidden = hidden[:, kept]
-                rotary = (rotary[0][:, kept], rotary[1][:, kept])
-                present = [stages[stay] for stages, stay in zip(present, staying, strict=True)]
-            if not hidden.shape[1]:
+            staying = [
+                segment.staying(before, stage) for segment, before, stage in zip(segments, here, entered, strict=True)
+            ]
+            if any(stay is not None for stay in staying):
+                counts = [segment.counts[before] for segment, before in zip(segments, here, strict=True)]
+                every = [
+                    np.ones(count, bool) if stay is None else stay for stay, count in zip(staying, counts, strict=True)
+                ]
+                kept = torch.from_numpy(np.concatenate(every).nonzero()[0]).to(device)
+                hidden, rotary = hidden[kept], self.decoder.pick(rotary, kept)
+            here = entered
+            if not len(hidden):
                 break  # a chunk of a picture of which nothing goes further
-            plan = AttentionPlan(self.pool, layers, caches, [len(stages) for stages in present])
-            for layer in layers:
-                hidden = _layer_output(self.model.layers[layer](hidden, position_embeddings=rotary, plan=plan))
-        rows = torch.empty(len(order), dtype=torch.int64)
-        rows[order] = torch.tensor([len(stages) for stages in present]).cumsum(0) - 1
-        return hidden[0, rows[list(wanted)].to(device)]
+            counts = [segment.counts[stage] for segment, stage in zip(segments, here, strict=True)]
+            hidden = self.decoder.run(layers, hidden, rotary, AttentionPlan(self.pool, layers, caches, counts))
+        rows = np.empty(len(order), np.int64)
+        rows[order] = np.cumsum([segment.counts[stage] for segment, stage in zip(segments, here, strict=True)]) - 1
+        return hidden[torch.from_numpy(rows[list(wanted)]).to(device)]
+
+    def _embed(self, pieces: Sequence[list[int] | Tensor]) -> Tensor:
+        """Embeddings [tokens, hidden] of pieces: token ids, or embeddings already."""
+        ids = [token for piece in pieces if isinstance(piece, list) for token in piece]
+        words: Tensor = self.model.decoder.embed_tokens(torch.tensor(ids, dtype=torch.int64, device=self.model.device))
+        if len(ids) == sum(map(len, pieces)):
+            return words
+        in_turn = iter(words.split([len(piece) for piece in pieces if isinstance(piece, list)]))
+        return torch.cat([next(in_turn) if isinstance(piece, list) else piece for piece in pieces])
 
 
 @dataclass(frozen=True, eq=False)
 class _Segment:
-    """What one conversation brings into a forward pass: tokens with embeddings [n, hidden] and positions [n].
+    """What one conversation brings into a forward pass.
 
-    ``last_stages`` [n] says in which stage each is still present, ``counts`` how many enter each stage, ``to`` how far
-    the conversation's cache comes by them.
+    Attributes:
+        conversation: whose it is.
+        pieces: token ids, and embeddings [n, hidden] of visual tokens, in order.
+        positions: int64 [tokens].
+        last_stages: int64 [tokens], in which stage each token is still present; None where all go through.
+        counts: how many tokens enter each stage.
+        to: how far the conversation's cache comes by them.
     """
 
     conversation: Conversation
-    embeddings: Tensor
-    positions: Tensor
-    last_stages: Tensor
+    pieces: Sequence[list[int] | Tensor]
+    positions: np.ndarray
+    last_stages: np.ndarray | None
     counts: Sequence[int]
     to: Progress
+
+    def staying(self, before: int, stage: int) -> np.ndarray | None:
+        """Which of the tokens present in stage ``before`` go on into ``stage``, bool [tokens]; None where all do."""
+        if self.last_stages is None or self.counts[before] == self.counts[stage]:
+            return None
+        staying: np.ndarray = self.last_stages[self.last_stages >= before] >= stage
+        return staying
 
     @property
     def reaches_the_end(self) -> bool:
@@ -299,9 +333,3 @@ def _runs_within_stages(caches: Sequence[StagedCache], layers: int) -> list[rang
     """Cut the decoder into runs of layers within which none of the caches changes stage."""
     starts = sorted({stage.layers.start for cache in caches for stage in cache.stages})
     return [range(start, end) for start, end in zip(starts, (*starts[1:], layers), strict=True)]
-
-
-def _layer_output(output: Any) -> Tensor:
-    """A decoder layer's hidden states; some families return them in a tuple."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden

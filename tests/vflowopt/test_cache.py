@@ -28,7 +28,7 @@ def test_what_is_written_is_read_back_per_layer_and_stage() -> None:
         for layer in range(5):
             stage = cache.stages[cache.stage_of_layer[layer]]
             key, value = torch.randn(2, counts[cache.stage_of_layer[layer]], 2, 8)
-            slots = stage.slots[layer - stage.layers.start, stage.length : stage.length + len(key)]
+            slots = stage.slots(range(stage.length, stage.length + len(key)))[layer - stage.layers.start]
             cache.pool.keys[slots], cache.pool.values[slots] = key, value
             written.setdefault(layer, []).append((key, value))
         cache.advance(counts)

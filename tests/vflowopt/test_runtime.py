@@ -200,7 +200,8 @@ def test_what_goes_wrong_in_one_conversation_stays_there(plain_folder: Path) -> 
         runtime.extend(conversation, list(range(5 + 20 * index)))
     broken = torch.ones(len(runtime.pool.keys), dtype=torch.bool)
     for conversation in conversations[1:]:
-        broken[conversation.cache.stages[0].slots.flatten()] = False
+        stage = conversation.cache.stages[0]
+        broken[stage.slots(range(runtime.pool.page_size * len(stage.blocks))).flatten()] = False
     runtime.pool.keys[broken] = runtime.pool.values[broken] = torch.nan
     logits = runtime.decode(conversations, [1, 2, 3])
     assert logits.isfinite().all(1).tolist() == [False, True, True]
