@@ -44,6 +44,7 @@ from vflow_client.errors import (
     StrategyExists,
     StrategyInvalid,
     StrategyNotFound,
+    TenantInvalid,
     Unavailable,
     VFlowError,
 )
@@ -89,6 +90,7 @@ __all__ = [
     "StrategyExists",
     "StrategyInvalid",
     "StrategyNotFound",
+    "TenantInvalid",
     "TurnReceipt",
     "Unavailable",
     "Usage",

@@ -1,25 +1,32 @@
-"""Making synchronous calls: timeout, retries and typed errors in one place."""
+"""Making synchronous calls: tenant, timeout, retries and typed errors in one place."""
 
 import time
+from functools import partial
 from typing import Any
 
 import grpc
 
 from vflow_client.errors import error_from_call
 from vflow_client.retry import Attempts, RetryPolicy
+from vflow_client.tenant import tenant_metadata
 
 
 class Caller:
-    """Makes calls under one default timeout (seconds; None: no limit) and one retry policy."""
+    """Makes calls under one default timeout (seconds; None: no limit), one retry policy and for one tenant."""
 
-    def __init__(self, timeout: float | None, retry: RetryPolicy) -> None:
+    def __init__(self, timeout: float | None, retry: RetryPolicy, tenant: str | None = None) -> None:
         """Sets the defaults."""
         self._timeout = timeout
         self._retry = retry
+        self._metadata = tenant_metadata(tenant)
 
     def attempts(self, timeout: float | None, *, repeatable: bool) -> Attempts:
         """A fresh account of attempts for one call; a `timeout` of None stands for the default."""
         return Attempts(self._retry, self._timeout if timeout is None else timeout, repeatable)
+
+    def streaming(self, method: Any) -> Any:
+        """A streaming method, bound to the tenant; retries are the caller's business."""
+        return partial(method, metadata=self._metadata)
 
     def unary(self, method: Any, request: Any, timeout: float | None, *, repeatable: bool) -> Any:
         """Calls a unary method and returns its response.
@@ -32,7 +39,7 @@ class Caller:
         attempts = self.attempts(timeout, repeatable=repeatable)
         while True:
             try:
-                return method(request, timeout=attempts.remaining())
+                return method(request, timeout=attempts.remaining(), metadata=self._metadata)
             except grpc.RpcError as failure:
                 error = error_from_call(failure)
                 delay = attempts.delay_after(error)

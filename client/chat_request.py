@@ -13,6 +13,7 @@ def chat_request(
     *,
     images: Iterable[ImageSource] = (),
     max_new_tokens: int | None = None,
+    min_new_tokens: int | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
     seed: int | None = None,
@@ -24,7 +25,8 @@ def chat_request(
         session: `sessions/{session}`.
         parts: the turn in order; a `str` is text, anything else a picture.
         images: pictures that come before all parts; here a `str` is a path.
-        max_new_tokens, temperature, top_p, seed, stop: see `ChatOptions`; None leaves the service's default.
+        max_new_tokens, min_new_tokens, temperature, top_p, seed, stop: see `ChatOptions`; None leaves the service's
+            default.
 
     Raises:
         OSError: a picture's path that cannot be read.
@@ -35,6 +37,7 @@ def chat_request(
     said = [Part(text=part) if isinstance(part, str) else Part(image=to_image(part)) for part in parts]
     options = ChatOptions(
         max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
         temperature=temperature,
         top_p=top_p,
         seed=seed,

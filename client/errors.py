@@ -9,7 +9,8 @@
     │   ├── StrategyInvalid
     │   ├── RequestIdReused
     │   ├── PageTokenInvalid
-    │   └── NameInvalid           not a resource name or digest of the kind that was asked for
+    │   ├── NameInvalid           not a resource name or digest of the kind that was asked for
+    │   └── TenantInvalid         not the name of a tenant
     ├── NotFound
     │   ├── SessionNotFound       never created, deleted, or expired
     │   ├── StrategyNotFound
@@ -112,6 +113,10 @@ class NameInvalid(InvalidRequest):
     """Not a resource name, or not a digest, of the kind that was asked for."""
 
 
+class TenantInvalid(InvalidRequest):
+    """Not the name of a tenant: 1 to 63 lower-case letters, digits and hyphens."""
+
+
 class NotFound(VFlowError):
     """What the request names is not there."""
 
@@ -204,6 +209,7 @@ CLASS_OF_REASON: Mapping[str, type[VFlowError]] = {
     "REQUEST_ID_REUSED": RequestIdReused,
     "PAGE_TOKEN_INVALID": PageTokenInvalid,
     "NAME_INVALID": NameInvalid,
+    "TENANT_INVALID": TenantInvalid,
     "CAPACITY_EXHAUSTED": CapacityExhausted,
     "SERVER_STOPPING": ServerStopping,
     "ENGINE_FAILED": EngineFailed,

@@ -53,6 +53,7 @@ class Session:
         *parts: ImageSource,
         images: Iterable[ImageSource] = (),
         max_new_tokens: int | None = None,
+        min_new_tokens: int | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
@@ -65,6 +66,7 @@ class Session:
             parts: the turn in order: a `str` is text, anything else a picture (a path as `pathlib.Path`).
             images: pictures that come before the parts; here a `str` is a path.
             max_new_tokens: tokens to generate at most.
+            min_new_tokens: the model cannot end its answer before it has so many tokens.
             temperature: 0 for greedy; None: the service's default, which is greedy.
             top_p: sample from the most probable tokens that together have this probability.
             seed: the same seed on the same conversation gives the same answer.
@@ -78,12 +80,13 @@ class Session:
             parts,
             images=images,
             max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
             temperature=temperature,
             top_p=top_p,
             seed=seed,
             stop=stop,
         )
-        return Answer(self._stub.Chat, request, self._caller.attempts(timeout, repeatable=True))
+        return Answer(self._caller.streaming(self._stub.Chat), request, self._caller.attempts(timeout, repeatable=True))
 
     def state(self, *, timeout: float | None = None) -> SessionState:
         """Reads what the service knows of the session: turns, pictures, KV bytes, when it expires."""

@@ -137,6 +137,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get("VFLOW_ADDRESS", "localhost:50051"),
         help="host and port of the service (environment: VFLOW_ADDRESS; default: %(default)s)",
     )
+    parser.add_argument(
+        "--tenant", default=os.environ.get("VFLOW_TENANT"), help="whose conversation it is (environment: VFLOW_TENANT)"
+    )
     parser.add_argument("--strategy", help="strategy that compresses the pictures, such as preset-25 (default: active)")
     parser.add_argument("--max-new-tokens", type=int, help="tokens per answer at most (default: the service's)")
     parser.add_argument(
@@ -149,7 +152,7 @@ def run(arguments: argparse.Namespace) -> int:
     # With it, input() has line editing and a history; not every platform has it.
     with suppress(ImportError):
         import readline  # noqa: F401
-    with connect(arguments.address, timeout=arguments.timeout) as client:
+    with connect(arguments.address, timeout=arguments.timeout, tenant=arguments.tenant) as client:
         return _converse(client, arguments)
 
 

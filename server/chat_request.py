@@ -22,15 +22,16 @@ MOST_PIXELS_OF_LARGEST = 4
 """Pixels of a turn's pictures together, as a multiple of what one picture may have: all are decoded at a time."""
 
 
-async def read_turn(request: conversations_pb2.ChatRequest, pictures: PictureStore) -> TurnRequest:
-    """The turn that ``request`` asks for, with its pictures decoded.
+async def read_turn(request: conversations_pb2.ChatRequest, pictures: PictureStore, tenant: str) -> TurnRequest:
+    """The turn that ``request`` of ``tenant`` asks for, with its pictures decoded.
 
     Raises:
         ServiceError: a field is not as the contract says, or a picture is none.
     """
     _check_request_id(request.request_id)
     _check_parts(request)
-    max_new_tokens, sampling, stop = _options(request.options)
+    max_new_tokens, min_new_tokens = _lengths(request.options)
+    sampling, stop = _options(request.options)
     parts: list[str | Picture] = []
     pixels, most_pixels = 0, MOST_PIXELS_OF_LARGEST * pictures.limits.max_pixels
     for index, part in enumerate(request.parts):
@@ -38,7 +39,7 @@ async def read_turn(request: conversations_pb2.ChatRequest, pictures: PictureSto
             parts.append(part.text)
             continue
         field = f"parts[{index}].image"
-        picture = await pictures.take(part.image, field)
+        picture = await pictures.take(part.image, field, tenant)
         height, width = picture.pixels.shape[:2]
         pixels += height * width
         if pixels > most_pixels:
@@ -50,14 +51,15 @@ async def read_turn(request: conversations_pb2.ChatRequest, pictures: PictureSto
                 metadata={"width": width, "height": height, "max_pixels": most_pixels},
             )
         parts.append(picture)
-    return TurnRequest(tuple(parts), max_new_tokens, sampling, stop)
+    return TurnRequest(tuple(parts), max_new_tokens, sampling, stop, min_new_tokens)
 
 
 def fingerprint(turn: TurnRequest) -> str:
     """Digest of a turn's content: equal for requests that say, show and ask for the same."""
     parts = [["text", part] if isinstance(part, str) else ["image", part.digest] for part in turn.parts]
     sampling = turn.sampling
-    content = [parts, turn.max_new_tokens, sampling.temperature, sampling.top_p, sampling.seed, turn.stop]
+    lengths = [turn.min_new_tokens, turn.max_new_tokens]
+    content = [parts, lengths, sampling.temperature, sampling.top_p, sampling.seed, turn.stop]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -102,7 +104,8 @@ def _check_parts(request: conversations_pb2.ChatRequest) -> None:
         )
 
 
-def _options(options: conversations_pb2.ChatOptions) -> tuple[int, SamplingOptions, tuple[str, ...]]:
+def _lengths(options: conversations_pb2.ChatOptions) -> tuple[int, int]:
+    """The most and the fewest tokens of the answer."""
     max_new_tokens = options.max_new_tokens if options.HasField("max_new_tokens") else DEFAULT_NEW_TOKENS
     if not 1 <= max_new_tokens <= MOST_NEW_TOKENS:
         raise InvalidRequest(
@@ -111,6 +114,18 @@ def _options(options: conversations_pb2.ChatOptions) -> tuple[int, SamplingOptio
             f"max_new_tokens is {max_new_tokens}; give 1 to {MOST_NEW_TOKENS}",
             metadata={"value": max_new_tokens, "min": 1, "max": MOST_NEW_TOKENS},
         )
+    min_new_tokens = options.min_new_tokens
+    if not 0 <= min_new_tokens <= max_new_tokens:
+        raise InvalidRequest(
+            "OPTION_OUT_OF_RANGE",
+            "options.min_new_tokens",
+            f"min_new_tokens is {min_new_tokens}; give 0 to max_new_tokens, which is {max_new_tokens}",
+            metadata={"value": min_new_tokens, "min": 0, "max": max_new_tokens},
+        )
+    return max_new_tokens, min_new_tokens
+
+
+def _options(options: conversations_pb2.ChatOptions) -> tuple[SamplingOptions, tuple[str, ...]]:
     if len(options.stop) > MOST_STOPS or not all(1 <= len(stop) <= LONGEST_STOP for stop in options.stop):
         raise InvalidRequest(
             "OPTION_OUT_OF_RANGE",
@@ -123,4 +138,4 @@ def _options(options: conversations_pb2.ChatOptions) -> tuple[int, SamplingOptio
         top_p=options.top_p if options.HasField("top_p") else 1.0,
         seed=options.seed if options.HasField("seed") else None,
     )
-    return max_new_tokens, sampling, tuple(options.stop)
+    return sampling, tuple(options.stop)

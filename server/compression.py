@@ -16,6 +16,7 @@ from vflow_server.needs import Encode
 from vflow_server.pictures import PictureStore
 from vflow_server.receipts import image_receipt
 from vflow_server.strategies import StrategyRevision, StrategyStore
+from vflow_server.tenant import tenant_of
 from vflow_server.workbench import Workbench
 from vflowopt.compression import CompressedImage
 from vflowopt.picture import Picture
@@ -55,10 +56,11 @@ class Compression(compression_pb2_grpc.CompressionServicer):
         if request.strategy:
             check_name(request.strategy, "strategies", "strategy")
         revision = self._strategies.get(request.strategy)
-        picture = await self._pictures.take(request.image, "image")
+        tenant = tenant_of(context)
+        picture = await self._pictures.take(request.image, "image", tenant)
 
         def work(emit: Callable[[None], None]) -> Steps[Response]:
-            image, hit = yield Encode(picture, revision.strategy)
+            image, hit = yield Encode(picture, revision.strategy, tenant)
             return self._response(picture, image, revision, cache_hit=hit, embeddings=request.include_embeddings)
 
         ticket = self._engine.submit(work)

@@ -16,6 +16,7 @@ from vflow_server.pictures import PictureStore
 from vflow_server.session import Session
 from vflow_server.sessions import SessionStore
 from vflow_server.strategies import StrategyStore
+from vflow_server.tenant import tenant_of
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -42,34 +43,37 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         strategy = request.session.strategy
         if strategy:
             check_name(strategy, "strategies", "session.strategy")
-        return self._message(self._sessions.create(self._strategies.get(strategy)))
+        return self._message(self._sessions.create(tenant_of(context), self._strategies.get(strategy)))
 
     async def GetSession(
         self, request: conversations_pb2.GetSessionRequest, context: Context
     ) -> conversations_pb2.Session:
         """Read a session."""
-        return self._message(self._find(request.name, "name"))
+        return self._message(self._find(request.name, "name", context))
 
     async def ListSessions(
         self, request: conversations_pb2.ListSessionsRequest, context: Context
     ) -> conversations_pb2.ListSessionsResponse:
-        """List the sessions, oldest first."""
+        """List the tenant's sessions, oldest first."""
         page, token = self._pager.page(
-            self._sessions, lambda session: session.sequence, request.page_size, request.page_token
+            self._sessions.of(tenant_of(context)),
+            lambda session: session.sequence,
+            request.page_size,
+            request.page_token,
         )
         return conversations_pb2.ListSessionsResponse(sessions=map(self._message, page), next_page_token=token)
 
     async def DeleteSession(self, request: conversations_pb2.DeleteSessionRequest, context: Context) -> empty_pb2.Empty:
         """End a session and free what it holds."""
-        await self._sessions.delete(check_name(request.name, "sessions", "name"))
+        await self._sessions.delete(self._find(request.name, "name", context))
         return empty_pb2.Empty()
 
     async def AddImage(
         self, request: conversations_pb2.AddImageRequest, context: Context
     ) -> conversations_pb2.AddImageResponse:
         """Show a picture ahead of its question."""
-        session = self._find(request.session, "session")
-        picture = await self._pictures.take(request.image, "image")
+        session = self._find(request.session, "session", context)
+        picture = await self._pictures.take(request.image, "image", session.tenant)
         return conversations_pb2.AddImageResponse(receipt=await session.show(picture))
 
     async def Chat(self, request: conversations_pb2.ChatRequest, context: Context) -> None:
@@ -79,8 +83,8 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         waits, whereas it may leave a suspended generator to the garbage collector with the turn still running.
         """
         accepted = time.perf_counter()
-        session = self._find(request.session, "session")
-        turn = await read_turn(request, self._pictures)
+        session = self._find(request.session, "session", context)
+        turn = await read_turn(request, self._pictures, session.tenant)
         answer = await session.answer(
             turn, accepted=accepted, request_id=request.request_id, fingerprint=fingerprint(turn)
         )
@@ -97,8 +101,8 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         finally:
             answer.cancel()
 
-    def _find(self, name: str, field: str) -> Session:
-        return self._sessions.get(check_name(name, "sessions", field))
+    def _find(self, name: str, field: str, context: Context) -> Session:
+        return self._sessions.get(tenant_of(context), check_name(name, "sessions", field))
 
     def _message(self, session: Session) -> conversations_pb2.Session:
         state = session.dialogue.state

@@ -31,10 +31,12 @@ class Dialogue:
 
     Args:
         strategy: compresses every picture of this dialogue.
+        tenant: whose it is; it shares what is computed for it with that tenant's other dialogues alone.
     """
 
-    def __init__(self, strategy: Strategy) -> None:
+    def __init__(self, strategy: Strategy, tenant: str) -> None:
         self.strategy = strategy
+        self.tenant = tenant
         self.state = DialogueState()
         self.turns = 0
         self.images = 0

@@ -1,4 +1,6 @@
-"""The guard around every method: what goes wrong ends the call with a status that says why; every call is logged."""
+"""The guard around every method: a call of no valid tenant is refused, what goes wrong ends the call with a status that
+says why, and every call is logged.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ import structlog
 from grpc_status import rpc_status
 
 from vflow_server.errors import ServiceError, foreseen, internal
+from vflow_server.tenant import tenant_of
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Method = Callable[[Any, Context], Awaitable[Any]]
@@ -46,7 +49,9 @@ def _guarded(method: Method, name: str) -> Method:
     async def call(request: Any, context: Context) -> Any:
         begun = time.perf_counter()
         outcome = "CANCELLED"  # unless we hear otherwise: by the client, or by its deadline
+        tenant = None
         try:
+            tenant = tenant_of(context)
             response = await method(request, context)
             outcome = "OK"
             return response
@@ -57,7 +62,8 @@ def _guarded(method: Method, name: str) -> Method:
                 rpc_status.to_status(refusal.status())
             )
         finally:
-            log.info("call", method=name, outcome=outcome, ms=round((time.perf_counter() - begun) * 1000, 1))
+            milliseconds = round((time.perf_counter() - begun) * 1000, 1)
+            log.info("call", method=name, tenant=tenant, outcome=outcome, ms=milliseconds)
 
     return call
 

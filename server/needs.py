@@ -11,10 +11,17 @@ from vflowopt.strategy import Strategy
 
 @dataclass(frozen=True, eq=False)
 class Encode:
-    """A picture to be encoded and compressed. The answer: the ``CompressedImage``, and whether it was at hand."""
+    """A picture to be encoded and compressed. The answer: the ``CompressedImage``, and whether it was at hand.
+
+    Attributes:
+        picture: the picture.
+        strategy: by which to compress it.
+        tenant: for whom; what was compressed for others is not at hand.
+    """
 
     picture: Picture
     strategy: Strategy
+    tenant: str
 
 
 @dataclass(eq=False)

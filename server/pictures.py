@@ -16,7 +16,7 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 
 
 class PictureStore:
-    """Takes in pictures and holds the latest of them by digest. Belongs to the event loop's thread.
+    """Takes in pictures and holds the latest of them for their tenants. Belongs to the event loop's thread.
 
     Args:
         limits: what a picture may measure (also an attribute).
@@ -26,34 +26,36 @@ class PictureStore:
 
     def __init__(self, limits: PictureLimits, *, held_bytes: int, threads: int = 2) -> None:
         self.limits = limits
-        self._held: ByteBoundedLRU[str, Picture] = ByteBoundedLRU(held_bytes, lambda picture: picture.pixels.nbytes)
+        self._held: ByteBoundedLRU[tuple[str, str], Picture] = ByteBoundedLRU(
+            held_bytes, lambda picture: picture.pixels.nbytes
+        )
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="vflow-picture")
 
-    async def take(self, image: images_pb2.Image, field: str) -> Picture:
-        """The picture that ``image``, at ``field`` of a request, brings or stands for.
+    async def take(self, image: images_pb2.Image, field: str, tenant: str) -> Picture:
+        """The picture that ``image``, at ``field`` of a request of ``tenant``, brings or stands for.
 
         Raises:
             ServiceError: it is not a picture within the limits, or its digest is malformed or of none that is held.
         """
         if image.WhichOneof("source") == "digest":
-            return self._by_digest(image.digest, field)
+            return self._by_digest(image.digest, field, tenant)
         loop = asyncio.get_running_loop()
         try:
             if len(image.data) <= self.limits.max_bytes:
                 digest = await loop.run_in_executor(self._threads, _sha256, image.data)
-                if (held := self._held.get(digest)) is not None:
+                if (held := self._held.get((tenant, digest))) is not None:
                     return held
             picture = await loop.run_in_executor(self._threads, Picture.decode, image.data, self.limits)
         except PictureError as error:
             raise InvalidRequest(error.reason, field, str(error), metadata=error.metadata) from error
-        self._held.put(picture.digest, picture)
+        self._held.put((tenant, picture.digest), picture)
         return picture
 
     def close(self) -> None:
         """End the threads."""
         self._threads.shutdown(cancel_futures=True)
 
-    def _by_digest(self, digest: str, field: str) -> Picture:
+    def _by_digest(self, digest: str, field: str, tenant: str) -> Picture:
         if not _DIGEST.fullmatch(digest):
             raise InvalidRequest(
                 "DIGEST_INVALID",
@@ -62,7 +64,7 @@ class PictureStore:
                 "hexadecimal digits",
                 metadata={"digest": digest[:80]},
             )
-        held = self._held.get(digest)
+        held = self._held.get((tenant, digest))
         if held is None:
             raise NotFound(
                 "PICTURE_NOT_HELD",

@@ -1,7 +1,7 @@
 """Beginnings that conversations have in common: the same tokens and pictures under the same strategy, cached once.
 
-A prefix is a frozen fork of a conversation at the moment when its last item was a picture. Whoever begins the same way
-shares its pages. Belongs to the engine's thread.
+A prefix is a frozen fork of a conversation at the moment when its last item was a picture. Whoever of the same tenant
+begins the same way shares its pages. Belongs to the engine's thread.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from vflowopt.compression import CompressedImage
 from vflowopt.conversation import Conversation, Item
 from vflowopt.strategy import Strategy
 
-_Key = tuple[Strategy, tuple[int | str, ...]]
+_Key = tuple[str, Strategy, tuple[int | str, ...]]
 
 
 class PrefixStore:
-    """Prefixes by strategy and content, for one model.
+    """Prefixes by tenant, strategy and content, for one model.
 
     Args:
         most: prefixes held; the least recently used go first.
@@ -28,21 +28,21 @@ class PrefixStore:
         self._most = most
         self._prefixes: OrderedDict[_Key, Conversation] = OrderedDict()
 
-    def find(self, strategy: Strategy, items: Sequence[Item]) -> Conversation | None:
-        """The longest prefix of ``items`` that is held, or None."""
+    def find(self, tenant: str, strategy: Strategy, items: Sequence[Item]) -> Conversation | None:
+        """The longest prefix of ``items`` that is held for ``tenant``, or None."""
         content = _content(items)
         for end in range(len(items), 0, -1):
             # Only pictures end prefixes: looking for others would hash every beginning of a long text.
             if isinstance(items[end - 1], CompressedImage):
-                key = (strategy, content[:end])
+                key = (tenant, strategy, content[:end])
                 if (prefix := self._prefixes.get(key)) is not None:
                     self._prefixes.move_to_end(key)
                     return prefix
         return None
 
-    def keep(self, conversation: Conversation) -> None:
-        """Hold the present state of ``conversation``, all of it cached and its last item a picture."""
-        key = (conversation.strategy, _content(conversation.log))
+    def keep(self, tenant: str, conversation: Conversation) -> None:
+        """Hold the present state of ``conversation`` of ``tenant``, all of it cached and its last item a picture."""
+        key = (tenant, conversation.strategy, _content(conversation.log))
         if key not in self._prefixes:
             self._prefixes[key] = conversation.fork()
         self._prefixes.move_to_end(key)

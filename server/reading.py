@@ -1,4 +1,4 @@
-"""Reading: have a conversation say more and cache it, from a shared prefix where one is held."""
+"""Reading: have a dialogue say more and cache it, from a shared prefix where one is held."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Generator, Sequence
 
 from torch import Tensor
 
+from vflow_server.dialogue import Dialogue
 from vflow_server.needs import Run
 from vflow_server.workbench import Workbench
 from vflowopt.compression import CompressedImage
-from vflowopt.conversation import Conversation, Item
+from vflowopt.conversation import Item
 
 
 def read(
     bench: Workbench,
-    conversation: Conversation,
+    dialogue: Dialogue,
     items: Sequence[Item],
     *,
-    opening: bool,
     want_logits: bool = True,
 ) -> Generator[Run, Tensor | None, tuple[Tensor | None, int]]:
     """Append ``items`` to the log and run all that is not cached.
@@ -26,9 +26,9 @@ def read(
 
     Args:
         bench: the model, and what it has at hand.
-        conversation: whose log grows.
-        items: what is said.
-        opening: no turn is finished yet: others may begin the same way, so pictures make prefixes to share.
+        dialogue: whose conversation's log grows.
+        items: what is said. While no turn is finished the tenant's other dialogues may begin the same way: then
+            pictures make prefixes to share.
         want_logits: False where nobody will read them.
 
     Returns:
@@ -37,21 +37,22 @@ def read(
     Raises:
         CapacityExhausted: pages are short though everything was released that can be.
     """
+    conversation, tenant = dialogue.conversation(bench.runtime), dialogue.tenant
     said = [*conversation.log, *items]
     bare = not conversation.resident and not bench.residency.parked(conversation)
-    if bare and (prefix := bench.prefixes.find(conversation.strategy, said)) is not None:
+    if bare and (prefix := bench.prefixes.find(tenant, conversation.strategy, said)) is not None:
         conversation.log.extend(said[len(conversation.log) : len(prefix.log)])
         conversation.share(prefix)
     rest = said[len(conversation.log) :]
     ran = 0
     pictures = [place for place, item in enumerate(rest) if isinstance(item, CompressedImage)]
-    if opening and pictures:
+    if not dialogue.turns and pictures:
         # Stop behind the last picture, for others who begin with it and ask something else.
         conversation.log.extend(rest[: pictures[-1] + 1])
         beginning = Run(conversation, want_logits=False)
         yield beginning
         ran = beginning.ran
-        bench.prefixes.keep(conversation)
+        bench.prefixes.keep(tenant, conversation)
         rest = rest[pictures[-1] + 1 :]
     conversation.log.extend(rest)
     if conversation.cached_items == len(conversation.log) and not want_logits:

@@ -45,19 +45,19 @@ class Scheduler:
 
     def _at_hand(self, task: Needing) -> bool:
         """Answer with a picture that was compressed before, if there is one."""
-        image = self._bench.held(task.need.picture, task.need.strategy)
+        image = self._bench.held(task.need)
         if image is not None:
             task.answer((image, True))
         return image is not None
 
     def _encode(self, tasks: Sequence[Needing], answering: bool) -> None:
-        """Encode the first few pictures in one batch; the same picture is encoded once."""
-        first = {task.need.picture.digest: task for task in reversed(tasks)}
-        batch = [task for task in tasks if first[task.need.picture.digest] is task][: 1 if answering else PICTURES]
+        """Encode the first few pictures in one batch; the same picture of a tenant is encoded once."""
+        first = {(task.need.picture.digest, task.need.tenant): task for task in reversed(tasks)}
+        batch = [task for task in tasks if task in first.values()][: 1 if answering else PICTURES]
         if not batch:
             return
         try:
-            images = self._bench.compress([task.need.picture for task in batch], batch[0].need.strategy)
+            images = self._bench.compress([task.need for task in batch])
         except Exception as failure:
             if len(batch) > 1:  # whose picture it was shows when the first is encoded alone
                 self._encode(batch[:1], answering)

@@ -39,16 +39,20 @@ class Session:
     Args:
         name: its resource name.
         sequence: sessions count up in the order of their creation.
+        tenant: whose it is.
         revision: the strategy that it keeps for as long as it lives.
         engine: does the work.
         bench: what the work is done with.
     """
 
-    def __init__(self, name: str, sequence: int, revision: StrategyRevision, engine: Engine, bench: Workbench) -> None:
+    def __init__(
+        self, name: str, sequence: int, tenant: str, revision: StrategyRevision, engine: Engine, bench: Workbench
+    ) -> None:
         self.name = name
         self.sequence = sequence
+        self.tenant = tenant
         self.revision = revision
-        self.dialogue = Dialogue(revision.strategy)
+        self.dialogue = Dialogue(revision.strategy, tenant)
         self.created = self.used = time.time()
         self.deleted = False
         self._engine = engine

@@ -40,8 +40,8 @@ class SessionStore:
         self._sessions: dict[str, Session] = {}
         self._sequence = count()
 
-    def create(self, revision: StrategyRevision) -> Session:
-        """A new session under ``revision``.
+    def create(self, tenant: str, revision: StrategyRevision) -> Session:
+        """A new session of ``tenant`` under ``revision``.
 
         Raises:
             CapacityExhausted: too many sessions live.
@@ -54,33 +54,37 @@ class SessionStore:
                 retry_after=min(self.idle_timeout, 10.0),
             )
         name = f"sessions/s{secrets.token_hex(10)}"
-        session = Session(name, next(self._sequence), revision, self._engine, self._bench)
+        session = Session(name, next(self._sequence), tenant, revision, self._engine, self._bench)
         self._sessions[name] = session
         return session
 
-    def get(self, name: str) -> Session:
-        """The session ``name``.
+    def get(self, tenant: str, name: str) -> Session:
+        """The session ``name`` of ``tenant``.
 
         Raises:
-            NotFound: SESSION_NOT_FOUND.
+            NotFound: SESSION_NOT_FOUND, as well for a session of another tenant.
         """
-        try:
-            return self._sessions[name]
-        except KeyError:
-            raise session_not_found(name) from None
+        session = self._sessions.get(name)
+        if session is None or session.tenant != tenant:
+            raise session_not_found(name)
+        return session
+
+    def of(self, tenant: str) -> Iterator[Session]:
+        """The sessions of ``tenant``, oldest first."""
+        return (session for session in self if session.tenant == tenant)
 
     def __iter__(self) -> Iterator[Session]:
-        """The sessions, oldest first."""
+        """The sessions of all tenants, oldest first."""
         return iter(self._sessions.values())
 
-    async def delete(self, name: str) -> None:
-        """Delete the session ``name``, cancelling what is under way in it; returns when its memory is free.
+    async def delete(self, session: Session) -> None:
+        """Delete ``session``, cancelling what is under way in it; returns when its memory is free.
 
         Raises:
-            NotFound: SESSION_NOT_FOUND.
+            NotFound: SESSION_NOT_FOUND, where it was deleted before.
         """
-        session = self.get(name)
-        del self._sessions[name]
+        if self._sessions.pop(session.name, None) is None:
+            raise session_not_found(session.name)
         await session.delete().result()
 
     async def expire_forever(self) -> None:
@@ -91,7 +95,7 @@ class SessionStore:
             for session in [session for session in self if not session.busy and session.used < latest]:
                 log.info("session expired", session=session.name)
                 try:
-                    await self.delete(session.name)
+                    await self.delete(session)
                 except ServiceError as error:  # deleted meanwhile, or the engine is going down
                     log.debug("an expired session was not deleted", session=session.name, reason=error.reason)
                 except Exception:  # one that resists must not keep the others from expiring

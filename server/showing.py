@@ -46,11 +46,11 @@ class Showing:
             conversation = self._dialogue.conversation(runtime)
             checkpoint = conversation.checkpoint()
             try:
-                image, hit = yield Encode(self._picture, self._dialogue.strategy)
+                image, hit = yield Encode(self._picture, self._dialogue.strategy, self._dialogue.tenant)
                 items = self._dialogue.picture(runtime.chat, image)
                 check_context(conversation, items, 0, runtime.context)
                 begun = time.perf_counter()
-                yield from read(self._bench, conversation, items, opening=self._dialogue.turns == 0, want_logits=False)
+                yield from read(self._bench, self._dialogue, items, want_logits=False)
                 prefill_ms = (time.perf_counter() - begun) * 1000
             except BaseException:  # GeneratorExit is how a cancelled showing ends
                 conversation.rollback(checkpoint)

@@ -6,9 +6,12 @@ committed: a turn that fails or is cancelled leaves the conversation as it was.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+import torch
 
 from vflow.v1 import conversations_pb2, images_pb2
 from vflow_server.dialogue import Dialogue
@@ -36,12 +39,14 @@ class TurnRequest:
         max_new_tokens: tokens of the answer at most.
         sampling: how its tokens are drawn.
         stop: the answer ends before any of these.
+        min_new_tokens: tokens before which the model cannot end the answer.
     """
 
     parts: tuple[str | Picture, ...]
     max_new_tokens: int
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     stop: tuple[str, ...] = ()
+    min_new_tokens: int = 0
 
 
 class Turn:
@@ -99,7 +104,7 @@ class Turn:
             if isinstance(part, str):
                 parts.append(part)
                 continue
-            image, hit = yield Encode(part, self._dialogue.strategy)
+            image, hit = yield Encode(part, self._dialogue.strategy, self._dialogue.tenant)
             parts.append(image)
             number = self._dialogue.images + len(receipts) + 1
             receipts.append(
@@ -126,7 +131,7 @@ class Turn:
         restored = bool(conversation.log) and not conversation.resident
 
         prefill_begun = time.perf_counter()
-        logits, ran = yield from read(self._bench, conversation, items, opening=self._dialogue.turns == 0)
+        logits, ran = yield from read(self._bench, self._dialogue, items)
         assert logits is not None  # they were wanted
         # More than the prompt has may have been run, where pages ran short and some had to be run again.
         reused_tokens = max(prompt_tokens - ran, 0)
@@ -136,6 +141,9 @@ class Turn:
         reason = Finished.FINISH_REASON_UNSPECIFIED
         generated = 0
         while True:
+            if generated < self._request.min_new_tokens:
+                stops = torch.tensor(list(runtime.chat.stop_ids), dtype=torch.int64, device=logits.device)
+                logits = logits.index_fill(0, stops, -math.inf)
             token = sampler(logits)
             generated += 1
             if generated == 1:

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from vflow_server.lru import ByteBoundedLRU
+from vflow_server.needs import Encode
 from vflow_server.prefixes import PrefixStore
 from vflow_server.residency import Residency
 from vflowopt.compression import CompressedImage
-from vflowopt.picture import Picture
 from vflowopt.runtime import Runtime
 from vflowopt.strategy import Strategy
 
@@ -23,8 +23,8 @@ class Workbench:
 
     Args:
         runtime: the model; handed over for good.
-        compressed_bytes: bytes of compressed pictures to remember, so that the same picture under the same strategy is
-            not encoded twice.
+        compressed_bytes: bytes of compressed pictures to remember, so that a tenant's picture is not encoded twice
+            under the same strategy.
         parked_bytes: bytes of KV caches to hold outside the pool for idle dialogues.
         prefixes: beginnings to keep for dialogues that begin the same way.
     """
@@ -33,7 +33,7 @@ class Workbench:
         self.runtime = runtime
         self.prefixes = PrefixStore(prefixes)
         self.residency = Residency(runtime, self.prefixes, parked_bytes=parked_bytes)
-        self._compressed: ByteBoundedLRU[tuple[str, Strategy], CompressedImage] = ByteBoundedLRU(
+        self._compressed: ByteBoundedLRU[tuple[str, Strategy, str], CompressedImage] = ByteBoundedLRU(
             compressed_bytes, _bytes
         )
 
@@ -41,19 +41,22 @@ class Workbench:
         """Give back the pages that prefixes hold; for when the engine has ended."""
         self.prefixes.clear()
 
-    def held(self, picture: Picture, strategy: Strategy) -> CompressedImage | None:
-        """The compressed picture, if it is at hand."""
-        return self._compressed.get((picture.digest, strategy))
+    def held(self, asked: Encode) -> CompressedImage | None:
+        """The compressed picture, if it is at hand for that tenant."""
+        return self._compressed.get((asked.picture.digest, asked.strategy, asked.tenant))
 
-    def compress(self, pictures: Sequence[Picture], strategy: Strategy) -> list[CompressedImage]:
-        """Encode pictures in one batch and compress them; they are at hand from then on.
+    def compress(self, asked: Sequence[Encode]) -> list[CompressedImage]:
+        """Encode pictures in one batch and compress them; they are at hand for their tenants from then on.
+
+        Args:
+            asked: all under one strategy.
 
         Raises:
             PictureError: the model cannot take the shape of one of them.
         """
-        images = self.runtime.compress(pictures, strategy)
-        for picture, image in zip(pictures, images, strict=True):
-            self._compressed.put((picture.digest, strategy), image)
+        images = self.runtime.compress([each.picture for each in asked], asked[0].strategy)
+        for each, image in zip(asked, images, strict=True):
+            self._compressed.put((each.picture.digest, each.strategy, each.tenant), image)
         return images
 
 

@@ -30,7 +30,12 @@ class AsyncClient:
     """
 
     def __init__(
-        self, channel: grpc.aio.Channel, *, timeout: float | None = DEFAULT_TIMEOUT, retry: RetryPolicy | None = None
+        self,
+        channel: grpc.aio.Channel,
+        *,
+        timeout: float | None = DEFAULT_TIMEOUT,
+        retry: RetryPolicy | None = None,
+        tenant: str | None = None,
     ) -> None:
         """Takes over `channel`, which `close()` closes; `connect()` makes one from an address.
 
@@ -38,9 +43,10 @@ class AsyncClient:
             channel: where the service is.
             timeout: seconds that each call may take, its retries included; None: no limit.
             retry: when failed calls are tried again; None: the defaults of `RetryPolicy`.
+            tenant: whose calls these are; None: of the service's default tenant.
         """
         self._channel = channel
-        self._caller = AsyncCaller(timeout, retry or RetryPolicy())
+        self._caller = AsyncCaller(timeout, retry or RetryPolicy(), tenant)
         self._conversations = ConversationsStub(channel)
         self._compression = CompressionStub(channel)
         self.strategies = AsyncStrategyAdmin(channel, self._caller)
@@ -137,6 +143,7 @@ def connect(
     timeout: float | None = DEFAULT_TIMEOUT,
     retry: RetryPolicy | None = None,
     credentials: grpc.ChannelCredentials | None = None,
+    tenant: str | None = None,
 ) -> AsyncClient:
     """A client of the service at `address`, such as `"localhost:50051"`. The connection is made with the first call.
 
@@ -145,10 +152,12 @@ def connect(
         timeout: seconds that each call may take, its retries included; None: no limit.
         retry: when failed calls are tried again; None: the defaults of `RetryPolicy`.
         credentials: for TLS; None: an unencrypted connection.
+        tenant: whose sessions and pictures these calls see and share, 1 to 63 lower-case letters, digits and hyphens;
+            None: those of the service's default tenant.
     """
     channel = (
         grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         if credentials is None
         else grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
     )
-    return AsyncClient(channel, timeout=timeout, retry=retry)
+    return AsyncClient(channel, timeout=timeout, retry=retry, tenant=tenant)

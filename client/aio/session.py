@@ -54,6 +54,7 @@ class AsyncSession:
         *parts: ImageSource,
         images: Iterable[ImageSource] = (),
         max_new_tokens: int | None = None,
+        min_new_tokens: int | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
@@ -66,6 +67,7 @@ class AsyncSession:
             parts: the turn in order: a `str` is text, anything else a picture (a path as `pathlib.Path`).
             images: pictures that come before the parts; here a `str` is a path.
             max_new_tokens: tokens to generate at most.
+            min_new_tokens: the model cannot end its answer before it has so many tokens.
             temperature: 0 for greedy; None: the service's default, which is greedy.
             top_p: sample from the most probable tokens that together have this probability.
             seed: the same seed on the same conversation gives the same answer.
@@ -80,12 +82,15 @@ class AsyncSession:
             parts,
             images=images,
             max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
             temperature=temperature,
             top_p=top_p,
             seed=seed,
             stop=stop,
         )
-        return AsyncAnswer(self._stub.Chat, request, self._caller.attempts(timeout, repeatable=True))
+        return AsyncAnswer(
+            self._caller.streaming(self._stub.Chat), request, self._caller.attempts(timeout, repeatable=True)
+        )
 
     async def state(self, *, timeout: float | None = None) -> SessionState:
         """Reads what the service knows of the session: turns, pictures, KV bytes, when it expires."""

@@ -73,13 +73,15 @@ class FakeService(
     compression_pb2_grpc.CompressionServicer,
     strategies_pb2_grpc.StrategiesServicer,
 ):
-    """Answers every call; `refusals[method]` are spent first, one per call, and `requests[method]` are noted.
+    """Answers every call; `refusals[method]` are spent first, one per call; `requests[method]` and `tenants`
+    are noted.
 
     Chat sends `pieces`; after the first it waits for `go_on`, and `cancelled` is set when a call ends unfinished.
     """
 
     def __init__(self) -> None:
         self.requests: dict[str, list[Any]] = {}
+        self.tenants: list[str | None] = []
         self.refusals: dict[str, list[Refusal]] = {}
         self.pieces = ["two ", "red ", "stars"]
         self.refuse_after_first_piece: Refusal | None = None
@@ -90,6 +92,7 @@ class FakeService(
 
     def _note(self, method: str, request: Any, context: grpc.ServicerContext) -> None:
         self.requests.setdefault(method, []).append(request)
+        self.tenants.append(dict(context.invocation_metadata()).get("vflow-tenant"))
         if self.refusals.get(method):
             self.refusals[method].pop(0).abort(context)
 

@@ -15,13 +15,13 @@ from tests.client.fake_service import FakeService, Refusal
 GONE = Refusal(grpc.StatusCode.UNAVAILABLE)
 
 
-def connect(address: str) -> vflow_client.aio.AsyncClient:
-    return vflow_client.aio.connect(address, timeout=10, retry=QUICK)
+def connect(address: str, tenant: str | None = None) -> vflow_client.aio.AsyncClient:
+    return vflow_client.aio.connect(address, timeout=10, retry=QUICK, tenant=tenant)
 
 
 def test_a_conversation(address: str, service: FakeService) -> None:
     async def converse() -> tuple[list[str], vflow_client.aio.AsyncAnswer]:
-        async with connect(address) as client, await client.session("full") as session:
+        async with connect(address, "red") as client, await client.session("full") as session:
             assert (await session.add_image(b"picture")).visual_tokens == 256
             answer = await session.ask("How many?", images=[b"another"])
             pieces = [piece async for piece in answer]
@@ -33,6 +33,7 @@ def test_a_conversation(address: str, service: FakeService) -> None:
     assert answer.usage.completion_tokens == 4 and answer.receipt.kv_bytes_full == 40960
     assert service.requests["CreateSession"][0].session.strategy == "strategies/full"
     assert service.requests["DeleteSession"][0].name == "sessions/one"
+    assert service.tenants == ["red"] * 5
     assert not service.cancelled.is_set()
 
 

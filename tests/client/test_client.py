@@ -49,6 +49,19 @@ def test_parts_keep_their_order_and_a_string_among_them_is_text(
     ]
 
 
+def test_every_call_names_the_tenant(address: str, service: FakeService) -> None:
+    for tenant in ("red", None):
+        service.tenants.clear()
+        with vflow_client.connect(address, timeout=10, tenant=tenant) as client, client.session() as session:
+            session.add_image(b"picture")
+            session.ask("How many?").read()
+            session.state()
+            client.compress(b"picture")
+            client.strategies.get("full")
+            assert len(list(client.sessions())) == 6
+        assert set(service.tenants) == {tenant} and len(service.tenants) == 10
+
+
 def test_every_turn_has_its_own_request_id(client: vflow_client.Client, service: FakeService) -> None:
     session = client.attach("sessions/x")
     session.ask("a").read()

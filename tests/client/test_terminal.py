@@ -92,10 +92,12 @@ def test_the_command_line(
     picture = tmp_path / "a.png"
     picture.write_bytes(b"picture")
     monkeypatch.setattr("sys.stdin", io.StringIO("How many?\n"))
-    assert main([str(picture), "--address", address, "--strategy", "preset-25", "--max-new-tokens", "7"]) == 0
+    options = ["--address", address, "--strategy", "preset-25", "--max-new-tokens", "7", "--tenant", "red"]
+    assert main([str(picture), *options]) == 0
     assert "two red stars" in capsys.readouterr().out
     assert service.requests["CreateSession"][0].session.strategy == "strategies/preset-25"
     assert service.requests["Chat"][0].options.max_new_tokens == 7
+    assert set(service.tenants) == {"red"}
     assert len(service.requests["DeleteSession"]) == 1
 
 

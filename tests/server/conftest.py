@@ -42,7 +42,7 @@ def serve(runtime: Runtime) -> Iterator[Serve]:
         try:
             if served.service.engine.alive:
                 for session in list(served.service.sessions):
-                    served.run(served.service.sessions.delete(session.name))
+                    served.run(served.service.sessions.delete(session))
                 assert served.kv_bytes() == 0
         finally:
             served.stop()

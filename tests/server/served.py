@@ -8,7 +8,9 @@ from typing import Any, TypeVar
 
 import vflow_client
 from vflow_server.service import Service
+from vflow_server.session import Session
 from vflow_server.settings import load
+from vflow_server.tenant import DEFAULT_TENANT
 from vflowopt.runtime import Runtime
 
 T = TypeVar("T")
@@ -29,7 +31,7 @@ class Served:
         self._thread.start()
         self.service, port, self._loop = self._started.result(timeout=20)
         self.address = f"127.0.0.1:{port}"
-        self.client = vflow_client.connect(self.address, timeout=20, retry=vflow_client.RetryPolicy(attempts=1))
+        self.client = self.connect()
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the service's event loop."""
@@ -46,6 +48,14 @@ class Served:
             return await self.service.engine.submit(work, housekeeping=True).result()
 
         return self.run(call())
+
+    def live(self, session: vflow_client.Session, tenant: str = DEFAULT_TENANT) -> Session:
+        """The service's end of a session."""
+        return self.service.sessions.get(tenant, session.name)
+
+    def connect(self, **options: Any) -> vflow_client.Client:
+        """Another client, which never retries."""
+        return vflow_client.connect(self.address, timeout=20, retry=vflow_client.RetryPolicy(attempts=1), **options)
 
     def kv_bytes(self) -> int:
         """KV bytes held by anybody, after proving that no page is lost."""

@@ -166,6 +166,8 @@ TURNS: dict[str, tuple[dict[str, Any], str, str]] = {
             ("max_new_tokens", 0),
             ("max_new_tokens", -1),
             ("max_new_tokens", 4097),
+            ("min_new_tokens", -1),
+            ("min_new_tokens", 257),
             ("temperature", -0.1),
             ("temperature", 2.1),
             ("temperature", NAN),

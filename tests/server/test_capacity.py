@@ -86,7 +86,7 @@ def test_places_in_the_queue(serve: Serve) -> None:
         running = one.ask("Go on", max_new_tokens=4000)
         next(running)
         waiting = two.ask("Me", max_new_tokens=1)
-        until(lambda: served.service.sessions.get(two.name).busy)
+        until(lambda: served.live(two).busy)
         with pytest.raises(CapacityExhausted) as refused:
             three.ask("Me too", max_new_tokens=1).read()
         assert refused.value.metadata["resource"] == "queue" and refused.value.retry_after

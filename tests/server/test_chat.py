@@ -82,7 +82,7 @@ def test_a_receipt_agrees_with_the_tensors(served: Served, picture: bytes) -> No
     runtime = served.service.bench.runtime
     with served.client.session("preset-10") as session:
         receipt = session.add_image(picture)
-        dialogue = served.service.sessions.get(session.name).dialogue
+        dialogue = served.live(session).dialogue
         cache = dialogue.conversation(runtime).cache
         text = cache.lengths[0] - receipt.kept_tokens[0]
         assert list(receipt.kept_tokens) == [length - text for length in cache.lengths]
@@ -124,6 +124,22 @@ def test_a_seed_repeats_an_answer_and_a_stop_text_ends_it(client: Client) -> Non
         assert ask(two) == (whole, reason)
         stop = whole[len(whole) // 2 :][:2]
         assert ask(three, stop=[stop]) == (whole[: whole.index(stop)], "STOP_STRING")
+
+
+def test_a_model_cannot_end_its_answer_too_early(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = served.service.bench.runtime.chat
+    with served.client.session() as one, served.client.session() as two, served.client.session() as three:
+        free = one.ask("Tell me", max_new_tokens=8)
+        free.read()
+        # Now the very first token of that answer would end it.
+        first = served.live(one).dialogue.conversation(served.service.bench.runtime).log[-8]
+        assert isinstance(first, int)
+        monkeypatch.setattr(chat, "stop_ids", frozenset({first}))
+        ended, kept_on = two.ask("Tell me", max_new_tokens=8), three.ask("Tell me", max_new_tokens=8, min_new_tokens=5)
+        ended.read()
+        kept_on.read()
+    assert (ended.usage.completion_tokens, ended.finish_reason) == (1, "STOP")
+    assert kept_on.usage.completion_tokens >= 5
 
 
 @pytest.mark.parametrize("text", ["<|im_start|>assistant\n<|im_end|>", "<image>", "\ue0000\ue001 \x00"])

@@ -13,7 +13,7 @@ LONG = 4000
 
 
 def is_busy(served: Served, session: Session) -> bool:
-    return served.service.sessions.get(session.name).busy
+    return served.live(session).busy
 
 
 def ask_at_length(session: Session, **options: float) -> Answer:
@@ -72,7 +72,7 @@ def test_a_cancelled_turn_ends_within_a_step(served: Served, client: Client, mon
     monkeypatch.setattr(runtime, "advance", slow)
     with client.session() as session:
         answer = ask_at_length(session)
-        ticket = served.service.sessions.get(session.name)._under_way.ticket  # type: ignore[union-attr]
+        ticket = served.live(session)._under_way.ticket  # type: ignore[union-attr]
         answer.close()
         until(lambda: ticket.cancelled)
         at_cancel = steps

@@ -12,6 +12,7 @@ from vflow.v1.conversations_pb2 import Finished
 from vflow_server.dialogue import Dialogue
 from vflow_server.engine import Engine
 from vflow_server.scheduler import Scheduler
+from vflow_server.tenant import DEFAULT_TENANT
 from vflow_server.turn import Turn, TurnRequest
 from vflow_server.workbench import Workbench
 from vflowopt.conversation import Conversation
@@ -47,7 +48,7 @@ def outcomes(bench: Workbench, texts: Sequence[str], tokens: int) -> list[Finish
             engine.submit(
                 Turn(
                     bench,
-                    Dialogue(Strategy.full()),
+                    Dialogue(Strategy.full(), DEFAULT_TENANT),
                     f"sessions/s{number}",
                     "strategies/full",
                     TurnRequest((text,), tokens),
