@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vflowopt.demo.anyres import SIDE, layout
@@ -78,13 +79,30 @@ def _part(rng: np.random.Generator, done: float) -> _Part:
     return _Part(overview, mosaic, together=kind == "window")
 
 
-def draw(
-    cache: FeatureCache, conversation: Conversation, rng: np.random.Generator, done: float
-) -> tuple[list[Row], list[Tensor]]:
-    """A batch: conversations and the features that they show; ``done`` is the share of the training that is over."""
+@dataclass(frozen=True)
+class Batch:
+    """Conversations about a picture each.
+
+    Attributes:
+        rows: the conversations.
+        features: of each the features (tokens, width) that it shows.
+        labels: of each what these tokens show, (tokens, heads).
+    """
+
+    rows: list[Row]
+    features: list[Tensor]
+    labels: list[Tensor]
+
+    def shard(self, number: int, shards: int) -> "Batch":
+        """Every so many-th conversation."""
+        return Batch(self.rows[number::shards], self.features[number::shards], self.labels[number::shards])
+
+
+def draw(cache: FeatureCache, conversation: Conversation, rng: np.random.Generator, done: float) -> Batch:
+    """A batch; ``done`` is the share of the training that is over."""
     part = _part(rng, done)
     choose = window if part.together else scattered
-    rows, features = [], []
+    batch = Batch([], [], [])
     for number in rng.integers(0, len(cache), max(4, round(_TOKENS_PER_STEP / (part.overview + part.mosaic + 200)))):
         picture = cache.pictures[int(number)]
         order = "picture first"
@@ -94,6 +112,8 @@ def draw(
         seen, asked = np.array(cache.labels(picture))[keep], ask(picture.scene, rng, 2 * _TURNS, WEIGHTS)
         questions = [question for question in asked if answerable(question, seen, part.overview)][:_TURNS]
         if questions:
-            rows.append(conversation.row(picture.scene.size, questions, keep=keep, order=order))
-            features.append(cache.features(picture, rows[-1].features))
-    return rows, features
+            row = conversation.row(picture.scene.size, questions, keep=keep, order=order)
+            batch.rows.append(row)
+            batch.features.append(cache.features(picture, row.features))
+            batch.labels.append(torch.from_numpy(seen.astype(np.int64)))
+    return batch

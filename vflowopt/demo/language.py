@@ -18,13 +18,19 @@ from tqdm import tqdm
 from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast, Qwen2Model
 
 from vflowopt.demo.conversation import NEWLINE, NOT_ASKED, PICTURE, Conversation, Row
-from vflowopt.demo.curriculum import OVERVIEW, draw, scattered
+from vflowopt.demo.curriculum import OVERVIEW, Batch, draw, scattered
 from vflowopt.demo.features import CachedPicture, FeatureCache
 from vflowopt.demo.gradient import ShardedGradient
+from vflowopt.demo.labels import HEADS
+from vflowopt.demo.projector import PatchWords
 from vflowopt.demo.questions import KINDS, ask
 from vflowopt.demo.tokenizer import PAD, token_id
 
 _PROBE_TURNS = 8
+_RARE = [list(HEADS).index(name) for name in ("letter", "digit", "place")]
+_NAMING = 0.3
+"""Weight of the loss that holds projected patches near the words for what they show: left alone, the projector forgets
+the letters and digits before the language model has learned to look for them."""
 
 
 def logits_after(
@@ -145,9 +151,15 @@ def train_language(
     pad = token_id(tokenizer, PAD)
     rng = np.random.default_rng([seed, step])
 
-    def shard_loss(shard: tuple[list[Row], list[Tensor]]) -> Tensor:
-        logits, targets = logits_after(model, *shard, pad, hints=True)
-        return F.cross_entropy(logits.float(), targets)
+    words = PatchWords(model, tokenizer)
+
+    def shard_loss(shard: Batch) -> Tensor:
+        logits, targets = logits_after(model, shard.rows, shard.features, pad, hints=True)
+        features, labels = torch.cat(shard.features), torch.cat(shard.labels)
+        # Few patches carry letters, digits and places, most carry nothing but the tint: these need not all be named.
+        telling = torch.cat(((labels[:, _RARE] > 0).any(1).nonzero()[:, 0], torch.arange(0, len(labels), 8)))
+        naming, _ = words.loss(core.multi_modal_projector(features[telling].float()), labels[telling])
+        return F.cross_entropy(logits.float(), targets) + _NAMING * naming
 
     gradient = ShardedGradient(parameters, shard_loss, shards, autocast=False)
     drawing = ThreadPoolExecutor(1)  # the next batch is drawn while this one trains
@@ -158,16 +170,16 @@ def train_language(
     progress = tqdm(total=round(budget), initial=round(spent), desc="language", unit="s", mininterval=10)
     while (spent := time.monotonic() - begun) < budget:
         done = spent / budget
-        rows, features = drawn.result()
+        batch = drawn.result()
         drawn = drawing.submit(draw, cache, conversation, rng, done)
         rate = peak_rate * min(1.0, (step + 1) / 60) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
         for group in optimiser.param_groups:
             group["lr"] = rate
-        loss = gradient([(rows[shard::shards], features[shard::shards]) for shard in range(shards)])
+        loss = gradient([batch.shard(number, shards) for number in range(shards)])
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         step += 1
-        seen += len(rows)
+        seen += len(batch.rows)
         smooth = loss if math.isnan(smooth) else 0.95 * smooth + 0.05 * loss
         progress.update(round(spent) - progress.n)
         if time.monotonic() - saved > 100:

@@ -60,6 +60,52 @@ def start_projector(model: LlavaOnevisionForConditionalGeneration, heads: PatchL
     nn.init.zeros_(second.bias)
 
 
+class PatchWords:
+    """The language model's words for what patches show, as directions to pull projected patches towards.
+
+    Args:
+        model: whose embeddings the words are.
+        tokenizer: its tokenizer.
+    """
+
+    def __init__(self, model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._embeddings = model.model.language_model.embed_tokens.weight
+        self._tokens = {
+            name: [tokenizer.encode(word.lower(), add_special_tokens=False) for word in vocabulary]
+            for name, vocabulary in _WORDS.items()
+        }
+
+    def loss(self, projected: Tensor, labels: Tensor) -> tuple[Tensor, float]:
+        """How far projected patches (n, width) are from naming what their labels (n, heads) say.
+
+        Every kind of label counts alike, however many patches carry it: a letter lies on one patch of a hundred, and
+        what no patch is pulled towards the language model never finds.
+
+        Returns:
+            Cross-entropy, averaged over the kinds of label that occur, and the share of words named rightly.
+        """
+        names = list(HEADS)
+        directions = F.normalize(projected, dim=-1)
+        losses, right, asked = [], 0, 0
+        for name, tokens in self._tokens.items():
+            target = labels[:, names.index(name)]
+            if name not in ("place", "tint"):  # those have no class for "none"
+                target = target - 1
+            chosen = target >= 0
+            if not chosen.any():
+                continue
+            # A place is the sum of its words; of a lone digit, which is a space and the digit, the digit counts.
+            vectors = [self._embeddings[ids if name == "place" else ids[-1:]].sum(0) for ids in tokens]
+            words = F.normalize(torch.stack(vectors).detach(), dim=-1)
+            logits = 14 * directions[chosen] @ words.T
+            losses.append(F.cross_entropy(logits, target[chosen]))
+            right += int((logits.argmax(-1) == target[chosen]).sum())
+            asked += int(chosen.sum())
+        if not losses:
+            return projected.new_zeros(()), 0.0
+        return torch.stack(losses).mean(), right / asked
+
+
 def align_with_words(
     model: LlavaOnevisionForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
@@ -74,32 +120,14 @@ def align_with_words(
         The share of words named rightly at the end.
     """
     projector = model.model.multi_modal_projector
-    embeddings = model.model.language_model.embed_tokens.weight.detach()
-    names = list(HEADS)
-    words = {}
-    for name, vocabulary in _WORDS.items():
-        # A place is the sum of its words; of a lone digit, which is a space and the digit, the digit counts.
-        ids = [tokenizer.encode(word.lower(), add_special_tokens=False) for word in vocabulary]
-        vectors = [embeddings[tokens if name == "place" else tokens[-1:]].sum(0) for tokens in ids]
-        words[name] = F.normalize(torch.stack(vectors), dim=-1)
+    words = PatchWords(model, tokenizer)
     optimiser = torch.optim.AdamW(projector.parameters(), lr=2e-3, weight_decay=0.0)
     features, labels = sample(cache, 200, rng)
-    right, asked = 0, 1
+    named = 0.0
     begun = time.monotonic()
     while time.monotonic() - begun < seconds:
         rows = torch.from_numpy(rng.integers(0, len(features), 2048))
-        projected = F.normalize(projector(features[rows].to(projector.linear_1.weight)), dim=-1)
-        loss = projected.new_zeros(())
-        right, asked = 0, 1
-        for name, known in words.items():
-            target = labels[rows, names.index(name)]
-            if name not in ("place", "tint"):  # those have no class for "none"
-                target = target - 1
-            chosen = target >= 0
-            logits = 14 * projected[chosen] @ known.T
-            loss = loss + F.cross_entropy(logits, target[chosen], reduction="sum") / len(rows)
-            right += int((logits.argmax(-1) == target[chosen]).sum())
-            asked += int(chosen.sum())
+        loss, named = words.loss(projector(features[rows].to(projector.linear_1.weight)), labels[rows])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -108,4 +136,4 @@ def align_with_words(
         length = projector(features[:4096].to(projector.linear_1.weight)).square().mean().sqrt()
         projector.linear_2.weight.div_(length)
         projector.linear_2.bias.div_(length)
-    return right / asked
+    return named
