@@ -44,7 +44,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Run the service in the foreground until SIGTERM or Ctrl-C.",
         epilog="Every option can also be set by an environment variable "
         f"({ENVIRONMENT_PREFIX}KV_BUDGET for --kv-budget) or in a TOML file (kv_budget = ...); "
-        "a flag wins over a variable, a variable over the file.",
+        "a flag wins over a variable, a variable over the file. "
+        "(*) A tenant that has none may go beyond by one: nobody is kept out because another took all there were.",
     )
     serve.add_argument("--config", type=Path, metavar="FILE", help=f"TOML file with settings [{CONFIG_VARIABLE}]")
     for name, declared in options().items():

@@ -63,7 +63,7 @@ class Compression(compression_pb2_grpc.CompressionServicer):
             image, hit = yield Encode(picture, revision.strategy, tenant)
             return self._response(picture, image, revision, cache_hit=hit, embeddings=request.include_embeddings)
 
-        ticket = self._engine.submit(work)
+        ticket = self._engine.submit(work, tenant)
         try:
             return await ticket.result()
         finally:

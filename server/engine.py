@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from typing import Any, Generic, TypeVar
 
 import structlog
 
-from vflow_server.errors import CapacityExhausted, ServiceError, engine_failed, server_stopping
+from vflow_server.errors import ServiceError, engine_failed, server_stopping
+from vflow_server.waiting import WaitingRoom
 
 E = TypeVar("E")
 R = TypeVar("R")
@@ -90,11 +91,15 @@ class Task(Generic[E, R]):
     """The engine's end of submitted work.
 
     Attributes:
+        tenant: whose work it is.
         need: what the work waits for; None if it can go on.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, work: Work[E, R], wake: Callable[[], None]) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, tenant: str, work: Work[E, R], wake: Callable[[], None]
+    ) -> None:
         self.loop = loop
+        self.tenant = tenant
         self.ticket: Ticket[E, R] = Ticket(loop, wake)
         self.need: Any = None
         self._answer: Any = None
@@ -157,9 +162,9 @@ class Engine:
     """One thread that advances work, step by step, in turn.
 
     Args:
-        waiting: how much submitted work may wait for its first step.
-        running: how much work may be under way at once; what is beyond waits.
-        schedule: called once a round with the tasks that need something, in the order of their arrival; meets one
+        waiting: how much submitted work may wait for its first step; a tenant that has none waiting may go beyond.
+        running: how much work may be under way at once; what is beyond waits, but for a tenant that has none running.
+        schedule: called once a round with the tasks that need something, in the order in which they began; meets one
             need at least.
         on_death: called in the engine's thread if it ends other than by :meth:`stop`.
     """
@@ -173,11 +178,10 @@ class Engine:
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
         self._schedule = schedule
-        self._most_waiting = waiting
         self._most_running = running
         self._on_death = on_death
         self._changed = threading.Condition()
-        self._waiting: deque[Task[Any, Any]] = deque()
+        self._waiting: WaitingRoom[Task[Any, Any]] = WaitingRoom(waiting)
         self._running: deque[Task[Any, Any]] = deque()
         self._open = False
         self._refusal: Callable[[], ServiceError] = server_stopping
@@ -193,31 +197,26 @@ class Engine:
         """Whether the engine takes work."""
         return self._open
 
-    def submit(self, work: Work[E, R], *, housekeeping: bool = False) -> Ticket[E, R]:
+    def submit(self, work: Work[E, R], tenant: str, *, housekeeping: bool = False) -> Ticket[E, R]:
         """Hand in work; must be called on an event loop, which is the one that hears of the events.
 
         Args:
             work: what to do.
+            tenant: whose work it is: tenants get equal shares, the work of one is done in the order of its arrival.
             housekeeping: work that frees something: it overtakes what waits and does not count against the bound.
 
         Raises:
             ServiceError: CAPACITY_EXHAUSTED when too much work waits, SERVER_STOPPING or ENGINE_FAILED when the engine
                 takes none any more.
         """
-        task = Task(asyncio.get_running_loop(), work, self._wake)
+        task = Task(asyncio.get_running_loop(), tenant, work, self._wake)
         with self._changed:
             if not self._open:
                 raise self._refusal()
             if housekeeping:
                 self._running.appendleft(task)
-            elif len(self._waiting) >= self._most_waiting:
-                raise CapacityExhausted(
-                    "queue",
-                    f"{self._most_waiting} requests already wait for the model; retry in a moment",
-                    metadata={"waiting": self._most_waiting},
-                )
             else:
-                self._waiting.append(task)
+                self._waiting.put(task)
             self._changed.notify()
         return task.ticket
 
@@ -249,17 +248,17 @@ class Engine:
             self._abandon_all()
 
     def _round(self) -> list[Task[Any, Any]] | None:
-        """Wait for something to do; the work of the next round in the order of its arrival, None to stop."""
+        """Wait for something to do; the work of the next round in the order in which it began, None to stop."""
         with self._changed:
-            while self._open and not self._running and not self._waiting:
+            while self._open and not self._running and not any(self._waiting):
                 self._changed.wait()
             if not self._open:
                 return None
-            for task in [task for task in self._waiting if task.ticket.cancelled]:
-                self._waiting.remove(task)
+            self._running.extend(self._waiting.take_cancelled())
+            running = Counter(task.tenant for task in self._running)
+            while (task := self._waiting.admit(running, self._most_running)) is not None:
                 self._running.append(task)
-            while self._waiting and len(self._running) < self._most_running:
-                self._running.append(self._waiting.popleft())
+                running[task.tenant] += 1
             # Cancelled work gives its memory back before anybody else asks for memory.
             return sorted(self._running, key=lambda task: not task.ticket.cancelled)
 
@@ -273,6 +272,6 @@ class Engine:
             self._open = False
             left = [*self._running, *self._waiting]
             self._running.clear()
-            self._waiting.clear()
+            self._waiting = WaitingRoom(0)
         for task in left:
             task.abandon(self._refusal())

@@ -1,8 +1,9 @@
 """The scheduler: which needs of the running work are met in a step, and what gives way when KV pages run short.
 
 Every step runs one batch of the model, one token of every answer that is under way and a bounded number of tokens of
-prompts, and encodes a few pictures; first come, first served. So neither a long prompt nor a picture stalls the streams
-of others for more than a step. Belongs to the engine's thread.
+prompts, and encodes a few pictures. So neither a long prompt nor a picture stalls the streams of others for more than a
+step. Tenants have equal shares of the prompt tokens and take turns with their pictures; within a tenant it is first
+come, first served. Belongs to the engine's thread.
 """
 
 from __future__ import annotations
@@ -12,16 +13,22 @@ from typing import Any
 
 from vflow_server.engine import Task
 from vflow_server.needs import Encode, Run
+from vflow_server.rota import Rota
 from vflow_server.workbench import Workbench
 from vflowopt.cache import PoolExhausted
 
 PROMPT_TOKENS = 512
-"""Tokens of prompts that a step runs at most, over all conversations."""
+"""Tokens of prompts that a step runs at most, over all conversations (and one of each tenant at least)."""
 
 PICTURES = 4
 """Pictures that a step encodes at most; one only while answers are under way."""
 
 Needing = Task[Any, Any]
+
+
+def _pending(task: Needing) -> int:
+    tokens: int = task.need.conversation.pending_tokens
+    return tokens
 
 
 class Scheduler:
@@ -34,13 +41,15 @@ class Scheduler:
     def __init__(self, bench: Workbench) -> None:
         self._bench = bench
         self._residency = bench.residency
+        self._pictures = Rota()
 
     def __call__(self, tasks: Sequence[Needing]) -> None:
-        """One step: meet the needs of some of ``tasks``, which come in the order of their arrival."""
+        """One step: meet the needs of some of ``tasks``, which come in the order in which they began."""
         running = [task for task in tasks if isinstance(task.need, Run)]
-        answering = any(task.need.conversation.pending_tokens == 1 for task in running)
+        answering = any(_pending(task) == 1 for task in running)
         self._run(running)
         encoding = [task for task in tasks if isinstance(task.need, Encode) and not self._at_hand(task)]
+        encoding = self._pictures.order(encoding)
         self._encode([task for task in encoding if task.need.strategy == encoding[0].need.strategy], answering)
 
     def _at_hand(self, task: Needing) -> bool:
@@ -61,23 +70,25 @@ class Scheduler:
         except Exception as failure:
             if len(batch) > 1:  # whose picture it was shows when the first is encoded alone
                 self._encode(batch[:1], answering)
-            else:
-                batch[0].fail(failure)
-            return
-        for task, image in zip(batch, images, strict=True):
-            task.answer((image, False))
+                return
+            batch[0].fail(failure)
+        else:
+            for task, image in zip(batch, images, strict=True):
+                task.answer((image, False))
+        for task in batch:
+            self._pictures.served(task.tenant)
 
     def _run(self, tasks: Sequence[Needing]) -> None:
         """Run one batch.
 
-        Where pages run short, what is idle gives way first, then the youngest in use, then all but the first of the
-        batch; the first is refused only where it needs more than the whole pool.
+        Where pages run short, what is idle gives way first, then the youngest in use, then all but the eldest of the
+        batch; that one is refused only where it needs more than the whole pool.
         """
-        while batch := self._batch(tasks):
-            eldest = next(iter(batch))
+        while tasks:
+            eldest, batch = tasks[0], self._batch(tasks)
             try:
                 self._residency.restore(eldest.need.conversation)
-                pending = [task.need.conversation.pending_tokens for task in batch]
+                pending = [_pending(task) for task in batch]
                 logits = self._bench.runtime.advance(
                     [task.need.conversation for task in batch],
                     list(batch.values()),
@@ -101,33 +112,38 @@ class Scheduler:
             else:
                 for task, before, row in zip(batch, pending, logits, strict=True):
                     conversation = task.need.conversation
-                    task.need.ran += before - conversation.pending_tokens
+                    task.need.ran += before - _pending(task)
                     if conversation.cached_items == len(conversation.log):
                         task.answer(row if task.need.want_logits else None)
                 return
 
     def _batch(self, tasks: Sequence[Needing]) -> dict[Needing, int]:
-        """Who runs in this step, and how many tokens of each.
+        """Who runs in this step, and how many tokens of each: the eldest of ``tasks``, every answer, and prompts.
 
-        A prompt runs only when there is room for all of it beside the batch, unless it comes first: so two never keep
-        taking each other's pages, and whoever came first always gets on.
+        A prompt that is not the eldest's runs only when there is room for all of it beside the batch: so two never keep
+        taking each other's pages, and the eldest always gets on.
         """
-        batch: dict[Needing, int] = {}
-        left = PROMPT_TOKENS
-        answering = [task.need.conversation for task in tasks if task.need.conversation.pending_tokens == 1]
-        promised = sum(conversation.pages_wanted for conversation in answering)
+        batch = {task: 1 for task in tasks if _pending(task) == 1}
+        promised = sum(task.need.conversation.pages_wanted for task in {tasks[0], *batch})
+        prompts: dict[str, list[Needing]] = {}
         for task in tasks:
-            conversation = task.need.conversation
-            if conversation.pending_tokens == 1:
-                batch[task] = 1
-                continue
-            if batch:
-                if not left or not self._make_room(promised + conversation.pages_wanted):
-                    continue
-                self._residency.restore(conversation)
-            promised += conversation.pages_wanted
-            batch[task] = min(conversation.pending_tokens, left)
-            left -= batch[task]
+            if task not in batch:
+                prompts.setdefault(task.tenant, []).append(task)
+        left = PROMPT_TOKENS
+        # Who asks for least comes first: what a tenant leaves of its share falls to those after it.
+        for served, line in enumerate(sorted(prompts.values(), key=lambda line: sum(map(_pending, line)))):
+            share = max(left // (len(prompts) - served), 1)
+            for task in line:
+                if not share:
+                    break
+                if task is not tasks[0]:
+                    if not self._make_room(promised + task.need.conversation.pages_wanted):
+                        continue
+                    self._residency.restore(task.need.conversation)
+                    promised += task.need.conversation.pages_wanted
+                batch[task] = min(_pending(task), share)
+                share -= batch[task]
+                left -= batch[task]
         return batch
 
     def _make_room(self, pages: int) -> bool:

@@ -125,10 +125,10 @@ class Session:
         self.deleted = True
         if self._under_way is not None:
             self._under_way.ticket.cancel()
-        return self._engine.submit(self._forget, housekeeping=True)
+        return self._engine.submit(self._forget, self.tenant, housekeeping=True)
 
     def _begin(self, work: Work[Any, R], request_id: str = "") -> Ticket[Any, R]:
-        ticket = self._engine.submit(work)
+        ticket = self._engine.submit(work, self.tenant)
         self._under_way = _UnderWay(ticket, request_id)
         # The engine's word, not the caller's: a caller may be gone long before its work is undone.
         ticket.on_end(self._ended)

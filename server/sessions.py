@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections import Counter
 from collections.abc import Iterator
 from itertools import count
 
@@ -15,6 +16,7 @@ import structlog
 
 from vflow_server.engine import Engine
 from vflow_server.errors import CapacityExhausted, ServiceError, session_not_found
+from vflow_server.places import has_place
 from vflow_server.session import Session
 from vflow_server.strategies import StrategyRevision
 from vflow_server.workbench import Workbench
@@ -28,7 +30,7 @@ class SessionStore:
     Args:
         engine: does their work.
         bench: what the work is done with.
-        most: how many may live at the same time.
+        most: how many may live at the same time; a tenant that has none may go beyond.
         idle_timeout: seconds without use after which a session is deleted.
     """
 
@@ -46,11 +48,12 @@ class SessionStore:
         Raises:
             CapacityExhausted: too many sessions live.
         """
-        if len(self._sessions) >= self._most:
+        living = Counter(session.tenant for session in self)
+        if not has_place(living, tenant, self._most):
             raise CapacityExhausted(
                 "sessions",
-                f"{self._most} sessions live already; delete some, or retry when idle ones have expired",
-                metadata={"sessions": self._most},
+                f"{living.total()} sessions live already; delete some, or retry when idle ones have expired",
+                metadata={"sessions": living.total()},
                 retry_after=min(self.idle_timeout, 10.0),
             )
         name = f"sessions/s{secrets.token_hex(10)}"

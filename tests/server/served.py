@@ -45,7 +45,7 @@ class Served:
                 return function()
                 yield
 
-            return await self.service.engine.submit(work, housekeeping=True).result()
+            return await self.service.engine.submit(work, DEFAULT_TENANT, housekeeping=True).result()
 
         return self.run(call())
 

@@ -2,15 +2,19 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
 
-from vflow_server.engine import Engine, WorkCancelled
+from vflow_server.engine import Engine, Task, WorkCancelled
 from vflow_server.errors import ServiceError
+from vflow_server.waiting import WaitingRoom
 
 Emit = Callable[[object], None]
+
+TENANT = "somebody"
 
 
 @asynccontextmanager
@@ -63,7 +67,7 @@ async def begun(work: Endless) -> None:
 def test_events_come_in_order_and_the_result_last() -> None:
     async def scene() -> None:
         async with running_engine() as engine:
-            ticket = engine.submit(counting(3))
+            ticket = engine.submit(counting(3), TENANT)
             assert [event async for event in ticket.events()] == [0, 1, 2]
             assert await ticket.result() == "done"
 
@@ -89,7 +93,11 @@ def test_running_work_takes_turns() -> None:
                 gate.wait(5)
                 yield
 
-            tickets = [engine.submit(wait), engine.submit(noting("a")), engine.submit(noting("b"))]
+            tickets = [
+                engine.submit(wait, TENANT),
+                engine.submit(noting("a"), TENANT),
+                engine.submit(noting("b"), TENANT),
+            ]
             gate.set()
             for ticket in tickets:
                 await ticket.result()
@@ -102,7 +110,7 @@ def test_cancelled_work_is_undone_and_its_successor_runs() -> None:
     async def scene() -> None:
         async with running_engine(running=1) as engine:
             endless = Endless()
-            ticket, successor = engine.submit(endless), engine.submit(counting(1))
+            ticket, successor = engine.submit(endless, TENANT), engine.submit(counting(1), TENANT)
             await begun(endless)
             ticket.cancel()
             ticket.cancel()
@@ -118,8 +126,8 @@ def test_work_cancelled_while_it_waits_never_begins() -> None:
     async def scene() -> None:
         async with running_engine(running=1) as engine:
             first, second = Endless(), Endless()
-            engine.submit(first)
-            ticket = engine.submit(second)
+            engine.submit(first, TENANT)
+            ticket = engine.submit(second, TENANT)
             await begun(first)
             ticket.cancel()
             await ticket.ended()
@@ -132,13 +140,13 @@ def test_too_much_waiting_work_is_refused_with_a_time_to_retry_and_housekeeping_
     async def scene() -> None:
         async with running_engine(waiting=1, running=1) as engine:
             endless = Endless()
-            engine.submit(endless)
+            engine.submit(endless, TENANT)
             await begun(endless)
-            engine.submit(counting(1))
+            engine.submit(counting(1), TENANT)
             with pytest.raises(ServiceError) as refused:
-                engine.submit(counting(1))
+                engine.submit(counting(1), TENANT)
             assert refused.value.reason == "CAPACITY_EXHAUSTED" and refused.value.retry_after
-            assert await engine.submit(counting(1), housekeeping=True).result() == "done"
+            assert await engine.submit(counting(1), TENANT, housekeeping=True).result() == "done"
 
     play(scene())
 
@@ -151,8 +159,8 @@ def test_work_that_fails_fails_alone() -> None:
     async def scene() -> None:
         async with running_engine() as engine:
             with pytest.raises(ZeroDivisionError):
-                await engine.submit(failing).result()
-            assert await engine.submit(counting(1)).result() == "done"
+                await engine.submit(failing, TENANT).result()
+            assert await engine.submit(counting(1), TENANT).result() == "done"
 
     play(scene())
 
@@ -161,7 +169,7 @@ def test_stopping_undoes_all_work_and_takes_no_more() -> None:
     async def scene() -> None:
         async with running_engine(running=1) as engine:
             endless = Endless()
-            running, waiting = engine.submit(endless), engine.submit(counting(1))
+            running, waiting = engine.submit(endless, TENANT), engine.submit(counting(1), TENANT)
             await begun(endless)
             await asyncio.to_thread(engine.stop)
             for ticket in (running, waiting):
@@ -169,7 +177,7 @@ def test_stopping_undoes_all_work_and_takes_no_more() -> None:
                     await ticket.result()
             assert endless.undone.is_set()
             with pytest.raises(ServiceError, match="stopping"):
-                engine.submit(counting(1))
+                engine.submit(counting(1), TENANT)
 
     play(scene())
 
@@ -182,14 +190,110 @@ def test_a_dead_engine_says_so_to_everybody() -> None:
     async def scene() -> None:
         died = threading.Event()
         async with running_engine(on_death=died.set) as engine:
-            beside = engine.submit(Endless())
-            deathbed = engine.submit(deadly)
+            beside = engine.submit(Endless(), TENANT)
+            deathbed = engine.submit(deadly, TENANT)
             for ticket in (deathbed, beside):
                 with pytest.raises(ServiceError) as refused:
                     await ticket.result()
                 assert refused.value.reason == "ENGINE_FAILED"
             assert died.is_set() and not engine.alive
             with pytest.raises(ServiceError, match="restarted"):
-                engine.submit(counting(1))
+                engine.submit(counting(1), TENANT)
 
     play(scene())
+
+
+def admitted(work: Sequence[str], running: int) -> list[str]:
+    """In which order work of these tenants begins, all of it handed in before any ends; each takes two steps."""
+    order: list[str] = []
+
+    def noting(tenant: str) -> Callable[[Emit], Generator[None, None, None]]:
+        def steps(emit: Emit) -> Generator[None, None, None]:
+            order.append(tenant)
+            yield
+            yield
+
+        return steps
+
+    async def scene() -> None:
+        async with running_engine(waiting=len(work), running=running) as engine:
+            holding, gate = threading.Event(), threading.Event()
+
+            def hold(emit: Emit) -> Generator[None, None, None]:
+                holding.set()
+                gate.wait(5)
+                return
+                yield
+
+            engine.submit(hold, TENANT, housekeeping=True)
+            await asyncio.to_thread(holding.wait, 5)
+            tickets = [engine.submit(noting(tenant), tenant) for tenant in work]
+            gate.set()
+            for ticket in tickets:
+                await ticket.result()
+
+    play(scene())
+    return order
+
+
+def test_a_tenant_with_much_work_keeps_no_other_waiting() -> None:
+    # All three run beside the first: a tenant that has nothing running begins at once.
+    assert admitted([*"aaaaaaaaab", "c"], running=1)[:3] == ["a", "b", "c"]
+    order = admitted([*"aaaaaaaaaabbbbb"], running=4)
+    assert sorted(order[:4]) == [*"aabb"]
+    assert max(order.index(tenant) for tenant in "ab") == 1
+
+
+def test_the_work_of_one_tenant_begins_in_the_order_of_its_arrival() -> None:
+    begun: list[int] = []
+
+    def numbered(number: int) -> Callable[[Emit], Generator[None, None, None]]:
+        def steps(emit: Emit) -> Generator[None, None, None]:
+            begun.append(number)
+            yield
+
+        return steps
+
+    async def scene() -> None:
+        async with running_engine(waiting=12, running=2) as engine:
+            tickets = [engine.submit(numbered(number), "ab"[number % 2]) for number in range(12)]
+            for ticket in tickets:
+                await ticket.result()
+
+    play(scene())
+    for parity in (0, 1):
+        assert [number for number in begun if number % 2 == parity] == list(range(parity, 12, 2))
+
+
+def test_a_tenant_that_fills_the_queue_fills_it_for_itself() -> None:
+    async def scene() -> None:
+        async with running_engine(waiting=2, running=1) as engine:
+            endless = Endless()
+            engine.submit(endless, "a")
+            await begun(endless)
+            for _ in range(2):
+                engine.submit(counting(1), "a")
+            with pytest.raises(ServiceError, match="already wait"):
+                engine.submit(counting(1), "a")
+            assert await engine.submit(counting(1), "b").result() == "done"
+
+    play(scene())
+
+
+def test_places_are_bounded_however_many_tenants_there_are() -> None:
+    room: WaitingRoom[Task[object, object]] = WaitingRoom(2)
+    loop = asyncio.new_event_loop()
+    try:
+        for tenant in "aabc":
+            room.put(Task(loop, tenant, counting(1), lambda: None))
+        for tenant in "ad":
+            with pytest.raises(ServiceError) as refused:
+                room.put(Task(loop, tenant, counting(1), lambda: None))
+            assert refused.value.retry_after and refused.value.metadata == {"resource": "queue", "waiting": "4"}
+        running: Counter[str] = Counter(a=2)
+        first, second = room.admit(running, 2), room.admit(running + Counter("b"), 2)
+        assert first is not None and second is not None and (first.tenant, second.tenant) == ("b", "c")
+        assert room.admit(Counter(a=2, b=1, c=1), 2) is None
+        assert [task.tenant for task in room] == ["a", "a"]
+    finally:
+        loop.close()

@@ -4,58 +4,103 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.server.drawing import noise
 from vflow.v1.conversations_pb2 import Finished
 from vflow_server.dialogue import Dialogue
-from vflow_server.engine import Engine
+from vflow_server.engine import Engine, Steps, Work
 from vflow_server.scheduler import Scheduler
 from vflow_server.tenant import DEFAULT_TENANT
 from vflow_server.turn import Turn, TurnRequest
 from vflow_server.workbench import Workbench
 from vflowopt.conversation import Conversation
+from vflowopt.picture import Picture
 from vflowopt.runtime import Runtime
 from vflowopt.strategy import Strategy
+
+
+def new_bench(model_folder: Path, kv_budget: int) -> Workbench:
+    runtime = Runtime.load(model_folder, kv_budget=kv_budget)
+    runtime.chat.stop_ids = frozenset()
+    return Workbench(runtime, compressed_bytes=0, parked_bytes=0)
 
 
 @pytest.fixture
 def bench(model_folder: Path) -> Iterator[Workbench]:
     """Room for 256 tokens, and nowhere to park."""
-    runtime = Runtime.load(model_folder, kv_budget=400 << 10)
-    runtime.chat.stop_ids = frozenset()
-    bench = Workbench(runtime, compressed_bytes=0, parked_bytes=0)
+    bench = new_bench(model_folder, 400 << 10)
     yield bench
     bench.residency.check()
 
 
+@pytest.fixture
+def roomy(model_folder: Path) -> Iterator[Workbench]:
+    """Room for everything."""
+    bench = new_bench(model_folder, 32 << 20)
+    yield bench
+    bench.residency.check()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A turn to be played in a dialogue of its own."""
+
+    parts: tuple[str | Picture, ...]
+    tenant: str = DEFAULT_TENANT
+    tokens: int = 1
+
+
 def outcomes(bench: Workbench, texts: Sequence[str], tokens: int) -> list[Finished | BaseException]:
-    """What becomes of turns with these texts, each in a dialogue of its own, whose first step is the same."""
+    """What becomes of turns with these texts."""
+    return play(bench, [Asked((text,), tokens=tokens) for text in texts])
+
+
+def play(
+    bench: Workbench, turns: Sequence[Asked], ended: Callable[[int], None] = lambda number: None
+) -> list[Finished | BaseException]:
+    """What becomes of turns whose first step is the same; ``ended`` hears when one is answered."""
+
+    def noted(number: int, turn: Turn) -> Work[str, Finished]:
+        def work(emit: Callable[[str], None]) -> Steps[Finished]:
+            finished = yield from turn(emit)
+            ended(number)
+            return finished
+
+        return work
 
     async def scene() -> list[Finished | BaseException]:
-        engine = Engine(waiting=8, running=8, schedule=Scheduler(bench))
+        engine = Engine(waiting=len(turns), running=len(turns) + 1, schedule=Scheduler(bench))
         engine.start()
-        all_are_here = threading.Event()
+        holding, all_are_here = threading.Event(), threading.Event()
 
         def hold(emit: Callable[[object], None]) -> Generator[None, None, None]:
+            holding.set()
             all_are_here.wait(5)
             return
             yield
 
-        engine.submit(hold)
+        engine.submit(hold, DEFAULT_TENANT, housekeeping=True)
+        await asyncio.to_thread(holding.wait, 5)
         tickets = [
             engine.submit(
-                Turn(
-                    bench,
-                    Dialogue(Strategy.full(), DEFAULT_TENANT),
-                    f"sessions/s{number}",
-                    "strategies/full",
-                    TurnRequest((text,), tokens),
-                    time.perf_counter(),
-                )
+                noted(
+                    number,
+                    Turn(
+                        bench,
+                        Dialogue(Strategy.full(), asked.tenant),
+                        f"sessions/s{number}",
+                        "strategies/full",
+                        TurnRequest(asked.parts, asked.tokens),
+                        time.perf_counter(),
+                    ),
+                ),
+                asked.tenant,
             )
-            for number, text in enumerate(texts)
+            for number, asked in enumerate(turns)
         ]
         all_are_here.set()
         try:
@@ -94,3 +139,60 @@ def test_a_fault_in_a_batch_fails_only_the_turn_that_causes_it(
     assert longest == 3, "they did not meet: the test proves nothing"
     assert isinstance(broken, ZeroDivisionError)
     assert isinstance(first, Finished) and isinstance(last, Finished)
+
+
+def steps_to_answer(bench: Workbench, turns: Sequence[Asked], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """After how many steps of the model each turn is answered."""
+    advance, steps, answered = bench.runtime.advance, 0, [0] * len(turns)
+
+    def counted(*arguments: object, **options: object) -> object:
+        nonlocal steps
+        steps += 1
+        return advance(*arguments, **options)  # type: ignore[arg-type]
+
+    def note(number: int) -> None:
+        answered[number] = steps
+
+    monkeypatch.setattr(bench.runtime, "advance", counted)
+    for end in play(bench, turns, note):
+        assert isinstance(end, Finished), end
+    return answered
+
+
+def test_thirty_long_prompts_of_a_tenant_cost_another_no_more_than_its_share(
+    roomy: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vflow_server.scheduler.PROMPT_TOKENS", 64)
+    many = [Asked(("b" * 200,), "busy") for _ in range(30)]
+    (alone,) = steps_to_answer(roomy, [Asked(("q" * 200,), "quiet")], monkeypatch)
+    *busy, quiet = steps_to_answer(roomy, [*many, Asked(("q" * 200,), "quiet")], monkeypatch)
+    assert alone > 2 and quiet <= 2 * alone + 1  # two tenants: half of each step is the other's
+    assert busy == sorted(busy), "first come, first served within a tenant"
+    assert busy[0] <= 2 * alone + 1, "nor is the busy one kept waiting"
+
+
+def test_what_a_tenant_leaves_of_its_share_is_not_lost(roomy: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vflow_server.scheduler.PROMPT_TOKENS", 64)
+    (alone,) = steps_to_answer(roomy, [Asked(("b" * 400,), "busy")], monkeypatch)
+    *quiet, busy = steps_to_answer(
+        roomy, [*[Asked(("q",), name) for name in ("one", "two")], Asked(("b" * 400,), "busy")], monkeypatch
+    )
+    assert max(quiet) <= 2 and busy <= alone + 2
+
+
+def test_tenants_take_turns_with_their_pictures(roomy: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vflow_server.scheduler.PICTURES", 1)
+    pictures = [Picture.from_pixels(noise(40, 40, seed)) for seed in range(8)]
+    owners = {picture.digest: "busy" for picture in pictures[:6]} | {
+        picture.digest: "quiet" for picture in pictures[6:]
+    }
+    compress, encoded = roomy.runtime.compress, []
+
+    def noted(shown: Sequence[Picture], strategy: Strategy) -> object:
+        encoded.extend(owners[picture.digest] for picture in shown)
+        return compress(shown, strategy)
+
+    monkeypatch.setattr(roomy.runtime, "compress", noted)
+    turns = [Asked((picture, "?"), owners[picture.digest]) for picture in pictures]
+    assert all(isinstance(end, Finished) for end in play(roomy, turns))
+    assert encoded == ["busy", "quiet"] * 2 + ["busy"] * 4

@@ -8,13 +8,15 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from tests.server.conftest import Serve
 from tests.server.drawing import png
 from tests.server.served import Served
+from tests.server.waiting import until
 from vflow.v1.conversations_pb2 import ChatRequest, ListSessionsRequest, Part
 from vflow.v1.conversations_pb2_grpc import ConversationsStub
 from vflow.v1.strategies_pb2 import ListStrategiesRequest
 from vflow.v1.strategies_pb2_grpc import StrategiesStub
-from vflow_client import Client, Image, PictureNotHeld, Session, SessionNotFound, TenantInvalid
+from vflow_client import CapacityExhausted, Client, Image, PictureNotHeld, Session, SessionNotFound, TenantInvalid
 
 
 @pytest.fixture
@@ -120,3 +122,22 @@ def test_what_is_no_tenant(served: Served, names: list[str]) -> None:
 def test_the_client_says_it_by_an_exception(served: Served) -> None:
     with served.connect(tenant="No such name") as client, pytest.raises(TenantInvalid, match="63 lower-case letters"):
         client.session()
+
+
+def test_one_that_asks_without_end_keeps_nobody_from_an_answer(serve: Serve) -> None:
+    served = serve(max_running="2", max_waiting="4")
+    with served.connect(tenant="red") as red, served.connect(tenant="blue") as blue, blue.session() as quiet:
+        sessions = [red.session() for _ in range(7)]
+        answers = [session.ask("Go on", max_new_tokens=4000) for session in sessions[:6]]
+        until(lambda: all(served.live(session, "red").busy for session in sessions[:6]))
+        for answer in answers[:2]:
+            next(answer)
+        with pytest.raises(CapacityExhausted) as refused:
+            sessions[6].ask("Me too", max_new_tokens=1).read()
+        assert refused.value.metadata["resource"] == "queue" and refused.value.retry_after
+        assert quiet.ask("May I?", max_new_tokens=2).read()
+        assert not any(answer.finished for answer in answers)
+        for answer in answers:
+            answer.close()
+        for session in sessions:
+            session.delete()
