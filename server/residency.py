@@ -6,7 +6,7 @@ Belongs to the engine's thread.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import structlog
@@ -16,7 +16,7 @@ from vflow_server.errors import CapacityExhausted
 from vflow_server.lru import ByteBoundedLRU
 from vflow_server.prefixes import PrefixStore
 from vflowopt.cache import PoolExhausted
-from vflowopt.conversation import Conversation
+from vflowopt.conversation import Conversation, Item, tokens_per_stage
 from vflowopt.parking import ParkedCache, park, unpark
 from vflowopt.runtime import Runtime
 
@@ -116,13 +116,26 @@ class Residency:
         self._runtime.pool.check_integrity([*owners, *self._prefixes.caches()])
         return sum(owner.bytes_held for owner in owners)
 
-    def refusal(self, shortage: PoolExhausted) -> CapacityExhausted:
-        """What to tell whom no pages can be had for although nobody else holds any."""
-        budget = self._runtime.pool.bytes_total
+    def check_room(self, conversation: Conversation, items: Sequence[Item]) -> None:
+        """Refuse at once what the pool could not hold even if there were nobody else.
+
+        Raises:
+            CapacityExhausted: the conversation with ``items`` needs more pages than there are.
+        """
+        stages = conversation.cache.stages
+        tokens = tokens_per_stage([*conversation.log, *items], len(stages))
+        needed = sum(stage.pages_for(count) for stage, count in zip(stages, tokens, strict=True))
+        if needed > self._runtime.pool.pages:
+            raise self.too_large(needed)
+
+    def too_large(self, pages: int) -> CapacityExhausted:
+        """What to tell whose conversation alone needs ``pages`` pages and can never have them."""
+        pool = self._runtime.pool
         return CapacityExhausted(
             "kv_cache",
-            f"the KV cache of {budget} bytes is full and this conversation alone needs more: begin a new session, "
-            "choose a strategy that keeps less, or start the server with a larger --kv-budget",
-            metadata={"kv_budget": budget, "pages_needed": shortage.needed, "pages_free": shortage.free},
+            f"this conversation alone needs {pages * pool.page_bytes} bytes of KV cache and the server has "
+            f"{pool.bytes_total}, so that waiting does not help: begin a new session, choose a strategy that keeps "
+            "less, or start the server with a larger --kv-budget",
+            metadata={"kv_budget": pool.bytes_total, "kv_bytes_needed": pages * pool.page_bytes},
             retry_after=None,
         )

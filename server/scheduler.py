@@ -100,7 +100,8 @@ class Scheduler:
                 if len(batch) > 1:
                     tasks = [eldest]
                     continue
-                eldest.fail(self._residency.refusal(shortage))
+                held = len(eldest.need.conversation.cache.owned_pages())
+                eldest.fail(self._residency.too_large(held + shortage.needed))
                 tasks = [task for task in tasks if task is not eldest]
             except Exception as failure:
                 if len(batch) > 1:  # whose fault it was shows when each is run alone

@@ -49,6 +49,7 @@ class Showing:
                 image, hit = yield Encode(self._picture, self._dialogue.strategy, self._dialogue.tenant)
                 items = self._dialogue.picture(runtime.chat, image)
                 check_context(conversation, items, 0, runtime.context)
+                self._bench.residency.check_room(conversation, items)
                 begun = time.perf_counter()
                 yield from read(self._bench, self._dialogue, items, want_logits=False)
                 prefill_ms = (time.perf_counter() - begun) * 1000

@@ -127,6 +127,7 @@ class Turn:
         runtime = self._bench.runtime
         items = self._dialogue.turn(runtime.chat, parts)
         check_context(conversation, items, self._request.max_new_tokens, runtime.context)
+        self._bench.residency.check_room(conversation, items)
         (prompt_tokens,) = tokens_per_stage([*conversation.log, *items], 1)
         restored = bool(conversation.log) and not conversation.resident
 

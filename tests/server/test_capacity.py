@@ -53,10 +53,24 @@ def test_a_conversation_too_large_for_the_pool_is_refused_and_rolled_back(serve:
         with pytest.raises(CapacityExhausted) as refused:
             session.ask("a" * 1000, max_new_tokens=400).read()
         assert refused.value.retry_after is None and refused.value.metadata["resource"] == "kv_cache"
-        assert "--kv-budget" in refused.value.message
+        assert "--kv-budget" in refused.value.message and "waiting does not help" in refused.value.message
         after = session.state()
         assert (after.turn_count, after.kv_bytes) == (1, before.kv_bytes)
         session.ask("Still there?", max_new_tokens=2).read()
+
+
+def test_what_can_never_fit_is_refused_before_anybody_gives_way(serve: Serve, cramped: Runtime) -> None:
+    served = serve(runtime=cramped)
+    with served.client.session("full") as session, served.client.session("full") as rival:
+        rival.ask("Hello", max_new_tokens=2).read()
+        with pytest.raises(CapacityExhausted) as refused:
+            session.ask("a" * 300, max_new_tokens=2).read()
+        assert refused.value.retry_after is None
+        assert int(refused.value.metadata["kv_bytes_needed"]) > int(refused.value.metadata["kv_budget"])
+        assert rival.state().resident and session.state().kv_bytes == 0
+        with pytest.raises(CapacityExhausted):
+            session.ask("Compare", images=[png(120, 120)] * 3, max_new_tokens=2).read()
+        assert rival.state().resident and session.state().image_count == 0
 
 
 def test_a_conversation_held_up_by_a_running_one_waits_and_is_answered(serve: Serve, cramped: Runtime) -> None:
