@@ -1,0 +1,67 @@
+"""A seed means the same answer whoever else is answered in the same step."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from tests.vflowopt.talk import picture
+from vflowopt.conversation import Conversation, Item
+from vflowopt.picture import Picture
+from vflowopt.runtime import Runtime
+from vflowopt.sampling import Sampler, SamplingOptions
+from vflowopt.strategy import Strategy
+
+TENTH = Strategy.from_budget(0.1, 6, (0.12, 0.9), threshold=1.0, alpha=0.1, grid=3.0)
+LENGTHS = (9, 4, 12, 7)
+OPTIONS = tuple(SamplingOptions(temperature=0.9, top_p=0.9, seed=seed) for seed in range(len(LENGTHS)))
+
+
+@dataclass
+class Answer:
+    """An answer under way."""
+
+    conversation: Conversation
+    sampler: Sampler
+    length: int
+    tokens: list[int] = field(default_factory=list)
+
+    def take(self, logits: Tensor) -> None:
+        self.tokens.append(self.sampler(logits))
+        self.conversation.log.append(self.tokens[-1])
+
+
+def answer_one(runtime: Runtime, index: int) -> Answer:
+    """An answer about to begin: conversations differ in length, strategy and seed."""
+    strategy = (TENTH, Strategy.full())[index % 2]
+    (image,) = runtime.compress([Picture.from_pixels(picture(56, 60 + 30 * index, index))], strategy)
+    prompt: list[Item] = [*range(20 * index), image, *b"and?"]
+    conversation = runtime.start(strategy)
+    conversation.log.extend(prompt)
+    return Answer(conversation, Sampler(OPTIONS[index]), LENGTHS[index])
+
+
+def test_seeded_answers_are_the_same_in_any_company(runtime: Runtime) -> None:
+    alone = []
+    for index in range(len(LENGTHS)):
+        answer = answer_one(runtime, index)
+        while len(answer.tokens) < answer.length:
+            (logits,) = runtime.advance([answer.conversation])
+            assert logits is not None
+            answer.take(logits)
+        answer.conversation.release()
+        alone.append(answer.tokens)
+    assert len({tuple(tokens[:4]) for tokens in alone}) == len(alone)
+
+    # Each comes two steps after the one before, reads its prompt in chunks beside the others, and leaves when done.
+    together = [answer_one(runtime, index) for index in range(len(LENGTHS))]
+    step = 0
+    while len(together[-1].tokens) < together[-1].length:
+        running = [each for each in together[: step // 2 + 1] if len(each.tokens) < each.length]
+        rows = runtime.advance([each.conversation for each in running], [15] * len(running))
+        for each, logits in zip(running, rows, strict=True):
+            if logits is not None:
+                each.take(logits)
+        step += 1
+    assert [each.tokens for each in together] == alone
+    for each in together:
+        each.conversation.release()
