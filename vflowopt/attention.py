@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from vflowopt.cache import PagePool, StagedCache
+from vflowopt.decode_kernel import DecodeKernel
 
 PAGED = "vflow_paged"
 
@@ -30,10 +31,19 @@ class AttentionPlan:
         layers: the run of layers.
         caches: the conversations of the batch, in order, with room reserved; those that bring a single token first.
         counts: how many tokens each brings to these layers.
+        kernel: attends for those that bring a single token; None: stock attention does.
     """
 
-    def __init__(self, pool: PagePool, layers: range, caches: Sequence[StagedCache], counts: Sequence[int]) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        layers: range,
+        caches: Sequence[StagedCache],
+        counts: Sequence[int],
+        kernel: DecodeKernel | None = None,
+    ) -> None:
         self.pool = pool
+        self._kernel = kernel
         self.first_layer = layers.start
         tables = [cache.stages[cache.stage_of_layer[layers.start]] for cache in caches]
         self._pages = [
@@ -67,11 +77,14 @@ class AttentionPlan:
             pages[:, place, :own] = self._pages[place][:, :own]
             pages[:, place, own:] = self._pages[place][:, own - 1 : own]
         device = self.pool.keys.device
-        self.single_pages = torch.from_numpy(pages.reshape(layers, -1)).to(device)
-        """int64 [layers, singles * blocks]."""
+        self.single_pages = torch.from_numpy(pages).to(device)
+        """int64 [layers, singles, blocks]."""
+        self.single_lengths = torch.tensor(held)
+        """int64 [singles], on the host."""
         self.single_mask: Tensor | None = None
-        """[singles, 1, 1, blocks * page_size], minus infinity where nothing is held; None where all is."""
-        if any(length != blocks * size for length in held):
+        """[singles, 1, 1, blocks * page_size], minus infinity where nothing is held; None where all is, or where a
+        kernel goes by the lengths."""
+        if self._kernel is None and any(length != blocks * size for length in held):
             seen = np.arange(blocks * size) < np.array(held)[:, None]
             mask = np.where(seen, np.float32(0), np.float32(-np.inf))[:, None, None]
             self.single_mask = torch.from_numpy(mask).to(device, self.pool.keys.dtype)
@@ -131,10 +144,15 @@ class AttentionPlan:
 
     def _attend_singles(self, layer: int, query: Tensor, kv_heads: int, scale: float) -> Tensor:
         """The conversations that bring one token: [singles, heads, head_dim] to the same."""
-        # Whole pages are gathered: they are long enough to be copied at the memory's speed.
         pages = self.single_pages[layer]
+        if self._kernel is not None:
+            size = self.pool.page_size
+            return self._kernel(query, self.pool.keys, self.pool.values, pages, self.single_lengths, size, scale)
+        # Whole pages are gathered: they are long enough to be copied at the memory's speed.
         seen, said = (
-            store.view(self.pool.pages, -1).index_select(0, pages).view(self.singles, -1, kv_heads, query.shape[-1])
+            store.view(self.pool.pages, -1)
+            .index_select(0, pages.flatten())
+            .view(self.singles, -1, kv_heads, query.shape[-1])
             for store in (self.pool.keys, self.pool.values)
         )
         # The query heads that share a key head stand in for query tokens: one pass over the keys serves them all.

@@ -21,6 +21,7 @@ from vflowopt.cache import PagePool, StagedCache
 from vflowopt.chat import ChatFormat
 from vflowopt.compression import CompressedImage, compress
 from vflowopt.conversation import Conversation, Item, Progress
+from vflowopt.decode_kernel import DecodeKernel, build_decode_kernel
 from vflowopt.decoder import build_decoder
 from vflowopt.models import MultimodalModel, load_model
 from vflowopt.picture import Picture
@@ -59,6 +60,10 @@ class Runtime:
         )
         self.revision = _revision(model)
         self.decoder = build_decoder(model.decoder)
+        self._kernel: DecodeKernel | None = None
+        if model.device.type == "cpu" and model.dtype == torch.float32:
+            config = model.decoder.config
+            self._kernel = build_decode_kernel(model.head_dim, config.num_attention_heads, model.heads, page_size)
 
     @classmethod
     def load(
@@ -254,7 +259,9 @@ class Runtime:
             if not len(hidden):
                 break  # a chunk of a picture of which nothing goes further
             counts = [segment.counts[stage] for segment, stage in zip(segments, here, strict=True)]
-            hidden = self.decoder.run(layers, hidden, rotary, AttentionPlan(self.pool, layers, caches, counts))
+            hidden = self.decoder.run(
+                layers, hidden, rotary, AttentionPlan(self.pool, layers, caches, counts, self._kernel)
+            )
         rows = np.empty(len(order), np.int64)
         rows[order] = np.cumsum([segment.counts[stage] for segment, stage in zip(segments, here, strict=True)]) - 1
         return hidden[torch.from_numpy(rows[list(wanted)]).to(device)]

@@ -1,0 +1,91 @@
+"""The compiled kernel computes what stock attention computes; a machine without a compiler loses nothing but time."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from vflowopt import decode_kernel
+from vflowopt.decode_kernel import build_decode_kernel
+from vflowopt.runtime import Runtime
+from vflowopt.strategy import Strategy
+
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "kv_heads", "page_size"), [(32, 6, 2, 16), (16, 4, 4, 16), (64, 14, 2, 8), (12, 3, 1, 1)]
+)
+def test_kernel_agrees_with_stock_attention(head_dim: int, heads: int, kv_heads: int, page_size: int) -> None:
+    generator = torch.Generator().manual_seed(head_dim)
+    lengths = torch.tensor([1, page_size, page_size + 1, 5 * page_size + 3, 300])
+    blocks = -(-300 // page_size)
+    pages = torch.randperm(len(lengths) * blocks, generator=generator).view(len(lengths), blocks)
+    keys, values = torch.randn(2, len(lengths) * blocks * page_size, kv_heads, head_dim, generator=generator)
+    query = 3 * torch.randn(len(lengths), heads, head_dim, generator=generator)
+    kernel = build_decode_kernel(head_dim, heads, kv_heads, page_size)
+    assert kernel is not None
+    found = kernel(query, keys, values, pages, lengths, page_size, head_dim**-0.5)
+    for row, length in enumerate(lengths.tolist()):
+        slots = (pages[row, :, None] * page_size + torch.arange(page_size)).flatten()[:length]
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query[row][None, :, None],
+            keys[slots].transpose(0, 1)[None],
+            values[slots].transpose(0, 1)[None],
+            enable_gqa=True,
+        )
+        torch.testing.assert_close(found[row], expected[0, :, 0], atol=2e-6, rtol=1e-5)
+
+
+@needs_compiler
+def test_large_scores_do_not_overflow() -> None:
+    kernel = build_decode_kernel(16, 2, 2, 4)
+    assert kernel is not None
+    keys = torch.zeros(8, 2, 16)
+    keys[:, :, 0] = torch.tensor([-3e4, 0, 3e4, 1, 2, 3e4, -1e4, 5])[:, None]
+    values = torch.arange(8.0)[:, None, None].expand(8, 2, 16).contiguous()
+    query = torch.zeros(1, 2, 16)
+    query[..., 0] = 1
+    found = kernel(query, keys, values, torch.tensor([[0, 1]]), torch.tensor([8]), 4, 1.0)
+    torch.testing.assert_close(found, torch.full((1, 2, 16), 3.5))  # the two largest share all the weight
+
+
+@needs_compiler
+def test_it_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build_decode_kernel(8, 2, 1, 16) is not None
+    (library,) = tmp_path.glob("vflow/*.so")
+    made = library.stat().st_mtime_ns
+    monkeypatch.setattr(decode_kernel, "_compile", None)  # calling it would raise
+    assert build_decode_kernel(8, 2, 1, 16) is not None
+    assert library.stat().st_mtime_ns == made
+
+
+def test_without_a_compiler_stock_attention_serves(plain_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answers() -> list[int]:
+        runtime = Runtime.load(plain_folder, kv_budget=1 << 20)
+        conversations = [runtime.start(Strategy.full()) for _ in range(3)]
+        for index, conversation in enumerate(conversations):
+            runtime.extend(conversation, list(range(1, 5 + 17 * index)))
+        found = []
+        for step in range(6):
+            found += runtime.decode(conversations, [step, 3, 9]).argmax(-1).tolist()
+        return found
+
+    with_kernel = answers()
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert build_decode_kernel(8, 2, 1, 16) is None
+    assert answers() == with_kernel
+
+
+@needs_compiler
+def test_a_compiler_that_fails_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "false")
+    assert build_decode_kernel(8, 2, 1, 16) is None
+    assert "without its compiled kernel" in caplog.text
+    assert not list(tmp_path.rglob("*.so"))
