@@ -72,6 +72,9 @@ class _Part:
 def _part(rng: np.random.Generator, done: float) -> _Part:
     if done > 1 - _WHOLE_STRETCH and rng.random() < 0.5:
         return _Part(OVERVIEW, 4 * OVERVIEW, together=False)
+    if rng.random() < (0.35 if done < 0.5 else 0.1):
+        # So little that there is often but one thing to look at: what to copy is learned before where to find it.
+        return _Part(int(rng.integers(8, 33)), int(rng.integers(20, 61)), together=True)
     overview = OVERVIEW if rng.random() < 0.5 else int(rng.integers(64, OVERVIEW + 1))
     kind = rng.choice(["window", "sparse", "dense"], p=[0.55, 0.2, 0.25])
     least, most = {"window": (70, 260), "sparse": (12, 160), "dense": (200, 900)}[str(kind)]
@@ -103,7 +106,7 @@ def draw(cache: FeatureCache, conversation: Conversation, rng: np.random.Generat
     part = _part(rng, done)
     choose = window if part.together else scattered
     batch = Batch([], [], [])
-    for number in rng.integers(0, len(cache), max(4, round(_TOKENS_PER_STEP / (part.overview + part.mosaic + 200)))):
+    for number in rng.integers(0, len(cache), max(4, round(_TOKENS_PER_STEP / (part.overview + part.mosaic + 150)))):
         picture = cache.pictures[int(number)]
         order = "picture first"
         if done > _ONE_ORDER:

@@ -28,6 +28,10 @@ _WORDS = {
 }
 
 
+_CODE_WORDS = ("code", "sign", "written", "say")
+"""Words of the questions about codes, for the patches that show a part of one."""
+
+
 def sample(cache: FeatureCache, pictures: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Features (tokens, width) in float32 and labels (tokens, heads) of up to 256 tokens of each of some pictures."""
     features, labels = [], []
@@ -74,6 +78,7 @@ class PatchWords:
             name: [tokenizer.encode(word.lower(), add_special_tokens=False) for word in vocabulary]
             for name, vocabulary in _WORDS.items()
         }
+        self._code_words = [token for word in _CODE_WORDS for token in tokenizer.encode(word, add_special_tokens=False)]
 
     def loss(self, projected: Tensor, labels: Tensor) -> tuple[Tensor, float]:
         """How far projected patches (n, width) are from naming what their labels (n, heads) say.
@@ -103,6 +108,12 @@ class PatchWords:
             asked += int(chosen.sum())
         if not losses:
             return projected.new_zeros(()), 0.0
+        shown = labels[:, [names.index("letter"), names.index("digit")]]
+        known = (shown >= 0).any(1)
+        if known.any():
+            word = F.normalize(self._embeddings[self._code_words].mean(0).detach(), dim=0)
+            logits = 14 * (directions[known] @ word - 0.2)
+            losses.append(F.binary_cross_entropy_with_logits(logits, (shown[known] > 0).any(1).to(logits)))
         return torch.stack(losses).mean(), right / asked
 
 
