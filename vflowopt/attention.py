@@ -51,20 +51,23 @@ class AttentionPlan:
         ]
         self._held = [table.length + count for table, count in zip(tables, counts, strict=True)]
         self.singles = next((place for place, count in enumerate(counts) if count != 1), len(counts))
-        written = [
+        written = [self._plan_singles(len(layers))] if self.singles else []
+        written += [
             pool.slots_of(pages, range(end - count, end))
-            for pages, end, count in zip(self._pages, self._held, counts, strict=True)
+            for pages, end, count in zip(
+                self._pages[self.singles :], self._held[self.singles :], counts[self.singles :], strict=True
+            )
         ]
         self.write_slots = torch.from_numpy(np.concatenate(written, axis=1)).to(pool.keys.device)
         """int64 [layers, tokens]."""
-        if self.singles:
-            self._plan_singles(len(layers))
         self.chunks = self._plan_chunks(counts)
         """Of each other conversation: its tokens in the batch; the slots [layers, held] of all it holds with them, and
         which of these each token sees; None and None where its own tokens are all it holds."""
 
-    def _plan_singles(self, layers: int) -> None:
-        """Conversations that bring one token are attended to together, padded to the longest of them by whole pages.
+    def _plan_singles(self, layers: int) -> np.ndarray:
+        """Where the single tokens go, int64 [layers, singles].
+
+        Conversations that bring one token are attended to together, padded to the longest of them by whole pages.
 
         What pads a conversation is its own last page: whatever is wrong with the numbers of another (NaN times a weight
         of zero is NaN), it stays there. Of that page, nothing that an earlier owner wrote is left.
@@ -72,10 +75,12 @@ class AttentionPlan:
         held, size = self._held[: self.singles], self.pool.page_size
         blocks = -(-max(held) // size)
         pages = np.empty((layers, self.singles, blocks), np.int64)
+        last = np.empty((layers, self.singles), np.int64)
         for place, length in enumerate(held):
             own = -(-length // size)
             pages[:, place, :own] = self._pages[place][:, :own]
             pages[:, place, own:] = self._pages[place][:, own - 1 : own]
+            last[:, place] = self._pages[place][:, own - 1]
         device = self.pool.keys.device
         self.single_pages = torch.from_numpy(pages).to(device)
         """int64 [layers, singles, blocks]."""
@@ -88,6 +93,8 @@ class AttentionPlan:
             seen = np.arange(blocks * size) < np.array(held)[:, None]
             mask = np.where(seen, np.float32(0), np.float32(-np.inf))[:, None, None]
             self.single_mask = torch.from_numpy(mask).to(device, self.pool.keys.dtype)
+        slots: np.ndarray = last * size + (np.array(held) - 1) % size
+        return slots
 
     def _plan_chunks(self, counts: Sequence[int]) -> list[tuple[slice, Tensor | None, Tensor | None]]:
         chunks: list[tuple[slice, Tensor | None, Tensor | None]] = []
