@@ -6,7 +6,7 @@ READY := $(VENV)/.vflow-ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-long lint format serve demo demo-model demo-eval clean
+.PHONY: help setup test test-long lint format serve demo bench demo-model demo-eval clean
 
 help: ## show these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -50,6 +50,12 @@ serve: setup ## run the service with the embedded model in the foreground
 
 demo: setup ## start the service, talk about a picture, show what was saved (IMAGE=path for one of yours)
 	$(BIN)/python -m benchmarks.demo $(if $(IMAGE),--image '$(IMAGE)')
+
+bench: setup ## measure speed, capacity and memory (VLLM=http://host:port to compare with a vLLM server of the same model)
+	$(BIN)/python -m benchmarks.conversation --repeats 1 --json build/bench/conversation.json $(if $(VLLM),--vllm '$(VLLM)')
+	$(BIN)/python -m benchmarks.capacity --json build/bench/capacity.json
+	$(BIN)/python -m benchmarks.scoring --runs 1 --json build/bench/scoring.json
+	$(BIN)/python -m benchmarks.geometry --runs 1 --json build/bench/geometry.json
 
 demo-model: setup ## train the embedded model anew
 	$(BIN)/python -m vflowopt.demo.train
