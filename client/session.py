@@ -8,6 +8,7 @@ from vflow.v1.conversations_pb2 import (
     AddImageRequest,
     AddImageResponse,
     DeleteSessionRequest,
+    ForkSessionRequest,
     GetSessionRequest,
 )
 from vflow.v1.conversations_pb2 import Session as SessionState
@@ -87,6 +88,18 @@ class Session:
             stop=stop,
         )
         return Answer(self._caller.streaming(self._stub.Chat), request, self._caller.attempts(timeout, repeatable=True))
+
+    def fork(self, *, timeout: float | None = None) -> "Session":
+        """Opens a second session with the same past. From then on, what is said in one is not heard in the other.
+
+        Raises:
+            SessionBusy: a turn of this session is running.
+            CapacityExhausted: the service holds as many sessions as it can.
+        """
+        request = ForkSessionRequest(name=self.name)
+        # Repeatable: a session that was opened, but never heard of, expires.
+        state: SessionState = self._caller.unary(self._stub.ForkSession, request, timeout, repeatable=True)
+        return Session(state.name, self._stub, self._caller)
 
     def state(self, *, timeout: float | None = None) -> SessionState:
         """Reads what the service knows of the session: turns, pictures, KV bytes, when it expires."""

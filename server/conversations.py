@@ -63,6 +63,12 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         )
         return conversations_pb2.ListSessionsResponse(sessions=map(self._message, page), next_page_token=token)
 
+    async def ForkSession(
+        self, request: conversations_pb2.ForkSessionRequest, context: Context
+    ) -> conversations_pb2.Session:
+        """Open a second session with the same past."""
+        return self._message(await self._sessions.fork(self._find(request.name, "name", context)))
+
     async def DeleteSession(self, request: conversations_pb2.DeleteSessionRequest, context: Context) -> empty_pb2.Empty:
         """End a session and free what it holds."""
         await self._sessions.delete(self._find(request.name, "name", context))

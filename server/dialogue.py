@@ -71,6 +71,13 @@ class Dialogue:
         self.images += images
         self.turns += 1
 
+    def continue_from(self, origin: Dialogue, runtime: Runtime) -> None:
+        """Take over all that was said and shown in ``origin``, sharing its pages; nothing may have been said here."""
+        self._conversation = origin.conversation(runtime).fork()
+        self._ahead = list(origin._ahead)
+        self._items_ahead = origin._items_ahead
+        self.turns, self.images = origin.turns, origin.images
+
     def release(self) -> None:
         """Give back the KV pages; the log stays, and the next turn rebuilds them."""
         if self._conversation is not None:

@@ -100,6 +100,12 @@ class Residency:
             self._parked.put(conversation, parked)
             raise
 
+    def fork(self, origin: Dialogue, twin: Dialogue) -> None:
+        """Give ``twin`` the past of ``origin``, and what is parked of it. Pages and tensors are shared, not copied."""
+        twin.continue_from(origin, self._runtime)
+        if (parked := self._parked.get(origin.conversation(self._runtime))) is not None:
+            self._parked.put(twin.conversation(self._runtime), parked)
+
     def forget(self, dialogue: Dialogue) -> None:
         """Release all that is held of ``dialogue`` for good."""
         self._parked.take(dialogue.conversation(self._runtime))

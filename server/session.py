@@ -11,6 +11,7 @@ from vflow.v1 import conversations_pb2, images_pb2
 from vflow_server.dialogue import Dialogue
 from vflow_server.engine import Engine, Steps, Ticket, Work, WorkCancelled
 from vflow_server.errors import session_busy, session_deleted, session_not_found
+from vflow_server.forking import Forking
 from vflow_server.replays import Replays
 from vflow_server.showing import Showing
 from vflow_server.strategies import StrategyRevision
@@ -109,6 +110,19 @@ class Session:
         ticket.on_result(lambda finished: self._replays.keep(request_id, fingerprint, finished))
         return ticket
 
+    async def fork(self, twin: Session) -> None:
+        """Give ``twin``, a new session, the past of this one; until that is done it is busy, too.
+
+        Raises:
+            ServiceError: SESSION_BUSY, SESSION_NOT_FOUND, SESSION_DELETED, or what the work was refused for.
+        """
+        await self._until_free()
+        ticket = twin._follow(self._begin(Forking(self._bench, self.dialogue, twin.dialogue)))
+        try:
+            await self.outcome(ticket)
+        finally:
+            ticket.cancel()
+
     async def outcome(self, ticket: Ticket[Any, R]) -> R:
         """The result of a ticket of this session.
 
@@ -128,7 +142,9 @@ class Session:
         return self._engine.submit(self._forget, self.tenant, housekeeping=True)
 
     def _begin(self, work: Work[Any, R], request_id: str = "") -> Ticket[Any, R]:
-        ticket = self._engine.submit(work, self.tenant)
+        return self._follow(self._engine.submit(work, self.tenant), request_id)
+
+    def _follow(self, ticket: Ticket[Any, R], request_id: str = "") -> Ticket[Any, R]:
         self._under_way = _UnderWay(ticket, request_id)
         # The engine's word, not the caller's: a caller may be gone long before its work is undone.
         ticket.on_end(self._ended)

@@ -10,6 +10,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import count
 
 import structlog
@@ -60,6 +61,22 @@ class SessionStore:
         session = Session(name, next(self._sequence), tenant, revision, self._engine, self._bench)
         self._sessions[name] = session
         return session
+
+    async def fork(self, origin: Session) -> Session:
+        """A new session with the past of ``origin``.
+
+        Raises:
+            ServiceError: too many sessions live, or what :meth:`Session.fork` raises.
+        """
+        twin = self.create(origin.tenant, origin.revision)
+        try:
+            await origin.fork(twin)
+        except BaseException:  # the caller never hears of the twin, even where the work was done just before it left
+            del self._sessions[twin.name]
+            with suppress(ServiceError):
+                twin.delete()
+            raise
+        return twin
 
     def get(self, tenant: str, name: str) -> Session:
         """The session ``name`` of ``tenant``.

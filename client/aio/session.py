@@ -9,6 +9,7 @@ from vflow.v1.conversations_pb2 import (
     AddImageRequest,
     AddImageResponse,
     DeleteSessionRequest,
+    ForkSessionRequest,
     GetSessionRequest,
 )
 from vflow.v1.conversations_pb2 import Session as SessionState
@@ -91,6 +92,18 @@ class AsyncSession:
         return AsyncAnswer(
             self._caller.streaming(self._stub.Chat), request, self._caller.attempts(timeout, repeatable=True)
         )
+
+    async def fork(self, *, timeout: float | None = None) -> "AsyncSession":
+        """Opens a second session with the same past. From then on, what is said in one is not heard in the other.
+
+        Raises:
+            SessionBusy: a turn of this session is running.
+            CapacityExhausted: the service holds as many sessions as it can.
+        """
+        request = ForkSessionRequest(name=self.name)
+        # Repeatable: a session that was opened, but never heard of, expires.
+        state: SessionState = await self._caller.unary(self._stub.ForkSession, request, timeout, repeatable=True)
+        return AsyncSession(state.name, self._stub, self._caller)
 
     async def state(self, *, timeout: float | None = None) -> SessionState:
         """Reads what the service knows of the session: turns, pictures, KV bytes, when it expires."""

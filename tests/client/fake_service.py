@@ -112,6 +112,10 @@ class FakeService(
             sessions=[Session(name=name) for name in names], next_page_token=str(number + 1) if number < 2 else ""
         )
 
+    def ForkSession(self, request: Any, context: Any) -> Session:
+        self._note("ForkSession", request, context)
+        return Session(name="sessions/two")
+
     def DeleteSession(self, request: Any, context: Any) -> empty_pb2.Empty:
         self._note("DeleteSession", request, context)
         return empty_pb2.Empty()

@@ -26,6 +26,7 @@ def test_a_conversation(address: str, service: FakeService) -> None:
             answer = await session.ask("How many?", images=[b"another"])
             pieces = [piece async for piece in answer]
             assert (await session.state()).turn_count == 3
+            assert (await session.fork()).name == "sessions/two"
             return pieces, answer
 
     pieces, answer = asyncio.run(converse())
@@ -33,7 +34,7 @@ def test_a_conversation(address: str, service: FakeService) -> None:
     assert answer.usage.completion_tokens == 4 and answer.receipt.kv_bytes_full == 40960
     assert service.requests["CreateSession"][0].session.strategy == "strategies/full"
     assert service.requests["DeleteSession"][0].name == "sessions/one"
-    assert service.tenants == ["red"] * 5
+    assert service.tenants == ["red"] * 6
     assert not service.cancelled.is_set()
 
 

@@ -49,6 +49,16 @@ def test_parts_keep_their_order_and_a_string_among_them_is_text(
     ]
 
 
+def test_a_fork_is_a_session_of_its_own(client: vflow_client.Client, service: FakeService) -> None:
+    service.refusals["ForkSession"] = [GONE]
+    with client.attach("sessions/one") as session, session.fork() as twin:
+        assert (session.name, twin.name) == ("sessions/one", "sessions/two")
+        twin.ask("How many?").read()
+    assert [request.name for request in service.requests["ForkSession"]] == ["sessions/one"] * 2
+    assert service.requests["Chat"][0].session == "sessions/two"
+    assert [request.name for request in service.requests["DeleteSession"]] == ["sessions/two", "sessions/one"]
+
+
 def test_every_call_names_the_tenant(address: str, service: FakeService) -> None:
     for tenant in ("red", None):
         service.tenants.clear()

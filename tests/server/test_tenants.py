@@ -67,6 +67,7 @@ def test_a_picture_in_a_turn_is_encoded_anew_for_each_tenant(red: Client, blue: 
 USES: dict[str, Callable[[Session], Any]] = {
     "read": lambda session: session.state(),
     "shown a picture": lambda session: session.add_image(png(60, 60)),
+    "forked": lambda session: session.fork().delete(),
     "asked": lambda session: session.ask("Hello?", max_new_tokens=1).read(),
 }
 
@@ -128,10 +129,11 @@ def test_one_that_asks_without_end_keeps_nobody_from_an_answer(serve: Serve) -> 
     served = serve(max_running="2", max_waiting="4")
     with served.connect(tenant="red") as red, served.connect(tenant="blue") as blue, blue.session() as quiet:
         sessions = [red.session() for _ in range(7)]
-        answers = [session.ask("Go on", max_new_tokens=4000) for session in sessions[:6]]
-        until(lambda: all(served.live(session, "red").busy for session in sessions[:6]))
-        for answer in answers[:2]:
+        answers = [session.ask("Go on", max_new_tokens=4000) for session in sessions[:2]]
+        for answer in answers:
             next(answer)
+        answers += [session.ask("Me too", max_new_tokens=4000) for session in sessions[2:6]]
+        until(lambda: all(served.live(session, "red").busy for session in sessions[:6]))
         with pytest.raises(CapacityExhausted) as refused:
             sessions[6].ask("Me too", max_new_tokens=1).read()
         assert refused.value.metadata["resource"] == "queue" and refused.value.retry_after

@@ -1,0 +1,32 @@
+"""A forking: a second dialogue from the same past, as work for the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vflow_server.dialogue import Dialogue
+from vflow_server.engine import Steps
+from vflow_server.workbench import Workbench
+
+
+class Forking:
+    """The work of giving a new dialogue the past of another. Emits nothing and returns nothing.
+
+    Args:
+        bench: the engine's things.
+        origin: whose past it is; nothing else may be under way in it.
+        twin: gets it; new and unused.
+    """
+
+    def __init__(self, bench: Workbench, origin: Dialogue, twin: Dialogue) -> None:
+        self._bench = bench
+        self._origin = origin
+        self._twin = twin
+
+    def __call__(self, emit: Callable[[object], None]) -> Steps[None]:
+        """The one step of the forking."""
+        residency = self._bench.residency
+        with residency.using(self._origin), residency.using(self._twin):
+            residency.fork(self._origin, self._twin)
+        return
+        yield  # makes this a generator
