@@ -71,9 +71,9 @@ class PagePool:
         if self.pages < 1:
             raise ValueError(f"a KV budget of {budget} bytes does not hold one page of {self.page_bytes} bytes")
         shape = (self.pages * page_size, heads, head_dim)
-        # The system hands out zeroed memory lazily, so nothing is touched yet.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        # Not zeroed as a whole: a page is when it is taken, so memory is touched only as it is used.
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
         self._free = list(range(self.pages - 1, -1, -1))
         self._references = [0] * self.pages
 
