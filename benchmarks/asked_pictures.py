@@ -1,0 +1,89 @@
+"""Pictures with questions and true answers: the embedded model's held-out ones, or a folder of one's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vflowopt.demo.questions import held_out
+from vflowopt.picture import Picture
+
+QUESTIONS_FILE = "questions.jsonl"
+_HELD_OUT_SEED = 7_000_000
+"""Far from the seeds that training draws and from those that the embedded model was evaluated on while it was made."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question.
+
+    Attributes:
+        text: as a person would type it.
+        answer: the true answer.
+        groups: under which names its answer is counted apart.
+    """
+
+    text: str
+    answer: str
+    groups: tuple[str, ...] = ()
+
+    def answered_by(self, answer: str) -> bool:
+        """Whether an answer is the true one, case and space around it aside."""
+        return answer.strip().casefold() == self.answer.strip().casefold()
+
+
+@dataclass(frozen=True, eq=False)
+class AskedPicture:
+    """A picture and what is asked about it, in the order of the turns of a conversation."""
+
+    picture: Picture
+    questions: tuple[Asked, ...]
+
+
+def generated(seed: int, pictures: int, questions: int) -> Iterator[AskedPicture]:
+    """Held-out pictures of the embedded model with questions of every kind; the group ``fine`` asks for fine detail.
+
+    Args:
+        seed: which pictures; other seeds bring others.
+        pictures: how many.
+        questions: about each, at most.
+    """
+    for scene, about in held_out(_HELD_OUT_SEED + seed * 100_000, pictures, questions):
+        asked = (Asked(each.text, each.answer, (each.kind, "fine") if each.fine else (each.kind,)) for each in about)
+        yield AskedPicture(Picture.from_pixels(scene.image), tuple(asked))
+
+
+def from_folder(folder: Path, pictures: int, questions: int) -> Iterator[AskedPicture]:
+    """Read a folder of pictures with a file ``questions.jsonl``.
+
+    Each line is an object with ``image`` (a file in the folder), ``question``, ``answer`` and, if one likes, ``group``.
+    The lines of one image are the turns of one conversation, in order.
+
+    Args:
+        folder: where they are.
+        pictures: how many are read at most.
+        questions: about each, at most.
+
+    Raises:
+        ValueError: a line is not of that form; it is named.
+        OSError: a file cannot be read.
+        PictureError: a file is no usable picture.
+    """
+    asked: dict[str, list[Asked]] = {}
+    path = folder / QUESTIONS_FILE
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+            image, question, answer = (str(fields[name]) for name in ("image", "question", "answer"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: expected an object with image, question and answer, got {line[:80]!r}"
+            ) from error
+        groups = (str(fields["group"]),) if "group" in fields else ()
+        asked.setdefault(image, []).append(Asked(question, answer, groups))
+    for image, about in list(asked.items())[:pictures]:
+        yield AskedPicture(Picture.decode((folder / image).read_bytes()), tuple(about[:questions]))

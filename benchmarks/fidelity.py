@@ -1,0 +1,231 @@
+"""What compression costs in answers: VFlowOpt, its rivals and its ablations on the same pictures and questions.
+
+Every method keeps the same number of visual tokens, averaged over the decoder's layers. Each question is asked twice:
+alone, as the first one about its picture, and in its turn of one conversation per picture, answered from the cache that
+the turns before it left. Methods that look at the question choose by the one asked alone; in a conversation, by the
+first one, since that is what a server with a cache is left with.
+
+Agreement, cosine and KL divergence refer to the unpruned model (``full``). In later turns they contain that the models
+remember their own, different answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.answering import Reply
+from benchmarks.asked_pictures import AskedPicture, from_folder, generated
+from benchmarks.conversations import SINGLE, Told, ask_alone, converse
+from benchmarks.fidelity_rows import ALL, OURS, Ledger, Mark, compare, group_summary, summary
+from benchmarks.line_chart import line_chart
+from benchmarks.rivals import Compressed, Method, Sight, rivals
+from benchmarks.rivals.vflowopt import VFlowOpt, ablations, curves
+from benchmarks.table import Row, render
+from vflowopt.demo import model_path
+from vflowopt.models import ModelError
+from vflowopt.models.loading import DTYPES
+from vflowopt.picture import PictureError
+from vflowopt.runtime import Runtime
+from vflowopt.strategy import Strategy, StrategyError
+
+RETENTIONS = (0.5, 0.25, 0.1, 0.05)
+FULL = "full"
+
+Contestant = tuple[Method, Sequence[float]]
+"""A method, and the retentions that it is measured at."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the comparison; returns the exit code."""
+    options = _options(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        runtime = Runtime.load(
+            options.model, device=options.device, dtype=options.dtype, kv_budget=options.kv_budget << 20
+        )
+        contestants = _contestants(options, runtime.layers)
+        pictures = (
+            from_folder(options.data, options.pictures, options.turns)
+            if options.data
+            else generated(options.seed, options.pictures, options.turns)
+        )
+        rows = measure(runtime, pictures, contestants, options)
+    except (ModelError, StrategyError, PictureError, ValueError, OSError) as error:
+        print(f"fidelity: {error}", file=sys.stderr)
+        return 2
+    print(render(summary(rows)))
+    if groups := group_summary(rows):
+        print("\naccuracy by kind of question, over the turns of the conversations")
+        print(render(groups))
+    print(
+        f"\n{next(row['questions'] for row in rows if row['turn'] == ALL)} questions; low and high: 95% interval of "
+        "accuracy in conversations, bootstrap over pictures; ahead or behind: so is the interval of the difference"
+    )
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    if options.plot:
+        options.plot.write_text(chart(rows), encoding="utf-8")
+    return 0
+
+
+def measure(
+    runtime: Runtime, pictures: Iterator[AskedPicture], contestants: Sequence[Contestant], options: argparse.Namespace
+) -> list[Row]:
+    """Ask everything of everyone; returns a row for each method, retention and turn.
+
+    Raises:
+        ValueError: there are no pictures.
+    """
+    ledger, seen = Ledger(), 0
+    progress = tqdm(total=options.pictures, unit="picture", disable=None)
+    while batch := list(islice(pictures, options.batch)):
+        # One picture at a time: all tiles of a batch at once would not fit the caches of a processor.
+        encoded = [runtime.model.encode([each.picture])[0] for each in batch]
+        sights = [
+            [Sight(each.picture, tokens, question.text) for question in each.questions]
+            for each, tokens in zip(batch, encoded, strict=True)
+        ]
+        reference: dict[tuple[int, int, str], Reply] = {}
+        for method, retentions in ((VFlowOpt(FULL), (1.0,)), *contestants):
+            images = [_compressed(runtime, method, of_picture, retentions) for of_picture in sights]
+            for place, retention in enumerate(retentions):
+                told = _hear(runtime, batch, [each[place] for each in images], options.new_tokens)
+                if not reference:
+                    reference = {(each.picture, each.number, _setting(each)): each.reply for each in told}
+                ledger.marks[method.name, retention] += [
+                    _mark(each, batch, reference[each.picture, each.number, _setting(each)], seen) for each in told
+                ]
+        seen += len(batch)
+        progress.update(len(batch))
+    progress.close()
+    if not seen:
+        raise ValueError("there are no pictures to ask about: --pictures must be at least 1, and --data not empty")
+    return ledger.rows(seen)
+
+
+def chart(rows: Sequence[Row]) -> str:
+    """Accuracy in conversations against retention, one line a method, VFlowOpt first; SVG."""
+    lines: dict[str, list[tuple[float, float]]] = {OURS: []}
+    for row in rows:
+        if row["turn"] == ALL and row["method"] != FULL:
+            point = float(str(row["retention"])), float(str(row["accuracy"]))
+            lines.setdefault(str(row["method"]), []).append(point)
+    (whole,) = (float(str(row["accuracy"])) for row in rows if row["method"] == FULL and row["turn"] == ALL)
+    reach = [x for line in lines.values() for x, _ in line]
+    lines[FULL] = [(min(reach), whole), (max(reach), whole)]
+    return line_chart(
+        {name: line for name, line in lines.items() if line},
+        title="Exact match in conversations",
+        across="visual tokens kept",
+        up="accuracy",
+    )
+
+
+def _compressed(
+    runtime: Runtime, method: Method, sights: Sequence[Sight], retentions: Sequence[float]
+) -> list[list[Compressed]]:
+    """A picture at each retention, once for each of its questions; methods that do not look at them choose once."""
+    if method.question_aware:
+        by_question = [method.compress(runtime, sight, retentions) for sight in sights]
+        return [list(images) for images in zip(*by_question, strict=True)]
+    return [[image] * len(sights) for image in method.compress(runtime, sights[0], retentions)]
+
+
+def _hear(
+    runtime: Runtime, batch: Sequence[AskedPicture], images: Sequence[Sequence[Compressed]], longest: int
+) -> list[Told]:
+    """All replies about a batch, with the images [picture][question] of one method at one retention."""
+    asked = [each.questions for each in batch]
+    first = [of_picture[0] for of_picture in images]
+    return [*ask_alone(runtime, images, asked, longest), *converse(runtime, first, asked, longest)]
+
+
+def _setting(told: Told) -> str:
+    return SINGLE if told.turn == SINGLE else ALL
+
+
+def _mark(told: Told, batch: Sequence[AskedPicture], reference: Reply, before: int) -> Mark:
+    question = batch[told.picture].questions[told.number]
+    agrees, cosine, divergence = compare(told.reply, reference)
+    return Mark(
+        picture=before + told.picture,
+        turn=told.turn,
+        right=question.answered_by(told.reply.answer),
+        agrees=agrees,
+        cosine=cosine,
+        divergence=divergence,
+        kv_bytes=told.kv_bytes,
+        groups=question.groups,
+    )
+
+
+def _contestants(options: argparse.Namespace, layers: int) -> list[Contestant]:
+    """Who is measured at what; VFlowOpt first."""
+    methods: list[Method] = [VFlowOpt(OURS)]
+    methods += rivals(options.seed) if "rivals" in options.compare else []
+    methods += ablations(layers) if "ablations" in options.compare else []
+    methods += curves(layers) if "curves" in options.compare else []
+    if options.methods:
+        unknown = sorted(set(options.methods) - {method.name for method in methods})
+        if unknown:
+            known = ", ".join(method.name for method in methods)
+            raise ValueError(f"no method is called {', '.join(unknown)}; with this --compare there are {known}")
+        methods = [method for method in methods if method.name in options.methods]
+    contestants: list[Contestant] = [(method, options.retention) for method in methods]
+    for path in options.strategy:
+        strategy = Strategy.from_json(path.read_text(encoding="utf-8"))
+        budget = strategy.budget(layers)
+        # Verdicts compare equal retentions: what was solved for a budget misses it by rounding.
+        budget = next((each for each in options.retention if abs(each - budget) < 1e-6), budget)
+        contestants.append((VFlowOpt(f"{OURS}-{path.stem}", {budget: strategy}), (budget,)))
+    return contestants
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="fidelity", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--pictures", type=int, default=400, help="how many, several questions each")
+    parser.add_argument("--turns", type=int, default=5, help="questions about each picture, at most")
+    parser.add_argument("--retention", type=_share, nargs="+", default=list(RETENTIONS), help="shares kept, 0 to 1")
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        choices=("rivals", "ablations", "curves"),
+        default=["rivals"],
+        help="VFlowOpt with what: its rivals, itself without its parts, each hyperparameter moved",
+    )
+    parser.add_argument("--methods", nargs="+", help="only these of them, by name")
+    parser.add_argument(
+        "--strategy", type=Path, nargs="+", default=[], help="strategies as JSON files, measured as vflowopt-FILE, too"
+    )
+    parser.add_argument("--data", type=Path, help="folder of pictures with a questions.jsonl instead of generated ones")
+    parser.add_argument("--model", default=model_path(), help="folder or hub id (default: the embedded model)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="number type")
+    parser.add_argument("--kv-budget", type=int, default=512, help="MiB for the KV cache")
+    parser.add_argument("--batch", type=int, default=16, help="pictures that are talked about at the same time")
+    parser.add_argument("--new-tokens", type=int, default=8, help="of an answer, at most")
+    parser.add_argument("--seed", type=int, default=0, help="of generated pictures and of random pruning")
+    parser.add_argument("--threads", type=int, help="threads of a CPU (default: torch decides)")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--plot", type=Path, help="draw accuracy against retention here, as SVG")
+    return parser.parse_args(arguments)
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value <= 1.0:
+        raise argparse.ArgumentTypeError(f"a share kept lies above 0 and is at most 1, got {text}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

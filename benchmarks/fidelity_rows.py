@@ -1,0 +1,160 @@
+"""From single replies to the rows of the fidelity table."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from benchmarks.answering import Reply
+from benchmarks.bootstrap import Bootstrap, interval, verdict
+from benchmarks.conversations import SINGLE
+from benchmarks.table import Row
+
+ALL = "all"
+"""The turn of rows over all turns of the conversations."""
+
+OURS = "vflowopt"
+"""What every other method is held against."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How one reply compares.
+
+    Attributes:
+        picture: the picture's number in the whole run.
+        turn: ``"single"``, or the turn from 1.
+        right: it is the true answer.
+        agrees: it is the unpruned model's answer in the same place.
+        cosine: of the prompt's last hidden state with the unpruned model's.
+        divergence: KL divergence, in nats, of the first token's distribution from the unpruned model's.
+        kv_bytes: of the picture.
+        groups: under which names it is counted apart.
+    """
+
+    picture: int
+    turn: str | int
+    right: bool
+    agrees: bool
+    cosine: float
+    divergence: float
+    kv_bytes: int
+    groups: tuple[str, ...]
+
+
+def compare(reply: Reply, reference: Reply) -> tuple[bool, float, float]:
+    """Agreement, cosine and KL divergence of a reply with the unpruned model's, see :class:`Mark`."""
+    cosine = torch.cosine_similarity(reply.state, reference.state, dim=0)
+    pruned, whole = reply.logits.double().log_softmax(-1), reference.logits.double().log_softmax(-1)
+    divergence = (whole.exp() * (whole - pruned)).sum().clamp_min(0.0)
+    return reply.answer == reference.answer, float(cosine), float(divergence)
+
+
+@dataclass
+class Ledger:
+    """All marks of a run, by method and retention, in the order in which these were first seen."""
+
+    marks: dict[tuple[str, float], list[Mark]] = field(default_factory=lambda: defaultdict(list))
+
+    def rows(self, pictures: int) -> list[Row]:
+        """One row for each method, retention and turn: ``single``, ``all`` and each turn from 1.
+
+        ``versus_vflowopt`` is told where there is a method of that name: "tie" where the 95% interval of the
+        difference, over the same draws of pictures, holds zero.
+        """
+        bootstrap = Bootstrap(pictures)
+        draws = {
+            (method, retention, turn): _accuracy_draws(bootstrap, chosen, pictures)
+            for (method, retention), marks in self.marks.items()
+            for turn, chosen in _turns(marks)
+        }
+        return [
+            {
+                "method": method,
+                "retention": retention,
+                "turn": turn,
+                "accuracy": _mean(mark.right for mark in chosen),
+                "low": interval(draws[method, retention, turn]).low,
+                "high": interval(draws[method, retention, turn]).high,
+                "agreement": _mean(mark.agrees for mark in chosen),
+                "cosine": _mean(mark.cosine for mark in chosen),
+                "kl_divergence": _mean(mark.divergence for mark in chosen),
+                "kv_bytes": round(_mean(mark.kv_bytes for mark in chosen)),
+                "questions": len(chosen),
+                "versus_vflowopt": None
+                if method == OURS or (OURS, retention, turn) not in draws
+                else verdict(draws[method, retention, turn], draws[OURS, retention, turn]),
+                "groups": _by_group(chosen),
+            }
+            for (method, retention), marks in self.marks.items()
+            for turn, chosen in _turns(marks)
+        ]
+
+
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """One line for each method and retention: what the screen shows of the rows."""
+    lines: dict[tuple[object, object], dict[str, object]] = {}
+    for row in rows:
+        key = row["method"], row["retention"]
+        line = lines.setdefault(key, {"method": f"{row['method']} @ {row['retention']:.0%}"})
+        turn = row["turn"]
+        if turn == SINGLE:
+            line["asked_alone"] = row["accuracy"]
+            line["cosine"], line["kl_nats"] = row["cosine"], row["kl_divergence"]
+        elif turn == ALL:
+            line |= {
+                "conversation": row["accuracy"],
+                "low": row["low"],
+                "high": row["high"],
+                "agreement": row["agreement"],
+                "versus_vflowopt": row["versus_vflowopt"],
+                "kv_bytes": row["kv_bytes"],
+            }
+        else:
+            line[f"turn_{turn}"] = row["accuracy"]
+    return list(lines.values())
+
+
+def group_summary(rows: Sequence[Row]) -> list[Row]:
+    """One line for each method and retention: the accuracy of each group over all turns of the conversations."""
+    lines: list[Row] = []
+    for row in rows:
+        groups = row["groups"]
+        if row["turn"] == ALL and isinstance(groups, dict) and groups:
+            lines.append({"method": f"{row['method']} @ {row['retention']:.0%}", **groups})
+    return lines
+
+
+def _turns(marks: Sequence[Mark]) -> list[tuple[str | int, list[Mark]]]:
+    """The marks of each turn, none of them empty."""
+    last = max(mark.turn for mark in marks if isinstance(mark.turn, int))
+    chosen: list[tuple[str | int, list[Mark]]] = [
+        (SINGLE, [mark for mark in marks if mark.turn == SINGLE]),
+        (ALL, [mark for mark in marks if mark.turn != SINGLE]),
+    ]
+    chosen += [(turn, [mark for mark in marks if mark.turn == turn]) for turn in range(1, last + 1)]
+    return [(turn, of_turn) for turn, of_turn in chosen if of_turn]
+
+
+def _accuracy_draws(bootstrap: Bootstrap, marks: Sequence[Mark], pictures: int) -> np.ndarray:
+    hits, asked = np.zeros(pictures), np.zeros(pictures)
+    for mark in marks:
+        hits[mark.picture] += mark.right
+        asked[mark.picture] += 1
+    return bootstrap.shares(hits, asked)
+
+
+def _by_group(marks: Sequence[Mark]) -> dict[str, float]:
+    groups: dict[str, list[bool]] = defaultdict(list)
+    for mark in marks:
+        for group in mark.groups:
+            groups[group].append(mark.right)
+    return {group: _mean(right) for group, right in sorted(groups.items())}
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
