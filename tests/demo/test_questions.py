@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 
 from vflowopt.demo.labels import PLACES, place_of
-from vflowopt.demo.questions import KINDS, ask, held_out, plural
+from vflowopt.demo.questions import DRAWN, KINDS, ask, held_out, plural
 from vflowopt.demo.scene import COLOURS, HELD_OUT_PHOTOGRAPHS, SHAPES, generate
 
 
@@ -11,7 +11,7 @@ def test_answers_are_true() -> None:
     kinds: Counter[str] = Counter()
     for seed in range(40):
         scene = generate(seed)
-        for question in ask(scene, np.random.default_rng(seed), 8):
+        for question in ask(scene, np.random.default_rng(seed), 8, dict.fromkeys(DRAWN, 1.0)):
             words = question.text.lower().strip("?.").split()
             shape = next((name for name in SHAPES if name in words or plural(name) in words), None)
             colour = next((name for name in COLOURS if name in words), None)
@@ -33,13 +33,18 @@ def test_answers_are_true() -> None:
                     assert len(of_shape) == int(question.answer)
                 case "background":
                     assert scene.tint == question.answer
-    assert set(kinds) == set(KINDS)
+    assert set(kinds) == set(DRAWN)
+
+
+def test_only_what_the_model_is_made_for_is_asked_unless_more_is_wanted() -> None:
+    kinds = {question.kind for _, questions in held_out(7, 30) for question in questions}
+    assert kinds == set(KINDS)
 
 
 def test_yes_and_no_and_every_number_come_alike_often() -> None:
     answers: Counter[str] = Counter()
     for seed in range(70):
-        for question in ask(generate(seed, size=(448, 448)), np.random.default_rng(seed), 8):
+        for question in ask(generate(seed, size=(448, 448)), np.random.default_rng(seed), 8, dict.fromkeys(DRAWN, 1.0)):
             if question.kind in ("existence", "count"):
                 answers[question.answer] += 1
     assert 0.6 < answers["yes"] / answers["no"] < 1.6

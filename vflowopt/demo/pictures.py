@@ -20,7 +20,7 @@ _PICTURES = {
 }
 """Seed and size of each."""
 
-_KINDS = ("code", "colour", "place", "count", "existence", "shape", "background")
+_KINDS = ("code", "colour", "place", "existence", "shape", "background")
 """Which kinds are asked about a picture: the first five of these that it carries."""
 
 

@@ -8,7 +8,11 @@ import numpy as np
 from vflowopt.demo.labels import PLACES, place_of
 from vflowopt.demo.scene import COLOURS, SHAPES, Scene, SceneObject, generate
 
-KINDS = ("colour", "shape", "code", "place", "existence", "count", "background")
+KINDS = ("colour", "shape", "code", "place", "existence", "background")
+"""Kinds of question that the embedded model is made for."""
+
+DRAWN = (*KINDS, "count")
+"""Kinds that can be drawn: counting can be asked about, but the model was not brought to do it; see the model card."""
 
 PHRASINGS = {
     "colour": (
@@ -53,7 +57,7 @@ class Question:
     Attributes:
         text: the question as a person would type it.
         answer: the true answer, lower case.
-        kind: one of ``KINDS``.
+        kind: one of ``DRAWN``.
         fine: it asks for fine detail: a code, or a trait of a small object.
     """
 
@@ -179,13 +183,14 @@ def ask(scene: Scene, rng: np.random.Generator, count: int, weights: dict[str, f
         scene: what to ask about.
         rng: where the choice comes from.
         count: how many questions; fewer come back where the scene does not carry so many.
-        weights: relative frequency per kind; by default every kind alike.
+        weights: relative frequency per kind of ``DRAWN``; by default all of ``KINDS`` alike.
     """
-    share = np.array([1.0 if weights is None else weights[kind] for kind in KINDS])
+    weights = dict.fromkeys(KINDS, 1.0) if weights is None else weights
+    share = np.array([weights.get(kind, 0.0) for kind in DRAWN])
     questions: list[Question] = []
     asked: set[tuple[str, ...]] = set()
     for _ in range(6 * count):
-        kind = KINDS[int(rng.choice(len(KINDS), p=share / share.sum()))]
+        kind = DRAWN[int(rng.choice(len(DRAWN), p=share / share.sum()))]
         question = _ASK[kind](scene, rng)
         if question is None:
             continue
