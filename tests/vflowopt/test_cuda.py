@@ -6,9 +6,13 @@ import pytest
 import torch
 
 from tests.vflowopt.talk import Talk, picture
+from tests.vflowopt.test_decode_graph import conversations, decode, graphs
+from tests.vflowopt.test_varlen_attention import HEADS, compare, pool
+from vflowopt.cache import StagedCache
 from vflowopt.parking import park, unpark
 from vflowopt.runtime import Runtime
 from vflowopt.strategy import Strategy
+from vflowopt.varlen_attention import VarlenPlan, readable
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -51,3 +55,60 @@ def test_half_precision_and_ragged_batches(plain_folder: Path) -> None:
         assert logits is None or logits.isfinite().all()
     for conversation in conversations:
         conversation.release()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_kernel_attends_as_stock_attention_does(dtype: torch.dtype) -> None:
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("PyTorch's flash attention needs compute capability 8.0")
+    reading = readable(pool(dtype, DEVICE), HEADS)
+    assert reading is not None
+    for seed in range(4):
+        compare(pool(dtype, DEVICE), reading, seed, tolerance=2e-2)
+
+
+def test_full_precision_is_left_to_stock_attention() -> None:
+    assert readable(pool(torch.float32, DEVICE), HEADS) is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_replayed_steps_equal_those_that_are_launched(plain_folder: Path, dtype: str) -> None:
+    """Over page boundaries, with conversations that come and go. A step that cannot be captured warns, and so fails."""
+    runtime = Runtime.load(plain_folder, device=DEVICE, dtype=dtype, kv_budget=64 << 20)
+    ours = conversations(runtime)
+    theirs = [each.fork() for each in ours]
+    replayed = graphs(runtime, readable(runtime.pool, runtime.model.decoder.config.num_attention_heads))
+    for step in range(40):
+        chosen = range(step % 3, 1 + (step * 5) % len(ours) + step % 3)[: len(ours) - step % 3]
+        tokens = [(7 * step + place) % 256 for place in chosen]
+        expected = runtime.decode([theirs[place] for place in chosen], tokens)
+        answer = decode(runtime, replayed, [ours[place] for place in chosen], tokens)
+        if dtype == "float32":
+            torch.testing.assert_close(answer, expected, atol=1e-3, rtol=1e-3)
+        else:
+            assert torch.cosine_similarity(answer, expected).min() > 0.99
+    for each in (*ours, *theirs):
+        each.release()
+    runtime.pool.check_integrity([])
+
+
+def test_nothing_waits_for_the_device(plain_folder: Path) -> None:
+    """Neither a step that is replayed nor a plan, once there is room for its tokens."""
+    runtime = Runtime.load(plain_folder, device=DEVICE, dtype="bfloat16", kv_budget=64 << 20)
+    reading = readable(runtime.pool, runtime.model.decoder.config.num_attention_heads)
+    batch = conversations(runtime)
+    caches: list[StagedCache] = [each.cache for each in batch]
+    replayed = graphs(runtime, reading)
+    decode(runtime, replayed, batch, [1] * len(batch))  # captures
+    for cache in caches:
+        cache.reserve([1] * len(cache.stages))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        replayed.run(caches, [2] * len(batch), [each.cached.position for each in batch])
+        if reading is not None:
+            VarlenPlan(runtime.pool, range(1), caches, [1] * len(batch), reading=reading)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for each in batch:
+        each.release()

@@ -16,9 +16,9 @@ STARTS: tuple[tuple[int, ...], ...] = ((0,), (0, 2, 4), (0, 3))
 LAYERS = 6
 
 
-def pool(dtype: torch.dtype = torch.float32) -> PagePool:
+def pool(dtype: torch.dtype = torch.float32, device: str = "cpu") -> PagePool:
     budget = 600 * PAGE_SIZE * 2 * KV_HEADS * HEAD_DIM * dtype.itemsize
-    return PagePool(budget, page_size=PAGE_SIZE, heads=KV_HEADS, head_dim=HEAD_DIM, dtype=dtype, device="cpu")
+    return PagePool(budget, page_size=PAGE_SIZE, heads=KV_HEADS, head_dim=HEAD_DIM, dtype=dtype, device=device)
 
 
 def filled(shared: PagePool, generator: random.Random) -> list[StagedCache]:
@@ -35,13 +35,11 @@ def filled(shared: PagePool, generator: random.Random) -> list[StagedCache]:
     return caches
 
 
-@pytest.mark.parametrize("reading", ["paged", "gathered"])
-@pytest.mark.parametrize("seed", range(4))
-def test_a_ragged_batch_attends_as_on_the_cpu(reading: Reading, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(varlen_attention, "varlen_attn", stand_in())
+def compare(shared: PagePool, reading: Reading, seed: int, tolerance: float) -> None:
+    """Attend to a ragged batch by both plans; they must agree, and write the same."""
     torch.manual_seed(seed)
     generator = random.Random(seed)
-    caches = filled(shared := pool(), generator)
+    caches = filled(shared, generator)
     # Single tokens first, as the plan for the CPU wants them; the last two bring none that comes this far, and many.
     counts = [1, 1, 1, generator.randint(2, 9), 0, generator.randint(2, 3 * PAGE_SIZE)]
     for cache, count in zip(caches, counts, strict=True):
@@ -50,16 +48,24 @@ def test_a_ragged_batch_attends_as_on_the_cpu(reading: Reading, seed: int, monke
         theirs = AttentionPlan(shared, layers, caches, counts)
         ours = VarlenPlan(shared, layers, caches, counts, reading=reading)
         for layer in layers:
-            query = torch.randn(sum(counts), HEADS, HEAD_DIM)
-            key, value = torch.randn(2, sum(counts), KV_HEADS, HEAD_DIM)
+            query, key, value = (
+                torch.randn(sum(counts), heads, HEAD_DIM).to(shared.keys) for heads in (HEADS, KV_HEADS, KV_HEADS)
+            )
             before = shared.keys.clone(), shared.values.clone()
             expected = theirs.attend(layer, query, key, value, scale=0.3)
             written = shared.keys.clone(), shared.values.clone()
             shared.keys.copy_(before[0])
             shared.values.copy_(before[1])
             answer = ours.attend(layer, query, key, value, scale=0.3)
-            torch.testing.assert_close(answer, expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(answer, expected, atol=tolerance, rtol=tolerance)
             assert torch.equal(shared.keys, written[0]) and torch.equal(shared.values, written[1])
+
+
+@pytest.mark.parametrize("reading", ["paged", "gathered"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_ragged_batch_attends_as_on_the_cpu(reading: Reading, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen_attention, "varlen_attn", stand_in())
+    compare(pool(), reading, seed, tolerance=1e-5)
 
 
 @pytest.mark.parametrize(
