@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from vflow_server.dialogue import Dialogue
 from vflow_server.engine import Steps
+from vflow_server.reading import read_parked
 from vflow_server.workbench import Workbench
 
 
@@ -24,9 +25,8 @@ class Forking:
         self._twin = twin
 
     def __call__(self, emit: Callable[[object], None]) -> Steps[None]:
-        """The one step of the forking."""
+        """The steps of the forking."""
         residency = self._bench.residency
         with residency.using(self._origin), residency.using(self._twin):
+            yield from read_parked(self._bench, self._origin.conversation(self._bench.runtime))
             residency.fork(self._origin, self._twin)
-        return
-        yield  # makes this a generator

@@ -16,11 +16,15 @@ class ByteBoundedLRU(Generic[K, V]):
     Args:
         most_bytes: the bound; 0 holds nothing.
         size: bytes of a value.
+        dropped: called with each key and value for which there was no room.
     """
 
-    def __init__(self, most_bytes: int, size: Callable[[V], int]) -> None:
+    def __init__(
+        self, most_bytes: int, size: Callable[[V], int], dropped: Callable[[K, V], None] = lambda key, value: None
+    ) -> None:
         self._most_bytes = most_bytes
         self._size = size
+        self._dropped = dropped
         self._values: OrderedDict[K, V] = OrderedDict()
         self.bytes_held = 0
 
@@ -43,9 +47,11 @@ class ByteBoundedLRU(Generic[K, V]):
         if (old := self._values.pop(key, None)) is not None:
             self.bytes_held -= self._size(old)
         if self._size(value) > self._most_bytes:
+            self._dropped(key, value)
             return
         self._values[key] = value
         self.bytes_held += self._size(value)
         while self.bytes_held > self._most_bytes:
-            _, dropped = self._values.popitem(last=False)
+            oldest, dropped = self._values.popitem(last=False)
             self.bytes_held -= self._size(dropped)
+            self._dropped(oldest, dropped)

@@ -1,10 +1,13 @@
-"""What work asks of the model: a picture encoded, or a conversation run. The scheduler answers, many at a time."""
+"""What work asks for: a picture encoded, a conversation run, a parked cache read. The scheduler answers."""
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass
 
+from vflow_server.parked import Tier
 from vflowopt.conversation import Conversation
+from vflowopt.parking import ParkedCache
 from vflowopt.picture import Picture
 from vflowopt.strategy import Strategy
 
@@ -32,8 +35,19 @@ class Run:
 
     Attributes:
         ran: tokens that the model ran for it, so far.
+        begun: ``time.perf_counter()`` at the beginning of the first step that it took part in.
+        restored: from where a parked cache of the conversation was brought back for it, if one was.
     """
 
     conversation: Conversation
     want_logits: bool = True
     ran: int = 0
+    begun: float | None = None
+    restored: Tier | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """A parked cache to be read from its file. The answer, None, comes when ``reading`` is done."""
+
+    reading: Future[ParkedCache]

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from vflow_server.dialogue import Dialogue
-from vflow_server.needs import Run
+from vflow_server.engine import Steps
+from vflow_server.needs import Read, Run
+from vflow_server.parked import Tier
 from vflow_server.workbench import Workbench
 from vflowopt.compression import CompressedImage
-from vflowopt.conversation import Item
+from vflowopt.conversation import Conversation, Item
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What became of it.
+
+    Attributes:
+        logits: [vocabulary] after the last item; None if they are not wanted.
+        ran: tokens that the model had to run.
+        begun: ``time.perf_counter()`` when the model first ran any of it; None if nothing had to run.
+        restored: from where a parked cache was brought back for it, if one was.
+    """
+
+    logits: Tensor | None
+    ran: int
+    begun: float | None
+    restored: Tier | None
 
 
 def read(
@@ -19,7 +39,7 @@ def read(
     items: Sequence[Item],
     *,
     want_logits: bool = True,
-) -> Generator[Run, Tensor | None, tuple[Tensor | None, int]]:
+) -> Steps[Reading]:
     """Append ``items`` to the log and run all that is not cached.
 
     Whoever closes the generator, or gets an exception from it, must roll the conversation back.
@@ -31,32 +51,41 @@ def read(
             pictures make prefixes to share.
         want_logits: False where nobody will read them.
 
-    Returns:
-        Logits [vocabulary] after the last item, if they are wanted; and how many tokens the model had to run.
-
     Raises:
         CapacityExhausted: pages are short though everything was released that can be.
     """
     conversation, tenant = dialogue.conversation(bench.runtime), dialogue.tenant
     said = [*conversation.log, *items]
-    bare = not conversation.resident and not bench.residency.parked(conversation)
+    yield from read_parked(bench, conversation)
+    bare = not conversation.resident and not bench.parked.holds(conversation)
     if bare and (prefix := bench.prefixes.find(tenant, conversation.strategy, said)) is not None:
         conversation.log.extend(said[len(conversation.log) : len(prefix.log)])
         conversation.share(prefix)
     rest = said[len(conversation.log) :]
-    ran = 0
+    runs = []
     pictures = [place for place, item in enumerate(rest) if isinstance(item, CompressedImage)]
     if not dialogue.turns and pictures:
         # Stop behind the last picture, for others who begin with it and ask something else.
         conversation.log.extend(rest[: pictures[-1] + 1])
-        beginning = Run(conversation, want_logits=False)
-        yield beginning
-        ran = beginning.ran
+        runs.append(Run(conversation, want_logits=False))
+        yield runs[-1]
         bench.prefixes.keep(tenant, conversation)
         rest = rest[pictures[-1] + 1 :]
     conversation.log.extend(rest)
-    if conversation.cached_items == len(conversation.log) and not want_logits:
-        return None, ran
-    whole = Run(conversation, want_logits)
-    logits = yield whole
-    return logits, ran + whole.ran
+    logits = None
+    if conversation.cached_items < len(conversation.log) or want_logits:
+        runs.append(Run(conversation, want_logits))
+        logits = yield runs[-1]
+    return Reading(
+        logits,
+        ran=sum(run.ran for run in runs),
+        begun=runs[0].begun if runs else None,
+        restored=next((run.restored for run in runs if run.restored), None),
+    )
+
+
+def read_parked(bench: Workbench, conversation: Conversation) -> Steps[None]:
+    """Have a parked cache of ``conversation`` at hand, where one is held in a file."""
+    if not conversation.resident and (reading := bench.parked.read_ahead(conversation)) is not None:
+        yield Read(reading)
+        bench.parked.has_been_read(conversation, reading)

@@ -13,11 +13,10 @@ import structlog
 
 from vflow_server.dialogue import Dialogue
 from vflow_server.errors import CapacityExhausted
-from vflow_server.lru import ByteBoundedLRU
+from vflow_server.parked import ParkedStore, Tier
 from vflow_server.prefixes import PrefixStore
-from vflowopt.cache import PoolExhausted
 from vflowopt.conversation import Conversation, Item, tokens_per_stage
-from vflowopt.parking import ParkedCache, park, unpark
+from vflowopt.parking import park, unpark
 from vflowopt.runtime import Runtime
 
 log = structlog.get_logger(__name__)
@@ -27,22 +26,20 @@ class Residency:
     """The dialogues on a runtime, by last use.
 
     A dialogue is in use while work on it is under way. What idle ones hold is parked outside the pool when pages run
-    short, and comes back with their next turn; beyond the bound of the parked, caches are rebuilt from the log.
+    short, and comes back with their next turn; what is not held there any more is rebuilt from the log.
 
     Args:
         runtime: whose pages are held.
         prefixes: they hold pages, too, and are the first to go.
-        parked_bytes: bytes of parked caches at most.
+        parked: where the caches of idle dialogues go.
     """
 
-    def __init__(self, runtime: Runtime, prefixes: PrefixStore, *, parked_bytes: int) -> None:
+    def __init__(self, runtime: Runtime, prefixes: PrefixStore, parked: ParkedStore) -> None:
         self._runtime = runtime
         self._prefixes = prefixes
+        self._parked = parked
         self._in_use: OrderedDict[Dialogue, None] = OrderedDict()
         self._idle: OrderedDict[Dialogue, None] = OrderedDict()
-        self._parked: ByteBoundedLRU[Conversation, ParkedCache] = ByteBoundedLRU(
-            parked_bytes, lambda parked: parked.nbytes
-        )
 
     @contextmanager
     def using(self, dialogue: Dialogue) -> Iterator[None]:
@@ -54,6 +51,7 @@ class Residency:
         finally:
             del self._in_use[dialogue]
             self._idle[dialogue] = None
+            self._parked.put_down(dialogue.conversation(self._runtime))
             dialogue.publish()
 
     def release_idle(self) -> bool:
@@ -82,33 +80,31 @@ class Residency:
                 return True
         return False
 
-    def parked(self, conversation: Conversation) -> bool:
-        """Whether a cache of the conversation is parked."""
-        return self._parked.get(conversation) is not None
+    def restore(self, conversation: Conversation) -> Tier | None:
+        """Bring back what was parked of a conversation, if anything is at hand and it has nothing cached.
 
-    def restore(self, conversation: Conversation) -> None:
-        """Bring back what was parked of a conversation, if anything was and it has nothing cached.
+        Returns:
+            From where it came back; None if it did not.
 
         Raises:
             PoolExhausted: too few pages are free; it stays parked.
         """
-        if conversation.resident or (parked := self._parked.take(conversation)) is None:
-            return
-        try:
-            unpark(conversation, parked)
-        except PoolExhausted:
-            self._parked.put(conversation, parked)
-            raise
+        if conversation.resident or (found := self._parked.find(conversation)) is None:
+            return None
+        parked, tier = found
+        unpark(conversation, parked)
+        self._parked.forget(conversation)
+        return tier
 
     def fork(self, origin: Dialogue, twin: Dialogue) -> None:
         """Give ``twin`` the past of ``origin``, and what is parked of it. Pages and tensors are shared, not copied."""
         twin.continue_from(origin, self._runtime)
-        if (parked := self._parked.get(origin.conversation(self._runtime))) is not None:
-            self._parked.put(twin.conversation(self._runtime), parked)
+        if (found := self._parked.find(origin.conversation(self._runtime))) is not None:
+            self._parked.put(twin.conversation(self._runtime), found[0])
 
     def forget(self, dialogue: Dialogue) -> None:
         """Release all that is held of ``dialogue`` for good."""
-        self._parked.take(dialogue.conversation(self._runtime))
+        self._parked.forget(dialogue.conversation(self._runtime))
         dialogue.release()
         self._idle.pop(dialogue, None)
 

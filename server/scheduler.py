@@ -8,11 +8,13 @@ come, first served. Belongs to the engine's thread.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
 from typing import Any
 
 from vflow_server.engine import Task
-from vflow_server.needs import Encode, Run
+from vflow_server.needs import Encode, Read, Run
 from vflow_server.rota import Rota
 from vflow_server.workbench import Workbench
 from vflowopt.cache import PoolExhausted
@@ -22,6 +24,9 @@ PROMPT_TOKENS = 512
 
 PICTURES = 4
 """Pictures that a step encodes at most; one only while answers are under way."""
+
+PATIENCE = 0.02
+"""Seconds to wait for a file, at a time, while there is nothing else to do."""
 
 Needing = Task[Any, Any]
 
@@ -45,12 +50,21 @@ class Scheduler:
 
     def __call__(self, tasks: Sequence[Needing]) -> None:
         """One step: meet the needs of some of ``tasks``, which come in the order in which they began."""
+        self._await_reading([task for task in tasks if isinstance(task.need, Read)], idle=len(tasks))
         running = [task for task in tasks if isinstance(task.need, Run)]
         answering = any(_pending(task) == 1 for task in running)
         self._run(running)
         encoding = [task for task in tasks if isinstance(task.need, Encode) and not self._at_hand(task)]
         encoding = self._pictures.order(encoding)
         self._encode([task for task in encoding if task.need.strategy == encoding[0].need.strategy], answering)
+
+    def _await_reading(self, tasks: Sequence[Needing], *, idle: int) -> None:
+        """Answer those whose file has been read. Waits for one, but not for long, where nobody needs anything else."""
+        if len(tasks) == idle:
+            wait([task.need.reading for task in tasks], PATIENCE, FIRST_COMPLETED)
+        for task in tasks:
+            if task.need.reading.done():
+                task.answer(None)
 
     def _at_hand(self, task: Needing) -> bool:
         """Answer with a picture that was compressed before, if there is one."""
@@ -87,8 +101,9 @@ class Scheduler:
         while tasks:
             eldest, batch = tasks[0], self._batch(tasks)
             try:
-                self._residency.restore(eldest.need.conversation)
+                self._restore(eldest)
                 pending = [_pending(task) for task in batch]
+                begun = time.perf_counter()
                 logits = self._bench.runtime.advance(
                     [task.need.conversation for task in batch],
                     list(batch.values()),
@@ -114,6 +129,7 @@ class Scheduler:
                 for task, before, row in zip(batch, pending, logits, strict=True):
                     conversation = task.need.conversation
                     task.need.ran += before - _pending(task)
+                    task.need.begun = task.need.begun or begun
                     if conversation.cached_items == len(conversation.log):
                         task.answer(row if task.need.want_logits else None)
                 return
@@ -140,12 +156,15 @@ class Scheduler:
                 if task is not tasks[0]:
                     if not self._make_room(promised + task.need.conversation.pages_wanted):
                         continue
-                    self._residency.restore(task.need.conversation)
+                    self._restore(task)
                     promised += task.need.conversation.pages_wanted
                 batch[task] = min(_pending(task), share)
                 share -= batch[task]
                 left -= batch[task]
         return batch
+
+    def _restore(self, task: Needing) -> None:
+        task.need.restored = self._residency.restore(task.need.conversation) or task.need.restored
 
     def _make_room(self, pages: int) -> bool:
         """Have what is idle give way until ``pages`` are free; False if that does not suffice."""

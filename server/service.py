@@ -23,10 +23,12 @@ from vflow_server.compression import Compression
 from vflow_server.conversations import Conversations
 from vflow_server.engine import Engine
 from vflow_server.guard import Guard
+from vflow_server.parked import ParkedStore
 from vflow_server.pictures import PictureStore
 from vflow_server.scheduler import Scheduler
 from vflow_server.sessions import SessionStore
 from vflow_server.settings import Settings
+from vflow_server.spill import SpillFolder
 from vflow_server.strategies import StrategyStore
 from vflow_server.workbench import Workbench
 from vflowopt.picture import PictureLimits
@@ -58,8 +60,11 @@ class Service:
 
     def __init__(self, runtime: Runtime, settings: Settings) -> None:
         self.settings = settings
+        spill = SpillFolder(settings.spill_dir, settings.spill_bytes) if settings.spill_dir else None
         self.bench = Workbench(
-            runtime, compressed_bytes=settings.compressed_memory, parked_bytes=settings.parked_memory
+            runtime,
+            compressed_bytes=settings.compressed_memory,
+            parked=ParkedStore(settings.parked_memory, spill),
         )
         self.engine = Engine(
             waiting=settings.max_waiting,

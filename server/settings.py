@@ -41,6 +41,10 @@ class Settings:
     picture_memory: int = option("256MiB", "decoded pictures held, to be named by digest", size, metavar="SIZE")
     compressed_memory: int = option("256MiB", "compressed pictures held, for use again", size, metavar="SIZE")
     parked_memory: int = option("1GiB", "KV caches of idle sessions held outside the KV budget", size, metavar="SIZE")
+    spill_dir: Path | None = option(
+        None, "folder for KV caches beyond parked_memory (unset: they are rebuilt when needed)", Path, metavar="PATH"
+    )
+    spill_bytes: int = option("8GiB", "KV caches in that folder", size, metavar="SIZE")
     data_dir: Path | None = option(
         None, "folder for created strategies (unset: forgotten at the end)", Path, metavar="PATH"
     )

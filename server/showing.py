@@ -50,9 +50,9 @@ class Showing:
                 items = self._dialogue.picture(runtime.chat, image)
                 check_context(conversation, items, 0, runtime.context)
                 self._bench.residency.check_room(conversation, items)
-                begun = time.perf_counter()
-                yield from read(self._bench, self._dialogue, items, want_logits=False)
-                prefill_ms = (time.perf_counter() - begun) * 1000
+                reading = yield from read(self._bench, self._dialogue, items, want_logits=False)
+                self._bench.wait_for_device()
+                prefill_ms = (time.perf_counter() - reading.begun) * 1000 if reading.begun else 0.0
             except BaseException:  # GeneratorExit is how a cancelled showing ends
                 conversation.rollback(checkpoint)
                 raise

@@ -18,6 +18,7 @@ from vflow_server.dialogue import Dialogue
 from vflow_server.engine import Steps
 from vflow_server.errors import InvalidRequest
 from vflow_server.needs import Encode, Run
+from vflow_server.parked import Tier
 from vflow_server.reading import read
 from vflow_server.receipts import image_receipt
 from vflow_server.workbench import Workbench
@@ -129,14 +130,14 @@ class Turn:
         check_context(conversation, items, self._request.max_new_tokens, runtime.context)
         self._bench.residency.check_room(conversation, items)
         (prompt_tokens,) = tokens_per_stage([*conversation.log, *items], 1)
-        restored = bool(conversation.log) and not conversation.resident
+        resident = not conversation.log or conversation.resident
 
-        prefill_begun = time.perf_counter()
-        logits, ran = yield from read(self._bench, self._dialogue, items)
+        reading = yield from read(self._bench, self._dialogue, items)
+        logits, ran = reading.logits, reading.ran
         assert logits is not None  # they were wanted
         # More than the prompt has may have been run, where pages ran short and some had to be run again.
         reused_tokens = max(prompt_tokens - ran, 0)
-        prefill_ended = first_token = time.perf_counter()
+        answer_begins, first_token = len(conversation.log), 0.0
         sampler = Sampler(self._request.sampling)
         text = TextStream(runtime.chat, self._request.stop)
         reason = Finished.FINISH_REASON_UNSPECIFIED
@@ -148,7 +149,7 @@ class Turn:
             token = sampler(logits)
             generated += 1
             if generated == 1:
-                first_token = time.perf_counter()
+                first_token = time.perf_counter()  # the token is known: so the prefill has ended on any device
             if token in runtime.chat.stop_ids:
                 reason = Finished.STOP  # the token is not logged: the next turn closes this answer
                 break
@@ -164,6 +165,8 @@ class Turn:
             emit(delta)
         if text.stopped:  # what was held back completed a stop string
             reason = Finished.STOP_STRING
+        if text.stopped:  # the model shall not remember what nobody was shown
+            conversation.truncate(answer_begins + text.tokens_shown)
         ended = time.perf_counter()
         return Finished(
             text=text.text,
@@ -177,11 +180,12 @@ class Turn:
                 reused_tokens=reused_tokens,
                 kv_bytes=conversation.kv_bytes,
                 kv_bytes_full=conversation.kv_bytes_full,
-                prefill_ms=(prefill_ended - prefill_begun) * 1000,
+                prefill_ms=(first_token - (reading.begun or first_token)) * 1000,
                 first_token_ms=(first_token - self._accepted) * 1000,
                 decode_ms=(ended - first_token) * 1000,
                 total_ms=(ended - self._accepted) * 1000,
-                restored=restored,
+                restored=not resident,
+                restored_from=None if resident else (reading.restored or Tier.LOG).name,
             ),
         )
 

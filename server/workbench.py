@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from vflow_server.lru import ByteBoundedLRU
 from vflow_server.needs import Encode
+from vflow_server.parked import ParkedStore
 from vflow_server.prefixes import PrefixStore
 from vflow_server.residency import Residency
 from vflowopt.compression import CompressedImage
@@ -25,21 +27,28 @@ class Workbench:
         runtime: the model; handed over for good.
         compressed_bytes: bytes of compressed pictures to remember, so that a tenant's picture is not encoded twice
             under the same strategy.
-        parked_bytes: bytes of KV caches to hold outside the pool for idle dialogues.
+        parked: holds KV caches outside the pool for idle dialogues.
         prefixes: beginnings to keep for dialogues that begin the same way.
     """
 
-    def __init__(self, runtime: Runtime, *, compressed_bytes: int, parked_bytes: int, prefixes: int = 64) -> None:
+    def __init__(self, runtime: Runtime, *, compressed_bytes: int, parked: ParkedStore, prefixes: int = 64) -> None:
         self.runtime = runtime
         self.prefixes = PrefixStore(prefixes)
-        self.residency = Residency(runtime, self.prefixes, parked_bytes=parked_bytes)
+        self.parked = parked
+        self.residency = Residency(runtime, self.prefixes, parked)
         self._compressed: ByteBoundedLRU[tuple[str, Strategy, str], CompressedImage] = ByteBoundedLRU(
             compressed_bytes, _bytes
         )
 
     def close(self) -> None:
-        """Give back the pages that prefixes hold; for when the engine has ended."""
+        """Give back the pages that prefixes hold, and remove the files of parked caches, once the engine has ended."""
         self.prefixes.clear()
+        self.parked.close()
+
+    def wait_for_device(self) -> None:
+        """Return when the model has done all that was asked of it; a CUDA device only queues work."""
+        if (device := self.runtime.model.device).type == "cuda":
+            torch.cuda.synchronize(device)
 
     def held(self, asked: Encode) -> CompressedImage | None:
         """The compressed picture, if it is at hand for that tenant."""

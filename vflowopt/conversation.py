@@ -102,12 +102,23 @@ class Conversation:
         return Checkpoint(len(self.log), self.cached, self.cache.lengths)
 
     def rollback(self, checkpoint: Checkpoint) -> None:
-        """Forget everything said since ``checkpoint``; pages that become empty are given back."""
-        del self.log[checkpoint.items :]
+        """Forget everything said since ``checkpoint``; pages that become empty are given back.
+
+        Where nothing was cached then, what is cached by now of the same log stays: it was brought back since.
+        """
+        self.truncate(checkpoint.items)
         # A release since the checkpoint may have left less cached than it had: then there is nothing to cut.
-        if self.cached > checkpoint.cached:
+        if self.cached > checkpoint.cached > Progress():
             self.cache.truncate(checkpoint.lengths)
             self.cached = checkpoint.cached
+
+    def truncate(self, items: int) -> None:
+        """Forget all but the first ``items`` items of the log, and what is cached beyond them."""
+        del self.log[items:]
+        rest = Progress(items, position=sum(map(span, self.log)))
+        if self.cached > rest:
+            self.cache.truncate(tokens_per_stage(self.log, len(self.cache.stages)))
+            self.cached = rest
 
     def fork(self) -> Conversation:
         """A second conversation with the same past; the two share pages until one of them writes into one."""

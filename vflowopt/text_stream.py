@@ -32,6 +32,14 @@ class TextStream:
         self.text = ""
         self.stopped = False
 
+    @property
+    def tokens_shown(self) -> int:
+        """How many tokens, from the first on, the text handed out holds in full."""
+        shown = len(self._tokens)
+        while not self.text.startswith(self._chat.decode(self._tokens[:shown])):
+            shown -= 1
+        return shown
+
     def push(self, token: int) -> str:
         """Take one token; returns the text that is now safe to show, often of this token, possibly none."""
         self._tokens.append(token)

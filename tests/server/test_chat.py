@@ -126,6 +126,24 @@ def test_a_seed_repeats_an_answer_and_a_stop_text_ends_it(client: Client) -> Non
         assert ask(three, stop=[stop]) == (whole[: whole.index(stop)], "STOP_STRING")
 
 
+def test_later_turns_do_not_see_what_a_stop_text_ended(served: Served, client: Client) -> None:
+    with client.session() as stopped, client.session() as short:
+        whole = client.session().ask("Tell me", max_new_tokens=40).read()
+        stop = whole[len(whole) // 2 :][:2]
+        answer = stopped.ask("Tell me", max_new_tokens=40, stop=[stop])
+        shown = answer.read()
+        log = served.live(stopped).dialogue.conversation(served.service.bench.runtime).log
+        kept = len(log) - answer.usage.prompt_tokens
+        assert shown and 0 < kept < answer.usage.completion_tokens
+        chat = served.service.bench.runtime.chat
+        assert shown.startswith(chat.decode([item for item in log[-kept:] if isinstance(item, int)]))
+        # The same as if the answer had come to its end there.
+        short.ask("Tell me", max_new_tokens=kept).read()
+        one, other = (session.ask("And?", max_new_tokens=12) for session in (stopped, short))
+        assert one.read() == other.read()
+        assert one.usage.prompt_tokens == other.usage.prompt_tokens
+
+
 def test_a_model_cannot_end_its_answer_too_early(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = served.service.bench.runtime.chat
     with served.client.session() as one, served.client.session() as two, served.client.session() as three:

@@ -13,6 +13,7 @@ from tests.server.drawing import noise
 from vflow.v1.conversations_pb2 import Finished
 from vflow_server.dialogue import Dialogue
 from vflow_server.engine import Engine, Steps, Work
+from vflow_server.parked import ParkedStore
 from vflow_server.scheduler import Scheduler
 from vflow_server.tenant import DEFAULT_TENANT
 from vflow_server.turn import Turn, TurnRequest
@@ -26,7 +27,7 @@ from vflowopt.strategy import Strategy
 def new_bench(model_folder: Path, kv_budget: int) -> Workbench:
     runtime = Runtime.load(model_folder, kv_budget=kv_budget)
     runtime.chat.stop_ids = frozenset()
-    return Workbench(runtime, compressed_bytes=0, parked_bytes=0)
+    return Workbench(runtime, compressed_bytes=0, parked=ParkedStore(0, None))
 
 
 @pytest.fixture

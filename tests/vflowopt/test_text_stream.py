@@ -40,6 +40,20 @@ def test_a_character_is_held_back_until_it_is_whole(chat: ChatFormat) -> None:
     assert [stream.push(token) for token in chat.text("é!")] == ["", "é", "!"]
 
 
+@pytest.mark.parametrize(
+    ("text", "stop", "shown"),
+    [("ab", "x", 2), ("abEND", "END", 2), ("END", "END", 0), ("éé", "é", 0), ("aé!", "!", 3), ("aé!é", "é", 1)],
+)
+def test_the_tokens_shown_are_those_before_the_stop_string(chat: ChatFormat, text: str, stop: str, shown: int) -> None:
+    stream = TextStream(chat, [stop])
+    for token in chat.text(text):
+        stream.push(token)
+        if stream.stopped:
+            break
+    stream.finish()
+    assert stream.tokens_shown == shown
+
+
 def test_the_beginning_of_a_stop_string_is_held_back_and_freed(chat: ChatFormat) -> None:
     stream = TextStream(chat, ["END"])
     assert [stream.push(token) for token in chat.text("aENb")] == ["a", "", "", "ENb"]
