@@ -39,7 +39,8 @@ class Bootstrap:
             asked: per picture, [pictures].
         """
         total = self._times @ asked
-        return np.divide(self._times @ hits, total, out=np.full(DRAWS, np.nan), where=total > 0)
+        shares: np.ndarray = np.divide(self._times @ hits, total, out=np.full(DRAWS, np.nan), where=total > 0)
+        return shares
 
 
 def interval(draws: np.ndarray) -> Interval:

@@ -14,6 +14,7 @@ from benchmarks.asked_pictures import Asked, from_folder, generated
 from benchmarks.bootstrap import Bootstrap, interval, verdict
 from benchmarks.fidelity_rows import Ledger, Mark, compare, summary
 from benchmarks.line_chart import line_chart
+from vflowopt.strategy import Strategy
 
 KEYS = {"method", "retention", "turn", "accuracy", "low", "high", "agreement", "kv_bytes", "cosine", "kl_divergence"}
 
@@ -56,11 +57,19 @@ def test_a_folder_of_one_s_own(tmp_path: Path) -> None:
     assert [each.text for each in asked.questions] == [line["question"] for line in lines]
     assert asked.questions[0].answered_by(" red") and not asked.questions[0].answered_by("green")
     assert asked.questions[0].groups == ("colours",)
-    arguments = ["--data", str(tmp_path), "--retention", "0.25", "--methods", "vflowopt", "--json"]
-    assert fidelity.main([*arguments, str(tmp_path / "rows.json")]) == 0
+    (tmp_path / "mine.json").write_text(Strategy.preset(0.25, 6).to_json())
+    arguments = ["--data", str(tmp_path), "--retention", "0.25", "--methods", "vflowopt"]
+    files = ["--strategy", str(tmp_path / "mine.json"), "--json", str(tmp_path / "rows.json")]
+    assert fidelity.main([*arguments, *files]) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert {row["questions"] for row in rows if row["turn"] == "all"} == {2}
     assert "colours" in rows[0]["groups"]
+    ours, mine = ([row for row in rows if row["method"] == name] for name in ("vflowopt", "vflowopt-mine"))
+    differing = {"method", "versus_vflowopt"}  # the strategy is the preset: all figures are the same
+    assert len(ours) == len(mine) == 4
+    for row, same in zip(ours, mine, strict=True):
+        assert same["versus_vflowopt"] == "tie"
+        assert {key: row[key] for key in row.keys() - differing} == {key: same[key] for key in row.keys() - differing}
 
 
 def test_a_line_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
