@@ -47,7 +47,7 @@ def test_hints_begin_at_the_word_that_the_question_is_about() -> None:
     row = Conversation(TOKENIZER).row((224, 224), QUESTIONS)
     hinted = np.flatnonzero(row.hints != NOT_ASKED)
     assert TOKENIZER.convert_ids_to_tokens(row.ids[hinted]) == ["▁star", "?", "<|end|>"] * 2
-    assert TOKENIZER.convert_ids_to_tokens(row.hints[hinted]) == ["▁red"] * 3 + ["▁k"] * 3
+    assert TOKENIZER.convert_ids_to_tokens(row.hints[hinted]) == ["▁red"] * 3 + ["5"] + ["▁k"] * 2
     assert not ((row.hints != NOT_ASKED) & (row.targets != NOT_ASKED)).any()
 
 

@@ -85,6 +85,8 @@ class Conversation:
             answer = self._encode(question.answer)
             if named:  # a lone digit is a space and the digit
                 hints[named[-1] :] = [answer[1] if question.kind == "count" else answer[0]] * (len(ids) - named[-1])
+                if question.kind == "code":  # its second character is told by nothing else before it is to be said
+                    hints[named[-1]] = answer[1]
 
         def say(tokens: tuple[int, ...], turn: int, learn: bool = False) -> None:
             for token in tokens:
