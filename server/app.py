@@ -10,10 +10,11 @@ import torch
 import uvloop
 from transformers.utils.logging import disable_progress_bar
 
+from vflow_server.memory import available_memory
 from vflow_server.service import Service
 from vflow_server.settings import Settings
 from vflowopt.demo import model_path
-from vflowopt.models import ModelError
+from vflowopt.models import ModelError, load_model
 from vflowopt.runtime import Runtime
 
 log = structlog.get_logger(__name__)
@@ -44,17 +45,28 @@ def _load(settings: Settings) -> Runtime:
     log.info("loading the model", model=model, device=settings.device, dtype=settings.dtype)
     disable_progress_bar()  # it would stand between the lines of the log
     try:
-        runtime = Runtime.load(model, device=settings.device, dtype=settings.dtype, kv_budget=settings.kv_budget)
+        loaded = load_model(model, device=settings.device, dtype=settings.dtype)
+        runtime = Runtime(loaded, kv_budget=_kv_budget(settings, loaded.device))
     except (ModelError, ValueError) as error:
         raise StartError(str(error)) from error
     except RuntimeError as error:  # how torch says that memory is short, or a device not there
         reason = str(error).partition("\n")[0]
         raise StartError(
-            f"the model and a KV cache of {settings.kv_budget} bytes cannot be set up on {settings.device} ({reason}); "
+            f"the model and a KV cache of {settings.kv_budget} cannot be set up on {settings.device} ({reason}); "
             "check --device, or lower --kv-budget"
         ) from error
     log.info("model loaded", revision=runtime.revision, layers=runtime.layers, kv_bytes=runtime.pool.bytes_total)
     return runtime
+
+
+def _kv_budget(settings: Settings, device: torch.device) -> int:
+    """Bytes for the KV cache; a share is of what the loaded model leaves."""
+    if isinstance(settings.kv_budget, int):
+        return settings.kv_budget
+    available = available_memory(device)
+    budget = settings.kv_budget.of(available)
+    log.info("KV budget", share=str(settings.kv_budget), of_available_bytes=available, bytes=budget)
+    return budget
 
 
 async def _serve(runtime: Runtime, settings: Settings) -> None:

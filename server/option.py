@@ -47,6 +47,33 @@ def size(text: str) -> int:
     return int(_quantity(text, _SIZES, "a size such as 512MiB or 2GiB"))
 
 
+@dataclass(frozen=True)
+class Share:
+    """A share, in percent, of something that is measured later."""
+
+    percent: float
+
+    def of(self, whole: int) -> int:
+        """The share of ``whole``."""
+        return int(whole * self.percent / 100)
+
+    def __str__(self) -> str:
+        return f"{self.percent:g}%"
+
+
+def size_or_share(text: str) -> int | Share:
+    """Bytes as for :func:`size`, or a share such as ``25%``."""
+    if not text.strip().endswith("%"):
+        return int(_quantity(text, _SIZES, "a size such as 512MiB, or a share such as 25%"))
+    try:
+        percent = float(text.strip()[:-1])
+    except ValueError:
+        percent = 0.0
+    if not 0 < percent <= 100:
+        raise ValueError("expected a share above 0% and up to 100%")
+    return Share(percent)
+
+
 def seconds(text: str) -> float:
     """Seconds: ``90s``, ``15m``, ``1h``, or a bare number."""
     return _quantity(text, _SECONDS, "a duration such as 90s, 15m or 1h")

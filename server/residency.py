@@ -13,6 +13,7 @@ import structlog
 
 from vflow_server.dialogue import Dialogue
 from vflow_server.errors import CapacityExhausted
+from vflow_server.logged_pictures import LoggedPictures
 from vflow_server.parked import ParkedStore, Tier
 from vflow_server.prefixes import PrefixStore
 from vflowopt.conversation import Conversation, Item, tokens_per_stage
@@ -32,12 +33,14 @@ class Residency:
         runtime: whose pages are held.
         prefixes: they hold pages, too, and are the first to go.
         parked: where the caches of idle dialogues go.
+        pictures: those in the dialogues' logs.
     """
 
-    def __init__(self, runtime: Runtime, prefixes: PrefixStore, parked: ParkedStore) -> None:
+    def __init__(self, runtime: Runtime, prefixes: PrefixStore, parked: ParkedStore, pictures: LoggedPictures) -> None:
         self._runtime = runtime
         self._prefixes = prefixes
         self._parked = parked
+        self._pictures = pictures
         self._in_use: OrderedDict[Dialogue, None] = OrderedDict()
         self._idle: OrderedDict[Dialogue, None] = OrderedDict()
 
@@ -51,7 +54,9 @@ class Residency:
         finally:
             del self._in_use[dialogue]
             self._idle[dialogue] = None
-            self._parked.put_down(dialogue.conversation(self._runtime))
+            conversation = dialogue.conversation(self._runtime)
+            self._parked.put_down(conversation)
+            self._pictures.note(dialogue, conversation.log)
             dialogue.publish()
 
     def release_idle(self) -> bool:
@@ -105,6 +110,7 @@ class Residency:
     def forget(self, dialogue: Dialogue) -> None:
         """Release all that is held of ``dialogue`` for good."""
         self._parked.forget(dialogue.conversation(self._runtime))
+        self._pictures.forget(dialogue)
         dialogue.release()
         self._idle.pop(dialogue, None)
 
@@ -119,11 +125,13 @@ class Residency:
         return sum(owner.bytes_held for owner in owners)
 
     def check_room(self, conversation: Conversation, items: Sequence[Item]) -> None:
-        """Refuse at once what the pool could not hold even if there were nobody else.
+        """Refuse at once what the pool could not hold even if there were nobody else, and pictures that are too many.
 
         Raises:
-            CapacityExhausted: the conversation with ``items`` needs more pages than there are.
+            CapacityExhausted: the conversation with ``items`` needs more pages than there are, or the pictures of all
+                conversations more memory than they may have.
         """
+        self._pictures.check_room(items)
         stages = conversation.cache.stages
         tokens = tokens_per_stage([*conversation.log, *items], len(stages))
         needed = sum(stage.pages_for(count) for stage, count in zip(stages, tokens, strict=True))

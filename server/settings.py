@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from vflow_server.option import Option, OptionError, one_of, option, seconds, size, whole
+from vflow_server.option import Option, OptionError, Share, one_of, option, seconds, size, size_or_share, whole
 
 ENVIRONMENT_PREFIX = "VFLOW_"
 CONFIG_VARIABLE = "VFLOW_CONFIG"
@@ -28,7 +28,12 @@ class Settings:
     device: str = option("cpu", "cpu, cuda or cuda:N", metavar="NAME")
     dtype: str = option("float32", "float32, bfloat16 or float16", metavar="NAME")
     threads: int | None = option(None, "CPU threads of the model (unset: torch decides)", whole(1), metavar="N")
-    kv_budget: int = option("1GiB", "memory for the KV cache of all sessions", size, metavar="SIZE")
+    kv_budget: int | Share = option(
+        "25%",
+        "memory for the KV cache of all sessions; N% is of what is available",
+        size_or_share,
+        metavar="SIZE",
+    )
     host: str = option("127.0.0.1", "address to listen on", metavar="HOST")
     port: int = option("50051", "port to listen on; 0 takes a free one", whole(0, 65535), metavar="N")
     max_sessions: int = option("1000", "sessions that may live at the same time (*)", whole(1), metavar="N")
@@ -39,7 +44,9 @@ class Settings:
     max_picture_pixels: int = option("50000000", "most pixels of a picture", whole(1), metavar="N")
     max_message_bytes: int = option("64MiB", "largest request, and largest response", size, metavar="SIZE")
     picture_memory: int = option("256MiB", "decoded pictures held, to be named by digest", size, metavar="SIZE")
-    compressed_memory: int = option("256MiB", "compressed pictures held, for use again", size, metavar="SIZE")
+    compressed_memory: int = option(
+        "256MiB", "compressed pictures in sessions, and as much again for use again", size, metavar="SIZE"
+    )
     parked_memory: int = option("1GiB", "KV caches of idle sessions held outside the KV budget", size, metavar="SIZE")
     spill_dir: Path | None = option(
         None, "folder for KV caches beyond parked_memory (unset: they are rebuilt when needed)", Path, metavar="PATH"

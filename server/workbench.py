@@ -6,10 +6,11 @@ Belongs to the engine's thread.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
 
+from vflow_server.logged_pictures import LoggedPictures, picture_bytes
 from vflow_server.lru import ByteBoundedLRU
 from vflow_server.needs import Encode
 from vflow_server.parked import ParkedStore
@@ -19,14 +20,17 @@ from vflowopt.compression import CompressedImage
 from vflowopt.runtime import Runtime
 from vflowopt.strategy import Strategy
 
+_Key = tuple[str, Strategy, str]
+"""Digest, strategy and tenant."""
+
 
 class Workbench:
     """The engine's thread's own things.
 
     Args:
         runtime: the model; handed over for good.
-        compressed_bytes: bytes of compressed pictures to remember, so that a tenant's picture is not encoded twice
-            under the same strategy.
+        compressed_bytes: bytes of compressed pictures that logs may hold, and as much again to remember, so that a
+            tenant's picture is not encoded twice under the same strategy.
         parked: holds KV caches outside the pool for idle dialogues.
         prefixes: beginnings to keep for dialogues that begin the same way.
     """
@@ -35,10 +39,10 @@ class Workbench:
         self.runtime = runtime
         self.prefixes = PrefixStore(prefixes)
         self.parked = parked
-        self.residency = Residency(runtime, self.prefixes, parked)
-        self._compressed: ByteBoundedLRU[tuple[str, Strategy, str], CompressedImage] = ByteBoundedLRU(
-            compressed_bytes, _bytes
-        )
+        self.residency = Residency(runtime, self.prefixes, parked, LoggedPictures(compressed_bytes))
+        self._compressed: ByteBoundedLRU[_Key, CompressedImage] = ByteBoundedLRU(compressed_bytes, picture_bytes)
+        # Those that the log of some dialogue holds are at hand as long as it does.
+        self._in_use: WeakValueDictionary[_Key, CompressedImage] = WeakValueDictionary()
 
     def close(self) -> None:
         """Give back the pages that prefixes hold, and remove the files of parked caches, once the engine has ended."""
@@ -52,7 +56,9 @@ class Workbench:
 
     def held(self, asked: Encode) -> CompressedImage | None:
         """The compressed picture, if it is at hand for that tenant."""
-        return self._compressed.get((asked.picture.digest, asked.strategy, asked.tenant))
+        key = (asked.picture.digest, asked.strategy, asked.tenant)
+        image = self._compressed.get(key)
+        return self._in_use.get(key) if image is None else image
 
     def compress(self, asked: Sequence[Encode]) -> list[CompressedImage]:
         """Encode pictures in one batch and compress them; they are at hand for their tenants from then on.
@@ -65,22 +71,7 @@ class Workbench:
         """
         images = self.runtime.compress([each.picture for each in asked], asked[0].strategy)
         for each, image in zip(asked, images, strict=True):
-            self._compressed.put((each.picture.digest, each.strategy, each.tenant), image)
+            key = (each.picture.digest, each.strategy, each.tenant)
+            self._in_use[key] = image
+            self._compressed.put(key, image)
         return images
-
-
-def _bytes(image: CompressedImage) -> int:
-    layout = image.layout
-    tensors: tuple[Tensor, ...] = (
-        image.embeddings,
-        image.positions,
-        image.importance,
-        image.recycled,
-        *image.kept,
-        layout.grid,
-        layout.row,
-        layout.column,
-        layout.structural,
-        layout.boxes,
-    )
-    return sum(tensor.nbytes for tensor in tensors)

@@ -84,6 +84,35 @@ def test_a_conversation_held_up_by_a_running_one_waits_and_is_answered(serve: Se
         assert running.state().turn_count == 0 and rival.state().turn_count == 1
 
 
+def test_room_for_the_pictures_of_all_sessions(serve: Serve) -> None:
+    probe = serve()
+    pictures = [png(60, 60, seed) for seed in range(3)]
+    with probe.client.session() as session:
+        session.add_image(pictures[0])
+        size = probe.service.bench.residency._pictures.bytes_held
+    assert size > 0 and probe.service.bench.residency._pictures.bytes_held == 0
+    probe.stop()
+    served = serve(compressed_memory=str(2 * size))
+    with served.client.session() as one, served.client.session() as two, served.client.session() as three:
+        one.add_image(pictures[0])
+        two.ask("What?", images=[pictures[1]], max_new_tokens=1).read()
+        for attempt in (
+            lambda: three.add_image(pictures[2]),
+            lambda: three.ask("What?", images=[pictures[2]], max_new_tokens=1).read(),
+        ):
+            with pytest.raises(CapacityExhausted) as refused:
+                attempt()
+            assert refused.value.metadata["resource"] == "session_pictures" and refused.value.retry_after
+        assert three.state().image_count == 0
+        three.add_image(pictures[0])  # held once, whoever was shown it
+        with two.fork():
+            two.delete()
+            with pytest.raises(CapacityExhausted):
+                one.add_image(pictures[2])
+        one.add_image(pictures[2])
+    assert served.service.bench.residency._pictures.bytes_held == 0
+
+
 def test_places_for_sessions(serve: Serve) -> None:
     client = serve(max_sessions="2").client
     with client.session(), client.session() as second:

@@ -58,7 +58,7 @@ class Process:
 @pytest.fixture
 def process(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Process]:
     monkeypatch.setenv("VFLOW_MAX_SESSIONS", "3")
-    process = Process("--model", str(model_folder), "--grace", "3s")
+    process = Process("--model", str(model_folder), "--kv-budget", "32MiB", "--grace", "3s")
     yield process
     if process.popen.poll() is None:
         process.popen.kill()

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from vflow_server.option import OptionError
+from vflow_server.cli import main
+from vflow_server.option import OptionError, Share
 from vflow_server.settings import Settings, load, options
 
 
@@ -23,6 +24,8 @@ def test_a_flag_wins_over_a_variable_over_the_file_over_the_default(tmp_path: Pa
         ("kv_budget", "1.5GiB", 3 * 2**29),
         ("kv_budget", "4096", 4096),
         ("kv_budget", "10 MB", 10_000_000),
+        ("kv_budget", "12.5%", Share(12.5)),
+        ("spill_bytes", "1GiB", 2**30),
         ("idle_timeout", "90", 90.0),
         ("idle_timeout", "2h", 7200.0),
         ("grace", "250ms", 0.25),
@@ -43,6 +46,10 @@ def test_values_are_read_as_people_write_them(name: str, text: str, value: objec
         ("kv_budget", "lots"),
         ("kv_budget", "0"),
         ("kv_budget", "-1GiB"),
+        ("kv_budget", "0%"),
+        ("kv_budget", "101%"),
+        ("kv_budget", "some%"),
+        ("spill_bytes", "25%"),
         ("idle_timeout", "soon"),
         ("idle_timeout", "nan"),
         ("log_level", "loud"),
@@ -77,6 +84,15 @@ def test_a_file_that_cannot_be_used(tmp_path: Path, text: str, complaint: str) -
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="cannot be read"):
         load({}, {}, tmp_path / "none.toml")
+
+
+def test_help_names_every_option_and_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    told = capsys.readouterr().out
+    for name, declared in options().items():
+        assert f"--{name.replace('_', '-')} {declared.metavar}" in told
+        assert declared.shown is None or declared.shown in told
 
 
 def test_every_default_reads_back_as_itself() -> None:
