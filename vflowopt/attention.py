@@ -10,7 +10,7 @@ Where everything lies is worked out once for all layers of a stage, in an :class
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,14 @@ from vflowopt.cache import PagePool, StagedCache
 from vflowopt.decode_kernel import DecodeKernel
 
 PAGED = "vflow_paged"
+
+
+class Plan(Protocol):
+    """Where the tokens of a batch are written and read; made anew for each batch."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+        """See :meth:`AttentionPlan.attend`."""
+        ...
 
 
 class AttentionPlan:
@@ -180,7 +188,7 @@ def paged_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    plan: AttentionPlan,
+    plan: Plan,
     scaling: float,
     **_: Any,
 ) -> tuple[Tensor, None]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from vflowopt.attention import AttentionPlan
+from vflowopt.attention import Plan
 
 _FUSABLE = (Qwen2DecoderLayer, LlamaDecoderLayer)
 """Layers that are: RMS norm, attention without norms of its own, residual, RMS norm, gated SiLU network, residual."""
@@ -41,7 +41,7 @@ class Decoder(ABC):
         """The rows of :meth:`rotary` of the tokens ``kept``, int64 [tokens that stay]."""
 
     @abstractmethod
-    def run(self, layers: range, hidden: Tensor, rotary: tuple[Tensor, ...], plan: AttentionPlan) -> Tensor:
+    def run(self, layers: range, hidden: Tensor, rotary: tuple[Tensor, ...], plan: Plan) -> Tensor:
         """Hidden states [tokens, hidden] through a run of layers, writing and reading the caches of ``plan``."""
 
     @abstractmethod
@@ -67,14 +67,14 @@ class ModuleDecoder(Decoder):
     def rotary(self, positions: Tensor) -> tuple[Tensor, ...]:
         """Cosines and sines, each [1, tokens, head_dim]."""
         weight: Tensor = self._decoder.embed_tokens.weight
-        cosines, sines = self._decoder.rotary_emb(weight[:0], positions[None].to(weight.device))
+        cosines, sines = self._decoder.rotary_emb(weight[:0], positions[None].to(weight.device, non_blocking=True))
         return cosines, sines
 
     def pick(self, rotary: tuple[Tensor, ...], kept: Tensor) -> tuple[Tensor, ...]:
         """See :meth:`Decoder.pick`."""
         return tuple(part[:, kept] for part in rotary)
 
-    def run(self, layers: range, hidden: Tensor, rotary: tuple[Tensor, ...], plan: AttentionPlan) -> Tensor:
+    def run(self, layers: range, hidden: Tensor, rotary: tuple[Tensor, ...], plan: Plan) -> Tensor:
         """See :meth:`Decoder.run`."""
         states = hidden[None]
         for layer in layers:
@@ -121,7 +121,7 @@ class FusedDecoder(Decoder):
         furthest = int(positions[-1]) if len(positions) == 1 else int(positions.max())
         if furthest >= len(self._turns):
             self._turns = self._table(max(1024, 2 * furthest))
-        return (self._turns[positions.to(self._turns.device)],)
+        return (self._turns[positions.to(self._turns.device, non_blocking=True)],)
 
     def _table(self, length: int) -> Tensor:
         weight: Tensor = self._norm.weight
@@ -134,7 +134,7 @@ class FusedDecoder(Decoder):
         """See :meth:`Decoder.pick`."""
         return (rotary[0][kept],)
 
-    def run(self, layers: range, hidden: Tensor, rotary: tuple[Tensor, ...], plan: AttentionPlan) -> Tensor:
+    def run(self, layers: range, hidden: Tensor, rotary: tuple[Tensor, ...], plan: Plan) -> Tensor:
         """See :meth:`Decoder.run`."""
         for layer in layers:
             hidden = self._layers[layer](layer, hidden, rotary[0], plan)
@@ -163,7 +163,7 @@ class _FusedLayer:
             (norm.weight, norm.variance_epsilon) for norm in (layer.input_layernorm, layer.post_attention_layernorm)
         ]
 
-    def __call__(self, index: int, hidden: Tensor, turns: Tensor, plan: AttentionPlan) -> Tensor:
+    def __call__(self, index: int, hidden: Tensor, turns: Tensor, plan: Plan) -> Tensor:
         tokens = len(hidden)
         (weight, epsilon), (late_weight, late_epsilon) = self._norms
         normed = F.rms_norm(hidden, hidden.shape[-1:], weight, epsilon)

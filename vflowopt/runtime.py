@@ -16,16 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vflowopt.attention import AttentionPlan
+from vflowopt.attention import AttentionPlan, Plan
 from vflowopt.cache import PagePool, StagedCache
 from vflowopt.chat import ChatFormat
 from vflowopt.compression import CompressedImage, compress
 from vflowopt.conversation import Conversation, Item, Progress
+from vflowopt.decode_graph import DecodeGraphs, DecodePlan, Rotary
 from vflowopt.decode_kernel import DecodeKernel, build_decode_kernel
 from vflowopt.decoder import build_decoder
 from vflowopt.models import MultimodalModel, load_model
 from vflowopt.picture import Picture
 from vflowopt.strategy import Strategy
+from vflowopt.varlen_attention import Reading, VarlenPlan, readable
 
 
 class Runtime:
@@ -61,9 +63,16 @@ class Runtime:
         self.revision = _revision(model)
         self.decoder = build_decoder(model.decoder)
         self._kernel: DecodeKernel | None = None
+        self._reading: Reading | None = None
+        self._graphs: DecodeGraphs | None = None
+        heads = model.decoder.config.num_attention_heads
         if model.device.type == "cpu" and model.dtype == torch.float32:
-            config = model.decoder.config
-            self._kernel = build_decode_kernel(model.head_dim, config.num_attention_heads, model.heads, page_size)
+            self._kernel = build_decode_kernel(model.head_dim, heads, model.heads, page_size)
+        elif model.device.type == "cuda":
+            self._reading = readable(self.pool, heads)
+            self._graphs = DecodeGraphs(
+                self.pool, self.layers, rotary=self.decoder.rotary, step=self._step, reading=self._reading
+            )
 
     @classmethod
     def load(
@@ -179,11 +188,8 @@ class Runtime:
         try:
             segments = [self._segment(each, limit) for each, limit in zip(conversations, limits, strict=True)]
             done = [place for place, segment in enumerate(segments) if want_logits and segment.reaches_the_end]
-            hidden = self._forward(segments, done)
-            if done:
-                rows: Tensor = self.model.head(self.decoder.norm(hidden)).float()
-                for place, row in zip(done, rows, strict=True):
-                    logits[place] = row
+            for place, row in zip(done, self._logits(segments, done), strict=True):
+                logits[place] = row
         except BaseException:
             for conversation in conversations:
                 conversation.cache.truncate(conversation.cache.lengths)  # gives back the room reserved in vain
@@ -233,6 +239,30 @@ class Runtime:
         to = Progress(whole, offset, position)
         return _Segment(conversation, pieces, np.concatenate(positions), ends, counts, to)
 
+    def _logits(self, segments: Sequence[_Segment], wanted: Sequence[int]) -> Tensor:
+        """Run segments; float32 logits [wanted, vocabulary] after the last tokens of the ``wanted`` ones."""
+        caches = [segment.conversation.cache for segment in segments]
+        if self._graphs is not None and all(map(_one_token, segments)) and self._graphs.suit(caches):
+            tokens = [int(segment.pieces[0][0]) for segment in segments]
+            positions = [int(segment.positions[0]) for segment in segments]
+            return self._graphs.run(caches, tokens, positions)[list(wanted)]
+        return self._head(self._forward(segments, wanted))
+
+    def _step(self, tokens: Tensor, rotary: Rotary, plan: DecodePlan) -> Tensor:
+        """A token of each conversation through all layers; see :class:`vflowopt.decode_graph.DecodeGraphs`."""
+        embeddings: Tensor = self.model.decoder.embed_tokens(tokens)
+        return self._head(self.decoder.run(range(self.layers), embeddings, rotary, plan))
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """float32 logits [n, vocabulary] of hidden states [n, hidden] after the last layer."""
+        logits: Tensor = self.model.head(self.decoder.norm(hidden)).float()
+        return logits
+
+    def _plan(self, layers: range, caches: Sequence[StagedCache], counts: Sequence[int]) -> Plan:
+        if self._reading is None:
+            return AttentionPlan(self.pool, layers, caches, counts, self._kernel)
+        return VarlenPlan(self.pool, layers, caches, counts, reading=self._reading)
+
     def _forward(self, segments: Sequence[_Segment], wanted: Sequence[int]) -> Tensor:
         """Run segments through the decoder layers; the last hidden state of the ``wanted`` ones [wanted, hidden]."""
         # Single tokens first, as the attention plan wants them.
@@ -259,9 +289,7 @@ class Runtime:
             if not len(hidden):
                 break  # a chunk of a picture of which nothing goes further
             counts = [segment.counts[stage] for segment, stage in zip(segments, here, strict=True)]
-            hidden = self.decoder.run(
-                layers, hidden, rotary, AttentionPlan(self.pool, layers, caches, counts, self._kernel)
-            )
+            hidden = self.decoder.run(layers, hidden, rotary, self._plan(layers, caches, counts))
         rows = np.empty(len(order), np.int64)
         rows[order] = np.cumsum([segment.counts[stage] for segment, stage in zip(segments, here, strict=True)]) - 1
         return hidden[torch.from_numpy(rows[list(wanted)]).to(device)]
@@ -312,6 +340,11 @@ class _Segment:
         """Count the tokens, all written by now, as cached."""
         self.conversation.cached = self.to
         self.conversation.cache.advance(self.counts)
+
+
+def _one_token(segment: _Segment) -> bool:
+    """Whether a segment is a single token of text, and so goes through all layers."""
+    return len(segment.positions) == 1 and isinstance(segment.pieces[0], list)
 
 
 def _revision(model: MultimodalModel) -> str:
