@@ -28,7 +28,7 @@ READINGS: tuple[Reading | None, ...] = ("paged", "gathered", None)
 def graphs(runtime: Runtime, reading: Reading | None) -> DecodeGraphs:
     def step(tokens: Tensor, rotary: Rotary, plan: DecodePlan) -> Tensor:
         hidden = runtime.model.decoder.embed_tokens(tokens)
-        hidden = runtime.decoder.run(range(runtime.layers), hidden, rotary, plan)  # type: ignore[arg-type]
+        hidden = runtime.decoder.run(range(runtime.layers), hidden, rotary, plan)
         logits: Tensor = runtime.model.head(runtime.decoder.norm(hidden)).float()
         return logits
 
