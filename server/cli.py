@@ -49,7 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--config", type=Path, metavar="FILE", help=f"TOML file with settings [{CONFIG_VARIABLE}]")
     for name, declared in options().items():
-        serve.add_argument(f"--{name.replace('_', '-')}", metavar=declared.metavar, help=declared.described().replace("%", "%%"))
+        told = declared.described().replace("%", "%%")  # argparse would take it for a placeholder
+        serve.add_argument(f"--{name.replace('_', '-')}", metavar=declared.metavar, help=told)
     terminal.add_arguments(commands.add_parser("chat", help="a conversation in the terminal with a running service"))
     health = commands.add_parser("health", help="ask a running service whether it serves (exit code 0) or not (1)")
     health.add_argument("--address", metavar="HOST:PORT", help="where it listens (default: this machine)")

@@ -50,7 +50,8 @@ class Scheduler:
 
     def __call__(self, tasks: Sequence[Needing]) -> None:
         """One step: meet the needs of some of ``tasks``, which come in the order in which they began."""
-        self._await_reading([task for task in tasks if isinstance(task.need, Read)], idle=len(tasks))
+        reading = [task for task in tasks if isinstance(task.need, Read)]
+        self._await_files(reading, patience=PATIENCE if len(reading) == len(tasks) else 0)
         running = [task for task in tasks if isinstance(task.need, Run)]
         answering = any(_pending(task) == 1 for task in running)
         self._run(running)
@@ -58,10 +59,9 @@ class Scheduler:
         encoding = self._pictures.order(encoding)
         self._encode([task for task in encoding if task.need.strategy == encoding[0].need.strategy], answering)
 
-    def _await_reading(self, tasks: Sequence[Needing], *, idle: int) -> None:
-        """Answer those whose file has been read. Waits for one, but not for long, where nobody needs anything else."""
-        if len(tasks) == idle:
-            wait([task.need.reading for task in tasks], PATIENCE, FIRST_COMPLETED)
+    def _await_files(self, tasks: Sequence[Needing], patience: float) -> None:
+        """Answer those whose file has been read; waits ``patience`` seconds at most for the first one."""
+        wait([task.need.reading for task in tasks], patience, FIRST_COMPLETED)
         for task in tasks:
             if task.need.reading.done():
                 task.answer(None)
