@@ -324,9 +324,9 @@ def interleave(bench: Bench, sequences: int) -> None:
 
 
 def test_any_interleaving_keeps_the_pool_and_the_answers(bench: Bench) -> None:
-    interleave(bench, 40)
+    interleave(bench, 200)
 
 
 @pytest.mark.long
 def test_many_interleavings_keep_the_pool_and_the_answers(bench: Bench) -> None:
-    interleave(bench, 300)
+    interleave(bench, 1000)
