@@ -103,7 +103,7 @@ class PagePool:
         taken = self._free[len(self._free) - count :]
         del self._free[len(self._free) - count :]
         # What the last owner left behind must not reach the new one: a masked NaN is still NaN times zero.
-        fresh = torch.tensor(taken, device=self.keys.device)
+        fresh = self._on_device(taken)
         self.keys.view(self.pages, -1).index_fill_(0, fresh, 0)
         self.values.view(self.pages, -1).index_fill_(0, fresh, 0)
         for page in taken:
@@ -128,9 +128,15 @@ class PagePool:
 
     def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
         """Copy the contents of pages."""
+        from_pages, to_pages = self._on_device(source), self._on_device(target)
         for store in (self.keys, self.values):
             by_page = store.view(self.pages, -1)
-            by_page[list(target)] = by_page[list(source)]
+            by_page.index_copy_(0, to_pages, by_page.index_select(0, from_pages))
+
+    def _on_device(self, pages: Sequence[int]) -> Tensor:
+        """Pages as an index where they live, without waiting for the device."""
+        index = torch.tensor(pages, dtype=torch.int64, pin_memory=self.keys.is_cuda)
+        return index.to(self.keys.device, non_blocking=True)
 
     def slots_of(self, pages: np.ndarray, tokens: range) -> np.ndarray:
         """The slots, int64 [rows, tokens], of tokens that lie one after the other in each row of ``pages``.
