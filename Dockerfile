@@ -16,11 +16,14 @@ COPY . .
 RUN pip install --constraint constraints.txt ./client .
 
 FROM python:${PYTHON_VERSION}-slim
+# The compiler makes the decode kernel for the processor at hand when the service starts.
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN useradd --system --uid 10001 --no-create-home vflow && install --directory --owner=vflow /data
 COPY --from=build /opt/vflow /opt/vflow
 ENV PATH=/opt/vflow/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HF_HOME=/data/huggingface \
+    XDG_CACHE_HOME=/data/cache \
     VFLOW_HOST=0.0.0.0 \
     VFLOW_PORT=50051 \
     VFLOW_DATA_DIR=/data \
