@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +66,7 @@ class Runtime:
         self._kernel: DecodeKernel | None = None
         self._reading: Reading | None = None
         self._graphs: DecodeGraphs | None = None
+        self._products_per_token = model.decoder.config.hidden_size * model.decoder.config.intermediate_size
         heads = model.decoder.config.num_attention_heads
         if model.device.type == "cpu" and model.dtype == torch.float32:
             self._kernel = build_decode_kernel(model.head_dim, heads, model.heads, page_size)
@@ -188,8 +190,9 @@ class Runtime:
         try:
             segments = [self._segment(each, limit) for each, limit in zip(conversations, limits, strict=True)]
             done = [place for place, segment in enumerate(segments) if want_logits and segment.reaches_the_end]
-            for place, row in zip(done, self._logits(segments, done), strict=True):
-                logits[place] = row
+            with _threads_for(self._products_per_token * sum(len(segment.positions) for segment in segments)):
+                for place, row in zip(done, self._logits(segments, done), strict=True):
+                    logits[place] = row
         except BaseException:
             for conversation in conversations:
                 conversation.cache.truncate(conversation.cache.lengths)  # gives back the room reserved in vain
@@ -340,6 +343,29 @@ class _Segment:
         """Count the tokens, all written by now, as cached."""
         self.conversation.cached = self.to
         self.conversation.cache.advance(self.counts)
+
+
+_ENOUGH_FOR_THREADS = 8 << 20
+"""Multiplications in one product of a layer from which several threads are worth their meeting."""
+
+
+@contextmanager
+def _threads_for(products: int) -> Iterator[None]:
+    """One thread for small steps, all that torch has for others.
+
+    Threads that meet in every one of a step's hundred small operations wait for each other longer than they compute,
+    and wait busily: on two cores a second thread made decode steps three times as slow, with nothing left for those who
+    send the answers out.
+    """
+    threads = torch.get_num_threads()
+    if products >= _ENOUGH_FOR_THREADS or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _one_token(segment: _Segment) -> bool:
