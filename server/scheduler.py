@@ -1,23 +1,27 @@
 """The scheduler: which needs of the running work are met in a step, and what gives way when KV pages run short.
 
-Every step runs one batch of the model, one token of every answer that is under way and a bounded number of tokens of
-prompts, and encodes a few pictures. So neither a long prompt nor a picture stalls the streams of others for more than a
-step. Tenants have equal shares of the prompt tokens and take turns with their pictures; within a tenant it is first
-come, first served. Belongs to the engine's thread.
+Every step runs one batch of the model: one token of every answer that is under way and a bounded number of tokens of
+prompts. Pictures are encoded beside the steps, a few at a time. So neither a long prompt nor a picture stalls the
+streams of others for more than a step. Tenants have equal shares of the prompt tokens and take turns with their
+pictures; within a tenant it is first come, first served. Belongs to the engine's thread.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, wait
-from typing import Any
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
 
 from vflow_server.engine import Task
 from vflow_server.needs import Encode, Read, Run
 from vflow_server.rota import Rota
 from vflow_server.workbench import Workbench
 from vflowopt.cache import PoolExhausted
+from vflowopt.compression import CompressedImage
 
 PROMPT_TOKENS = 512
 """Tokens of prompts that a step runs at most, over all conversations (and one of each tenant at least)."""
@@ -25,8 +29,8 @@ PROMPT_TOKENS = 512
 PICTURES = 4
 """Pictures that a step encodes at most; one only while answers are under way."""
 
-PATIENCE = 0.02
-"""Seconds to wait for a file, at a time, while there is nothing else to do."""
+PATIENCE = 0.005
+"""Seconds to wait for a file or a picture, at a time, while there is nothing else to do."""
 
 Needing = Task[Any, Any]
 
@@ -34,6 +38,15 @@ Needing = Task[Any, Any]
 def _pending(task: Needing) -> int:
     tokens: int = task.need.conversation.pending_tokens
     return tokens
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """A batch of pictures that is being encoded: who asked, for what, and what becomes of it."""
+
+    tasks: Sequence[Needing]
+    needs: Sequence[Encode]
+    future: Future[list[CompressedImage]]
 
 
 class Scheduler:
@@ -47,24 +60,34 @@ class Scheduler:
         self._bench = bench
         self._residency = bench.residency
         self._pictures = Rota()
+        self._under_way: _Encoding | None = None
+        self._threads = torch.get_num_threads()
 
     def __call__(self, tasks: Sequence[Needing]) -> None:
         """One step: meet the needs of some of ``tasks``, which come in the order in which they began."""
-        reading = [task for task in tasks if isinstance(task.need, Read)]
-        self._await_files(reading, patience=PATIENCE if len(reading) == len(tasks) else 0)
         running = [task for task in tasks if isinstance(task.need, Run)]
+        reading = [task for task in tasks if isinstance(task.need, Read)]
+        self._await_others(reading, patience=0 if running else PATIENCE)
         answering = any(_pending(task) == 1 for task in running)
         self._run(running)
         encoding = [task for task in tasks if isinstance(task.need, Encode) and not self._at_hand(task)]
-        encoding = self._pictures.order(encoding)
-        self._encode([task for task in encoding if task.need.strategy == encoding[0].need.strategy], answering)
+        if encoding and self._under_way is None:
+            encoding = self._pictures.order(encoding)
+            self._encode([task for task in encoding if task.need.strategy == encoding[0].need.strategy], answering)
 
-    def _await_files(self, tasks: Sequence[Needing], patience: float) -> None:
-        """Answer those whose file has been read; waits ``patience`` seconds at most for the first one."""
-        wait([task.need.reading for task in tasks], patience, FIRST_COMPLETED)
-        for task in tasks:
+    def _await_others(self, reading: Sequence[Needing], patience: float) -> None:
+        """Answer those whose file has been read or whose picture is encoded; wait a little for the first of them."""
+        futures: list[Future[Any]] = [task.need.reading for task in reading]
+        if self._under_way is not None:
+            futures.append(self._under_way.future)
+        if not futures:
+            return
+        wait(futures, patience, FIRST_COMPLETED)
+        for task in reading:
             if task.need.reading.done():
                 task.answer(None)
+        if self._under_way is not None and self._under_way.future.done():
+            self._encoded(self._under_way)
 
     def _at_hand(self, task: Needing) -> bool:
         """Answer with a picture that was compressed before, if there is one."""
@@ -74,23 +97,30 @@ class Scheduler:
         return image is not None
 
     def _encode(self, tasks: Sequence[Needing], answering: bool) -> None:
-        """Encode the first few pictures in one batch; the same picture of a tenant is encoded once."""
+        """Begin to encode the first few pictures in one batch; the same picture of a tenant is encoded once."""
         first = {(task.need.picture.digest, task.need.tenant): task for task in reversed(tasks)}
         batch = [task for task in tasks if task in first.values()][: 1 if answering else PICTURES]
-        if not batch:
-            return
-        try:
-            images = self._bench.compress([task.need for task in batch])
-        except Exception as failure:
-            if len(batch) > 1:  # whose picture it was shows when the first is encoded alone
-                self._encode(batch[:1], answering)
-                return
-            batch[0].fail(failure)
-        else:
-            for task, image in zip(batch, images, strict=True):
-                task.answer((image, False))
         for task in batch:
             self._pictures.served(task.tenant)
+        # Answers that are under way keep a thread to themselves.
+        threads = max(self._threads - 1, 1) if answering else self._threads
+        needs = [task.need for task in batch]
+        self._under_way = _Encoding(batch, needs, self._bench.compress(needs, threads=threads))
+
+    def _encoded(self, done: _Encoding) -> None:
+        """Hand out the pictures of a batch that has been encoded, to those who still wait for them."""
+        self._under_way = None
+        waiting = [(task, need) for task, need in zip(done.tasks, done.needs, strict=True) if task.need is need]
+        if (failure := done.future.exception()) is None:
+            images = done.future.result()
+            self._bench.keep(done.needs, images)
+            for task, need in waiting:
+                task.answer((images[done.needs.index(need)], False))
+        elif len(done.tasks) == 1:
+            for task, _ in waiting:
+                task.fail(cast(Exception, failure))
+        elif waiting:  # whose picture it was shows when the first is encoded alone
+            self._encode([task for task, _ in waiting[:1]], answering=True)
 
     def _run(self, tasks: Sequence[Needing]) -> None:
         """Run one batch.

@@ -6,6 +6,7 @@ Belongs to the engine's thread.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from weakref import WeakValueDictionary
 
 import torch
@@ -43,9 +44,11 @@ class Workbench:
         self._compressed: ByteBoundedLRU[_Key, CompressedImage] = ByteBoundedLRU(compressed_bytes, picture_bytes)
         # Those that the log of some dialogue holds are at hand as long as it does.
         self._in_use: WeakValueDictionary[_Key, CompressedImage] = WeakValueDictionary()
+        self._encoder = ThreadPoolExecutor(1, "encoder")
 
     def close(self) -> None:
         """Give back the pages that prefixes hold, and remove the files of parked caches, once the engine has ended."""
+        self._encoder.shutdown(cancel_futures=True)
         self.prefixes.clear()
         self.parked.close()
 
@@ -60,18 +63,37 @@ class Workbench:
         image = self._compressed.get(key)
         return self._in_use.get(key) if image is None else image
 
-    def compress(self, asked: Sequence[Encode]) -> list[CompressedImage]:
-        """Encode pictures in one batch and compress them; they are at hand for their tenants from then on.
+    def compress(self, asked: Sequence[Encode], *, threads: int) -> Future[list[CompressedImage]]:
+        """Encode pictures in one batch and compress them, on a thread of their own where that helps.
+
+        On a processor it does: a picture takes as long as a dozen steps of decoding, and nobody's stream should wait
+        for it. A CUDA device does one thing at a time anyway, and what another thread starts there would disturb the
+        capture of graphs.
 
         Args:
             asked: all under one strategy.
+            threads: how many of the processor's threads to use.
 
-        Raises:
-            PictureError: the model cannot take the shape of one of them.
+        Returns:
+            What becomes of it: the pictures, or a PictureError where the model cannot take the shape of one of them.
         """
-        images = self.runtime.compress([each.picture for each in asked], asked[0].strategy)
+
+        def compressed() -> list[CompressedImage]:
+            torch.set_num_threads(threads)
+            return self.runtime.compress([each.picture for each in asked], asked[0].strategy)
+
+        if self.runtime.model.device.type == "cpu":
+            return self._encoder.submit(compressed)
+        future: Future[list[CompressedImage]] = Future()
+        try:
+            future.set_result(compressed())
+        except Exception as failure:
+            future.set_exception(failure)
+        return future
+
+    def keep(self, asked: Sequence[Encode], images: Sequence[CompressedImage]) -> None:
+        """Have compressed pictures at hand for their tenants from now on."""
         for each, image in zip(asked, images, strict=True):
             key = (each.picture.digest, each.strategy, each.tenant)
             self._in_use[key] = image
             self._compressed.put(key, image)
-        return images
