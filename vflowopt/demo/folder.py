@@ -60,7 +60,8 @@ def save_folder(
     )
     config = model.config
     config.architectures = ["LlavaOnevisionForConditionalGeneration"]
-    config.dtype = torch.bfloat16
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = torch.bfloat16
     config.save_pretrained(folder)
     GenerationConfig(
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
