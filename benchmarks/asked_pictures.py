@@ -51,8 +51,9 @@ def generated(seed: int, pictures: int, questions: int) -> Iterator[AskedPicture
         questions: about each, at most.
     """
     for scene, about in held_out(_HELD_OUT_SEED + seed * 100_000, pictures, questions):
-        asked = (Asked(each.text, each.answer, (each.kind, "fine") if each.fine else (each.kind,)) for each in about)
-        yield AskedPicture(Picture.from_pixels(scene.image), tuple(asked))
+        asked = [Asked(each.text, each.answer, (each.kind, "fine") if each.fine else (each.kind,)) for each in about]
+        if asked:  # a scene may hold nothing that can be asked about without ambiguity
+            yield AskedPicture(Picture.from_pixels(scene.image), tuple(asked))
 
 
 def from_folder(folder: Path, pictures: int, questions: int) -> Iterator[AskedPicture]:

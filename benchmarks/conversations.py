@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -35,25 +35,89 @@ class Told:
     kv_bytes: int
 
 
-def converse(
-    runtime: Runtime, images: Sequence[Compressed], asked: Sequence[Sequence[Asked]], longest: int
+def hear(
+    runtime: Runtime, images: Sequence[Sequence[Compressed]], asked: Sequence[Sequence[Asked]], longest: int
 ) -> list[Told]:
-    """One conversation per picture, all in step: each question meets the cache that picture and earlier turns left.
+    """Ask every question alone, and then in its turn, from the cache that the first question's image and answers left.
 
     Args:
         runtime: the model.
-        images: one per picture.
-        asked: per picture, the questions in order.
+        images: per picture, one for each of its questions. One that several questions share is prefilled once.
+        asked: per picture, the questions, at least one.
         longest: tokens of an answer at most.
+
+    Raises:
+        PoolExhausted: the caches of all these conversations do not fit into the runtime's pool.
     """
-    conversations = [runtime.start(image.strategy) for image in images]
+    prefilled = _prefill(runtime, [image for of_picture in images for image in of_picture])
+    try:
+        return [
+            *_ask_alone(runtime, prefilled, images, asked, longest),
+            *_converse(runtime, prefilled, [of_picture[0] for of_picture in images], asked, longest),
+        ]
+    finally:
+        for conversation in prefilled.values():
+            conversation.release()
+
+
+def picture_bytes(conversation: Conversation) -> int:
+    """Bytes of keys and values that the one picture of a conversation takes, read off its cache's lengths."""
+    text = conversation.cached_items - 1
+    cache = conversation.cache
+    return sum((stage.length - text) * len(stage.layers) for stage in cache.stages) * cache.pool.token_bytes
+
+
+def _prefill(runtime: Runtime, images: Sequence[Compressed]) -> dict[Compressed, Conversation]:
+    """A conversation about each image, once if it is there several times, in which nothing is asked yet."""
+    prefilled = {image: runtime.start(image.strategy) for image in dict.fromkeys(images)}
+    for image, conversation in prefilled.items():
+        conversation.log.extend(runtime.chat.turn(0, [image.image, ""], generate=False))
+    runtime.advance(list(prefilled.values()), want_logits=False)
+    return prefilled
+
+
+def _ask_alone(
+    runtime: Runtime,
+    prefilled: Mapping[Compressed, Conversation],
+    images: Sequence[Sequence[Compressed]],
+    asked: Sequence[Sequence[Asked]],
+    longest: int,
+) -> list[Told]:
+    places = [(place, number) for place, questions in enumerate(asked) for number in range(len(questions))]
+    conversations = [prefilled[images[place][number]].fork() for place, number in places]
+    prompts = [
+        runtime.chat.turn(0, [images[place][number].image, asked[place][number].text])[len(conversation.log) :]
+        for (place, number), conversation in zip(places, conversations, strict=True)
+    ]
+    replies = reply(runtime, conversations, prompts, longest)
+    told = [
+        Told(place, number, SINGLE, answer, picture_bytes(conversation))
+        for (place, number), answer, conversation in zip(places, replies, conversations, strict=True)
+    ]
+    for conversation in conversations:
+        conversation.release()
+    return told
+
+
+def _converse(
+    runtime: Runtime,
+    prefilled: Mapping[Compressed, Conversation],
+    images: Sequence[Compressed],
+    asked: Sequence[Sequence[Asked]],
+    longest: int,
+) -> list[Told]:
+    """One conversation per picture, all in step."""
+    conversations = [prefilled[image].fork() for image in images]
     told = []
     for turn, questions in enumerate(zip_longest(*asked)):
         taking = [(place, question.text) for place, question in enumerate(questions) if question is not None]
-        prompts = [
-            runtime.chat.turn(turn, [*([images[place].image] if turn == 0 else []), text]) for place, text in taking
-        ]
         speaking = [conversations[place] for place, _ in taking]
+        prompts = [
+            runtime.chat.turn(turn, [text])
+            if turn
+            else runtime.chat.turn(0, [images[place].image, text])[len(conversations[place].log) :]
+            for place, text in taking
+        ]
         replies = reply(runtime, speaking, prompts, longest)
         told += [
             Told(place, turn, turn + 1, answer, picture_bytes(conversation))
@@ -62,45 +126,3 @@ def converse(
     for conversation in conversations:
         conversation.release()
     return told
-
-
-def ask_alone(
-    runtime: Runtime, images: Sequence[Sequence[Compressed]], asked: Sequence[Sequence[Asked]], longest: int
-) -> list[Told]:
-    """Every question as the first one about its picture. Where questions share an image, it is prefilled once.
-
-    Args:
-        runtime: the model.
-        images: per picture, one for each of its questions.
-        asked: per picture, the questions.
-        longest: tokens of an answer at most.
-    """
-    prefilled: dict[Compressed, Conversation] = {}
-    for image in (each for of_picture in images for each in of_picture):
-        if image not in prefilled:
-            prefilled[image] = conversation = runtime.start(image.strategy)
-            conversation.log.extend(runtime.chat.turn(0, [image.image, ""], generate=False))
-    runtime.advance(list(prefilled.values()), want_logits=False)
-    places, conversations, prompts = [], [], []
-    for place, questions in enumerate(asked):
-        for number, question in enumerate(questions):
-            image = images[place][number]
-            conversation = prefilled[image].fork()
-            places.append((place, number))
-            prompts.append(runtime.chat.turn(0, [image.image, question.text])[len(conversation.log) :])
-            conversations.append(conversation)
-    replies = reply(runtime, conversations, prompts, longest)
-    told = [
-        Told(place, number, SINGLE, answer, picture_bytes(conversation))
-        for (place, number), answer, conversation in zip(places, replies, conversations, strict=True)
-    ]
-    for conversation in (*conversations, *prefilled.values()):
-        conversation.release()
-    return told
-
-
-def picture_bytes(conversation: Conversation) -> int:
-    """Bytes of keys and values that the one picture of a conversation takes, read off its cache's lengths."""
-    text = conversation.cached_items - 1
-    cache = conversation.cache
-    return sum((stage.length - text) * len(stage.layers) for stage in cache.stages) * cache.pool.token_bytes

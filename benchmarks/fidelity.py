@@ -23,18 +23,18 @@ from tqdm import tqdm
 
 from benchmarks.answering import Reply
 from benchmarks.asked_pictures import AskedPicture, from_folder, generated
-from benchmarks.conversations import SINGLE, Told, ask_alone, converse
+from benchmarks.conversations import SINGLE, Told, hear
 from benchmarks.fidelity_rows import ALL, OURS, Ledger, Mark, compare, group_summary, summary
 from benchmarks.line_chart import line_chart
 from benchmarks.rivals import Compressed, Method, Sight, rivals
 from benchmarks.rivals.vflowopt import VFlowOpt, ablations, curves
 from benchmarks.table import Row, render
+from vflowopt.cache import PoolExhausted
 from vflowopt.demo import model_path
 from vflowopt.models import ModelError
 from vflowopt.models.loading import DTYPES
-from vflowopt.picture import PictureError
 from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy, StrategyError
+from vflowopt.strategy import Strategy
 
 RETENTIONS = (0.5, 0.25, 0.1, 0.05)
 FULL = "full"
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else generated(options.seed, options.pictures, options.turns)
         )
         rows = measure(runtime, pictures, contestants, options)
-    except (ModelError, StrategyError, PictureError, ValueError, OSError) as error:
+    except (ModelError, PoolExhausted, ValueError, OSError) as error:
         print(f"fidelity: {error}", file=sys.stderr)
         return 2
     print(render(summary(rows)))
@@ -83,7 +83,8 @@ def measure(
     """Ask everything of everyone; returns a row for each method, retention and turn.
 
     Raises:
-        ValueError: there are no pictures.
+        ValueError: there are no pictures, or one is not as it should be (PictureError is one).
+        PoolExhausted: the conversations of a batch do not fit into the pool.
     """
     ledger, seen = Ledger(), 0
     progress = tqdm(total=options.pictures, unit="picture", disable=None)
@@ -94,11 +95,12 @@ def measure(
             [Sight(each.picture, tokens, question.text) for question in each.questions]
             for each, tokens in zip(batch, encoded, strict=True)
         ]
+        asked = [each.questions for each in batch]
         reference: dict[tuple[int, int, str], Reply] = {}
         for method, retentions in ((VFlowOpt(FULL), (1.0,)), *contestants):
             images = [_compressed(runtime, method, of_picture, retentions) for of_picture in sights]
             for place, retention in enumerate(retentions):
-                told = _hear(runtime, batch, [each[place] for each in images], options.new_tokens)
+                told = hear(runtime, [each[place] for each in images], asked, options.new_tokens)
                 if not reference:
                     reference = {(each.picture, each.number, _setting(each)): each.reply for each in told}
                 ledger.marks[method.name, retention] += [
@@ -138,15 +140,6 @@ def _compressed(
         by_question = [method.compress(runtime, sight, retentions) for sight in sights]
         return [list(images) for images in zip(*by_question, strict=True)]
     return [[image] * len(sights) for image in method.compress(runtime, sights[0], retentions)]
-
-
-def _hear(
-    runtime: Runtime, batch: Sequence[AskedPicture], images: Sequence[Sequence[Compressed]], longest: int
-) -> list[Told]:
-    """All replies about a batch, with the images [picture][question] of one method at one retention."""
-    asked = [each.questions for each in batch]
-    first = [of_picture[0] for of_picture in images]
-    return [*ask_alone(runtime, images, asked, longest), *converse(runtime, first, asked, longest)]
 
 
 def _setting(told: Told) -> str:

@@ -18,11 +18,11 @@ Points = Sequence[tuple[float, float]]
 def line_chart(lines: Mapping[str, Points], *, title: str, across: str, up: str) -> str:
     """Draw lines, one for each name, as the text of an SVG file.
 
-    Shares from 0 to 1 are drawn on both axes, as percentages; the axis across is logarithmic, so that small budgets
-    are not squeezed together. The first line is drawn thicker.
+    Shares from 0 to 1 are drawn on both axes, as percentages. The values across stand at equal distances, so that small
+    budgets are not squeezed together. The first line is drawn thicker.
 
     Args:
-        lines: points (x, y), x above 0.
+        lines: points (x, y).
         title: above the chart.
         across: name of the axis across.
         up: name of the axis upwards.
@@ -39,7 +39,6 @@ def line_chart(lines: Mapping[str, Points], *, title: str, across: str, up: str)
     low, high = max(0.0, low - margin), min(1.0, high + margin)
 
     def place(x: float, y: float) -> tuple[float, float]:
-        # Equal steps between the values that occur: a logarithm of retentions that roughly halve.
         step = (_WIDTH - _LEFT - _RIGHT) / max(len(ticks) - 1, 1)
         return _LEFT + ticks.index(x) * step, _TOP + (high - y) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
 

@@ -24,7 +24,8 @@ class Downsampling(Method):
 
     The small picture is one grid of patches without tiles; the vision tower's position embeddings are interpolated to
     it, and the family's newline ends it, as it ends any picture of a single tile. No token is dropped. Of the grids
-    that fit the budget the largest is taken, so a few tokens of the budget may stay unused.
+    that fit the budget the largest is taken, so a few tokens of the budget may stay unused. A model that was trained
+    on tiles of one size has never seen such pictures, which is part of what downsampling costs without training.
 
     Works for models of the LLaVA-OneVision family.
     """

@@ -1,10 +1,12 @@
 """Every rival keeps exactly its budget, in the cache; the controls are really what they say."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import LlavaOnevisionForConditionalGeneration
 
 from benchmarks.rivals import Compressed, Method, Sight, rivals
 from benchmarks.rivals.divprune import DivPrune
@@ -37,8 +39,13 @@ def by_name(method: Method) -> str:
 
 
 @pytest.fixture(scope="module")
-def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
-    loaded = Runtime.load(save(SHAPES[0], tmp_path_factory.mktemp("plain")), kv_budget=32 << 20)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(SHAPES[0], tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def runtime(folder: Path) -> Iterator[Runtime]:
+    loaded = Runtime.load(folder, kv_budget=32 << 20)
     yield loaded
     loaded.pool.check_integrity([])
 
@@ -244,6 +251,25 @@ def test_the_prompt_pass_is_the_decoder_s_own_way(runtime: Runtime, sight: Sight
     assert logits is not None
     mine = runtime.model.head(runtime.decoder.norm(prompt.text_states[-1:]))[0].float()
     torch.testing.assert_close(mine, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_votes_are_the_attention_that_hugging_face_computes(runtime: Runtime, folder: Path, sight: Sight) -> None:
+    network = LlavaOnevisionForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
+    tokens = len(sight.encoded.layout)
+    (full,) = VFlowOpt().compress(runtime, sight, [1.0])
+    items = runtime.chat.turn(0, [full.image, sight.question])
+    before = items.index(full.image)
+    ids = torch.tensor([item for item in items if isinstance(item, int)])
+    with torch.inference_mode():
+        words = network.get_input_embeddings()(ids)
+        embeds = torch.cat((words[:before], sight.encoded.embeddings, words[before:]))[None]
+        weights = network.model.language_model(inputs_embeds=embeds, output_attentions=True).attentions
+    prompt = PromptPass(runtime, sight.encoded, sight.question)
+    prompt.run(range(2))
+    visual = slice(before, before + tokens)
+    torch.testing.assert_close(prompt.attention(), weights[1][0].mean(0)[-1, visual], rtol=1e-4, atol=1e-6)
+    two = weights[1][0].mean(0)[before + tokens + torch.tensor([0, 3]), visual].mean(0)
+    torch.testing.assert_close(prompt.attention(torch.tensor([0, 3])), two, rtol=1e-4, atol=1e-6)
 
 
 def test_dropping_on_the_way_is_what_the_cache_will_hold(runtime: Runtime, sight: Sight) -> None:

@@ -1,0 +1,71 @@
+"""Asking through shared, forked caches is asking from scratch."""
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+
+from benchmarks.answering import Reply, reply
+from benchmarks.asked_pictures import Asked
+from benchmarks.conversations import SINGLE, hear
+from benchmarks.rivals import Compressed, Sight
+from benchmarks.rivals.fastv import FastV
+from benchmarks.rivals.vflowopt import VFlowOpt
+from tests.vflowopt.talk import picture
+from tests.vflowopt.tiny_models import SHAPES, save
+from vflowopt.picture import Picture
+from vflowopt.runtime import Runtime
+
+LONGEST = 3
+ASKED = [(Asked("What is it?", "a"), Asked("Where?", "b"), Asked("7 x 8", "c")), (Asked("How many are there?", "d"),)]
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
+    loaded = Runtime.load(save(SHAPES[0], tmp_path_factory.mktemp("plain")), kv_budget=32 << 20)
+    yield loaded
+    loaded.pool.check_integrity([])
+
+
+@pytest.fixture(scope="module")
+def images(runtime: Runtime) -> list[list[Compressed]]:
+    """One image for all questions about the first picture; one of its own for the question about the second."""
+    first, second = (Picture.from_pixels(picture(90, 110, seed)) for seed in (1, 2))
+    sights = [Sight(each, runtime.model.encode([each])[0], "How many are there?") for each in (first, second)]
+    (shared,) = VFlowOpt().compress(runtime, sights[0], [0.25])
+    (own,) = FastV().compress(runtime, sights[1], [0.5])
+    return [[shared] * 3, [own]]
+
+
+def from_scratch(runtime: Runtime, image: Compressed, questions: Sequence[Asked]) -> list[Reply]:
+    conversation = runtime.start(image.strategy)
+    replies = []
+    for turn, question in enumerate(questions):
+        prompt = runtime.chat.turn(turn, [*([] if turn else [image.image]), question.text])
+        replies += reply(runtime, [conversation], [prompt], LONGEST)
+    conversation.release()
+    return replies
+
+
+def test_every_question_alone_and_in_turn(runtime: Runtime, images: list[list[Compressed]]) -> None:
+    heard = {(each.picture, each.number, each.turn): each for each in hear(runtime, images, ASKED, LONGEST)}
+    expected: dict[tuple[int, int, str | int], Reply] = {}
+    for place, questions in enumerate(ASKED):
+        for number, question in enumerate(questions):
+            (expected[place, number, SINGLE],) = from_scratch(runtime, images[place][number], [question])
+        for number, answer in enumerate(from_scratch(runtime, images[place][0], questions)):
+            expected[place, number, number + 1] = answer
+    assert heard.keys() == expected.keys()
+    for key, told in heard.items():
+        assert told.reply.answer == expected[key].answer
+        torch.testing.assert_close(told.reply.logits, expected[key].logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(told.reply.state, expected[key].state, rtol=1e-4, atol=1e-4)
+        image = images[told.picture][0]
+        assert told.kv_bytes == image.token_layers(runtime.layers) * runtime.bytes_per_token()
+
+
+def test_the_state_is_what_the_head_reads(runtime: Runtime, images: list[list[Compressed]]) -> None:
+    (told, *_) = hear(runtime, images, ASKED, LONGEST)
+    with torch.inference_mode():
+        logits = runtime.model.head(told.reply.state[None])[0]
+    torch.testing.assert_close(logits, told.reply.logits, rtol=1e-4, atol=1e-4)
