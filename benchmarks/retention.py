@@ -1,6 +1,7 @@
 """Exact match on the embedded model's held-out questions, against the share of visual tokens kept.
 
-VFlowOpt beside random pruning with the same number of tokens in every stage, on the same pictures and questions, in
+VFlowOpt, by the published presets and by those that the model brings, beside random pruning with the same number of
+tokens in every stage, on the same pictures and questions, in
 turns of one conversation per picture: each question is answered from the cache that the ones before it left.
 """
 
@@ -45,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runtime = Runtime.load(options.model, kv_budget=512 << 20)
     methods = {("full", 1.0): Strategy.full()}
     for budget in BUDGETS:
-        methods["vflowopt", budget] = Strategy.preset(budget, runtime.layers)
+        methods["published", budget] = Strategy.preset(budget, runtime.layers)
+        if tuned := runtime.model.strategies.get(f"tuned-{100 * budget:.0f}"):
+            methods["tuned", budget] = tuned
         methods["random", budget] = Strategy.from_budget(
             budget, runtime.layers, Strategy.preset(budget, runtime.layers).ratios[:-1]
         )

@@ -73,7 +73,9 @@ class Service:
             on_death=self._engine_died,
         )
         self.strategies = StrategyStore(
-            runtime.layers, settings.data_dir / "strategies.json" if settings.data_dir else None
+            runtime.layers,
+            runtime.model.strategies,
+            settings.data_dir / "strategies.json" if settings.data_dir else None,
         )
         self.sessions = SessionStore(
             self.engine, self.bench, most=settings.max_sessions, idle_timeout=settings.idle_timeout

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,10 +55,11 @@ class StrategyStore:
 
     Args:
         layers: decoder layers of the model; presets are fitted to them.
+        brought: strategies that the model itself brings, by name. One that keeps least of them is active at first.
         file: where created strategies and the choice of the active one are kept; None keeps them in memory only.
     """
 
-    def __init__(self, layers: int, file: Path | None = None) -> None:
+    def __init__(self, layers: int, brought: Mapping[str, Strategy], file: Path | None = None) -> None:
         self.layers = layers
         self._file = file
         self._writing = asyncio.Lock()
@@ -77,7 +78,12 @@ class StrategyStore:
                 continue
             description = f"the published strategy for {percent}%, fitted to this model's depth"
             self._add(f"strategies/preset-{percent}", preset, description, now, built_in=True)
-        self.active = self._revisions.get(DEFAULT, self._revisions["strategies/full"])
+        for name, strategy in brought.items():
+            description = f"made for this model, {strategy.budget(layers):.0%}"
+            self._add(f"strategies/{name}", strategy, description, now, built_in=True)
+        smallest = min(brought, key=lambda name: brought[name].budget(layers), default=None)
+        default = DEFAULT if smallest is None else f"strategies/{smallest}"
+        self.active = self._revisions.get(default, self._revisions["strategies/full"])
         if file is not None and file.exists():
             self._load(file)
 

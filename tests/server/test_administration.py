@@ -11,6 +11,8 @@ from tests.server.served import Served
 from vflow.v1.conversations_pb2 import ListSessionsRequest
 from vflow.v1.conversations_pb2_grpc import ConversationsStub
 from vflow_client import Client, EtagMismatch, Strategy, StrategyExists
+from vflow_server.strategies import StrategyStore
+from vflowopt import strategy as library
 
 
 def test_the_presets_are_there_and_ten_percent_is_active(client: Client) -> None:
@@ -97,3 +99,13 @@ def test_pages_cover_everything_once(served: Served) -> None:
             if len(seen) == 1:  # what has been shown may go without disturbing the rest
                 served.client.attach(names[0]).delete()
     assert seen == [names[:2], names[2:4], names[4:]]
+
+
+def test_a_model_brings_strategies_of_its_own_and_the_leanest_is_active() -> None:
+    brought = {f"tuned-{100 * budget:.0f}": library.Strategy.preset(budget, 6) for budget in (0.5, 0.1)}
+    store = StrategyStore(6, brought)
+    names = [revision.name for revision in store]
+    assert names[-2:] == ["strategies/tuned-50", "strategies/tuned-10"]
+    assert store.active.name == "strategies/tuned-10"
+    assert store.active.strategy == brought["tuned-10"] and store.active.built_in
+    assert StrategyStore(6, {}).active.name == "strategies/preset-10"

@@ -54,6 +54,27 @@ TEXT_ONLY = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + 
 """A template of a language model: contents are strings."""
 
 
+def with_strategies(plain_folder: Path, folder: Path, strategies: dict[str, object]) -> Path:
+    shutil.copytree(plain_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vflow_strategies": strategies}))
+    return folder
+
+
+def test_a_model_brings_strategies(plain_folder: Path, tmp_path: Path) -> None:
+    strategy = Strategy.preset(0.25, 6)
+    folder = with_strategies(plain_folder, tmp_path / "model", {"tuned-25": json.loads(strategy.to_json())})
+    assert load_model(folder).strategies == {"tuned-25": strategy}
+    assert load_model(plain_folder).strategies == {}
+
+
+def test_a_strategy_that_does_not_fit_the_model_it_came_with(plain_folder: Path, tmp_path: Path) -> None:
+    too_deep = json.loads(Strategy((0, 9), (0.5, 0.5)).to_json())
+    folder = with_strategies(plain_folder, tmp_path / "model", {"tuned-25": too_deep})
+    with pytest.raises(ModelError, match="'tuned-25' under vflow_strategies"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize("template", [None, TEXT_ONLY, "{{ 'no picture' }}"])
 def test_a_chat_template_that_takes_no_pictures(plain_folder: Path, tmp_path: Path, template: str | None) -> None:
     folder = tmp_path / "mute"

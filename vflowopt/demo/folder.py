@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig, LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast
 
 from vflowopt.demo.anyres import GRIDS, SIDE, TILE
+from vflowopt.demo.strategies import tuned
 from vflowopt.demo.tokenizer import IMAGE, VIDEO
 
 _HUB_PREFIXES = {
@@ -60,8 +61,10 @@ def save_folder(
     )
     config = model.config
     config.architectures = ["LlavaOnevisionForConditionalGeneration"]
-    for part in (config, config.text_config, config.vision_config):
-        part.dtype = torch.bfloat16
+    config.dtype = torch.bfloat16
+    for part in (config.text_config, config.vision_config):
+        setattr(part, "dtype", torch.bfloat16)  # noqa: B010  # typed as a dictionary, too
+    config.vflow_strategies = tuned(len(model.model.language_model.layers))
     config.save_pretrained(folder)
     GenerationConfig(
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from vflowopt.compression import EncodedImage
 from vflowopt.picture import Picture
+from vflowopt.strategy import Strategy, StrategyError
 
 
 class ModelError(RuntimeError):
@@ -79,6 +81,26 @@ class MultimodalModel(ABC):
         """Where the decoder lives."""
         weight: Tensor = self.decoder.embed_tokens.weight
         return weight.device
+
+    @property
+    def strategies(self) -> dict[str, Strategy]:
+        """Strategies made for this model, by name: what its configuration has under ``vflow_strategies``.
+
+        Raises:
+            ModelError: one of them cannot be read, or does not fit the decoder.
+        """
+        found = {}
+        for name, document in (getattr(self.network.config, "vflow_strategies", None) or {}).items():
+            try:
+                found[name] = Strategy.from_json(json.dumps(document))
+                found[name].check(len(self.layers))
+            except StrategyError as error:
+                raise ModelError(
+                    "MODEL_UNSUPPORTED",
+                    f"the strategy {name!r} under vflow_strategies in the model's config.json cannot be used: {error}; "
+                    "mend it, or remove it",
+                ) from error
+        return found
 
     @abstractmethod
     def encode(self, pictures: Sequence[Picture]) -> list[EncodedImage]:

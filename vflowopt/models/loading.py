@@ -68,6 +68,7 @@ def load_model(model: str | Path, *, device: str = "cpu", dtype: str = "float32"
             "a whole model has weights, tokenizer, chat template and image processor configuration",
         ) from error
     _check_chat_template(model, loaded)
+    _ = loaded.strategies  # what cannot be used is said now, not in the first session
     return loaded
 
 
