@@ -56,6 +56,7 @@ bench: setup ## measure speed, capacity and memory (VLLM=http://host:port to com
 	$(BIN)/python -m benchmarks.capacity --json build/bench/capacity.json
 	$(BIN)/python -m benchmarks.scoring --runs 1 --json build/bench/scoring.json
 	$(BIN)/python -m benchmarks.geometry --runs 1 --json build/bench/geometry.json
+	$(BIN)/python -m benchmarks.retention --pictures 48 --json build/bench/retention.json
 
 demo-model: setup ## train the embedded model anew
 	$(BIN)/python -m vflowopt.demo.train

@@ -203,7 +203,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="conversation", description=__doc__.split("\n\n")[0])
     every = (PRUNED, WHOLE, STATELESS, CACHED, VLLM)
     parser.add_argument(
-        "--systems", type=words(every), help=f"of {','.join(every)} (default: all, vllm where --vllm is given)"
+        "--systems",
+        type=words(every),
+        help=f"of {','.join(every).replace('%', '%%')} (default: all, vllm where --vllm is given)",
     )
     parser.add_argument("--conversations", type=counts, default=list(AT_ONCE), help="at once (default: 1,4,16,32)")
     parser.add_argument(
