@@ -48,4 +48,4 @@ def test_the_retention_table(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert retention.main(["--pictures", "2", "--json", str(tmp_path / "rows.json")]) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[0].split()[:3] == ["method", "retention", "all"]
-    assert len(table) == 2 + 7
+    assert len(table) == 2 + 10  # unpruned, and three methods at three shares

@@ -58,7 +58,7 @@ class Process:
 @pytest.fixture
 def process(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Process]:
     monkeypatch.setenv("VFLOW_MAX_SESSIONS", "3")
-    process = Process("--model", str(model_folder), "--kv-budget", "32MiB", "--grace", "3s")
+    process = Process("--model", str(model_folder), "--kv-budget", "32MiB", "--grace", "2s")
     yield process
     if process.popen.poll() is None:
         process.popen.kill()
@@ -102,7 +102,7 @@ ASKING = """
 import sys
 from vflow_client import connect
 session = connect(sys.argv[1]).attach(sys.argv[2])
-answer = session.ask("Go on", max_new_tokens=4096, temperature=1.0, seed=int(sys.argv[3]))
+answer = session.ask("Go on", max_new_tokens=4096, min_new_tokens=4096, temperature=1.0, seed=int(sys.argv[3]))
 next(answer)
 print("begun", flush=True)
 answer.read()
@@ -128,7 +128,7 @@ def test_a_killed_client_leaks_nothing_and_a_stop_has_its_limit(process: Process
     others = [client.session(), client.session()]
     with pytest.raises(CapacityExhausted):  # VFLOW_MAX_SESSIONS
         client.session()
-    endless = others[0].ask("Go on", max_new_tokens=4096, temperature=1.0, seed=LONG_ANSWER)
+    endless = others[0].ask("Go on", max_new_tokens=4096, min_new_tokens=4096, temperature=1.0, seed=LONG_ANSWER)
     next(endless)
     log = process.stop(signal.SIGINT)
     assert process.popen.returncode == 0 and log[-1]["event"] == "stopped"
