@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -115,9 +116,9 @@ class PagePool:
         for page in pages:
             self._references[page] += 1
 
-    def shared(self, page: int) -> bool:
-        """Whether more than one holds ``page``."""
-        return self._references[page] > 1
+    def shared(self, page: int, leaving: int = 0) -> bool:
+        """Whether more than one holds ``page``, once ``leaving`` of them do not any more."""
+        return self._references[page] - leaving > 1
 
     def give_back(self, pages: Iterable[int]) -> None:
         """Drop a reference to each page; those that nobody holds any more become free."""
@@ -190,15 +191,28 @@ class StageTable:
         """Pages, over all layers of the stage, that ``length`` tokens take."""
         return self.blocks_for(length) * len(self.layers)
 
-    def pages_to_write(self, more: int) -> int:
-        """Pages to take before ``more`` tokens can be written: new ones, and a copy of a last block that is shared."""
+    def pages_to_write(self, more: int, leaving: Counter[int] | None = None) -> int:
+        """Pages to take before ``more`` tokens can be written: new ones, and a copy of a last block that is shared.
+
+        Args:
+            more: tokens to write.
+            leaving: how many of those who hold a page get a copy of it before; counts this one, too.
+        """
         if not more:
             return 0
         new = max(self.pages_for(self.length + more) - len(self.blocks) * len(self.layers), 0)
-        return new + (len(self.layers) if self._last_block_shared() else 0)
+        place = self.length // self.pool.page_size
+        if place == len(self.blocks):
+            return new
+        page = self.blocks[place][0]
+        if not self.pool.shared(page, leaving[page] if leaving else 0):
+            return new
+        if leaving is not None:
+            leaving[page] += 1
+        return new + len(self.layers)
 
-    def make_writable(self, more: int, pages: list[int]) -> None:
-        """Use exactly :meth:`pages_to_write` pages to make room for ``more`` tokens that nobody else sees."""
+    def make_writable(self, pages: list[int]) -> None:
+        """Use exactly :meth:`pages_to_write` pages to make room for tokens that nobody else sees."""
         if not pages:
             return
         first, depth = len(self.blocks), len(self.layers)
@@ -288,13 +302,7 @@ class StagedCache:
         Raises:
             PoolExhausted: not enough free pages; nothing changed.
         """
-        wanted = [stage.pages_to_write(more) for stage, more in zip(self.stages, tokens, strict=True)]
-        if not any(wanted):
-            return
-        pages = self.pool.take(sum(wanted))
-        for stage, more, count in zip(self.stages, tokens, wanted, strict=True):
-            stage.make_writable(more, pages[:count])
-            pages = pages[count:]
+        reserve([self], [tokens])
 
     def advance(self, tokens: Sequence[int]) -> None:
         """Count ``tokens[s]`` tokens, written into room reserved before, as held."""
@@ -323,3 +331,25 @@ class StagedCache:
     def owned_pages(self) -> list[int]:
         """Every page held, in no particular order."""
         return [page for stage in self.stages for block in stage.blocks for page in block]
+
+
+def reserve(caches: Sequence[StagedCache], tokens: Sequence[Sequence[int]]) -> None:
+    """Make room for ``tokens[c][s]`` more tokens in stage ``s`` of each cache ``c``: in all of them, or in none.
+
+    Args:
+        caches: all different, all of one pool.
+        tokens: per cache and stage.
+
+    Raises:
+        PoolExhausted: not enough free pages; nothing changed.
+    """
+    # Of those who share a block, the last one to write into it keeps it.
+    leaving: Counter[int] = Counter()
+    stages = [stage for cache in caches for stage in cache.stages]
+    counts = [count for each in tokens for count in each]
+    wanted = [stage.pages_to_write(more, leaving) for stage, more in zip(stages, counts, strict=True)]
+    if not any(wanted):
+        return
+    pages = iter(caches[0].pool.take(sum(wanted)))
+    for stage, count in zip(stages, wanted, strict=True):
+        stage.make_writable(list(islice(pages, count)))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vflowopt.attention import AttentionPlan, Plan
-from vflowopt.cache import PagePool, StagedCache
+from vflowopt.cache import PagePool, StagedCache, reserve
 from vflowopt.chat import ChatFormat
 from vflowopt.compression import CompressedImage, compress
 from vflowopt.conversation import Conversation, Item, Progress
@@ -189,6 +189,7 @@ class Runtime:
         logits: list[Tensor | None] = [None] * len(conversations)
         try:
             segments = [self._segment(each, limit) for each, limit in zip(conversations, limits, strict=True)]
+            reserve([each.cache for each in conversations], [segment.counts for segment in segments])
             done = [place for place, segment in enumerate(segments) if want_logits and segment.reaches_the_end]
             with _threads_for(self._products_per_token * sum(len(segment.positions) for segment in segments)):
                 for place, row in zip(done, self._logits(segments, done), strict=True):
@@ -202,16 +203,15 @@ class Runtime:
         return logits
 
     def _segment(self, conversation: Conversation, limit: int | None) -> _Segment:
-        """What a conversation has to run, with room for it reserved in its cache."""
+        """What a conversation has to run."""
         log, cached = conversation.log, conversation.cached
         if cached.items == len(log):
             raise ValueError("the conversation has nothing to run: its cache covers its whole log")
         stages = len(conversation.cache.stages)
         if cached.items == len(log) - 1 and isinstance(token := log[-1], int):
             # By far the most frequent case: one more token of an answer.
-            conversation.cache.reserve(counts := [1] * stages)
             to = Progress(len(log), 0, cached.position + 1)
-            return _Segment(conversation, [[token]], np.array([cached.position]), None, counts, to)
+            return _Segment(conversation, [[token]], np.array([cached.position]), None, [1] * stages, to)
         pieces: list[list[int] | Tensor] = []
         positions: list[np.ndarray] = []
         last_stages: list[np.ndarray] = []
@@ -238,7 +238,6 @@ class Runtime:
                 break
         ends = np.concatenate(last_stages)
         counts = [int((ends >= stage).sum()) for stage in range(stages)]
-        conversation.cache.reserve(counts)
         to = Progress(whole, offset, position)
         return _Segment(conversation, pieces, np.concatenate(positions), ends, counts, to)
 

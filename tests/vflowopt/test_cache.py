@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vflowopt.cache import PagePool, PoolExhausted, StagedCache
+from vflowopt.cache import PagePool, PoolExhausted, StagedCache, reserve
 
 PAGE = 4
 
@@ -77,3 +77,22 @@ def test_integrity_finds_lost_and_doubled_pages() -> None:
         shared.check_integrity([])
     with pytest.raises(AssertionError, match="references differ"):
         shared.check_integrity([cache, cache])
+
+
+def test_room_is_made_in_all_caches_or_in_none() -> None:
+    shared = pool(pages=7)
+    first = StagedCache(shared, (0,), 2)
+    first.reserve([6])
+    first.advance([6])
+    second, third = first.fork(), first.fork()
+    # All three write into the block that they share: two of them need a copy of it, which only one gets.
+    shared.take(1)
+    with pytest.raises(PoolExhausted, match="2 of 7 pages free but 4 are needed"):
+        reserve([first, second, third], [[1], [1], [1]])
+    assert shared.free_pages == 2
+    assert first.owned_pages() == second.owned_pages() == third.owned_pages()
+    # The last one of those who share a block needs no copy.
+    third.free()
+    reserve([first, second], [[1], [1]])
+    assert shared.free_pages == 0
+    assert len({*first.owned_pages(), *second.owned_pages()}) == 6
