@@ -5,7 +5,9 @@ editable installs included. A source distribution carries them and has no `proto
 they are.
 """
 
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import setup
@@ -17,6 +19,7 @@ GENERATED = HERE / "generated"
 
 def generate_stubs() -> None:
     """Runs the pinned protocol compiler over every file of the contract; exits with its status if it fails."""
+    import google.longrunning
     import grpc_tools
     from grpc_tools import protoc
 
@@ -25,17 +28,25 @@ def generate_stubs() -> None:
     package.mkdir(parents=True, exist_ok=True)
     for stale in package.glob("*_pb2*"):
         stale.unlink()
-    status = protoc.main(
-        [
-            "protoc",
-            f"--proto_path={CONTRACT}",
-            f"--proto_path={Path(grpc_tools.__file__).parent / '_proto'}",
-            f"--python_out={GENERATED}",
-            f"--pyi_out={GENERATED}",
-            f"--grpc_python_out={GENERATED}",
-            *sources,
-        ]
-    )
+    with tempfile.TemporaryDirectory() as imported:
+        # googleapis-common-protos ships this file under another name than the one by which it is imported.
+        longrunning = Path(next(iter(google.longrunning.__path__)))
+        target = Path(imported) / "google" / "longrunning" / "operations.proto"
+        target.parent.mkdir(parents=True)
+        shutil.copy(longrunning / "operations_proto.proto", target)
+        status = protoc.main(
+            [
+                "protoc",
+                f"--proto_path={CONTRACT}",
+                f"--proto_path={Path(grpc_tools.__file__).parent / '_proto'}",
+                f"--proto_path={imported}",
+                f"--proto_path={longrunning.parent.parent}",
+                f"--python_out={GENERATED}",
+                f"--pyi_out={GENERATED}",
+                f"--grpc_python_out={GENERATED}",
+                *sources,
+            ]
+        )
     if status != 0:
         sys.exit(status)
     (package.parent / "__init__.py").write_text('"""The contract of VFlow, generated from `proto/`."""\n')

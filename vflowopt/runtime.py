@@ -21,7 +21,7 @@ from vflowopt.attention import AttentionPlan, Plan
 from vflowopt.cache import PagePool, StagedCache, reserve
 from vflowopt.chat import ChatFormat
 from vflowopt.compression import CompressedImage, compress
-from vflowopt.conversation import Conversation, Item, Progress
+from vflowopt.conversation import Conversation, Item, Progress, tokens_per_stage
 from vflowopt.decode_graph import DecodeGraphs, DecodePlan, Rotary
 from vflowopt.decode_kernel import DecodeKernel, build_decode_kernel
 from vflowopt.decoder import build_decoder
@@ -185,22 +185,58 @@ class Runtime:
 
             Whatever is raised, every conversation is as it was before.
         """
-        limits = limits or [None] * len(conversations)
         logits: list[Tensor | None] = [None] * len(conversations)
+        with self._running(conversations, limits or [None] * len(conversations)) as segments:
+            done = [place for place, segment in enumerate(segments) if want_logits and segment.reaches_the_end]
+            for place, row in zip(done, self._logits(segments, done), strict=True):
+                logits[place] = row
+        return logits
+
+    @torch.inference_mode()
+    def states(self, conversations: Sequence[Conversation], items: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Run all that the caches of conversations do not cover yet, in one batch, and look at the decoder's output.
+
+        Args:
+            conversations: each with something to run; all different.
+            items: for each, the places in its log to look at: tokens of text that its cache does not cover yet.
+
+        Returns:
+            For each conversation, float32 [places, hidden]: the hidden states behind the last layer and its norm, as
+            the output head reads them.
+
+        Raises:
+            PoolExhausted: too few pages are free.
+            ValueError: a conversation has nothing to run, or a place is not as it should be.
+
+            Whatever is raised, every conversation is as it was before.
+        """
+        for each, places in zip(conversations, items, strict=True):
+            for place in places:
+                if not (each.cached_items <= place < len(each.log) and isinstance(each.log[place], int)):
+                    raise ValueError(f"item {place} of the log is no token of text that is still to be run")
+        with self._running(conversations, [None] * len(conversations)) as segments:
+            rows = [
+                (number, tokens_per_stage(each.log[place + 1 :], len(each.cache.stages))[-1])
+                for number, (each, places) in enumerate(zip(conversations, items, strict=True))
+                for place in places
+            ]
+            states: Tensor = self.decoder.norm(self._forward(segments, rows)).float()
+        return list(states.split(list(map(len, items))))
+
+    @contextmanager
+    def _running(self, conversations: Sequence[Conversation], limits: Sequence[int | None]) -> Iterator[list[_Segment]]:
+        """What each conversation has to run, with room reserved; counted as run behind the block, unless it raises."""
         try:
             segments = [self._segment(each, limit) for each, limit in zip(conversations, limits, strict=True)]
             reserve([each.cache for each in conversations], [segment.counts for segment in segments])
-            done = [place for place, segment in enumerate(segments) if want_logits and segment.reaches_the_end]
             with _threads_for(self._products_per_token * sum(len(segment.positions) for segment in segments)):
-                for place, row in zip(done, self._logits(segments, done), strict=True):
-                    logits[place] = row
+                yield segments
         except BaseException:
             for conversation in conversations:
                 conversation.cache.truncate(conversation.cache.lengths)  # gives back the room reserved in vain
             raise
         for segment in segments:
             segment.commit()
-        return logits
 
     def _segment(self, conversation: Conversation, limit: int | None) -> _Segment:
         """What a conversation has to run."""
@@ -248,7 +284,7 @@ class Runtime:
             tokens = [int(segment.pieces[0][0]) for segment in segments]
             positions = [int(segment.positions[0]) for segment in segments]
             return self._graphs.run(caches, tokens, positions)[list(wanted)]
-        return self._head(self._forward(segments, wanted))
+        return self._head(self._forward(segments, [(place, 0) for place in wanted]))
 
     def _step(self, tokens: Tensor, rotary: Rotary, plan: DecodePlan) -> Tensor:
         """A token of each conversation through all layers; see :class:`vflowopt.decode_graph.DecodeGraphs`."""
@@ -265,8 +301,13 @@ class Runtime:
             return AttentionPlan(self.pool, layers, caches, counts, self._kernel)
         return VarlenPlan(self.pool, layers, caches, counts, reading=self._reading)
 
-    def _forward(self, segments: Sequence[_Segment], wanted: Sequence[int]) -> Tensor:
-        """Run segments through the decoder layers; the last hidden state of the ``wanted`` ones [wanted, hidden]."""
+    def _forward(self, segments: Sequence[_Segment], wanted: Sequence[tuple[int, int]]) -> Tensor:
+        """Run segments through the decoder layers; hidden states [wanted, hidden] behind the last one.
+
+        Args:
+            segments: what to run.
+            wanted: of which segment, and how many tokens that reach the last layer come after the one that is wanted.
+        """
         # Single tokens first, as the attention plan wants them.
         order = sorted(range(len(segments)), key=lambda place: len(segments[place].positions) > 1)
         segments = [segments[place] for place in order]
@@ -292,9 +333,10 @@ class Runtime:
                 break  # a chunk of a picture of which nothing goes further
             counts = [segment.counts[stage] for segment, stage in zip(segments, here, strict=True)]
             hidden = self.decoder.run(layers, hidden, rotary, self._plan(layers, caches, counts))
-        rows = np.empty(len(order), np.int64)
-        rows[order] = np.cumsum([segment.counts[stage] for segment, stage in zip(segments, here, strict=True)]) - 1
-        return hidden[torch.from_numpy(rows[list(wanted)]).to(device)]
+        last = np.empty(len(order), np.int64)
+        last[order] = np.cumsum([segment.counts[stage] for segment, stage in zip(segments, here, strict=True)]) - 1
+        rows = np.array([last[place] - after for place, after in wanted], np.int64)
+        return hidden[torch.from_numpy(rows).to(device)]
 
     def _embed(self, pieces: Sequence[list[int] | Tensor]) -> Tensor:
         """Embeddings [tokens, hidden] of pieces: token ids, or embeddings already."""

@@ -331,3 +331,31 @@ def test_importance_finds_the_spot(runtime: Runtime) -> None:
         best = int(image.importance.masked_fill(~inside, -1).argmax())
         left, top, right, bottom = image.layout.boxes[best].tolist()
         assert left <= 35 <= right and top <= 77 <= bottom
+
+
+def test_states_are_what_the_head_reads_wherever_one_looks(runtime: Runtime) -> None:
+    strategy = tenth()
+    (image,) = runtime.compress([Picture.from_pixels(picture(60, 90, 2))], strategy)
+    logs = [[65, image, 66, 67, 68], [70, 71, image, 72, 73]]
+    looks = [[0, 2, 4], [4]]
+    whole = [runtime.start(strategy) for _ in logs]
+    for conversation, log in zip(whole, logs, strict=True):
+        conversation.log.extend(log)
+    states = runtime.states(whole, looks)
+    assert [len(each) for each in states] == [3, 1]
+    for log, places, seen in zip(logs, looks, states, strict=True):
+        for place, state in zip(places, seen, strict=True):
+            alone = runtime.start(strategy)
+            logits = runtime.extend(alone, log[: place + 1])
+            torch.testing.assert_close(runtime.model.head(state), logits, atol=1e-4, rtol=0)
+            alone.release()
+    # They ran like any other: the next token finds them cached.
+    assert [conversation.pending_tokens for conversation in whole] == [0, 0]
+    whole[0].log.append(69)
+    for place in (1, 4, 6):  # a picture, a token run before, nothing
+        with pytest.raises(ValueError, match=f"item {place} of the log"):
+            runtime.states(whole[:1], [[place]])
+    assert whole[0].pending_tokens == 1
+    for conversation in whole:
+        conversation.release()
+    runtime.pool.check_integrity([])
