@@ -7,7 +7,7 @@ section 2). Knows no model family: it reads an :class:`EncodedImage`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,7 +30,8 @@ class EncodedImage:
         digest: SHA-256 of the picture's bytes, in hex.
         embeddings: [N, hidden], projected tokens in the order in which the decoder reads them.
         layout: where each token comes from.
-        query: [T, heads, P, head_dim], of the scoring layer.
+        query: [T, heads, P, head_dim], of the scoring layer; [T, heads, 1, head_dim] where the class token alone says
+            what matters.
         key: [T, heads, P, head_dim], of the scoring layer.
         scale: factor of that layer's attention scores.
         pixels: uint8 [T, height, width, 3], the 8-bit tiles that the encoder saw.
@@ -38,6 +39,8 @@ class EncodedImage:
         arrange: takes one value per patch [T, P] through everything the model does to its token grid, to one value
             per token [N]; the value at structural tokens is unspecified.
         encode_ms: milliseconds that the encoder took, shared evenly by the pictures of its batch.
+        class_key: [T, heads, 1, head_dim], of the encoder's class token, where it has one: it draws attention, but
+            carries no pixels.
     """
 
     digest: str
@@ -50,6 +53,18 @@ class EncodedImage:
     patch: int
     arrange: Callable[[Tensor], Tensor]
     encode_ms: float
+    class_key: Tensor | None = None
+
+    def attention(self) -> Iterator[Tensor]:
+        """Attention of the scoring layer to the patches of each map, averaged over heads; one map at a time is held.
+
+        Returns:
+            T times float32 [P, P], or [1, P] where the class token alone says what matters. Rows are queries; they sum
+            to 1 less what the class token receives.
+        """
+        keys = self.key if self.class_key is None else torch.cat((self.class_key, self.key), dim=-2)
+        for query, key in zip(self.query, keys, strict=True):
+            yield head_averaged_attention(query, key, self.scale)[:, -self.key.shape[-2] :]
 
 
 @dataclass(frozen=True)
@@ -102,15 +117,15 @@ class CompressedImage:
 def score(encoded: EncodedImage, strategy: Strategy) -> Tensor:
     """Importance of each visual token (method section 1), one map per tile or frame.
 
-    The attention of one map at a time is held, averaged over its heads.
+    Where the class token alone says what matters, its attention stands for context relevance, and no focus set is drawn.
 
     Returns:
         float32 [N]; zero at structural tokens.
     """
     maps = torch.stack(
         [
-            context_relevance(head_averaged_attention(query, key, encoded.scale), strategy.threshold)
-            for query, key in zip(encoded.query, encoded.key, strict=True)
+            context_relevance(attention, strategy.threshold) if len(attention) > 1 else attention[0]
+            for attention in encoded.attention()
         ]
     )
     # Without weight the entropy adds nothing but its time: the published strategies all have alpha 0.

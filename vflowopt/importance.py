@@ -20,18 +20,18 @@ def head_averaged_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
     The heads are added up one at a time: heads x N x N is never held.
 
     Args:
-        query: [..., heads, N, head_dim].
+        query: [..., heads, Q, head_dim].
         key: [..., heads, N, head_dim].
         scale: factor of the scores before the softmax.
 
     Returns:
-        float32 (float64 for float64 input) [..., N, N]; rows are queries and sum to 1.
+        float32 (float64 for float64 input) [..., Q, N]; rows are queries and sum to 1.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     heads = query.shape[-3]
-    if heads == 0 or query.shape != key.shape:
+    if heads == 0 or query.shape[:-2] != key.shape[:-2] or query.shape[-1] != key.shape[-1]:
         raise ValueError(
-            f"query and key must both be [..., heads, N, head_dim] with at least one head, "
+            f"query and key must be [..., heads, Q, head_dim] and [..., heads, N, head_dim] with at least one head, "
             f"got {tuple(query.shape)} and {tuple(key.shape)}"
         )
     total: Tensor | None = None

@@ -7,15 +7,15 @@ from torch import Tensor
 
 from benchmarks.rivals.method import ScoringMethod, Sight
 from vflowopt.compression import EncodedImage
-from vflowopt.importance import head_averaged_attention, received_attention
+from vflowopt.importance import received_attention
 from vflowopt.runtime import Runtime
 
 
 class FasterVlm(ScoringMethod):
     """Keep the tokens that receive most attention in the encoder's scoring layer.
 
-    FasterVLM (arXiv 2412.01818) ranks by the attention of the class token. SigLIP has none: there, the mean over all
-    queries takes its place.
+    FasterVLM (arXiv 2412.01818) ranks by the attention of the class token. Where the encoder has none (SigLIP), or the
+    model does not score by it, the mean over all queries takes its place.
     """
 
     name = "fastervlm"
@@ -27,11 +27,6 @@ class FasterVlm(ScoringMethod):
 
 def attention_received(encoded: EncodedImage) -> Tensor:
     """Mean attention that each token receives within its tile, float32 [N]; zero at structural tokens."""
-    maps = torch.stack(
-        [
-            received_attention(head_averaged_attention(query, key, encoded.scale))
-            for query, key in zip(encoded.query, encoded.key, strict=True)
-        ]
-    )
+    maps = torch.stack([received_attention(attention) for attention in encoded.attention()])
     arranged = encoded.arrange(maps.float()).cpu()
     return arranged.masked_fill(encoded.layout.structural, 0.0)
