@@ -15,10 +15,12 @@ from vflow.v1.compression_pb2 import CompressImageResponse
 from vflow.v1.conversations_pb2 import Session as SessionState
 from vflow.v1.conversations_pb2 import TurnReceipt, Usage
 from vflow.v1.images_pb2 import Image, ImageReceipt
-from vflow.v1.strategies_pb2 import Strategy
+from vflow.v1.strategies_pb2 import CompareStrategiesResponse, LiveTraffic, RetuneMetadata, Strategy
 from vflow_client.answer import Answer
+from vflow_client.calibration import CalibrationSource, Sample
 from vflow_client.client import Client, connect
 from vflow_client.errors import (
+    CalibrationUnavailable,
     Cancelled,
     CapacityExhausted,
     Conflict,
@@ -30,12 +32,17 @@ from vflow_client.errors import (
     InvalidRequest,
     NameInvalid,
     NotFound,
+    NothingToRollBack,
+    OperationCancelled,
+    OperationInterrupted,
+    OperationNotFound,
     OptionOutOfRange,
     PageTokenInvalid,
     PictureNotHeld,
     PictureRejected,
     RequestIdReused,
     ResourceExhausted,
+    RetuneRunning,
     ServerFault,
     ServerStopping,
     SessionBusy,
@@ -50,14 +57,19 @@ from vflow_client.errors import (
 )
 from vflow_client.image_source import ImageSource
 from vflow_client.retry import RetryPolicy
+from vflow_client.retune import Retune
+from vflow_client.sample_folder import load_samples
 from vflow_client.session import Session
 from vflow_client.strategy_admin import StrategyAdmin
 
 __all__ = [
     "Answer",
+    "CalibrationSource",
+    "CalibrationUnavailable",
     "Cancelled",
     "CapacityExhausted",
     "Client",
+    "CompareStrategiesResponse",
     "CompressImageResponse",
     "Conflict",
     "ContextExceeded",
@@ -69,8 +81,13 @@ __all__ = [
     "ImageReceipt",
     "ImageSource",
     "InvalidRequest",
+    "LiveTraffic",
     "NameInvalid",
     "NotFound",
+    "NothingToRollBack",
+    "OperationCancelled",
+    "OperationInterrupted",
+    "OperationNotFound",
     "OptionOutOfRange",
     "PageTokenInvalid",
     "PictureNotHeld",
@@ -78,6 +95,10 @@ __all__ = [
     "RequestIdReused",
     "ResourceExhausted",
     "RetryPolicy",
+    "Retune",
+    "RetuneMetadata",
+    "RetuneRunning",
+    "Sample",
     "ServerFault",
     "ServerStopping",
     "Session",
@@ -96,4 +117,5 @@ __all__ = [
     "Usage",
     "VFlowError",
     "connect",
+    "load_samples",
 ]

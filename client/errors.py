@@ -14,12 +14,17 @@
     ├── NotFound
     │   ├── SessionNotFound       never created, deleted, or expired
     │   ├── StrategyNotFound
+    │   ├── OperationNotFound     never begun, deleted, or another tenant's
     │   └── PictureNotHeld        the service does not hold that digest: send the bytes
     ├── Conflict                  the request is right, but not now
     │   ├── SessionBusy           another turn of the session is running
     │   ├── SessionDeleted        the session was deleted while the turn ran
     │   ├── StrategyExists
-    │   └── EtagMismatch          the active strategy changed in between
+    │   ├── EtagMismatch          the active strategy changed in between
+    │   ├── NothingToRollBack     no strategy was active before this one
+    │   ├── RetuneRunning         another search runs; `metadata` names its operation
+    │   ├── CalibrationUnavailable  the service holds no live traffic to measure on
+    │   └── OperationInterrupted  the service ended while the operation ran: begin it anew
     ├── Unavailable               the service cannot be reached, or takes no work
     │   ├── ServerStopping
     │   └── EngineFailed
@@ -27,16 +32,18 @@
     │   └── CapacityExhausted     no room; without a `retry_after` waiting does not help
     ├── DeadlineExceeded          the timeout passed before the call ended
     ├── Cancelled                 this side cancelled the call
+    │   └── OperationCancelled    somebody cancelled the operation; `metadata` names the draft that it left
     └── ServerFault               a fault of the service itself
 
 Reasons are the values of `vflow.v1.ErrorReason`. A reason that this client does not know yet falls back to the class
 for its status code.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import grpc
+from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 DOMAIN = "vflow.dev"
@@ -129,6 +136,10 @@ class StrategyNotFound(NotFound):
     """There is no such strategy."""
 
 
+class OperationNotFound(NotFound):
+    """The operation was never begun, was deleted, or belongs to another tenant."""
+
+
 class PictureNotHeld(NotFound):
     """The service does not hold the picture with this digest; send its bytes."""
 
@@ -151,6 +162,22 @@ class StrategyExists(Conflict):
 
 class EtagMismatch(Conflict):
     """The active strategy changed since the etag was read."""
+
+
+class NothingToRollBack(Conflict):
+    """No strategy was active before the present one."""
+
+
+class RetuneRunning(Conflict):
+    """A search is under way already; `metadata["operation"]` names it."""
+
+
+class CalibrationUnavailable(Conflict):
+    """The service holds no live traffic: it keeps none, or none has come since the last search."""
+
+
+class OperationInterrupted(Conflict):
+    """The service ended while the operation ran: begin it anew. `metadata["strategy"]` names the draft, if any."""
 
 
 class Unavailable(VFlowError):
@@ -181,6 +208,10 @@ class Cancelled(VFlowError):
     """This side cancelled the call."""
 
 
+class OperationCancelled(Cancelled):
+    """Somebody cancelled the operation; `metadata["strategy"]` names the draft, if any."""
+
+
 class ServerFault(VFlowError):
     """A fault of the service itself; its log tells more."""
 
@@ -193,6 +224,12 @@ CLASS_OF_REASON: Mapping[str, type[VFlowError]] = {
     "STRATEGY_INVALID": StrategyInvalid,
     "STRATEGY_EXISTS": StrategyExists,
     "ETAG_MISMATCH": EtagMismatch,
+    "NOTHING_TO_ROLL_BACK": NothingToRollBack,
+    "RETUNE_RUNNING": RetuneRunning,
+    "CALIBRATION_UNAVAILABLE": CalibrationUnavailable,
+    "OPERATION_NOT_FOUND": OperationNotFound,
+    "OPERATION_CANCELLED": OperationCancelled,
+    "OPERATION_INTERRUPTED": OperationInterrupted,
     "PICTURE_EMPTY": PictureRejected,
     "PICTURE_NOT_AN_IMAGE": PictureRejected,
     "PICTURE_TRUNCATED": PictureRejected,
@@ -230,45 +267,52 @@ CLASS_OF_CODE: Mapping[grpc.StatusCode, type[VFlowError]] = {
     grpc.StatusCode.INTERNAL: ServerFault,
 }
 
+_CODE_OF_NUMBER: Mapping[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+
 
 def error_from_call(call: grpc.RpcError) -> VFlowError:
     """Turns the error of a gRPC call, synchronous or asyncio, into the exception of this module that fits it best."""
-    code: grpc.StatusCode = call.code()
-    info, fields, retry_after = _read_details(call.trailing_metadata() or ())
+    return _error(call.code(), call.details(), _details(call.trailing_metadata() or ()))
+
+
+def error_from_status(status: status_pb2.Status) -> VFlowError:
+    """Turns the status with which an operation failed into the exception of this module that fits it best."""
+    return _error(_CODE_OF_NUMBER.get(status.code, grpc.StatusCode.UNKNOWN), status.message, status.details)
+
+
+def _details(trailers: Iterable[Any]) -> Iterator[any_pb2.Any]:
+    """The details of the status that trailers (key, value) carry."""
+    for key, value in trailers:
+        if key == "grpc-status-details-bin" and isinstance(value, bytes):
+            yield from status_pb2.Status.FromString(value).details
+
+
+def _error(code: grpc.StatusCode, message: str | None, details: Iterable[any_pb2.Any]) -> VFlowError:
+    """The exception for a status whose details name this service's reason, field violations and retry delay."""
+    info: error_details_pb2.ErrorInfo | None = None
+    fields: dict[str, str] = {}
+    retry_after: float | None = None
+    for detail in details:
+        if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+            candidate = error_details_pb2.ErrorInfo()
+            detail.Unpack(candidate)
+            if candidate.domain == DOMAIN:
+                info = candidate
+        elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
+            request = error_details_pb2.BadRequest()
+            detail.Unpack(request)
+            fields.update((violation.field, violation.description) for violation in request.field_violations)
+        elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+            retry = error_details_pb2.RetryInfo()
+            detail.Unpack(retry)
+            retry_after = retry.retry_delay.ToNanoseconds() / 1e9
     reason = info.reason if info is not None else None
     kind = CLASS_OF_REASON.get(reason or "", CLASS_OF_CODE.get(code, VFlowError))
     return kind(
-        call.details() or f"the call failed with status {code.name}",
+        message or f"the call failed with status {code.name}",
         code=code,
         reason=reason,
         metadata=info.metadata if info is not None else None,
         fields=fields,
         retry_after=retry_after,
     )
-
-
-def _read_details(
-    trailers: Iterable[Any],
-) -> tuple[error_details_pb2.ErrorInfo | None, dict[str, str], float | None]:
-    """The ErrorInfo of this service, the field violations and the retry delay that trailers (key, value) carry."""
-    info: error_details_pb2.ErrorInfo | None = None
-    fields: dict[str, str] = {}
-    retry_after: float | None = None
-    for key, value in trailers:
-        if key != "grpc-status-details-bin" or not isinstance(value, bytes):
-            continue
-        for detail in status_pb2.Status.FromString(value).details:
-            if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
-                candidate = error_details_pb2.ErrorInfo()
-                detail.Unpack(candidate)
-                if candidate.domain == DOMAIN:
-                    info = candidate
-            elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
-                request = error_details_pb2.BadRequest()
-                detail.Unpack(request)
-                fields.update((violation.field, violation.description) for violation in request.field_violations)
-            elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
-                retry = error_details_pb2.RetryInfo()
-                detail.Unpack(retry)
-                retry_after = retry.retry_delay.ToNanoseconds() / 1e9
-    return info, fields, retry_after

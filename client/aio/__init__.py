@@ -8,7 +8,8 @@ async with vflow_client.aio.connect("localhost:50051") as client, await client.s
 
 from vflow_client.aio.answer import AsyncAnswer
 from vflow_client.aio.client import AsyncClient, connect
+from vflow_client.aio.retune import AsyncRetune
 from vflow_client.aio.session import AsyncSession
 from vflow_client.aio.strategy_admin import AsyncStrategyAdmin
 
-__all__ = ["AsyncAnswer", "AsyncClient", "AsyncSession", "AsyncStrategyAdmin", "connect"]
+__all__ = ["AsyncAnswer", "AsyncClient", "AsyncRetune", "AsyncSession", "AsyncStrategyAdmin", "connect"]
