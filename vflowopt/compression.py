@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vflowopt.importance import context_relevance, head_averaged_attention, importance, patch_entropy
 from vflowopt.layout import TokenLayout
@@ -28,7 +28,8 @@ class EncodedImage:
 
     Attributes:
         digest: SHA-256 of the picture's bytes, in hex.
-        embeddings: [N, hidden], projected tokens in the order in which the decoder reads them.
+        embeddings: [N, hidden], projected tokens in the order in which the decoder reads them; [N, hidden * (1 + D)]
+            where each token has more features, to be added to the outputs of the first D decoder layers (deepstack).
         layout: where each token comes from.
         query: [T, heads, P, head_dim], of the scoring layer; [T, heads, 1, head_dim] where the class token alone says
             what matters.
@@ -41,6 +42,10 @@ class EncodedImage:
         encode_ms: milliseconds that the encoder took, shared evenly by the pictures of its batch.
         class_key: [T, heads, 1, head_dim], of the encoder's class token, where it has one: it draws attention, but
             carries no pixels.
+        merge: side, in patches, of the square that becomes one token, where the model merges patches; ``arrange``
+            averages over it.
+        positions: int64 [axes, N], where each token stands, counted from the picture's first position, for decoders
+            whose positions have several axes (M-RoPE); None: one after another.
     """
 
     digest: str
@@ -54,6 +59,8 @@ class EncodedImage:
     arrange: Callable[[Tensor], Tensor]
     encode_ms: float
     class_key: Tensor | None = None
+    merge: int = 1
+    positions: Tensor | None = None
 
     def attention(self) -> Iterator[Tensor]:
         """Attention of the scoring layer to the patches of each map, averaged over heads; one map at a time is held.
@@ -87,8 +94,8 @@ class CompressedImage:
         kept: per stage, int64, ascending indices into the N tokens, each stage a subset of the one before. A recycled
             token counts under the index whose place it takes.
         recycled: int64, those indices of ``kept[0]`` that hold recycled tokens.
-        embeddings: [len(kept[0]), hidden].
-        positions: int64 [len(kept[0])], relative to the picture's first position.
+        embeddings: [len(kept[0]), hidden], or wider, like :attr:`EncodedImage.embeddings`.
+        positions: int64 [len(kept[0])], or [axes, len(kept[0])], counted from the picture's first position.
         span: positions that the picture takes in its conversation.
         timings: what the compression took.
     """
@@ -117,7 +124,7 @@ class CompressedImage:
 def score(encoded: EncodedImage, strategy: Strategy) -> Tensor:
     """Importance of each visual token (method section 1), one map per tile or frame.
 
-    Where the class token alone says what matters, its attention stands for context relevance, and no focus set is drawn.
+    Where the class token alone says what matters, its attention stands for context relevance; there is no focus set.
 
     Returns:
         float32 [N]; zero at structural tokens.
@@ -130,10 +137,16 @@ def score(encoded: EncodedImage, strategy: Strategy) -> Tensor:
     )
     # Without weight the entropy adds nothing but its time: the published strategies all have alpha 0.
     if strategy.alpha:
-        entropy = patch_entropy(encoded.pixels, encoded.patch).flatten(1).to(maps.device)
-        maps = importance(maps, entropy, strategy.alpha)
+        entropy = _averaged_in_squares(patch_entropy(encoded.pixels, encoded.patch), encoded.merge)
+        maps = importance(maps, entropy.flatten(1).to(maps.device), strategy.alpha)
     arranged = encoded.arrange(maps.float())
     return arranged.masked_fill(encoded.layout.structural.to(arranged.device), 0.0).cpu()
+
+
+def _averaged_in_squares(values: Tensor, side: int) -> Tensor:
+    """Values [T, rows, columns], each replaced by the mean of its square: so a softmax counts the square, merged, once."""
+    means = nn.functional.avg_pool2d(values, side)
+    return means.repeat_interleave(side, dim=-2).repeat_interleave(side, dim=-1)
 
 
 def choose(encoded: EncodedImage, scores: Tensor, strategy: Strategy, layers: int) -> CompressedImage:
@@ -170,7 +183,12 @@ def choose(encoded: EncodedImage, scores: Tensor, strategy: Strategy, layers: in
     for target in targets[1:]:
         previous = kept[-1]
         kept.append(previous[keep_most_important(scores[previous], layout.structural[previous], target)])
-    renumbered = strategy.positions == "renumbered"
+    positions = torch.arange(len(layout)) if encoded.positions is None else encoded.positions
+    span = int(positions.max()) + 1
+    if strategy.positions == "renumbered":
+        positions, span = torch.arange(len(first)).expand_as(positions[..., first]), len(first)
+    else:
+        positions = positions[..., first]
     return CompressedImage(
         digest=encoded.digest,
         layout=layout,
@@ -178,8 +196,8 @@ def choose(encoded: EncodedImage, scores: Tensor, strategy: Strategy, layers: in
         kept=tuple(kept),
         recycled=recycled,
         embeddings=embeddings,
-        positions=torch.arange(len(first)) if renumbered else first,
-        span=len(first) if renumbered else len(layout),
+        positions=positions,
+        span=span,
         timings=CompressionTimings(encoded.encode_ms, 0.0, (time.perf_counter() - begun) * 1e3),
     )
 

@@ -31,7 +31,7 @@ class Decoder(ABC):
 
     @abstractmethod
     def rotary(self, positions: Tensor) -> tuple[Tensor, ...]:
-        """What the layers need of the tokens' positions, int64 [tokens] on the host.
+        """What the layers need of the tokens' positions, int64 [tokens] or [axes, tokens] on the host.
 
         Every tensor has the tokens in its second dimension, or in its first if it has but one row per token.
         """
@@ -67,7 +67,8 @@ class ModuleDecoder(Decoder):
     def rotary(self, positions: Tensor) -> tuple[Tensor, ...]:
         """Cosines and sines, each [1, tokens, head_dim]."""
         weight: Tensor = self._decoder.embed_tokens.weight
-        cosines, sines = self._decoder.rotary_emb(weight[:0], positions[None].to(weight.device, non_blocking=True))
+        places = positions.unsqueeze(-2).to(weight.device, non_blocking=True)
+        cosines, sines = self._decoder.rotary_emb(weight[:0], places)
         return cosines, sines
 
     def pick(self, rotary: tuple[Tensor, ...], kept: Tensor) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vflowopt.attention import AttentionPlan, Plan
 from vflowopt.cache import PagePool, StagedCache, reserve
@@ -229,7 +229,7 @@ class Runtime:
         try:
             segments = [self._segment(each, limit) for each, limit in zip(conversations, limits, strict=True)]
             reserve([each.cache for each in conversations], [segment.counts for segment in segments])
-            with _threads_for(self._products_per_token * sum(len(segment.positions) for segment in segments)):
+            with _threads_for(self._products_per_token * sum(map(len, segments))):
                 yield segments
         except BaseException:
             for conversation in conversations:
@@ -256,11 +256,11 @@ class Runtime:
             if isinstance(run, CompressedImage):
                 part = slice(offset, offset + left)
                 pieces.append(run.embeddings[part])
-                positions.append(run.positions[part].numpy() + position)
+                positions.append(run.positions[..., part].numpy() + position)
                 last_stages.append(run.last_stages[part].numpy())
-                left -= len(positions[-1])
-                offset += len(positions[-1])
-                if offset < len(run.positions):
+                left -= len(pieces[-1])
+                offset += len(pieces[-1])
+                if offset < len(run.embeddings):
                     break
                 position, whole, offset = position + run.span, whole + 1, 0
             else:
@@ -275,7 +275,7 @@ class Runtime:
         ends = np.concatenate(last_stages)
         counts = [int((ends >= stage).sum()) for stage in range(stages)]
         to = Progress(whole, offset, position)
-        return _Segment(conversation, pieces, np.concatenate(positions), ends, counts, to)
+        return _Segment(conversation, pieces, _joined(positions), ends, counts, to)
 
     def _logits(self, segments: Sequence[_Segment], wanted: Sequence[int]) -> Tensor:
         """Run segments; float32 logits [wanted, vocabulary] after the last tokens of the ``wanted`` ones."""
@@ -309,14 +309,16 @@ class Runtime:
             wanted: of which segment, and how many tokens that reach the last layer come after the one that is wanted.
         """
         # Single tokens first, as the attention plan wants them.
-        order = sorted(range(len(segments)), key=lambda place: len(segments[place].positions) > 1)
+        order = sorted(range(len(segments)), key=lambda place: len(segments[place]) > 1)
         segments = [segments[place] for place in order]
         device = self.model.device
         caches = [segment.conversation.cache for segment in segments]
-        hidden = self._embed([piece for segment in segments for piece in segment.pieces])
-        rotary = self.decoder.rotary(torch.from_numpy(np.concatenate([segment.positions for segment in segments])))
+        embeddings = self._embed([piece for segment in segments for piece in segment.pieces])
+        # What comes later is added to the outputs of the first layers (deepstack), and is dropped with its token.
+        hidden, *later = embeddings.split(self.model.decoder.embed_tokens.embedding_dim, dim=-1)
+        rotary = self.decoder.rotary(torch.from_numpy(_joined([segment.positions for segment in segments])))
         here = [0] * len(segments)  # the stage that each segment is in
-        for layers in _runs_within_stages(caches, self.layers):
+        for layers in _runs_within_stages(caches, self.layers, alone=len(later)):
             entered = [cache.stage_of_layer[layers.start] for cache in caches]
             staying = [
                 segment.staying(before, stage) for segment, before, stage in zip(segments, here, entered, strict=True)
@@ -328,22 +330,27 @@ class Runtime:
                 ]
                 kept = torch.from_numpy(np.concatenate(every).nonzero()[0]).to(device)
                 hidden, rotary = hidden[kept], self.decoder.pick(rotary, kept)
+                later = [features[kept] for features in later]
             here = entered
             if not len(hidden):
                 break  # a chunk of a picture of which nothing goes further
             counts = [segment.counts[stage] for segment, stage in zip(segments, here, strict=True)]
             hidden = self.decoder.run(layers, hidden, rotary, self._plan(layers, caches, counts))
+            if layers.stop <= len(later):
+                hidden = hidden + later[layers.stop - 1]
         last = np.empty(len(order), np.int64)
         last[order] = np.cumsum([segment.counts[stage] for segment, stage in zip(segments, here, strict=True)]) - 1
         rows = np.array([last[place] - after for place, after in wanted], np.int64)
         return hidden[torch.from_numpy(rows).to(device)]
 
     def _embed(self, pieces: Sequence[list[int] | Tensor]) -> Tensor:
-        """Embeddings [tokens, hidden] of pieces: token ids, or embeddings already."""
+        """Embeddings [tokens, hidden] of pieces: token ids, or embeddings already; as wide as the widest of these."""
         ids = [token for piece in pieces if isinstance(piece, list) for token in piece]
         words: Tensor = self.model.decoder.embed_tokens(torch.tensor(ids, dtype=torch.int64, device=self.model.device))
         if len(ids) == sum(map(len, pieces)):
             return words
+        widest = max(piece.shape[1] for piece in pieces if isinstance(piece, Tensor))
+        words = nn.functional.pad(words, (0, widest - words.shape[1]))
         in_turn = iter(words.split([len(piece) for piece in pieces if isinstance(piece, list)]))
         return torch.cat([next(in_turn) if isinstance(piece, list) else piece for piece in pieces])
 
@@ -355,7 +362,7 @@ class _Segment:
     Attributes:
         conversation: whose it is.
         pieces: token ids, and embeddings [n, hidden] of visual tokens, in order.
-        positions: int64 [tokens].
+        positions: int64 [tokens], or [axes, tokens].
         last_stages: int64 [tokens], in which stage each token is still present; None where all go through.
         counts: how many tokens enter each stage.
         to: how far the conversation's cache comes by them.
@@ -367,6 +374,10 @@ class _Segment:
     last_stages: np.ndarray | None
     counts: Sequence[int]
     to: Progress
+
+    def __len__(self) -> int:
+        """Tokens."""
+        return int(self.positions.shape[-1])
 
     def staying(self, before: int, stage: int) -> np.ndarray | None:
         """Which of the tokens present in stage ``before`` go on into ``stage``, bool [tokens]; None where all do."""
@@ -409,9 +420,17 @@ def _threads_for(products: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def _joined(positions: Sequence[np.ndarray]) -> np.ndarray:
+    """Positions [tokens] or [axes, tokens] behind each other; where some have axes, text stands at the same on all."""
+    axes = max(part.shape[:-1] for part in positions)
+    if axes:
+        positions = [np.broadcast_to(part, (*axes, part.shape[-1])) for part in positions]
+    return np.concatenate(positions, axis=-1)
+
+
 def _one_token(segment: _Segment) -> bool:
     """Whether a segment is a single token of text, and so goes through all layers."""
-    return len(segment.positions) == 1 and isinstance(segment.pieces[0], list)
+    return len(segment) == 1 and isinstance(segment.pieces[0], list)
 
 
 def _revision(model: MultimodalModel) -> str:
@@ -436,7 +455,8 @@ def _runs(items: Sequence[Item]) -> list[list[int] | CompressedImage]:
     return runs
 
 
-def _runs_within_stages(caches: Sequence[StagedCache], layers: int) -> list[range]:
-    """Cut the decoder into runs of layers within which none of the caches changes stage."""
-    starts = sorted({stage.layers.start for cache in caches for stage in cache.stages})
+def _runs_within_stages(caches: Sequence[StagedCache], layers: int, alone: int) -> list[range]:
+    """Runs of layers within which no cache changes stage; each of the first ``alone`` layers is a run."""
+    first = range(1, min(alone + 1, layers))
+    starts = sorted({stage.layers.start for cache in caches for stage in cache.stages}.union(first))
     return [range(start, end) for start, end in zip(starts, (*starts[1:], layers), strict=True)]
