@@ -1,30 +1,32 @@
 """The strategies that exist: presets and created ones, none of which ever changes, and which of them is active.
 
-Belongs to the event loop's thread, but for reading and writing its file.
+Belongs to the event loop's thread, but for writing its file.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import structlog
 
+from vflow_server.atomic_file import replace_file
 from vflow_server.errors import CapacityExhausted, NotFound, ServiceError
+from vflow_server.history import History, StrategyEvent
+from vflow_server.provenance import Provenance
 from vflowopt.strategy import Strategy, StrategyError
 
 DEFAULT = "strategies/preset-10"
 MOST = 1000
 """Strategies that may exist."""
 
-_SCHEMA = 1
+_SCHEMA = 2
 
 log = structlog.get_logger(__name__)
 
@@ -40,6 +42,8 @@ class StrategyRevision:
         description: what it is for, in a person's words.
         created: Unix time in seconds.
         built_in: whether it came with the service.
+        draft: whether it is the best of a search that did not come to its end.
+        provenance: how a search found it; None if none did.
     """
 
     name: str
@@ -48,6 +52,8 @@ class StrategyRevision:
     description: str
     created: float
     built_in: bool = False
+    draft: bool = False
+    provenance: Provenance | None = None
 
 
 class StrategyStore:
@@ -56,19 +62,19 @@ class StrategyStore:
     Args:
         layers: decoder layers of the model; presets are fitted to them.
         brought: strategies that the model itself brings, by name. One that keeps least of them is active at first.
-        file: where created strategies and the choice of the active one are kept; None keeps them in memory only.
+        file: where created strategies and the history of the active one are kept; None keeps them in memory only.
     """
 
     def __init__(self, layers: int, brought: Mapping[str, Strategy], file: Path | None = None) -> None:
         self.layers = layers
         self._file = file
-        self._writing = asyncio.Lock()
+        # Changes come one at a time, and are seen only once they are written.
+        self._changing = asyncio.Lock()
         self._revisions: dict[str, StrategyRevision] = {}
         # Stored entries, by name, that do not fit this model: kept for the model that they were made for.
-        self._misfits: dict[str, dict[str, object]] = {}
-        self._generation = 0
+        self._misfits: dict[str, dict[str, Any]] = {}
         now = time.time()
-        self._add("strategies/full", Strategy.full(), "keeps every token: the unpruned model", now, built_in=True)
+        self._build_in("full", Strategy.full(), "keeps every token: the unpruned model", now)
         for budget in (0.5, 0.25, 0.1):
             percent = f"{budget * 100:.0f}"
             try:
@@ -77,13 +83,13 @@ class StrategyStore:
                 log.warning("preset left out", budget=budget, because=str(error))
                 continue
             description = f"the published strategy for {percent}%, fitted to this model's depth"
-            self._add(f"strategies/preset-{percent}", preset, description, now, built_in=True)
+            self._build_in(f"preset-{percent}", preset, description, now)
         for name, strategy in brought.items():
             description = f"made for this model, {strategy.budget(layers):.0%}"
-            self._add(f"strategies/{name}", strategy, description, now, built_in=True)
+            self._build_in(name, strategy, description, now)
         smallest = min(brought, key=lambda name: brought[name].budget(layers), default=None)
         default = DEFAULT if smallest is None else f"strategies/{smallest}"
-        self.active = self._revisions.get(default, self._revisions["strategies/full"])
+        self._history = History(active=default if default in self._revisions else "strategies/full")
         if file is not None and file.exists():
             self._load(file)
 
@@ -92,9 +98,18 @@ class StrategyStore:
         return iter(self._revisions.values())
 
     @property
+    def active(self) -> StrategyRevision:
+        """The strategy that is the default of new sessions."""
+        return self._revisions[self._history.active]
+
+    @property
     def etag(self) -> str:
         """Changes whenever the active strategy changes."""
-        return hashlib.blake2b(f"{self._generation} {self.active.name}".encode(), digest_size=8).hexdigest()
+        return self._history.etag
+
+    def events(self, name: str) -> tuple[StrategyEvent, ...]:
+        """What happened to the strategy ``name``, oldest first."""
+        return self._history.events.get(name, ())
 
     def get(self, name: str) -> StrategyRevision:
         """The strategy ``name``; the active one if it is empty.
@@ -113,14 +128,12 @@ class StrategyStore:
                 metadata={"strategy": name},
             ) from None
 
-    async def create(self, name: str, strategy: Strategy, description: str) -> StrategyRevision:
-        """Add a strategy.
+    def check_free(self, name: str) -> None:
+        """Refuse ``name`` for a new strategy where there is no room for one, or it is taken.
 
         Raises:
-            StrategyError: it does not fit the model's depth.
             ServiceError: STRATEGY_EXISTS, CAPACITY_EXHAUSTED.
         """
-        strategy.check(self.layers)
         if name in self._revisions or name in self._misfits:
             raise ServiceError(
                 grpc.StatusCode.ALREADY_EXISTS,
@@ -130,13 +143,41 @@ class StrategyStore:
             )
         if len(self._revisions) >= MOST:
             raise CapacityExhausted("strategies", f"{MOST} strategies exist, the most there can be", retry_after=None)
-        revision = self._add(name, strategy, description, time.time())
-        try:
-            await self._save()
-        except BaseException:
-            del self._revisions[name]  # refused as a whole: the caller may try again
-            raise
-        return revision
+
+    async def create(
+        self,
+        name: str,
+        strategy: Strategy,
+        description: str,
+        *,
+        draft: bool = False,
+        provenance: Provenance | None = None,
+    ) -> StrategyRevision:
+        """Add a strategy.
+
+        Raises:
+            StrategyError: it does not fit the model's depth.
+            ServiceError: STRATEGY_EXISTS, CAPACITY_EXHAUSTED.
+        """
+        strategy.check(self.layers)
+
+        async def create() -> StrategyRevision:
+            async with self._changing:
+                self.check_free(name)
+                revision = StrategyRevision(
+                    name,
+                    len(self._revisions),
+                    strategy,
+                    description,
+                    time.time(),
+                    draft=draft,
+                    provenance=provenance,
+                )
+                await self._write([*self, revision], self._history)
+                self._revisions[name] = revision
+                return revision
+
+        return await asyncio.shield(create())  # a caller that leaves must not part the file from what is seen
 
     async def activate(self, name: str, etag: str) -> StrategyRevision:
         """Make the strategy ``name`` the default of new sessions.
@@ -145,6 +186,44 @@ class StrategyStore:
             ServiceError: STRATEGY_NOT_FOUND; ETAG_MISMATCH where ``etag`` is not empty and not the current one.
         """
         revision = self.get(name)
+
+        async def activate() -> StrategyRevision:
+            async with self._changing:
+                self._check_etag(etag)
+                if revision is not self.active:
+                    await self._become(self._history.activated(revision.name))
+                return revision
+
+        return await asyncio.shield(activate())
+
+    async def roll_back(self, etag: str, reason: str) -> StrategyRevision:
+        """Make the strategy active again that was so before the active one; returns it.
+
+        Args:
+            etag: an etag read before; empty: whatever is active now.
+            reason: why, for the history.
+
+        Raises:
+            ServiceError: ETAG_MISMATCH; NOTHING_TO_ROLL_BACK where none was active before.
+        """
+
+        async def roll_back() -> StrategyRevision:
+            async with self._changing:
+                self._check_etag(etag)
+                earlier = self._history.rolled_back(self._revisions, reason)
+                if earlier is None:
+                    raise ServiceError(
+                        grpc.StatusCode.FAILED_PRECONDITION,
+                        "NOTHING_TO_ROLL_BACK",
+                        f"no strategy was active before {self.active.name!r}; activate the one that you want",
+                        metadata={"strategy": self.active.name},
+                    )
+                await self._become(earlier)
+                return self.active
+
+        return await asyncio.shield(roll_back())
+
+    def _check_etag(self, etag: str) -> None:
         if etag and etag != self.etag:
             raise ServiceError(
                 grpc.StatusCode.ABORTED,
@@ -152,31 +231,24 @@ class StrategyStore:
                 f"another strategy was activated meanwhile ({self.active.name!r} now); read again and decide anew",
                 metadata={"strategy": self.active.name, "etag": self.etag},
             )
-        if revision is not self.active:
-            log.info("strategy activated", strategy=name, before=self.active.name)
-            self.active = revision
-            self._generation += 1
-            await self._save()
-        return revision
 
-    def _add(
-        self, name: str, strategy: Strategy, description: str, created: float, *, built_in: bool = False
-    ) -> StrategyRevision:
-        revision = StrategyRevision(name, len(self._revisions), strategy, description, created, built_in)
-        self._revisions[name] = revision
-        return revision
+    async def _become(self, history: History) -> None:
+        await self._write(list(self), history)
+        log.info("strategy activated", strategy=history.active, before=self._history.active)
+        self._history = history
+
+    def _build_in(self, identifier: str, strategy: Strategy, description: str, now: float) -> None:
+        name = f"strategies/{identifier}"
+        self._revisions[name] = StrategyRevision(name, len(self._revisions), strategy, description, now, built_in=True)
 
     def _load(self, file: Path) -> None:
-        """Read what :meth:`_save` wrote; a strategy that does not fit this model is not offered.
+        """Read what :meth:`_write` wrote; a strategy that does not fit this model is not offered.
 
         Raises:
             ValueError: the file was not written by this service.
         """
         try:
-            document = json.loads(file.read_text())
-            if document["schema"] != _SCHEMA:
-                raise ValueError(f"schema {document['schema']}, expected {_SCHEMA}")
-            self._generation = int(document["generation"])
+            document = _current(json.loads(file.read_text()))
             for entry in document["strategies"]:
                 try:
                     strategy = Strategy.from_json(entry["strategy"])
@@ -184,43 +256,66 @@ class StrategyStore:
                 except StrategyError as error:
                     log.warning("stored strategy left out", strategy=entry["name"], because=str(error))
                     self._misfits[entry["name"]] = entry
-                else:
-                    self._add(entry["name"], strategy, entry["description"], float(entry["created"]))
-            self.active = self._revisions.get(document["active"], self.active)
+                    continue
+                found = entry["provenance"]
+                self._revisions[entry["name"]] = StrategyRevision(
+                    entry["name"],
+                    len(self._revisions),
+                    strategy,
+                    entry["description"],
+                    float(entry["created"]),
+                    draft=bool(entry["draft"]),
+                    provenance=None if found is None else Provenance(**found),
+                )
+            history = History.from_document(document["history"])
+            # The model's own default goes in for one that does not fit this model.
+            active = history.active if history.active in self._revisions else self._history.active
+            self._history = replace(history, active=active)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{file} does not hold strategies of this service ({error}); move it away") from error
 
-    async def _save(self) -> None:
+    async def _write(self, revisions: list[StrategyRevision], history: History) -> None:
         if self._file is None:
             return
-        async with self._writing:
-            document = {
-                "schema": _SCHEMA,
-                "generation": self._generation,
-                "active": self.active.name,
-                "strategies": [
-                    *self._misfits.values(),
-                    *(
-                        {
-                            "name": revision.name,
-                            "description": revision.description,
-                            "created": revision.created,
-                            "strategy": revision.strategy.to_json(),
-                        }
-                        for revision in self
-                        if not revision.built_in
-                    ),
-                ],
-            }
-            await asyncio.to_thread(_write, self._file, json.dumps(document, indent=1))
+        document = {
+            "schema": _SCHEMA,
+            "history": history.to_document(),
+            "strategies": [
+                *self._misfits.values(),
+                *(
+                    {
+                        "name": revision.name,
+                        "description": revision.description,
+                        "created": revision.created,
+                        "strategy": revision.strategy.to_json(),
+                        "draft": revision.draft,
+                        "provenance": None if revision.provenance is None else asdict(revision.provenance),
+                    }
+                    for revision in revisions
+                    if not revision.built_in
+                ),
+            ],
+        }
+        await asyncio.to_thread(replace_file, self._file, json.dumps(document, indent=1))
 
 
-def _write(file: Path, text: str) -> None:
-    """Replace the file as a whole, so that a crash leaves the old one or the new one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f"{file.name}.new")
-    with draft.open("w") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    draft.replace(file)
+def _current(document: dict[str, Any]) -> dict[str, Any]:
+    """A stored document in today's schema; the first one knew neither searches nor what happened to strategies.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none.
+    """
+    if document["schema"] == 1:
+        return {
+            "schema": _SCHEMA,
+            "history": {
+                "active": document["active"],
+                "generation": document["generation"],
+                "before": [],
+                "events": {},
+            },
+            "strategies": [{**entry, "draft": False, "provenance": None} for entry in document["strategies"]],
+        }
+    if document["schema"] != _SCHEMA:
+        raise ValueError(f"schema {document['schema']}, expected {_SCHEMA}")
+    return document
