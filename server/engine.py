@@ -93,13 +93,21 @@ class Task(Generic[E, R]):
     Attributes:
         tenant: whose work it is.
         need: what the work waits for; None if it can go on.
+        counted: whether it takes a place of those that there are for running work.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, tenant: str, work: Work[E, R], wake: Callable[[], None]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        tenant: str,
+        work: Work[E, R],
+        wake: Callable[[], None],
+        *,
+        counted: bool = True,
     ) -> None:
         self.loop = loop
         self.tenant = tenant
+        self.counted = counted
         self.ticket: Ticket[E, R] = Ticket(loop, wake)
         self.need: Any = None
         self._answer: Any = None
@@ -197,24 +205,30 @@ class Engine:
         """Whether the engine takes work."""
         return self._open
 
-    def submit(self, work: Work[E, R], tenant: str, *, housekeeping: bool = False) -> Ticket[E, R]:
+    def submit(
+        self, work: Work[E, R], tenant: str, *, housekeeping: bool = False, background: bool = False
+    ) -> Ticket[E, R]:
         """Hand in work; must be called on an event loop, which is the one that hears of the events.
 
         Args:
             work: what to do.
             tenant: whose work it is: tenants get equal shares, the work of one is done in the order of its arrival.
             housekeeping: work that frees something: it overtakes what waits and does not count against the bound.
+            background: work that only takes spare time: it waits for no place and takes none from others. Whoever
+                submits such work must bound how much there is of it.
 
         Raises:
             ServiceError: CAPACITY_EXHAUSTED when too much work waits, SERVER_STOPPING or ENGINE_FAILED when the engine
                 takes none any more.
         """
-        task = Task(asyncio.get_running_loop(), tenant, work, self._wake)
+        task = Task(asyncio.get_running_loop(), tenant, work, self._wake, counted=not (housekeeping or background))
         with self._changed:
             if not self._open:
                 raise self._refusal()
             if housekeeping:
                 self._running.appendleft(task)
+            elif background:
+                self._running.append(task)
             else:
                 self._waiting.put(task)
             self._changed.notify()
@@ -255,7 +269,7 @@ class Engine:
             if not self._open:
                 return None
             self._running.extend(self._waiting.take_cancelled())
-            running = Counter(task.tenant for task in self._running)
+            running = Counter(task.tenant for task in self._running if task.counted)
             while (task := self._waiting.admit(running, self._most_running)) is not None:
                 self._running.append(task)
                 running[task.tenant] += 1

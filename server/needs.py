@@ -1,13 +1,13 @@
-"""What work asks for: a picture encoded, a conversation run, a parked cache read. The scheduler answers."""
+"""What work asks for: a picture encoded, a conversation run, another thread, spare time. The scheduler answers."""
 
 from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 from vflow_server.parked import Tier
 from vflowopt.conversation import Conversation
-from vflowopt.parking import ParkedCache
 from vflowopt.picture import Picture
 from vflowopt.strategy import Strategy
 
@@ -47,7 +47,12 @@ class Run:
 
 
 @dataclass(frozen=True, eq=False)
-class Read:
-    """A parked cache to be read from its file. The answer, None, comes when ``reading`` is done."""
+class Await:
+    """What another thread does, such as reading a file. The answer, None, comes when ``future`` is done."""
 
-    reading: Future[ParkedCache]
+    future: Future[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Spare:
+    """Time that nobody else needs, for one bounded piece of work. The answer is None."""

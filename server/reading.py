@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vflow_server.dialogue import Dialogue
 from vflow_server.engine import Steps
-from vflow_server.needs import Read, Run
+from vflow_server.needs import Await, Run
 from vflow_server.parked import Tier
 from vflow_server.workbench import Workbench
 from vflowopt.compression import CompressedImage
@@ -87,5 +87,5 @@ def read(
 def read_parked(bench: Workbench, conversation: Conversation) -> Steps[None]:
     """Have a parked cache of ``conversation`` at hand, where one is held in a file."""
     if not conversation.resident and (reading := bench.parked.read_ahead(conversation)) is not None:
-        yield Read(reading)
+        yield Await(reading)
         bench.parked.has_been_read(conversation, reading)

@@ -6,7 +6,7 @@ Belongs to the engine's thread.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import structlog
@@ -20,6 +20,10 @@ from vflowopt.conversation import Conversation, Item, tokens_per_stage
 from vflowopt.parking import park, unpark
 from vflowopt.runtime import Runtime
 
+Loan = Callable[[], Sequence[Conversation]]
+"""The conversations, as they are at the time of the call, that hold pages between pieces of work in spare time. Each
+may be released at any time but during such a piece; its work rebuilds it."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -31,7 +35,7 @@ class Residency:
 
     Args:
         runtime: whose pages are held.
-        prefixes: they hold pages, too, and are the first to go.
+        prefixes: they hold pages, too, and go before idle dialogues; what is on loan goes before all.
         parked: where the caches of idle dialogues go.
         pictures: those in the dialogues' logs.
     """
@@ -43,6 +47,7 @@ class Residency:
         self._pictures = pictures
         self._in_use: OrderedDict[Dialogue, None] = OrderedDict()
         self._idle: OrderedDict[Dialogue, None] = OrderedDict()
+        self._loans: list[Loan] = []
 
     @contextmanager
     def using(self, dialogue: Dialogue) -> Iterator[None]:
@@ -59,8 +64,21 @@ class Residency:
             self._pictures.note(dialogue, conversation.log)
             dialogue.publish()
 
+    @contextmanager
+    def lending(self, loan: Loan) -> Iterator[None]:
+        """Let the conversations of ``loan`` hold pages as long as nobody else needs them."""
+        self._loans.append(loan)
+        try:
+            yield
+        finally:
+            self._loans.remove(loan)
+
     def release_idle(self) -> bool:
         """Free some pages that no work under way needs; False when there are none."""
+        for conversation in self._on_loan():
+            if conversation.kv_bytes:
+                conversation.release()
+                return True
         if self._prefixes.release_one():
             return True
         resident = next((dialogue for dialogue in self._idle if dialogue.state.kv_bytes), None)
@@ -121,6 +139,7 @@ class Residency:
             AssertionError: a page is lost, or its references and its owners differ.
         """
         owners = [dialogue.conversation(self._runtime).cache for dialogue in (*self._idle, *self._in_use)]
+        owners += [conversation.cache for conversation in self._on_loan()]
         self._runtime.pool.check_integrity([*owners, *self._prefixes.caches()])
         return sum(owner.bytes_held for owner in owners)
 
@@ -137,6 +156,9 @@ class Residency:
         needed = sum(stage.pages_for(count) for stage, count in zip(stages, tokens, strict=True))
         if needed > self._runtime.pool.pages:
             raise self.too_large(needed)
+
+    def _on_loan(self) -> Iterator[Conversation]:
+        return (conversation for loan in self._loans for conversation in loan())
 
     def too_large(self, pages: int) -> CapacityExhausted:
         """What to tell whose conversation alone needs ``pages`` pages and can never have them."""

@@ -3,7 +3,8 @@
 Every step runs one batch of the model: one token of every answer that is under way and a bounded number of tokens of
 prompts. Pictures are encoded beside the steps, a few at a time. So neither a long prompt nor a picture stalls the
 streams of others for more than a step. Tenants have equal shares of the prompt tokens and take turns with their
-pictures; within a tenant it is first come, first served. Belongs to the engine's thread.
+pictures; within a tenant it is first come, first served. Work in spare time gets on by one piece when nobody else
+needs the model, and rarely beside others. Belongs to the engine's thread.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, cast
 import torch
 
 from vflow_server.engine import Task
-from vflow_server.needs import Encode, Read, Run
+from vflow_server.needs import Await, Encode, Run, Spare
 from vflow_server.rota import Rota
 from vflow_server.workbench import Workbench
 from vflowopt.cache import PoolExhausted
@@ -31,6 +32,10 @@ PICTURES = 4
 
 PATIENCE = 0.005
 """Seconds to wait for a file or a picture, at a time, while there is nothing else to do."""
+
+SPARE_EVERY = 32
+"""Steps of conversations for each piece of work in spare time, where there is no spare time: so rare that the 95th
+percentile of the steps does not notice, and yet such work comes to an end."""
 
 Needing = Task[Any, Any]
 
@@ -62,12 +67,15 @@ class Scheduler:
         self._pictures = Rota()
         self._under_way: _Encoding | None = None
         self._threads = torch.get_num_threads()
+        self._steps_without_spare = 0
+        self._spared: Needing | None = None
 
     def __call__(self, tasks: Sequence[Needing]) -> None:
         """One step: meet the needs of some of ``tasks``, which come in the order in which they began."""
         running = [task for task in tasks if isinstance(task.need, Run)]
-        reading = [task for task in tasks if isinstance(task.need, Read)]
-        self._await_others(reading, patience=0 if running else PATIENCE)
+        awaiting = [task for task in tasks if isinstance(task.need, Await)]
+        spared = self._spare(tasks)
+        self._await_others(awaiting, patience=0 if running or spared else PATIENCE)
         answering = any(_pending(task) == 1 for task in running)
         self._run(running)
         encoding = [task for task in tasks if isinstance(task.need, Encode) and not self._at_hand(task)]
@@ -75,16 +83,28 @@ class Scheduler:
             encoding = self._pictures.order(encoding)
             self._encode([task for task in encoding if task.need.strategy == encoding[0].need.strategy], answering)
 
-    def _await_others(self, reading: Sequence[Needing], patience: float) -> None:
+    def _spare(self, tasks: Sequence[Needing]) -> bool:
+        """Let the next of those that wait for spare time go on by one piece, if it is time for that."""
+        spare = [task for task in tasks if isinstance(task.need, Spare)]
+        needed = any(isinstance(task.need, Run | Encode) for task in tasks)
+        self._steps_without_spare += 1
+        if not spare or (needed and self._steps_without_spare < SPARE_EVERY):
+            return False
+        self._spared = spare[(spare.index(self._spared) + 1) % len(spare) if self._spared in spare else 0]
+        self._spared.answer(None)
+        self._steps_without_spare = 0
+        return True
+
+    def _await_others(self, awaiting: Sequence[Needing], patience: float) -> None:
         """Answer those whose file has been read or whose picture is encoded; wait a little for the first of them."""
-        futures: list[Future[Any]] = [task.need.reading for task in reading]
+        futures: list[Future[Any]] = [task.need.future for task in awaiting]
         if self._under_way is not None:
             futures.append(self._under_way.future)
         if not futures:
             return
         wait(futures, patience, FIRST_COMPLETED)
-        for task in reading:
-            if task.need.reading.done():
+        for task in awaiting:
+            if task.need.future.done():
                 task.answer(None)
         if self._under_way is not None and self._under_way.future.done():
             self._encoded(self._under_way)

@@ -5,8 +5,9 @@ Belongs to the engine's thread.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -20,6 +21,8 @@ from vflow_server.residency import Residency
 from vflowopt.compression import CompressedImage
 from vflowopt.runtime import Runtime
 from vflowopt.strategy import Strategy
+
+T = TypeVar("T")
 
 _Key = tuple[str, Strategy, str]
 """Digest, strategy and tenant."""
@@ -79,14 +82,22 @@ class Workbench:
         """
 
         def compressed() -> list[CompressedImage]:
-            torch.set_num_threads(threads)
             return self.runtime.compress([each.picture for each in asked], asked[0].strategy)
 
+        return self.on_encoder(compressed, threads=threads)
+
+    def on_encoder(self, work: Callable[[], T], *, threads: int) -> Future[T]:
+        """Have ``work`` with the vision encoder done, on its thread where :meth:`compress` would use that."""
+
+        def working() -> T:
+            torch.set_num_threads(threads)
+            return work()
+
         if self.runtime.model.device.type == "cpu":
-            return self._encoder.submit(compressed)
-        future: Future[list[CompressedImage]] = Future()
+            return self._encoder.submit(working)
+        future: Future[T] = Future()
         try:
-            future.set_result(compressed())
+            future.set_result(working())
         except Exception as failure:
             future.set_exception(failure)
         return future
