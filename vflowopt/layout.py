@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -44,3 +45,16 @@ class TokenLayout:
             for index in range(int(self.grid.max()) + 1)
             if (inside := (self.grid == index) & content).any()
         ]
+
+
+def boxes_of(row: Tensor, column: Tensor, step: tuple[float, float], offset: tuple[float, float]) -> Tensor:
+    """Boxes of grid cells: float32 [n, 4], left, top, right and bottom.
+
+    Args:
+        row: [n].
+        column: [n].
+        step: height and width of a cell in pixels.
+        offset: y and x of the first cell's upper left corner.
+    """
+    top, left = row * step[0] + offset[0], column * step[1] + offset[1]
+    return torch.stack((left, top, left + step[1], top + step[0]), dim=-1).float()

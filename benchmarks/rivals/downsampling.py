@@ -97,7 +97,7 @@ def encode_whole(model: LlavaOnevision, pixels: np.ndarray) -> Tensor:
     normed = processor.normalize(scaled, mean=processor.image_mean, std=processor.image_std)
     batch = torch.from_numpy(np.asarray(normed, np.float32))[None].to(model.device, model.dtype)
     states = network.model.vision_tower(batch, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states
-    features = torch.cat([states[index] for index in model.feature_states], dim=-1)
+    features = torch.cat([states[index] for index in model.tower.features], dim=-1)
     projected: Tensor = network.model.multi_modal_projector(features)[0]
     return projected
 

@@ -6,12 +6,16 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoImageProcessor
 
+from vflowopt.attention import PAGED
 from vflowopt.compression import EncodedImage
+from vflowopt.models.backbone import unservable
+from vflowopt.models.tokenizer import load_tokenizer
 from vflowopt.picture import Picture
 from vflowopt.strategy import Strategy, StrategyError
 
@@ -31,9 +35,19 @@ class ModelError(RuntimeError):
 class MultimodalModel(ABC):
     """One large multimodal model: a vision side that encodes pictures, a decoder that the runtime steps through.
 
+    Args:
+        network: the whole model, as Hugging Face defines it; its decoder must have been built with this package's paged
+            attention.
+        tokenizer: its tokenizer, with the chat template.
+        processor: its image processor, in the variant that needs no torchvision.
+
+    Raises:
+        ModelError: the decoder is of a kind that is not supported.
+
     Attributes:
         network: the whole model, as Hugging Face defines it.
         tokenizer: its tokenizer, with the chat template.
+        processor: its image processor.
         image_token: the text by which its chat template stands for a picture.
         decoder: the decoder stack, with ``layers``, ``embed_tokens``, ``norm`` and ``rotary_emb``.
         head: from last hidden states to logits over the vocabulary.
@@ -43,9 +57,15 @@ class MultimodalModel(ABC):
         stop_ids: tokens that end an answer.
     """
 
+    family: ClassVar[str]
+    """What the family is called where people read it."""
+    architecture: ClassVar[Any]
+    """Hugging Face's class of the whole model."""
+
     # Hugging Face's modules find their children by name at run time: no static type says more than Any here.
     network: Any
     tokenizer: Any
+    processor: Any
     image_token: str
     decoder: Any
     head: Any
@@ -54,8 +74,29 @@ class MultimodalModel(ABC):
     context: int
     stop_ids: frozenset[int]
 
+    def __init__(self, network: Any, tokenizer: Any, processor: Any) -> None:
+        text = network.config.text_config
+        if (flaw := unservable(text)) is not None:
+            raise self.unsupported(flaw)
+        self.network = network
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.image_token = tokenizer.convert_ids_to_tokens(network.config.image_token_id)
+        self.decoder = network.model.language_model
+        self.head = network.lm_head
+        self.heads = text.num_key_value_heads
+        self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.context = text.max_position_embeddings
+        stops = network.generation_config.eos_token_id
+        stops = tokenizer.eos_token_id if stops is None else stops
+        self.stop_ids = frozenset(stops if isinstance(stops, list) else [stops])
+
     @classmethod
-    @abstractmethod
+    def unsupported(cls, what: str) -> ModelError:
+        """The error that says what a model of this family has that is not supported."""
+        return ModelError("MODEL_UNSUPPORTED", f"this {cls.family} model has {what}, which is not supported")
+
+    @classmethod
     def load(cls, model: str | Path, config: Any, device: torch.device, dtype: torch.dtype) -> Self:
         """Load a folder or hub id, whose configuration is ``config``.
 
@@ -63,6 +104,14 @@ class MultimodalModel(ABC):
             ModelError: the model has something that is not supported.
             OSError, ValueError, KeyError, RuntimeError: Hugging Face's, where the files do not hold a whole model.
         """
+        network = cls.architecture.from_pretrained(
+            model,
+            config=config,
+            dtype=dtype,
+            attn_implementation={"text_config": PAGED, "vision_config": "sdpa"},
+        )
+        processor = AutoImageProcessor.from_pretrained(model, backend="pil")
+        return cls(network.to(device).eval(), load_tokenizer(model), processor)
 
     @property
     def layers(self) -> nn.ModuleList:

@@ -1,0 +1,25 @@
+"""Which language models may stand behind a picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+BACKBONES = ("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "qwen3_vl_text")
+"""Decoders that are tested here, by the ``model_type`` of their configuration."""
+
+
+def unservable(text: Any) -> str | None:
+    """What keeps a decoder of configuration ``text`` from being served: it would answer, but wrongly.
+
+    Returns:
+        None if nothing does.
+    """
+    if text.model_type not in BACKBONES:  # a mixture of experts, for one, is a family of its own
+        return f"a decoder of the family {text.model_type!r} (supported: {', '.join(BACKBONES)})"
+    kinds = getattr(text, "layer_types", None)
+    if getattr(text, "sliding_window", None) is not None if kinds is None else "sliding_attention" in kinds:
+        return "sliding-window layers in the decoder"
+    rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        return f"rotary embeddings of type {rope!r}, whose angles change as a conversation grows,"
+    return None

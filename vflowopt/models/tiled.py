@@ -1,0 +1,180 @@
+"""Families that cut a picture into square tiles, look at each by itself, and project what they see: LLaVA and its kin.
+
+A subclass says how a picture is cut and how the tiles' tokens are packed. Modules, geometry and packing are Hugging
+Face's own; importance goes through the very functions that pack the features, so map and tokens cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.image_utils import ChannelDimension
+
+from vflowopt.compression import EncodedImage
+from vflowopt.layout import TokenLayout
+from vflowopt.models.interface import MultimodalModel
+from vflowopt.models.tower import ClipTower, Tower
+from vflowopt.picture import Picture, PictureError
+
+SCORINGS = ("mean", "cls")
+"""Whose attention says what matters: that of all patches, which is the paper's way, or that of the class token."""
+
+
+class TiledModel(MultimodalModel):
+    """A model that looks at a picture tile by tile.
+
+    The configuration may name, under ``vflow_scoring_layer``, another layer to score tokens by than the last one whose
+    output feeds the projector, and under ``vflow_scoring`` one of :data:`SCORINGS`.
+
+    Args:
+        network: see :class:`MultimodalModel`.
+        tokenizer: see there.
+        processor: see there.
+
+    Attributes:
+        tower: the vision tower.
+
+    Raises:
+        ModelError: the configuration uses something that is not supported, by name.
+    """
+
+    towers: ClassVar[dict[str, type[Tower]]] = {"clip_vision_model": ClipTower, "siglip_vision_model": Tower}
+    """Supported towers, by the ``model_type`` of their configuration."""
+
+    def __init__(self, network: Any, tokenizer: Any, processor: Any) -> None:
+        super().__init__(network, tokenizer, processor)
+        config = network.config
+        kind = config.vision_config.model_type
+        if kind not in self.towers:
+            raise self.unsupported(f"a vision tower {kind!r} (supported: {', '.join(self.towers)})")
+        self.tower = self.towers[kind](
+            network.model.vision_tower, config.vision_feature_layer, getattr(config, "vflow_scoring_layer", None)
+        )
+        # What it selects must be the patches, all of them and nothing else.
+        selected = "default" if self.tower.class_token else "full"
+        if config.vision_feature_select_strategy != selected:
+            raise self.unsupported(f"vision_feature_select_strategy other than {selected!r} with a tower {kind!r}")
+        self._scoring = getattr(config, "vflow_scoring", "mean")
+        if self._scoring not in SCORINGS:
+            raise self.unsupported(f"vflow_scoring {self._scoring!r} (supported: {', '.join(SCORINGS)})")
+        if self._scoring == "cls" and not self.tower.class_token:
+            raise self.unsupported(f"vflow_scoring 'cls' with a tower {kind!r} without class token")
+
+    @torch.inference_mode()
+    def encode(self, pictures: Sequence[Picture]) -> list[EncodedImage]:
+        """See :meth:`MultimodalModel.encode`."""
+        begun = time.perf_counter()
+        tiles = [self.tiles(picture) for picture in pictures]
+        features, queries, keys = self.tower(self.normalised(np.concatenate(tiles)).to(self.device))
+        class_keys: Tensor | None = None
+        if self.tower.class_token:
+            features, class_keys, keys = features[:, 1:], keys[:, :, :1], keys[:, :, 1:]
+            queries = queries[:, :, :1] if self._scoring == "cls" else queries[:, :, 1:]
+        counts = [len(of_picture) for of_picture in tiles]
+        sizes = [picture.pixels.shape[:2] for picture in pictures]
+        projected = self._project(features).split(counts)
+        packed = [self._pack(of_picture, size) for of_picture, size in zip(projected, sizes, strict=True)]
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # work is only queued there: the time would count as scoring
+        milliseconds = (time.perf_counter() - begun) * 1e3 / len(pictures)
+        return [
+            EncodedImage(
+                digest=picture.digest,
+                embeddings=embeddings,
+                layout=self.layout(*size),
+                query=query,
+                key=key,
+                scale=self.tower.scale,
+                pixels=torch.from_numpy(np.ascontiguousarray(seen.transpose(0, 2, 3, 1))),
+                patch=self.patch,
+                arrange=partial(self._arrange, size),
+                encode_ms=milliseconds,
+                class_key=class_key,
+            )
+            for picture, size, embeddings, query, key, class_key, seen in zip(
+                pictures,
+                sizes,
+                packed,
+                queries.split(counts),
+                keys.split(counts),
+                [None] * len(counts) if class_keys is None else class_keys.split(counts),
+                tiles,
+                strict=True,
+            )
+        ]
+
+    def tiles(self, picture: Picture) -> np.ndarray:
+        """The 8-bit tiles that the tower sees: uint8 [tiles, 3, side, side].
+
+        Raises:
+            PictureError: the processor cannot cut a picture of this shape.
+        """
+        try:
+            return self._cut(picture.pixels)
+        except (ValueError, ZeroDivisionError) as error:
+            height, width = picture.pixels.shape[:2]
+            raise PictureError(
+                "PICTURE_TOO_NARROW",
+                f"the model cannot cut a picture of {width} x {height} pixels into tiles; send one less narrow",
+                width=str(width),
+                height=str(height),
+            ) from error
+
+    def normalised(self, tiles: np.ndarray) -> Tensor:
+        """What the tower reads of 8-bit tiles: float32 [tiles, 3, side, side]."""
+        processor = self.processor
+        return torch.from_numpy(
+            np.stack(
+                [
+                    processor.normalize(
+                        processor.rescale(tile, scale=processor.rescale_factor),
+                        mean=processor.image_mean,
+                        std=processor.image_std,
+                    )
+                    for tile in tiles
+                ]
+            )
+        )
+
+    @property
+    def side(self) -> int:
+        """Side of a tile in pixels."""
+        side: int = self.network.config.vision_config.image_size
+        return side
+
+    @property
+    def patch(self) -> int:
+        """Side of a patch in pixels."""
+        patch: int = self.network.config.vision_config.patch_size
+        return patch
+
+    @abstractmethod
+    def layout(self, height: int, width: int) -> TokenLayout:
+        """Where the visual tokens of a picture of ``height`` x ``width`` pixels come from."""
+
+    def _cut(self, pixels: np.ndarray, **options: Any) -> np.ndarray:
+        """The processor's tiles before rescaling, of pixels uint8 [height, width, 3]: [tiles, 3, side, side]."""
+        batch = self.processor(
+            pixels, do_rescale=False, do_normalize=False, input_data_format=ChannelDimension.LAST, **options
+        )
+        return np.asarray(batch["pixel_values"])
+
+    def _project(self, features: Tensor) -> Tensor:
+        """The tower's features of patches [tiles, patches, channels] to tokens [tiles, tokens, hidden]."""
+        projected: Tensor = self.network.model.multi_modal_projector(features)
+        return projected
+
+    @abstractmethod
+    def _pack(self, projected: Tensor, size: Sequence[int]) -> Tensor:
+        """One picture's tokens [tiles, tokens, hidden], in the order in which the decoder reads them: [N, hidden]."""
+
+    @abstractmethod
+    def _arrange(self, size: Sequence[int], values: Tensor) -> Tensor:
+        """One picture's values per patch, [tiles, patches], through the same: [N]."""
