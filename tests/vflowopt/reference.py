@@ -5,20 +5,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration
-from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 Turn = Sequence[str | np.ndarray]
 """Parts of a turn: text, or the pixels of a picture."""
 
 
 class Reference:
-    """The unpruned model behind ``generate``, stateless."""
+    """The unpruned model behind ``generate``, stateless; remembers the logits behind every token."""
 
     def __init__(self, folder: Path) -> None:
-        self.network = LlavaOnevisionForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        self.network = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.processor = LlavaOnevisionImageProcessorPil.from_pretrained(folder)
+        self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        self.logits: list[Tensor] = []
 
     @torch.no_grad()
     def answers(self, turns: Sequence[Turn], new_tokens: int) -> list[list[int]]:
@@ -49,23 +50,27 @@ class Reference:
             head, text = text.split(f"ANSWER{index}.")
             ids += [*self.tokenizer(head, add_special_tokens=False)["input_ids"], *answer]
         ids += self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        inputs: dict[str, torch.Tensor] = {}
+        inputs: dict[str, Tensor] = {}
         if pictures:
-            batch = self.processor(pictures, return_tensors="pt", input_data_format="channels_last")
-            features = self.network.get_image_features(batch["pixel_values"], batch["image_sizes"]).pooler_output
-            lengths = iter([len(of_picture) for of_picture in features])
             image = self.network.config.image_token_id
+            inputs = dict(self.processor(pictures, return_tensors="pt", input_data_format="channels_last"))
+            features = self.network.get_image_features(**inputs).pooler_output
+            lengths = iter([len(of_picture) for of_picture in features])
             ids = [token for each in ids for token in ([each] * next(lengths) if each == image else [each])]
-            inputs = {key: batch[key] for key in ("pixel_values", "image_sizes")}
+            if "image_grid_thw" in inputs:  # families whose positions have several axes ask which tokens are pictures
+                inputs["mm_token_type_ids"] = torch.tensor([ids]).eq(image).int()
         prompt = torch.tensor([ids])
         output = self.network.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=new_tokens,
             do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
             **inputs,
         )
-        answer: list[int] = output[0, prompt.shape[1] :].tolist()
+        self.logits += [row[0].float() for row in output.logits]
+        answer: list[int] = output.sequences[0, prompt.shape[1] :].tolist()
         ends = self.network.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         return answer[:-1] if answer and answer[-1] in ends else answer

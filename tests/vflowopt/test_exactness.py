@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.vflowopt.models.matrix import MODELS, TinyModel
 from tests.vflowopt.reference import Reference
 from tests.vflowopt.talk import Talk, picture
-from tests.vflowopt.tiny_models import SHAPES, Shape, save
 from vflowopt.demo import model_path
 from vflowopt.runtime import Runtime
 from vflowopt.strategy import Strategy
@@ -14,10 +15,10 @@ from vflowopt.strategy import Strategy
 NEW_TOKENS = 12
 
 
-@pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: shape.name)
+@pytest.fixture(scope="module", params=MODELS, ids=lambda model: model.name)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    shape: Shape = request.param
-    return save(shape, tmp_path_factory.mktemp(shape.name))
+    model: TinyModel = request.param
+    return model.save(tmp_path_factory.mktemp(model.name))
 
 
 @pytest.mark.parametrize(
@@ -28,13 +29,16 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_three_turns_with_two_pictures_answer_like_generate(folder: Path, sizes: list[tuple[int, int]]) -> None:
     first, second = (picture(*size, seed=index) for index, size in enumerate(sizes))
     turns = [[first, "what is this?"], ["and now?"], ["look: ", second, " same?"]]
-    expected = Reference(folder).answers(turns, NEW_TOKENS)
+    reference = Reference(folder)
+    expected = reference.answers(turns, NEW_TOKENS)
 
     runtime = Runtime.load(folder, kv_budget=32 << 20)
     talk = Talk(runtime, Strategy.full())
     answers = [talk.ask(turn, NEW_TOKENS) for turn in turns]
 
     assert answers == expected
+    for ours, theirs in zip(talk.logits, reference.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
     assert len({token for answer in answers for token in answer}) > 5, "answers too uniform to prove anything"
     talk.conversation.release()
     assert runtime.pool.bytes_used == 0

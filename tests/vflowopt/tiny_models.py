@@ -1,5 +1,6 @@
-"""Small LLaVA-OneVision models with random weights, saved as the folders that real ones come in."""
+"""Small LLaVA-OneVision models with random weights, saved as real ones come, and what other families need for theirs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,13 +9,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     SiglipVisionConfig,
 )
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
+"""The padding, the beginning and the end of a message, and a picture."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -44,6 +47,10 @@ class Shape:
     grids: tuple[tuple[int, int], ...] = ((1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
     extra: dict[str, int] = field(default_factory=dict)
 
+    def save(self, folder: Path, seed: int = 0) -> Path:
+        """See :func:`save`."""
+        return save(self, folder, seed)
+
 
 SHAPES = (
     Shape("plain"),
@@ -54,20 +61,28 @@ SHAPES = (
 )
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and the special tokens."""
+def tokenizer(template: str = CHAT_TEMPLATE, specials: Sequence[str] = SPECIALS) -> PreTrainedTokenizerFast:
+    """One token a byte, and the special tokens, of which the first pads and the third ends an answer."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    model = models.BPE(vocab={token: index for index, token in enumerate([*alphabet, *SPECIALS])}, merges=[])
+    model = models.BPE(vocab={token: index for index, token in enumerate([*alphabet, *specials])}, merges=[])
     backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        extra_special_tokens=["<|im_start|>", "<image>"],
-        chat_template=CHAT_TEMPLATE,
+        eos_token=specials[2],
+        pad_token=specials[0],
+        extra_special_tokens=[specials[1], *specials[3:]],
+        chat_template=template,
     )
+
+
+def spread(network: PreTrainedModel) -> None:
+    """Draw all weights anew: default initialisation is so flat that every answer repeats one token."""
+    with torch.no_grad():
+        for weight in network.parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 1.5 * weight[0].numel() ** -0.5)
 
 
 def save(shape: Shape, folder: Path, seed: int = 0) -> Path:
@@ -105,11 +120,7 @@ def save(shape: Shape, folder: Path, seed: int = 0) -> Path:
     )
     torch.manual_seed(seed)
     network = LlavaOnevisionForConditionalGeneration(config)
-    # Default initialisation is so flat that every answer repeats one token; spread the weights to make answers vary.
-    with torch.no_grad():
-        for weight in network.parameters():
-            if weight.dim() > 1:
-                weight.normal_(0, 1.5 * weight[0].numel() ** -0.5)
+    spread(network)
     network.generation_config.eos_token_id = tokens.eos_token_id
     network.save_pretrained(folder)
     tokens.save_pretrained(folder)

@@ -9,8 +9,16 @@ from transformers import AutoConfig
 
 from vflowopt.models.interface import ModelError, MultimodalModel
 from vflowopt.models.llava_onevision import LlavaOnevision
+from vflowopt.models.qwen2_5_vl import Qwen25Vl
+from vflowopt.models.qwen2_vl import Qwen2Vl
+from vflowopt.models.qwen3_vl import Qwen3Vl
 
-FAMILIES: dict[str, type[MultimodalModel]] = {"llava_onevision": LlavaOnevision}
+FAMILIES: dict[str, type[MultimodalModel]] = {
+    "llava_onevision": LlavaOnevision,
+    "qwen2_vl": Qwen2Vl,
+    "qwen2_5_vl": Qwen25Vl,
+    "qwen3_vl": Qwen3Vl,
+}
 """Families by the ``model_type`` of their configuration."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -1,0 +1,26 @@
+"""Small models of every family: what holds for one must hold for all. A family joins with a line."""
+
+from pathlib import Path
+from typing import Protocol
+
+from tests.vflowopt.models.tiny_qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
+from tests.vflowopt.tiny_models import SHAPES
+
+
+class TinyModel(Protocol):
+    """A small model with random weights."""
+
+    @property
+    def name(self) -> str:
+        """What tests call it."""
+
+    def save(self, folder: Path, seed: int = 0) -> Path:
+        """Make it and save it as the folder that real ones come in; returns the folder."""
+
+
+MODELS: tuple[TinyModel, ...] = (
+    *SHAPES,
+    *QWEN2_VL,
+    *QWEN2_5_VL,
+    *QWEN3_VL,
+)

@@ -1,0 +1,36 @@
+"""Qwen2.5-VL: a tower most of whose layers see windows only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.vision_utils import get_vision_window_index
+
+from vflowopt.models.qwen2_vl import Qwen2Vl
+
+
+class Qwen25Vl(Qwen2Vl):
+    """A model of the family ``qwen2_5_vl``; see :class:`~vflowopt.models.qwen_vl.QwenVl`.
+
+    Attention within a window says nothing of the picture as a whole: tokens are scored by the last layer that sees all
+    of it. The tower keeps the patches window by window all the way, and undoes it behind its last layer.
+    """
+
+    family = "Qwen2.5-VL"
+    architecture = Qwen2_5_VLForConditionalGeneration
+
+    def _whole_layers(self) -> Sequence[int]:
+        vision = self.network.config.vision_config
+        whole = sorted(layer for layer in vision.fullatt_block_indexes if layer < vision.depth)
+        if not whole:
+            raise self.unsupported("a vision tower without a layer that sees the whole picture")
+        return whole
+
+    def _squares(self, grids: Tensor) -> Tensor:
+        tower = self.network.model.visual
+        in_windows, _ = get_vision_window_index(
+            grids, spatial_merge_size=self.merge, window_size=tower.window_size, patch_size=self.patch
+        )
+        return in_windows.argsort()
