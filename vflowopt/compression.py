@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from vflowopt.diversity import diversified
 from vflowopt.importance import context_relevance, head_averaged_attention, importance, patch_entropy
 from vflowopt.layout import TokenLayout
 from vflowopt.pruning import keep_most_important, stage_targets
@@ -144,7 +145,7 @@ def score(encoded: EncodedImage, strategy: Strategy) -> Tensor:
 
 
 def _averaged_in_squares(values: Tensor, side: int) -> Tensor:
-    """Values [T, rows, columns], each replaced by the mean of its square: so a softmax counts the square, merged, once."""
+    """Values [T, rows, columns], each replaced by the mean of its square: a softmax counts a merged square once."""
     means = nn.functional.avg_pool2d(values, side)
     return means.repeat_interleave(side, dim=-2).repeat_interleave(side, dim=-1)
 
@@ -160,9 +161,13 @@ def choose(encoded: EncodedImage, scores: Tensor, strategy: Strategy, layers: in
     """
     begun = time.perf_counter()
     layout = encoded.layout
-    targets = stage_targets(strategy, len(layout), int(layout.structural.sum()), layers)
+    structural = int(layout.structural.sum())
+    targets = stage_targets(strategy, len(layout), structural, layers)
+    ranks, choices = scores, [target - structural for target in targets if target < len(layout)]
+    if strategy.diversity and choices:
+        ranks = diversified(scores, encoded.embeddings, layout.structural, choices[0], strategy.diversity)
     if strategy.grid is None or targets[0] == len(layout):
-        first = keep_most_important(scores, layout.structural, targets[0])
+        first = keep_most_important(ranks, layout.structural, targets[0])
         recycled = first[:0]
         embeddings = encoded.embeddings[first.to(encoded.embeddings.device)]
     else:
@@ -176,13 +181,14 @@ def choose(encoded: EncodedImage, scores: Tensor, strategy: Strategy, layers: in
             layout.structural,
             side=strategy.grid,
             reserve=strategy.reserve,
+            ranks=ranks,
         )
         first, recycled = outcome.kept, outcome.recycled
         embeddings = outcome.features.to(encoded.embeddings)
     kept = [first]
     for target in targets[1:]:
         previous = kept[-1]
-        kept.append(previous[keep_most_important(scores[previous], layout.structural[previous], target)])
+        kept.append(previous[keep_most_important(ranks[previous], layout.structural[previous], target)])
     positions = torch.arange(len(layout)) if encoded.positions is None else encoded.positions
     span = int(positions.max()) + 1
     if strategy.positions == "renumbered":

@@ -37,6 +37,7 @@ def recycle(
     *,
     side: float,
     reserve: Reserve = "occupied",
+    ranks: Tensor | None = None,
 ) -> Recycled:
     """Keep the most important tokens, and one average of the dropped tokens per cell of a coarse grid.
 
@@ -57,6 +58,8 @@ def recycle(
             and fills ``count`` exactly; where there are more cells than places, those of the greatest total importance
             are recycled. "published" drops int(content tokens / a^2) more tokens first, as the released code does, and
             recycles every cell: this may exceed ``count``.
+        ranks: [N], where another order than that of importance says who stays: the greatest do. The averages are
+            weighted by importance all the same.
 
     Returns:
         What stays, see `Recycled`.
@@ -64,7 +67,7 @@ def recycle(
     content = (~structural).nonzero().squeeze(-1)
     places = max(count - (len(structural) - len(content)), 0)
     # From here on tokens are told by their rank among the content tokens: the first is the most important.
-    ranked = content[importance[content].argsort(descending=True, stable=True)]
+    ranked = content[(importance if ranks is None else ranks)[content].argsort(descending=True, stable=True)]
     if places >= len(ranked):
         return Recycled(torch.arange(len(structural), device=features.device), ranked[:0], features)
 
@@ -75,7 +78,7 @@ def recycle(
         plain = _plainly_kept(cell, cells, places)
     members = cell[plain:]
     weights = importance[ranked].double()
-    weights = weights[plain:] - weights[-1].clamp(max=0.0)
+    weights = weights[plain:] - weights.min().clamp(max=0.0)
     means = _weighted_means(features[ranked[plain:]], weights, members, cells)
 
     # Ranks ascend, so a cell's first dropped token is its most important one.

@@ -7,14 +7,14 @@ an argument. It is immutable and hashable, and its JSON form is canonical: equal
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate, pairwise
 from operator import mul
 from types import MappingProxyType
 from typing import Any, Literal, NoReturn, Self, get_args
 
-SCHEMA = 1
-"""Version of the JSON form that this release reads and writes."""
+SCHEMA = 2
+"""Version of the JSON form that this release writes. It also reads version 1, which has no diversity."""
 
 Positions = Literal["kept", "renumbered"]
 Reserve = Literal["occupied", "published"]
@@ -56,6 +56,9 @@ class Strategy:
     """"kept": a token keeps the position that it had before pruning. "renumbered": the first stage closes the gaps."""
     reserve: Reserve = "occupied"
     """Places that recycling claims: one per occupied cell, which never exceeds the budget, or the published count."""
+    diversity: float = 0.0
+    """Weight in [0, 1] of diversity against importance when tokens are chosen; 0: the published choice, by importance
+    alone. See :mod:`vflowopt.diversity`."""
 
     def __post_init__(self) -> None:
         """Normalise sequences and numbers, then check every field."""
@@ -64,6 +67,7 @@ class Strategy:
         set_field(self, "ratios", tuple(_number("ratios", ratio) for ratio in _sequence("ratios", self.ratios)))
         set_field(self, "threshold", _number("threshold", self.threshold))
         set_field(self, "alpha", _number("alpha", self.alpha))
+        set_field(self, "diversity", _number("diversity", self.diversity))
         if self.grid is not None:
             set_field(self, "grid", _number("grid", self.grid))
 
@@ -81,6 +85,8 @@ class Strategy:
             raise StrategyError("threshold", f"must not be negative, got {self.threshold}")
         if not -1.0 <= self.alpha <= 1.0:
             raise StrategyError("alpha", f"must lie between -1 and 1, got {self.alpha}")
+        if not 0.0 <= self.diversity <= 1.0:
+            raise StrategyError("diversity", f"must lie between 0 and 1, got {self.diversity}")
         if self.grid is not None and self.grid < 1.0:
             raise StrategyError("grid", f"a cell must be at least one token wide, got {self.grid}")
         _member("positions", self.positions, get_args(Positions))
@@ -104,6 +110,7 @@ class Strategy:
         grid: float | None = None,
         positions: Positions = "kept",
         reserve: Reserve = "occupied",
+        diversity: float = 0.0,
     ) -> Self:
         """Solve the last ratio so that a decoder of ``layers`` layers meets ``budget`` (method section 2).
 
@@ -121,7 +128,7 @@ class Strategy:
         if starts is None:
             starts = thirds(layers, len(head) + 1)
         # The open last stage is carried as 1 for now: its place in the sums is what counts.
-        draft = cls(tuple(starts), (*head, 1.0), threshold, alpha, grid, positions, reserve)
+        draft = cls(tuple(starts), (*head, 1.0), threshold, alpha, grid, positions, reserve, diversity)
         spans = draft.spans(layers)
         spent = sum(fraction * span for fraction, span in zip(draft.retention[:-1], spans[:-1], strict=True))
         reach = draft.retention[-1] * spans[-1]
@@ -138,7 +145,7 @@ class Strategy:
                 f"{budget:g} is too large: with these leading ratios at most {(spent + reach) / layers:.6g} is kept; "
                 "raise the leading ratios or lower the budget",
             )
-        return cls(draft.starts, (*head, min(last, 1.0)), threshold, alpha, grid, positions, reserve)
+        return replace(draft, ratios=(*head, min(last, 1.0)))
 
     @classmethod
     def preset(cls, budget: float, layers: int) -> Self:
@@ -203,9 +210,9 @@ class Strategy:
         if not isinstance(document, dict):
             raise StrategyError("strategy", f"expected a JSON object, got {_brief(document)}")
         schema = document.pop("schema", None)
-        if schema != SCHEMA or isinstance(schema, bool):
-            raise StrategyError("schema", f"this release reads version {SCHEMA}, got {_brief(schema)}")
-        names = {field.name for field in fields(cls)}
+        if schema not in (1, SCHEMA) or isinstance(schema, bool):
+            raise StrategyError("schema", f"this release reads versions 1 and {SCHEMA}, got {_brief(schema)}")
+        names = {field.name for field in fields(cls)} - ({"diversity"} if schema == 1 else set())
         for name in sorted(document.keys() - names):
             raise StrategyError(name, f"unknown field, remove it; a strategy has {', '.join(sorted(names))}")
         for name in sorted(names - document.keys()):

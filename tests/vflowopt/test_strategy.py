@@ -21,6 +21,7 @@ def any_strategy(draw: st.DrawFn) -> Strategy:
         grid=draw(st.none() | st.floats(1, 40)),
         positions=draw(st.sampled_from(["kept", "renumbered"])),
         reserve=draw(st.sampled_from(["occupied", "published"])),
+        diversity=draw(st.floats(0, 1)),
     )
 
 
@@ -55,6 +56,8 @@ def any_strategy(draw: st.DrawFn) -> Strategy:
         ({"positions": "dropped"}, "positions"),
         ({"positions": ["kept"]}, "positions"),
         ({"reserve": None}, "reserve"),
+        ({"diversity": 1.01}, "diversity"),
+        ({"diversity": -0.01}, "diversity"),
     ],
 )
 def test_a_bad_field_is_named(fields: dict[str, object], field: str) -> None:
@@ -193,6 +196,10 @@ def edited(**changes: object) -> str:
     return json.dumps({name: value for name, value in document.items() if value is not ...})
 
 
+def test_json_of_the_version_before_is_read() -> None:
+    assert Strategy.from_json(edited(schema=1, diversity=...)) == Strategy.preset(0.1, 28)
+
+
 @pytest.mark.parametrize(
     ("text", "field"),
     [
@@ -202,7 +209,8 @@ def edited(**changes: object) -> str:
         ("null", "strategy"),
         ("[" * 100_000, "strategy"),
         (b"\xff\xfe", "strategy"),
-        (edited(schema=2), "schema"),
+        (edited(schema=3), "schema"),
+        (edited(schema=1), "diversity"),
         (edited(schema=...), "schema"),
         (edited(schema=True), "schema"),
         (edited(colour="red"), "colour"),

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig, LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast
 
 from vflowopt.demo.anyres import GRIDS, SIDE, TILE
-from vflowopt.demo.strategies import tuned
+from vflowopt.demo.strategies import brought
 from vflowopt.demo.tokenizer import IMAGE, VIDEO
 
 _HUB_PREFIXES = {
@@ -64,7 +64,7 @@ def save_folder(
     config.dtype = torch.bfloat16
     for part in (config.text_config, config.vision_config):
         setattr(part, "dtype", torch.bfloat16)  # noqa: B010  # typed as a dictionary, too
-    config.vflow_strategies = tuned(len(model.model.language_model.layers))
+    config.vflow_strategies = brought(len(model.model.language_model.layers))
     config.save_pretrained(folder)
     GenerationConfig(
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
