@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 from benchmarks.answering import Reply
 from benchmarks.asked_pictures import AskedPicture, from_folder, generated
-from benchmarks.conversations import SINGLE, Told, hear
-from benchmarks.fidelity_rows import ALL, OURS, Ledger, Mark, compare, group_summary, summary
+from benchmarks.fidelity_rows import ALL, Ledger, Mark, compare, group_summary, summary
+from benchmarks.hearing import SINGLE, Told, hear
 from benchmarks.line_chart import line_chart
 from benchmarks.rivals import Compressed, Method, Sight, rivals
-from benchmarks.rivals.vflowopt import VFlowOpt, ablations, curves
+from benchmarks.rivals.vflowopt import VFlowOpt, ablations, curves, own
 from benchmarks.table import Row, render
 from vflowopt.cache import PoolExhausted
 from vflowopt.demo import model_path
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runtime = Runtime.load(
             options.model, device=options.device, dtype=options.dtype, kv_budget=options.kv_budget << 20
         )
-        contestants = _contestants(options, runtime.layers)
+        contestants = _contestants(options, runtime)
         pictures = (
             from_folder(options.data, options.pictures, options.turns)
             if options.data
@@ -68,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(render(groups))
     print(
         f"\n{next(row['questions'] for row in rows if row['turn'] == ALL)} questions; low and high: 95% interval of "
-        "accuracy in conversations, bootstrap over pictures; ahead or behind: so is the interval of the difference"
+        "accuracy in conversations, bootstrap over pictures; versus: against "
+        f"{contestants[0][0].name}, ahead or behind where the interval of the difference is"
     )
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
@@ -111,12 +112,12 @@ def measure(
     progress.close()
     if not seen:
         raise ValueError("there are no pictures to ask about: --pictures must be at least 1, and --data not empty")
-    return ledger.rows(seen)
+    return ledger.rows(seen, contestants[0][0].name)
 
 
 def chart(rows: Sequence[Row]) -> str:
-    """Accuracy in conversations against retention, one line a method, VFlowOpt first; SVG."""
-    lines: dict[str, list[tuple[float, float]]] = {OURS: []}
+    """Accuracy in conversations against retention, one line a method; SVG."""
+    lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row["turn"] == ALL and row["method"] != FULL:
             point = float(str(row["retention"])), float(str(row["accuracy"]))
@@ -125,7 +126,7 @@ def chart(rows: Sequence[Row]) -> str:
     reach = [x for line in lines.values() for x, _ in line]
     lines[FULL] = [(min(reach), whole), (max(reach), whole)]
     return line_chart(
-        {name: line for name, line in lines.items() if line},
+        lines,
         title="Exact match in conversations",
         across="visual tokens kept",
         up="accuracy",
@@ -161,12 +162,17 @@ def _mark(told: Told, batch: Sequence[AskedPicture], reference: Reply, before: i
     )
 
 
-def _contestants(options: argparse.Namespace, layers: int) -> list[Contestant]:
-    """Who is measured at what; VFlowOpt first."""
-    methods: list[Method] = [VFlowOpt(OURS)]
+def _contestants(options: argparse.Namespace, runtime: Runtime) -> list[Contestant]:
+    """Who is measured at what; first the one that the others are held against."""
+    ours = own(runtime.model.strategies, runtime.layers)
+    base = next((method for method in ours if method.name == options.base), None)
+    if options.base and base is None:
+        raise ValueError(f"--base is {options.base}; there is {', '.join(method.name for method in ours)}")
+    base = base or ours[0]
+    methods: list[Method] = [base, *(method for method in ours if method is not base)]
     methods += rivals(options.seed) if "rivals" in options.compare else []
-    methods += ablations(layers) if "ablations" in options.compare else []
-    methods += curves(layers) if "curves" in options.compare else []
+    methods += ablations(base, runtime.layers) if "ablations" in options.compare else []
+    methods += curves(base, runtime.layers) if "curves" in options.compare else []
     if options.methods:
         unknown = sorted(set(options.methods) - {method.name for method in methods})
         if unknown:
@@ -176,10 +182,10 @@ def _contestants(options: argparse.Namespace, layers: int) -> list[Contestant]:
     contestants: list[Contestant] = [(method, options.retention) for method in methods]
     for path in options.strategy:
         strategy = Strategy.from_json(path.read_text(encoding="utf-8"))
-        budget = strategy.budget(layers)
+        budget = strategy.budget(runtime.layers)
         # Verdicts compare equal retentions: what was solved for a budget misses it by rounding.
         budget = next((each for each in options.retention if abs(each - budget) < 1e-6), budget)
-        contestants.append((VFlowOpt(f"{OURS}-{path.stem}", {budget: strategy}), (budget,)))
+        contestants.append((VFlowOpt(f"vflowopt-{path.stem}", {budget: strategy}), (budget,)))
     return contestants
 
 
@@ -194,6 +200,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=("rivals", "ablations", "curves"),
         default=["rivals"],
         help="VFlowOpt with what: its rivals, itself without its parts, each hyperparameter moved",
+    )
+    parser.add_argument(
+        "--base", metavar="NAME", help="what is held against the others and taken apart (default: the model's own)"
     )
     parser.add_argument("--methods", nargs="+", help="only these of them, by name")
     parser.add_argument(

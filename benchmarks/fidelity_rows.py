@@ -11,14 +11,11 @@ import torch
 
 from benchmarks.answering import Reply
 from benchmarks.bootstrap import Bootstrap, interval, verdict
-from benchmarks.conversations import SINGLE
+from benchmarks.hearing import SINGLE
 from benchmarks.table import Row
 
 ALL = "all"
 """The turn of rows over all turns of the conversations."""
-
-OURS = "vflowopt"
-"""What every other method is held against."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +57,11 @@ class Ledger:
 
     marks: dict[tuple[str, float], list[Mark]] = field(default_factory=lambda: defaultdict(list))
 
-    def rows(self, pictures: int) -> list[Row]:
+    def rows(self, pictures: int, ours: str) -> list[Row]:
         """One row for each method, retention and turn: ``single``, ``all`` and each turn from 1.
 
-        ``versus_vflowopt`` is told where there is a method of that name: "tie" where the 95% interval of the
-        difference, over the same draws of pictures, holds zero.
+        ``versus`` holds each against the method ``ours`` at the same retention and turn, where it was measured there:
+        "tie" where the 95% interval of the difference, over the same draws of pictures, holds zero.
         """
         bootstrap = Bootstrap(pictures)
         draws = {
@@ -85,9 +82,9 @@ class Ledger:
                 "kl_divergence": _mean(mark.divergence for mark in chosen),
                 "kv_bytes": round(_mean(mark.kv_bytes for mark in chosen)),
                 "questions": len(chosen),
-                "versus_vflowopt": None
-                if method == OURS or (OURS, retention, turn) not in draws
-                else verdict(draws[method, retention, turn], draws[OURS, retention, turn]),
+                "versus": None
+                if method == ours or (ours, retention, turn) not in draws
+                else verdict(draws[method, retention, turn], draws[ours, retention, turn]),
                 "groups": _by_group(chosen),
             }
             for (method, retention), marks in self.marks.items()
@@ -111,7 +108,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
                 "low": row["low"],
                 "high": row["high"],
                 "agreement": row["agreement"],
-                "versus_vflowopt": row["versus_vflowopt"],
+                "versus": row["versus"],
                 "kv_bytes": row["kv_bytes"],
             }
         else:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from benchmarks.rivals.method import Compressed, Method, Sight
 from vflowopt.compression import CompressedImage, CompressionTimings, EncodedImage, compress, score
+from vflowopt.diversity import diversified
 from vflowopt.pruning import stage_targets
 from vflowopt.runtime import Runtime
 from vflowopt.strategy import PUBLISHED, Strategy
@@ -22,23 +24,29 @@ class VFlowOpt(Method):
 
     Args:
         name: what tables call it; begins with "vflowopt".
-        strategies: by retention; the untuned presets where one is missing, see :func:`untuned`.
+        strategies: by retention; empty: the published ones, fitted to the model. Between and below them see
+            :func:`fitted`.
         change: applied to each strategy, for ablations.
     """
 
     def __init__(
         self,
         name: str = "vflowopt",
-        strategies: dict[float, Strategy] | None = None,
+        strategies: Mapping[float, Strategy] = MappingProxyType({}),
         change: Change = lambda strategy: strategy,
     ) -> None:
         self.name = name
-        self._strategies = strategies or {}
+        self._strategies = strategies
         self._change = change
 
     def strategy(self, retention: float, layers: int) -> Strategy:
         """The strategy that is used at a retention."""
-        return self._change(self._strategies.get(retention) or untuned(retention, layers))
+        strategies = self._strategies or {budget: Strategy.preset(budget, layers) for budget in PUBLISHED}
+        return self._change(fitted(strategies, retention, layers))
+
+    def varied(self, part: str, change: Change) -> VFlowOpt:
+        """The same with each strategy changed in one part, which the name says."""
+        return type(self)(f"{self.name}-{part}", self._strategies, lambda each: change(self._change(each)))
 
     def compress(self, runtime: Runtime, sight: Sight, retentions: Sequence[float]) -> list[Compressed]:
         """See :meth:`Method.compress`."""
@@ -46,68 +54,91 @@ class VFlowOpt(Method):
         return [Compressed(compress(sight.encoded, each, runtime.layers), each) for each in strategies]
 
 
-class LeanRows(VFlowOpt):
+class LeanRows(Method):
     """VFlowOpt without recycling that drops the row end of a row none of whose tokens is kept, in each stage.
 
     The places so freed go to the next important tokens: one whose row has no other token takes two, its own and its
-    row end's. It stands beside ``vflowopt-no-recycling``, which keeps all row ends.
+    row end's. It stands beside the base without recycling, which keeps all row ends.
+
+    Args:
+        name: what tables call it.
+        base: whose strategies it uses.
     """
+
+    def __init__(self, name: str, base: VFlowOpt) -> None:
+        self.name = name
+        self._base = base
 
     def compress(self, runtime: Runtime, sight: Sight, retentions: Sequence[float]) -> list[Compressed]:
         """See :meth:`Method.compress`."""
-        return [
-            _without_empty_rows(sight.encoded, replace(self.strategy(each, runtime.layers), grid=None), runtime.layers)
-            for each in retentions
-        ]
+        strategies = [replace(self._base.strategy(each, runtime.layers), grid=None) for each in retentions]
+        return [_without_empty_rows(sight.encoded, each, runtime.layers) for each in strategies]
 
 
-def untuned(retention: float, layers: int) -> Strategy:
-    """The published strategy for a budget; for others the next one above it, with its first ratio scaled down."""
+def own(brought: Mapping[str, Strategy], layers: int) -> list[VFlowOpt]:
+    """The published strategies, and those that a model brings: ``diverse-10`` and ``diverse-25`` are one method."""
+    by_stem: dict[str, dict[float, Strategy]] = {}
+    for name, strategy in brought.items():
+        stem, _, percent = name.rpartition("-")
+        budget = round(strategy.budget(layers), 6)
+        by_stem.setdefault(stem if percent.isdigit() else name, {})[budget] = strategy
+    return [*(VFlowOpt(f"vflowopt-{stem}", strategies) for stem, strategies in by_stem.items()), VFlowOpt()]
+
+
+def fitted(strategies: Mapping[float, Strategy], retention: float, layers: int) -> Strategy:
+    """The strategy for a retention; where there is none the next one above it, with its first ratio scaled down."""
     if retention == 1.0:
         return Strategy.full()
-    if retention in PUBLISHED:
-        return Strategy.preset(retention, layers)
-    nearest = min((budget for budget in PUBLISHED if budget > retention), default=max(PUBLISHED))
-    preset = PUBLISHED[nearest]
-    first, *rest = preset.ratios[:-1]
+    if retention in strategies:
+        return strategies[retention]
+    nearest = min((budget for budget in strategies if budget > retention), default=max(strategies))
+    model = strategies[nearest]
+    if len(model.ratios) == 1:
+        return replace(model, ratios=(retention,))
+    first, *rest = model.ratios[:-1]
     leading = (min(1.0, first * retention / nearest), *rest)
-    return Strategy.from_budget(
-        retention, layers, leading, threshold=preset.threshold, alpha=preset.alpha, grid=preset.grid
-    )
+    last = Strategy.from_budget(retention, layers, leading, starts=model.starts).ratios[-1]
+    return replace(model, ratios=(*leading, last))
 
 
-def ablations(layers: int) -> list[Method]:
-    """VFlowOpt with one part left out, or put in where the published strategies have none.
-
-    The published weight of the entropy is 0: so it is added, not left out.
-    """
+def ablations(base: VFlowOpt, layers: int) -> list[Method]:
+    """``base`` with one part left out, or put in where it has none."""
     return [
-        VFlowOpt("vflowopt-no-focus-set", change=lambda each: replace(each, threshold=0.0)),
-        VFlowOpt("vflowopt-with-entropy", change=lambda each: replace(each, alpha=0.1)),
-        VFlowOpt("vflowopt-no-recycling", change=lambda each: replace(each, grid=None)),
-        VFlowOpt("vflowopt-published-reserve", change=lambda each: replace(each, reserve="published")),
-        VFlowOpt("vflowopt-single-stage", change=lambda each: _single_stage(each, layers)),
-        VFlowOpt("vflowopt-renumbered", change=lambda each: replace(each, positions="renumbered")),
-        LeanRows("vflowopt-lean-rows"),
+        base.varied("no-focus-set", lambda each: replace(each, threshold=0.0)),
+        base.varied("with-entropy", lambda each: replace(each, alpha=0.1)),
+        base.varied("no-recycling", lambda each: replace(each, grid=None)),
+        base.varied("with-recycling", lambda each: replace(each, grid=4.0)),
+        base.varied("published-reserve", lambda each: replace(each, reserve="published")),
+        base.varied("single-stage", lambda each: _single_stage(each, layers)),
+        base.varied("renumbered", lambda each: replace(each, positions="renumbered")),
+        base.varied("no-diversity", lambda each: replace(each, diversity=0.0)),
+        base.varied("with-diversity", lambda each: replace(each, diversity=0.7)),
+        LeanRows(f"{base.name}-lean-rows", base),
     ]
 
 
-def curves(layers: int) -> list[Method]:
-    """VFlowOpt with one hyperparameter moved through its range, the others as published; the name says which."""
+def curves(base: VFlowOpt, layers: int) -> list[Method]:
+    """``base`` with one hyperparameter moved through its range; the name says which."""
     methods: list[Method] = []
-    for threshold in (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 50.0):
-        methods.append(_moved("threshold", threshold, lambda each, to: replace(each, threshold=to)))
+    for threshold in (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 50.0):
+        methods.append(base.varied(f"threshold-{threshold:g}", _to(threshold=threshold)))
     for alpha in (-1.0, -0.1, -0.01, 0.01, 0.1, 1.0):
-        methods.append(_moved("alpha", alpha, lambda each, to: replace(each, alpha=to)))
+        methods.append(base.varied(f"alpha-{alpha:g}", _to(alpha=alpha)))
     for side in (2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 24.0):
-        methods.append(_moved("grid", side, lambda each, to: replace(each, grid=to)))
-    for share in (1.0, 1.2, 1.5, 2.0):
-        methods.append(_moved("first-stage", share, lambda each, to: _front_loaded(each, to, layers)))
+        methods.append(base.varied(f"grid-{side:g}", _to(grid=side)))
+    for diversity in (0.0, 0.3, 0.5, 0.7, 0.9, 1.0):
+        methods.append(base.varied(f"diversity-{diversity:g}", _to(diversity=diversity)))
+    for share in (1.0, 1.2, 1.5):
+        methods.append(base.varied(f"first-stage-{share:g}", _front_loading(share, layers)))
     return methods
 
 
-def _moved(parameter: str, value: float, move: Callable[[Strategy, float], Strategy]) -> Method:
-    return VFlowOpt(f"vflowopt-{parameter}-{value:g}", change=lambda each: move(each, value))
+def _to(**fields: float) -> Change:
+    return lambda each: replace(each, **fields)
+
+
+def _front_loading(share: float, layers: int) -> Change:
+    return lambda each: _front_loaded(each, share, layers)
 
 
 def _single_stage(strategy: Strategy, layers: int) -> Strategy:
@@ -127,6 +158,9 @@ def _front_loaded(strategy: Strategy, share: float, layers: int) -> Strategy:
 
 def _without_empty_rows(encoded: EncodedImage, strategy: Strategy, layers: int) -> Compressed:
     layout, scores = encoded.layout, score(encoded, strategy)
+    if strategy.diversity:
+        every = int((~layout.structural).sum())
+        scores = diversified(scores, encoded.embeddings, layout.structural, every, strategy.diversity)
     targets = stage_targets(strategy, len(layout), int(layout.structural.sum()), layers)
     kept = tuple(_best_with_row_ends(encoded, scores, target) for target in targets)
     return Compressed(

@@ -38,7 +38,7 @@ def test_rows_at_the_smallest_size(tmp_path: Path, capsys: pytest.CaptureFixture
         else:
             assert 0.08 * full["kv_bytes"] < row["kv_bytes"] <= 0.1 * full["kv_bytes"]
             assert row["kl_divergence"] > 0 and row["cosine"] < 1
-            assert (row["versus_vflowopt"] is None) == (row["method"] == "vflowopt")
+            assert (row["versus"] is None) == (row["method"] == "vflowopt")
     printed = capsys.readouterr().out
     assert all(f"{method} @ 10%" in printed for method in chosen) and "fine" in printed
     assert (tmp_path / "plot.svg").read_text().count("<polyline") == len(chosen) + 1
@@ -65,10 +65,10 @@ def test_a_folder_of_one_s_own(tmp_path: Path) -> None:
     assert {row["questions"] for row in rows if row["turn"] == "all"} == {2}
     assert "colours" in rows[0]["groups"]
     ours, mine = ([row for row in rows if row["method"] == name] for name in ("vflowopt", "vflowopt-mine"))
-    differing = {"method", "versus_vflowopt"}  # the strategy is the preset: all figures are the same
+    differing = {"method", "versus"}  # the strategy is the preset: all figures are the same
     assert len(ours) == len(mine) == 4
     for row, same in zip(ours, mine, strict=True):
-        assert same["versus_vflowopt"] == "tie"
+        assert same["versus"] == "tie"
         assert {key: row[key] for key in row.keys() - differing} == {key: same[key] for key in row.keys() - differing}
 
 
@@ -126,8 +126,8 @@ def test_a_paired_difference_is_seen_where_the_intervals_overlap() -> None:
     ledger.marks["rival", 0.1] = [
         mark(place, not each or int(hard[:place].sum()) < 10) for place, each in enumerate(hard)
     ]
-    ours, rival = (row for row in ledger.rows(200) if row["turn"] == "all")
-    assert rival["versus_vflowopt"] == "ahead" and rival["low"] < ours["high"]  # type: ignore[operator]
+    ours, rival = (row for row in ledger.rows(200, "vflowopt") if row["turn"] == "all")
+    assert rival["versus"] == "ahead" and rival["low"] < ours["high"]  # type: ignore[operator]
     assert [line["method"] for line in summary([ours, rival])] == ["vflowopt @ 10%", "rival @ 10%"]
 
 

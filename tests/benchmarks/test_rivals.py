@@ -19,7 +19,7 @@ from benchmarks.rivals.pyramiddrop import PyramidDrop, pyramid
 from benchmarks.rivals.random_choice import RandomChoice
 from benchmarks.rivals.scope import Scope
 from benchmarks.rivals.uniform_grid import UniformGrid
-from benchmarks.rivals.vflowopt import LeanRows, VFlowOpt, ablations, curves
+from benchmarks.rivals.vflowopt import LeanRows, VFlowOpt, ablations, curves, own
 from benchmarks.rivals.visionzip import CONTEXTUAL, VisionZip
 from tests.vflowopt.talk import picture
 from tests.vflowopt.tiny_models import SHAPES, save
@@ -29,7 +29,7 @@ from vflowopt.runtime import Runtime
 from vflowopt.strategy import Strategy
 
 RETENTIONS = (1.0, 0.5, 0.25, 0.3, 0.15)
-METHODS = [*rivals(0), VFlowOpt(), *ablations(6)]
+METHODS = [*rivals(0), VFlowOpt(), *ablations(VFlowOpt(), 6)]
 AGNOSTIC = [method for method in rivals(0) if not method.question_aware]
 AWARE = [method for method in rivals(0) if method.question_aware]
 
@@ -294,11 +294,26 @@ def test_a_pyramid_meets_its_budget(retention: float, layers: int) -> None:
 
 
 def test_curves_move_one_parameter_and_keep_the_budget() -> None:
-    for method in curves(6):
+    for method in curves(VFlowOpt(), 6):
         assert isinstance(method, VFlowOpt)
         for retention in (0.5, 0.25, 0.1, 0.05):
             strategy, base = method.strategy(retention, 6), VFlowOpt().strategy(retention, 6)
             assert strategy.budget(6) == pytest.approx(retention)
-            fields = ("threshold", "alpha", "grid", "ratios")
+            fields = ("threshold", "alpha", "grid", "diversity", "ratios")
             assert sum(getattr(strategy, name) != getattr(base, name) for name in fields) <= 1
     assert VFlowOpt().strategy(1.0, 6) == Strategy.full()
+
+
+def test_a_model_s_own_strategies_are_methods_by_their_stem() -> None:
+    brought = {
+        "lean-10": Strategy.from_budget(0.1, 6, (0.12, 0.9), threshold=3.0),
+        "lean-50": Strategy.from_budget(0.5, 6, (0.6, 0.9), diversity=0.4),
+        "other": Strategy((0,), (0.3,)),
+    }
+    lean, other, published = own(brought, 6)
+    assert [method.name for method in (lean, other, published)] == ["vflowopt-lean", "vflowopt-other", "vflowopt"]
+    assert lean.strategy(0.1, 6) == brought["lean-10"] and lean.strategy(0.5, 6) == brought["lean-50"]
+    between = lean.strategy(0.25, 6)
+    assert between.budget(6) == pytest.approx(0.25) and between.diversity == 0.4 and between.ratios[:2] == (0.3, 0.9)
+    assert other.strategy(0.1, 6) == Strategy((0,), (0.1,))
+    assert published.strategy(0.25, 6) == Strategy.preset(0.25, 6)

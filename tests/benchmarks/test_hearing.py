@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.answering import Reply, reply
 from benchmarks.asked_pictures import Asked
-from benchmarks.conversations import SINGLE, hear
+from benchmarks.hearing import SINGLE, hear
 from benchmarks.rivals import Compressed, Sight
 from benchmarks.rivals.fastv import FastV
 from benchmarks.rivals.vflowopt import VFlowOpt
