@@ -17,6 +17,7 @@ def create_strategy_request(
     threshold: float = 0.0,
     alpha: float = 0.0,
     grid: float | None = None,
+    diversity: float = 0.0,
     positions: Literal["kept", "renumbered"] = "kept",
     reserve: Literal["occupied", "published"] = "occupied",
     description: str = "",
@@ -34,6 +35,7 @@ def create_strategy_request(
         threshold=threshold,
         alpha=alpha,
         grid=grid,
+        diversity=diversity,
         positions=positions.upper(),
         reserve=reserve.upper(),
     )

@@ -5,7 +5,6 @@ Ctrl-D ends the conversation.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -14,8 +13,10 @@ from typing import TextIO
 
 from vflow.v1.conversations_pb2 import TurnReceipt, Usage
 from vflow.v1.images_pb2 import ImageReceipt
-from vflow_client.client import Client, connect
-from vflow_client.errors import Unavailable, VFlowError
+from vflow_client.client import Client
+from vflow_client.commands.connection import DONE, FAILED, add_connection_arguments, complain_of, connected
+from vflow_client.errors import VFlowError
+from vflow_client.quantities import size
 from vflow_client.retry import DEFAULT_TIMEOUT
 from vflow_client.session import Session
 
@@ -118,33 +119,15 @@ def describe_turn(usage: Usage, receipt: TurnReceipt) -> str:
 
 def _saving(used: int, full: int) -> str:
     """`12.3 KiB instead of 98.4 KiB`."""
-    return f"{_size(used)} instead of {_size(full)}" if full > used else _size(used)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
+    return f"{size(used)} instead of {size(full)}" if full > used else size(used)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the conversation on `parser`."""
     parser.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE", help="pictures to talk about")
-    parser.add_argument(
-        "--address",
-        default=os.environ.get("VFLOW_ADDRESS", "localhost:50051"),
-        help="host and port of the service (environment: VFLOW_ADDRESS; default: %(default)s)",
-    )
-    parser.add_argument(
-        "--tenant", default=os.environ.get("VFLOW_TENANT"), help="whose conversation it is (environment: VFLOW_TENANT)"
-    )
+    add_connection_arguments(parser, timeout=DEFAULT_TIMEOUT, limits="per answer")
     parser.add_argument("--strategy", help="strategy that compresses the pictures, such as preset-25 (default: active)")
     parser.add_argument("--max-new-tokens", type=int, help="tokens per answer at most (default: the service's)")
-    parser.add_argument(
-        "--timeout", type=float, default=DEFAULT_TIMEOUT, help="seconds per answer at most (default: %(default)g)"
-    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -152,7 +135,7 @@ def run(arguments: argparse.Namespace) -> int:
     # With it, input() has line editing and a history; not every platform has it.
     with suppress(ImportError):
         import readline  # noqa: F401
-    with connect(arguments.address, timeout=arguments.timeout, tenant=arguments.tenant) as client:
+    with connected(arguments) as client:
         return _converse(client, arguments)
 
 
@@ -161,13 +144,10 @@ def _converse(client: Client, arguments: argparse.Namespace) -> int:
     try:
         with client.session(arguments.strategy) as session:
             went_well = terminal.converse(session, arguments.pictures, max_new_tokens=arguments.max_new_tokens)
-    except Unavailable as error:
-        print(f"error: no service at {arguments.address} ({error}); start one with `vflow serve`", file=sys.stderr)
-        return 1
     except VFlowError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0 if went_well else 1
+        complain_of(error, arguments.address)
+        return FAILED
+    return DONE if went_well else FAILED
 
 
 def main(argv: Sequence[str] | None = None) -> int:

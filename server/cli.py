@@ -1,27 +1,35 @@
-"""The command ``vflow``: serve, chat, health."""
+"""The command ``vflow``: serve, chat, strategies, retune, health."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from vflow_client import terminal
+from vflow_client.commands import retune, strategies
 from vflow_server.option import OptionError
 from vflow_server.settings import CONFIG_VARIABLE, ENVIRONMENT_PREFIX, Settings, load, options
 
 USAGE = 2
 """Exit code of a command that was asked for something it cannot do."""
 
+_CLIENTS: Mapping[str, Callable[[argparse.Namespace], int]] = {
+    "chat": terminal.run,
+    "strategies": strategies.run,
+    "retune": retune.run,
+}
+"""What the commands do that talk with a running service."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     parsed = _parser().parse_args(arguments)
-    if parsed.command == "chat":
-        return terminal.run(parsed)
+    if parsed.command in _CLIENTS:
+        return _CLIENTS[parsed.command](parsed)
     if parsed.command == "health":
         return _health(parsed.address)
     flags = {name: getattr(parsed, name) for name in options() if getattr(parsed, name) is not None}
@@ -52,6 +60,15 @@ def _parser() -> argparse.ArgumentParser:
         told = declared.described().replace("%", "%%")  # argparse would take it for a placeholder
         serve.add_argument(f"--{name.replace('_', '-')}", metavar=declared.metavar, help=told)
     terminal.add_arguments(commands.add_parser("chat", help="a conversation in the terminal with a running service"))
+    strategies.add_arguments(commands.add_parser("strategies", help="look at strategies, compare and activate them"))
+    retune.add_arguments(
+        commands.add_parser(
+            "retune",
+            help="search for a better strategy",
+            description="Have a running service search for the strategy that keeps its answers best within a budget. "
+            "Ctrl-C has the service cancel the search and keep the best so far.",
+        )
+    )
     health = commands.add_parser("health", help="ask a running service whether it serves (exit code 0) or not (1)")
     health.add_argument("--address", metavar="HOST:PORT", help="where it listens (default: this machine)")
     return parser

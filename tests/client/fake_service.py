@@ -1,14 +1,17 @@
-"""A service that says what it is told to: the three servicers of the contract, without any model."""
+"""A service that says what it is told to: the servicers of the contract and of operations, without any model."""
 
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import grpc
+from google.longrunning import operations_pb2_grpc
+from google.longrunning.operations_pb2 import ListOperationsResponse, Operation
 from google.protobuf import any_pb2, empty_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from tests.client.fake_search import FakeSearch, found_strategy
 from vflow.v1 import compression_pb2_grpc, conversations_pb2_grpc, strategies_pb2_grpc
 from vflow.v1.compression_pb2 import CompressImageResponse
 from vflow.v1.conversations_pb2 import (
@@ -22,7 +25,13 @@ from vflow.v1.conversations_pb2 import (
     Usage,
 )
 from vflow.v1.images_pb2 import ImageReceipt
-from vflow.v1.strategies_pb2 import ListStrategiesResponse, Strategy
+from vflow.v1.strategies_pb2 import (
+    ComparedStrategy,
+    CompareStrategiesResponse,
+    ListStrategiesResponse,
+    Strategy,
+    StrategyEvent,
+)
 
 
 class Refusal:
@@ -72,11 +81,13 @@ class FakeService(
     conversations_pb2_grpc.ConversationsServicer,
     compression_pb2_grpc.CompressionServicer,
     strategies_pb2_grpc.StrategiesServicer,
+    operations_pb2_grpc.OperationsServicer,
 ):
     """Answers every call; `refusals[method]` are spent first, one per call; `requests[method]` and `tenants`
     are noted.
 
     Chat sends `pieces`; after the first it waits for `go_on`, and `cancelled` is set when a call ends unfinished.
+    Retune begins `search`.
     """
 
     def __init__(self) -> None:
@@ -84,6 +95,7 @@ class FakeService(
         self.tenants: list[str | None] = []
         self.refusals: dict[str, list[Refusal]] = {}
         self.pieces = ["two ", "red ", "stars"]
+        self.search = FakeSearch()
         self.refuse_after_first_piece: Refusal | None = None
         self.without_end = False
         self.go_on = threading.Event()
@@ -173,12 +185,12 @@ class FakeService(
     def ListStrategies(self, request: Any, context: Any) -> ListStrategiesResponse:
         self._note("ListStrategies", request, context)
         if request.page_token:
-            return ListStrategiesResponse(strategies=[Strategy(name="strategies/mine")])
-        return ListStrategiesResponse(strategies=[Strategy(name="strategies/full")], next_page_token="more")
+            return ListStrategiesResponse(strategies=[found_strategy("operations/one")])
+        return ListStrategiesResponse(strategies=[a_strategy("strategies/full")], next_page_token="more")
 
     def GetStrategy(self, request: Any, context: Any) -> Strategy:
         self._note("GetStrategy", request, context)
-        return Strategy(name=request.name, etag="e1")
+        return a_strategy(request.name)
 
     def CreateStrategy(self, request: Any, context: Any) -> Strategy:
         self._note("CreateStrategy", request, context)
@@ -187,3 +199,66 @@ class FakeService(
     def ActivateStrategy(self, request: Any, context: Any) -> Strategy:
         self._note("ActivateStrategy", request, context)
         return Strategy(name=request.name, active=True)
+
+    def RollbackStrategy(self, request: Any, context: Any) -> Strategy:
+        self._note("RollbackStrategy", request, context)
+        return Strategy(name="strategies/preset-25", active=True)
+
+    def Retune(self, request: Any, context: Any) -> Operation:
+        self._note("Retune", request, context)
+        return self.search.now()
+
+    def CompareStrategies(self, request: Any, context: Any) -> CompareStrategiesResponse:
+        self._note("CompareStrategies", request, context)
+        compared = [
+            ComparedStrategy(
+                strategy=a_strategy(name),
+                visual_tokens=131.0 + number,
+                visual_tokens_full=1312,
+                kv_bytes=402432,
+                kv_bytes_full=4030464,
+                objective=0.9 + 0.05 * number,
+                agreement=0.5 + 0.25 * number,
+            )
+            for number, name in enumerate(request.names)
+        ]
+        return CompareStrategiesResponse(compared=compared, samples=2, questions=4, data_digest="ab" * 32)
+
+    def GetOperation(self, request: Any, context: Any) -> Operation:
+        self._note("GetOperation", request, context)
+        return self.search.now()
+
+    def ListOperations(self, request: Any, context: Any) -> ListOperationsResponse:
+        self._note("ListOperations", request, context)
+        if request.page_token:
+            return ListOperationsResponse(operations=[Operation(name="operations/old", done=True)])
+        return ListOperationsResponse(operations=[self.search.now()], next_page_token="more")
+
+    def WaitOperation(self, request: Any, context: Any) -> Operation:
+        self._note("WaitOperation", request, context)
+        return self.search.advance()
+
+    def CancelOperation(self, request: Any, context: Any) -> empty_pb2.Empty:
+        self._note("CancelOperation", request, context)
+        self.search.cancel()
+        return empty_pb2.Empty()
+
+
+def a_strategy(name: str) -> Strategy:
+    """A built-in strategy, active, that was replaced once in between."""
+    event = StrategyEvent(kind=StrategyEvent.REPLACED, reason="on trial")
+    event.time.FromSeconds(0)
+    return Strategy(
+        name=name,
+        budget=0.1,
+        starts=[0, 8, 16],
+        ratios=[0.125, 1.0, 0.5],
+        threshold=39.0,
+        grid=17.0,
+        positions=Strategy.KEPT,
+        reserve=Strategy.OCCUPIED,
+        active=True,
+        built_in=True,
+        etag="e1",
+        events=[event],
+    )

@@ -134,7 +134,7 @@ def test_lists_strategies_and_compression(address: str, service: FakeService) ->
             await client.wait_until_reachable(timeout=5)
             assert [state.name async for state in client.sessions()] == [f"sessions/{n}" for n in range(6)]
             names = [strategy.name async for strategy in client.strategies.list()]
-            assert names == ["strategies/full", "strategies/mine"]
+            assert names == ["strategies/full", "strategies/tuned-one"]
             assert (await client.strategies.get("full")).etag == "e1"
             assert (await client.strategies.create("mine", ratios=[0.5])).name == "strategies/mine"
             assert (await client.strategies.activate("mine")).active
@@ -158,6 +158,7 @@ def test_nobody_at_the_address() -> None:
         (vflow_client.Client, vflow_client.aio.AsyncClient),
         (vflow_client.Session, vflow_client.aio.AsyncSession),
         (vflow_client.Answer, vflow_client.aio.AsyncAnswer),
+        (vflow_client.Retune, vflow_client.aio.AsyncRetune),
         (vflow_client.StrategyAdmin, vflow_client.aio.AsyncStrategyAdmin),
     ],
 )

@@ -178,15 +178,18 @@ def test_the_timeout_ends_a_turn(client: vflow_client.Client, service: FakeServi
 
 def test_lists_run_over_all_pages(client: vflow_client.Client, service: FakeService) -> None:
     assert [state.name for state in client.sessions()] == [f"sessions/{number}" for number in range(6)]
-    assert [strategy.name for strategy in client.strategies.list()] == ["strategies/full", "strategies/mine"]
+    assert [strategy.name for strategy in client.strategies.list()] == ["strategies/full", "strategies/tuned-one"]
 
 
 def test_strategies(client: vflow_client.Client, service: FakeService) -> None:
     assert client.strategies.get("full").name == "strategies/full"
-    made = client.strategies.create("mine", budget=0.2, ratios=[0.3, 0.9], grid=3.5, positions="renumbered")
+    made = client.strategies.create(
+        "mine", budget=0.2, ratios=[0.3, 0.9], grid=3.5, diversity=0.25, positions="renumbered"
+    )
     assert made.name == "strategies/mine"
     sent = service.requests["CreateStrategy"][0].strategy
     assert sent.budget == 0.2 and list(sent.ratios) == [0.3, 0.9] and sent.grid == 3.5
+    assert sent.diversity == 0.25
     assert sent.positions == vflow_client.Strategy.RENUMBERED and sent.reserve == vflow_client.Strategy.OCCUPIED
     assert client.strategies.activate("strategies/mine", etag="e1").active
     assert service.requests["ActivateStrategy"][0].etag == "e1"

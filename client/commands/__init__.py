@@ -1,0 +1,1 @@
+"""Commands for people and scripts that administer a running service: `vflow strategies`, `vflow retune`."""

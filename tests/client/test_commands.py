@@ -1,0 +1,318 @@
+"""`vflow strategies` and `vflow retune` against a fake service, as a person and as a program see them."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import code_pb2
+
+from tests.client.fake_service import FakeService, Refusal
+from vflow.v1.strategies_pb2 import RetuneMetadata
+from vflow_client.commands import progress
+from vflow_server.cli import main
+
+Vflow = Callable[..., tuple[int, str, str]]
+
+
+class FakeTerminal(io.StringIO):
+    """An error stream on which lines may be written over."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def vflow(address: str, capsys: pytest.CaptureFixture[str]) -> Vflow:
+    """Runs the command; returns its exit code and what it wrote."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = main([*map(str, arguments), "--address", address])
+        written = capsys.readouterr()
+        return code, written.out, written.err
+
+    return run
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "a.png").write_bytes(b"picture")
+    lines = [{"image": "a.png", "question": question} for question in ("What?", "Where?", "How many?")]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return tmp_path
+
+
+def test_a_list_is_aligned_and_marks_the_active_strategy(vflow: Vflow) -> None:
+    code, out, err = vflow("strategies", "list")
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [
+        "   NAME       BUDGET  RATIOS                 T   ALPHA   GRID  DIVERSITY  OBJECTIVE  ORIGIN",
+        "*  full        10.0%  0.125/1.000/0.500  39.00   0.000  17.00      0.000          -  built in",
+        "   tuned-one   10.0%  0.200/0.500/0.600  12.50  -0.250   6.50      0.250     0.9500  search",
+    ]
+
+
+def test_what_is_known_of_a_strategy(vflow: Vflow) -> None:
+    code, out, _ = vflow("strategies", "show", "preset-10")
+    assert code == 0
+    assert "name         strategies/preset-10 (active)\n" in out
+    assert "stages       from layers 0, 8, 16; each keeps 0.125/1.000/0.500 of those before it\n" in out
+    assert "etag         e1\nhistory      1970-01-01 00:00:00 UTC replaced: on trial\n" in out
+
+
+def test_without_a_name_the_active_strategy_is_shown(vflow: Vflow) -> None:
+    assert "strategies/full (active)" in vflow("strategies", "show")[1]
+
+
+def test_activating_and_rolling_back(vflow: Vflow, service: FakeService) -> None:
+    code, out, _ = vflow("strategies", "activate", "mine", "--etag", "e1")
+    assert code == 0 and out == "mine is active: new sessions begin with it, those that exist keep theirs\n"
+    request = service.requests["ActivateStrategy"][0]
+    assert (request.name, request.etag) == ("strategies/mine", "e1")
+    code, out, _ = vflow("strategies", "rollback", "--tenant", "red")
+    assert code == 0 and out.startswith("preset-25 is active")
+    assert service.tenants == [None, "red"]
+
+
+def test_a_comparison_is_a_table(vflow: Vflow, service: FakeService, data: Path) -> None:
+    code, out, _ = vflow("strategies", "compare", "preset-10", "mine", "--data", data, "--questions", 2)
+    assert code == 0
+    assert out.splitlines() == [
+        "               preset-10             mine                  CHANGE",
+        "budget         10.0%                 10.0%",
+        "ratios         0.125/1.000/0.500     0.125/1.000/0.500",
+        "threshold t    39.00                 39.00",
+        "alpha          0.000                 0.000",
+        "grid           17.00                 17.00",
+        "diversity      0.000                 0.000",
+        "visual tokens  131.0 of 1,312.0      132.0 of 1,312.0      +1.0",
+        "KV bytes       393.0 KiB of 3.8 MiB  393.0 KiB of 3.8 MiB  +0 B",
+        "objective      0.9000                0.9500                +0.0500",
+        "agreement      50.0%                 75.0%                 +25.0 points",
+        "means over 2 pictures and 4 questions (data abababababab)",
+    ]
+    sent = service.requests["CompareStrategies"][0].calibration.samples.samples
+    assert [list(sample.questions) for sample in sent] == [["What?", "Where?"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "look"),
+    [
+        (["list"], lambda told: [strategy["name"] for strategy in told] == ["strategies/full", "strategies/tuned-one"]),
+        (["show", "full"], lambda told: told["draft"] is False and told["ratios"] == [0.125, 1.0, 0.5]),
+        (["activate", "mine"], lambda told: told["active"] is True),
+        (["rollback"], lambda told: told["name"] == "strategies/preset-25"),
+        (["compare", "a", "b", "--live"], lambda told: told["compared"][1]["agreement"] == 0.75),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_json_for_programs(vflow: Vflow, arguments: list[str], look: Callable[[Any], bool]) -> None:
+    code, out, err = vflow("strategies", *arguments, "--json")
+    assert code == 0 and err == "" and look(json.loads(out))
+
+
+def test_a_refusal_is_told_and_the_exit_code_is_1(vflow: Vflow, service: FakeService, data: Path) -> None:
+    service.refusals["RollbackStrategy"] = [Refusal(grpc.StatusCode.FAILED_PRECONDITION, "NOTHING_TO_ROLL_BACK")]
+    assert vflow("strategies", "rollback") == (1, "", "error: NOTHING_TO_ROLL_BACK: refused on purpose\n")
+    service.refusals["Retune"] = [
+        Refusal(grpc.StatusCode.ABORTED, "RETUNE_RUNNING", metadata={"operation": "operations/other"})
+    ]
+    code, out, err = vflow("retune", "--budget", 0.1, "--data", data)
+    assert (code, out) == (1, "") and "vflow retune --follow operations/other" in err
+
+
+def test_without_a_service(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["strategies", "activate", "mine", "--etag", "e1", "--address", "127.0.0.1:1"]) == 1
+    assert "no service at 127.0.0.1:1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["--data", "/nowhere"], "a search needs --budget"),
+        (["--budget", "0.1"], "a search needs --data DIR or --live"),
+        (["--budget", "0.1", "--data", "/nowhere"], "/nowhere/questions.jsonl: No such file or directory"),
+        (["--budget", "0.1", "--live", "--detach", "--activate"], "give one of them"),
+        (["--follow", "one", "--seed", "0"], "--seed is for a new search"),
+        (["--follow", "one", "--live"], "--live is for a new search"),
+        (["--follow", "one", "--detach"], "contradict each other"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_cannot_be_done_has_exit_code_2(
+    vflow: Vflow, service: FakeService, arguments: list[str], fault: str
+) -> None:
+    code, out, err = vflow("retune", *arguments)
+    assert (code, out) == (2, "") and err.startswith("error: ") and fault in err
+    assert not service.requests
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["retune", "--data", "a", "--live"],
+        ["retune", "--budget", "0.1", "--live", "--trials", "0"],
+        ["retune", "--budget", "0.1", "--live", "--seed", "x"],
+        ["strategies", "compare", "a", "b"],
+    ],
+)
+def test_the_parser_refuses_with_exit_code_2(vflow: Vflow, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        vflow(*arguments)
+    assert caught.value.code == 2
+
+
+def test_a_search_in_a_log(vflow: Vflow, service: FakeService, data: Path) -> None:
+    options = ["--trials", 4, "--seed", 7, "--base", "preset-10", "--id", "tuned-one", "--data", data]
+    code, out, err = vflow("retune", "--budget", 0.1, *options)
+    assert code == 0
+    assert err.splitlines() == [
+        "operations/one: budget 10.0%, measured on 1 picture, 3 questions",
+        "encoding 2 pictures",
+        "answering with the unpruned model",
+        "trial 1 of 4: 0.9100, best 0.9100",
+        "trial 2 of 4: 0.8800 (stopped early), best 0.9100",
+        "trial 3 of 4: 0.9500, best 0.9500",
+        "trial 4 of 4: 0.9300, best 0.9500",
+        "comparing with preset-10 on the same samples",
+    ]
+    assert out.startswith(
+        "strategies/tuned-one found: objective 0.9500 at a budget of 10.0%, preset-10 has 0.9000\n\nobjective against"
+    )
+    assert "objective      0.9000                0.9500                +0.0500\n" in out
+    assert out.endswith("\nactivate it with: vflow strategies activate tuned-one\n")
+    request = service.requests["Retune"][0]
+    assert (request.trials, request.seed, request.base) == (4, 7, "strategies/preset-10")
+    assert list(service.requests["CompareStrategies"][0].names) == ["strategies/preset-10", "strategies/tuned-one"]
+    assert "ActivateStrategy" not in service.requests
+
+
+def test_a_search_on_a_terminal(vflow: Vflow, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    terminal = FakeTerminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    assert vflow("retune", "--budget", 0.1, "--data", data)[0] == 0
+    drawn = terminal.getvalue().split("\n")[1].split("\r")
+    assert drawn[1] == "[.........................] encoding 2 pictures"
+    assert drawn[4].rstrip() == "[############.............] trial 2 of 4, best 0.9100, base 0.9000, 1 min 40 s left"
+    assert drawn[-1].rstrip() == "[#########################] trial 4 of 4, best 0.9500, base 0.9000"
+    assert all(len(line) < 100 for line in drawn)
+    assert all(len(after) >= len(before.rstrip()) for before, after in zip(drawn, drawn[1:], strict=False))
+
+
+def test_live_traffic_is_not_asked_for_twice(vflow: Vflow, service: FakeService) -> None:
+    code, out, err = vflow("retune", "--budget", 0.1, "--live", 20, "--activate")
+    assert code == 0 and "measured on the latest 20 conversations held" in err
+    assert service.requests["Retune"][0].calibration.live.max_samples == 20
+    assert "CompareStrategies" not in service.requests
+    assert "ratios       0.125/1.000/0.500  0.200/0.500/0.600\n" in out
+    assert out.endswith("tuned-one is active: new sessions begin with it, those that exist keep theirs\n")
+    assert service.requests["ActivateStrategy"][0].name == "strategies/tuned-one"
+
+
+def test_a_comparison_that_fails_spoils_nothing(vflow: Vflow, service: FakeService, data: Path) -> None:
+    service.refusals["CompareStrategies"] = [Refusal(grpc.StatusCode.INTERNAL, "INTERNAL")]
+    code, out, err = vflow("retune", "--budget", 0.1, "--data", data, "--activate")
+    assert code == 0 and "error: no comparison: INTERNAL" in err
+    assert "tuned-one is active" in out and len(service.requests["ActivateStrategy"]) == 1
+
+
+def test_a_search_for_programs(vflow: Vflow, data: Path) -> None:
+    code, out, _ = vflow("retune", "--budget", 0.1, "--data", data, "--json")
+    told = json.loads(out)
+    assert code == 0 and told["operation"] == "operations/one"
+    assert [trial["objective"] for trial in told["metadata"]["tried"]] == [0.91, 0.88, 0.95, 0.93]
+    assert told["strategy"]["name"] == "strategies/tuned-one" and told["comparison"]["questions"] == 4
+
+
+def test_leaving_a_search_and_taking_it_up_again(vflow: Vflow, service: FakeService, data: Path) -> None:
+    code, out, _ = vflow("retune", "--budget", 0.1, "--data", data, "--detach")
+    assert (code, out) == (0, "operations/one\n") and "WaitOperation" not in service.requests
+    assert json.loads(vflow("retune", "--budget", 0.1, "--live", "--detach", "--json")[1]) == {
+        "operation": "operations/one"
+    }
+    code, out, err = vflow("retune", "--follow", "operations/one")
+    assert code == 0 and "trial 4 of 4" in err and "strategies/tuned-one found" in out
+    assert "CompareStrategies" not in service.requests and len(service.requests["Retune"]) == 2
+    code, out, err = vflow("retune", "--follow", "one", "--data", data)
+    assert code == 0 and "agreement" in out, "a search that has ended can be looked at again"
+
+
+def interrupt_after(trials: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C comes when so many trials have been shown."""
+    show = progress.ProgressLog.show
+
+    def interrupted(log: progress.ProgressLog, metadata: RetuneMetadata) -> None:
+        show(log, metadata)
+        if len(metadata.tried) == trials:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(progress.ProgressLog, "show", interrupted)
+
+
+def test_ctrl_c_cancels_and_names_the_draft(
+    vflow: Vflow, service: FakeService, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_after(2, monkeypatch)
+    code, out, err = vflow("retune", "--budget", 0.1, "--data", data, "--activate")
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-3:] == [
+        "cancelling; the best so far is kept as a draft (Ctrl-C again: leave at once)",
+        "error: OPERATION_CANCELLED: ended on purpose",
+        "the best of 2 trials, objective 0.9100, is kept as the draft strategies/tuned-draft",
+    ]
+    assert len(service.requests["CancelOperation"]) == 1 and "ActivateStrategy" not in service.requests
+
+
+def test_ctrl_c_before_the_first_trial_leaves_nothing(
+    vflow: Vflow, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_after(0, monkeypatch)
+    code, out, err = vflow("retune", "--budget", 0.1, "--data", data, "--json")
+    assert code == 1 and "draft strategies/" not in err
+    told = json.loads(out)
+    assert told["error"]["reason"] == "OPERATION_CANCELLED" and told["metadata"]["tried"] == []
+
+
+def test_a_second_ctrl_c_leaves_at_once(
+    vflow: Vflow, service: FakeService, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_after(2, monkeypatch)
+    monkeypatch.setattr(service.search, "cancel", lambda: None)
+
+    def interrupted(search: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vflow_client.retune.Retune.wait", interrupted)
+    code, out, err = vflow("retune", "--budget", 0.1, "--data", data)
+    assert (code, out) == (1, "") and len(service.requests["CancelOperation"]) == 1
+    assert err.endswith("left; how it ended tells: vflow retune --follow operations/one\n")
+
+
+def test_ctrl_c_at_the_very_end_activates_nothing(
+    vflow: Vflow, service: FakeService, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_after(4, monkeypatch)
+    service.search.advance()
+    monkeypatch.setattr(service.search, "cancel", lambda: None)
+    code, out, err = vflow("retune", "--budget", 0.1, "--data", data, "--activate")
+    assert (code, out) == (1, "") and "had ended already: strategies/tuned-one is there, and was not activated" in err
+    assert "ActivateStrategy" not in service.requests
+
+
+def test_a_search_that_was_interrupted_by_a_restart(vflow: Vflow, service: FakeService, data: Path) -> None:
+    for _ in range(4):
+        service.search.advance()
+    service.search.fail(code_pb2.ABORTED, "OPERATION_INTERRUPTED", draft="strategies/tuned-draft")
+    code, _, err = vflow("retune", "--follow", "operations/one")
+    assert code == 1 and "error: OPERATION_INTERRUPTED: ended on purpose\n" in err
+    assert err.endswith("the best of 3 trials, objective 0.9500, is kept as the draft strategies/tuned-draft\n")
+
+
+def test_a_service_that_goes_away_tells_how_to_come_back(vflow: Vflow, service: FakeService, data: Path) -> None:
+    service.refusals["WaitOperation"] = [Refusal(grpc.StatusCode.UNAVAILABLE, "ENGINE_FAILED")]
+    code, _, err = vflow("retune", "--budget", 0.1, "--data", data)
+    assert code == 1 and "vflow retune --follow operations/one" in err
