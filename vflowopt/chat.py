@@ -31,6 +31,9 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.image_token = image_token
         self.stop_ids = stop_ids
+        # What a tokenizer puts before everything (Llama's and Mistral's do), unless the template itself writes it.
+        self._opening: list[int] = tokenizer("")["input_ids"]
+        self._bos: str = tokenizer.bos_token or ""
 
     def turn(self, turns_before: int, parts: Sequence[str | CompressedImage], *, generate: bool = True) -> list[Item]:
         """The items that the next user turn adds to the log.
@@ -47,8 +50,9 @@ class ChatFormat:
             ValueError: ``generate`` is False and there is no picture.
         """
         pictures = [part for part in parts if isinstance(part, CompressedImage)]
-        items: list[Item] = []
-        for position, piece in enumerate(_pieces(self._rendered(turns_before, parts), self.image_token)):
+        rendered = self._rendered(turns_before, parts)
+        items: list[Item] = [] if turns_before or rendered.startswith(self._bos) else [*self._opening]
+        for position, piece in enumerate(_pieces(rendered, self.image_token)):
             if isinstance(piece, int):
                 items += self.text(str(parts[piece]))
             elif piece == self.image_token and position % 2:

@@ -1,6 +1,6 @@
 """Hugging Face's own answers to a conversation, computed the plain way: everything again in every turn."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ class Reference:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         self.logits: list[Tensor] = []
+        self._asked: list[int] = []
 
     @torch.no_grad()
     def answers(self, turns: Sequence[Turn], new_tokens: int) -> list[list[int]]:
@@ -44,19 +45,19 @@ class Reference:
         new_tokens: int,
     ) -> list[int]:
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        # Earlier answers enter as the very tokens that were generated, not as text tokenized again.
-        ids: list[int] = []
+        ids: list[int] = [] if text.startswith(self.tokenizer.bos_token or "") else self.tokenizer("")["input_ids"]
+        # Earlier answers enter as the very tokens that were generated, not as text tokenized again, behind the very
+        # words that asked for them: some templates put a space before an answer that they do not ask for.
         for index, answer in enumerate(answers):
             head, text = text.split(f"ANSWER{index}.")
-            ids += [*self.tokenizer(head, add_special_tokens=False)["input_ids"], *answer]
+            ids += [*self.tokenizer(head[: self._asked[index]], add_special_tokens=False)["input_ids"], *answer]
         ids += self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        self._asked.append(len(text))
         inputs: dict[str, Tensor] = {}
         if pictures:
             image = self.network.config.image_token_id
-            inputs = dict(self.processor(pictures, return_tensors="pt", input_data_format="channels_last"))
-            features = self.network.get_image_features(**inputs).pooler_output
-            lengths = iter([len(of_picture) for of_picture in features])
-            ids = [token for each in ids for token in ([each] * next(lengths) if each == image else [each])]
+            inputs, standing = self._pictures(pictures)
+            ids = [token for each in ids for token in (next(standing) if each == image else [each])]
             if "image_grid_thw" in inputs:  # families whose positions have several axes ask which tokens are pictures
                 inputs["mm_token_type_ids"] = torch.tensor([ids]).eq(image).int()
         prompt = torch.tensor([ids])
@@ -74,3 +75,16 @@ class Reference:
         ends = self.network.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         return answer[:-1] if answer and answer[-1] in ends else answer
+
+    def _pictures(self, pictures: list[np.ndarray]) -> tuple[dict[str, Tensor], Iterator[list[int]]]:
+        """What the model takes of pictures, and the tokens that stand for each."""
+        image = self.network.config.image_token_id
+        if self.network.config.model_type != "internvl":
+            inputs = dict(self.processor(pictures, return_tensors="pt", input_data_format="channels_last"))
+            features = self.network.get_image_features(**inputs).pooler_output
+            return inputs, iter([[image] * len(of_picture) for of_picture in features])
+        batch = self.processor(pictures, return_tensors="pt", input_data_format="channels_last", crop_to_patches=True)
+        inputs = {"pixel_values": batch["pixel_values"]}
+        tokens = self.network.get_image_features(**inputs).pooler_output.shape[1]
+        begin, end = self.tokenizer.start_image_token_id, self.tokenizer.end_image_token_id
+        return inputs, iter([[begin, *[image] * (tokens * int(tiles)), end] for tiles in batch["num_patches"]])

@@ -8,12 +8,18 @@ import torch
 from transformers import AutoConfig
 
 from vflowopt.models.interface import ModelError, MultimodalModel
+from vflowopt.models.internvl import InternVL
+from vflowopt.models.llava import Llava
+from vflowopt.models.llava_next import LlavaNext
 from vflowopt.models.llava_onevision import LlavaOnevision
 from vflowopt.models.qwen2_5_vl import Qwen25Vl
 from vflowopt.models.qwen2_vl import Qwen2Vl
 from vflowopt.models.qwen3_vl import Qwen3Vl
 
 FAMILIES: dict[str, type[MultimodalModel]] = {
+    "internvl": InternVL,
+    "llava": Llava,
+    "llava_next": LlavaNext,
     "llava_onevision": LlavaOnevision,
     "qwen2_vl": Qwen2Vl,
     "qwen2_5_vl": Qwen25Vl,

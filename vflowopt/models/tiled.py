@@ -40,6 +40,7 @@ class TiledModel(MultimodalModel):
 
     Attributes:
         tower: the vision tower.
+        merge: side, in patches, of the square that becomes one token.
 
     Raises:
         ModelError: the configuration uses something that is not supported, by name.
@@ -47,6 +48,8 @@ class TiledModel(MultimodalModel):
 
     towers: ClassVar[dict[str, type[Tower]]] = {"clip_vision_model": ClipTower, "siglip_vision_model": Tower}
     """Supported towers, by the ``model_type`` of their configuration."""
+
+    merge = 1
 
     def __init__(self, network: Any, tokenizer: Any, processor: Any) -> None:
         super().__init__(network, tokenizer, processor)
@@ -97,6 +100,7 @@ class TiledModel(MultimodalModel):
                 arrange=partial(self._arrange, size),
                 encode_ms=milliseconds,
                 class_key=class_key,
+                merge=self.merge,
             )
             for picture, size, embeddings, query, key, class_key, seen in zip(
                 pictures,

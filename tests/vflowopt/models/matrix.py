@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Protocol
 
+from tests.vflowopt.models.tiny_internvl import INTERNVL
+from tests.vflowopt.models.tiny_llava import LLAVA, LLAVA_NEXT
 from tests.vflowopt.models.tiny_qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
 from tests.vflowopt.tiny_models import SHAPES
 
@@ -20,6 +22,9 @@ class TinyModel(Protocol):
 
 MODELS: tuple[TinyModel, ...] = (
     *SHAPES,
+    *LLAVA,
+    *LLAVA_NEXT,
+    *INTERNVL,
     *QWEN2_VL,
     *QWEN2_5_VL,
     *QWEN3_VL,
