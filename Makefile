@@ -6,7 +6,7 @@ READY := $(VENV)/.vflow-ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-long lint format serve demo bench demo-model demo-eval clean
+.PHONY: help setup test test-long lint format serve demo bench fidelity demo-model demo-eval clean
 
 help: ## show these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -56,7 +56,11 @@ bench: setup ## measure speed, capacity and memory (VLLM=http://host:port to com
 	$(BIN)/python -m benchmarks.capacity --json build/bench/capacity.json
 	$(BIN)/python -m benchmarks.scoring --runs 1 --json build/bench/scoring.json
 	$(BIN)/python -m benchmarks.geometry --runs 1 --json build/bench/geometry.json
-	$(BIN)/python -m benchmarks.retention --pictures 48 --json build/bench/retention.json
+	$(BIN)/python -m benchmarks.fidelity --pictures 24 --retention 0.25 0.1 --json build/bench/fidelity.json
+
+fidelity: setup ## ask 2,000 questions of VFlowOpt, its rivals and itself without its parts (about an hour on two cores)
+	$(BIN)/python -m benchmarks.fidelity --pictures 430 --json build/fidelity/rivals.json --plot build/fidelity/rivals.svg
+	$(BIN)/python -m benchmarks.fidelity --pictures 430 --retention 0.25 0.1 --compare ablations --json build/fidelity/ablations.json
 
 demo-model: setup ## train the embedded model anew
 	$(BIN)/python -m vflowopt.demo.train

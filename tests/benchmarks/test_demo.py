@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import demo, retention
+from benchmarks import demo
 
 
 def services() -> list[str]:
@@ -42,10 +42,3 @@ def test_what_is_no_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert demo.main(["--image", str(tmp_path / "notes.txt")]) == 2
     assert demo.main(["--image", str(tmp_path / "missing.png")]) == 2
     assert "cannot read" in capsys.readouterr().err
-
-
-def test_the_retention_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert retention.main(["--pictures", "2", "--json", str(tmp_path / "rows.json")]) == 0
-    table = capsys.readouterr().out.splitlines()
-    assert table[0].split()[:3] == ["method", "retention", "all"]
-    assert len(table) == 2 + 10  # unpruned, and three methods at three shares

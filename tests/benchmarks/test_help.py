@@ -4,8 +4,12 @@ import importlib
 
 import pytest
 
+from tests.repository.source import ROOT
 
-@pytest.mark.parametrize("name", ["capacity", "conversation", "demo", "fidelity", "geometry", "retention", "scoring"])
+COMMANDS = [path.stem for path in sorted((ROOT / "benchmarks").glob("*.py")) if "__main__" in path.read_text()]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_is_printed(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", [name, "--help"])
     with pytest.raises(SystemExit) as ended:
