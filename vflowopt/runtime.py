@@ -315,6 +315,7 @@ class Runtime:
         caches = [segment.conversation.cache for segment in segments]
         embeddings = self._embed([piece for segment in segments for piece in segment.pieces])
         # What comes later is added to the outputs of the first layers (deepstack), and is dropped with its token.
+        hidden: Tensor
         hidden, *later = embeddings.split(self.model.decoder.embed_tokens.embedding_dim, dim=-1)
         rotary = self.decoder.rotary(torch.from_numpy(_joined([segment.positions for segment in segments])))
         here = [0] * len(segments)  # the stage that each segment is in

@@ -1,4 +1,4 @@
-"""Small LLaVA-OneVision models with random weights, saved as real ones come, and what other families need for theirs."""
+"""Small LLaVA-OneVision models with random weights, saved as real ones come, and what other families need, too."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
