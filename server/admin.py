@@ -2,26 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import grpc
+from google.longrunning import operations_pb2
 
 from vflow.v1 import strategies_pb2, strategies_pb2_grpc
+from vflow_server.calibration_request import CalibrationReader
+from vflow_server.comparisons import Comparisons
 from vflow_server.errors import InvalidRequest
 from vflow_server.names import check_identifier, check_name
 from vflow_server.paging import Pager
+from vflow_server.retune import RetuneOrder
+from vflow_server.retunes import Retunes
 from vflow_server.strategies import StrategyRevision, StrategyStore
 from vflow_server.strategy_message import revision_message, strategy_from
+from vflow_server.tenant import tenant_of
+from vflowopt.calibration import Calibration
+from vflowopt.runtime import Runtime
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
 LONGEST_DESCRIPTION = 500
+MOST_TRIALS, DEFAULT_TRIALS = 1000, 50
 
 
 class Strategies(strategies_pb2_grpc.StrategiesServicer):
-    """Between the contract's messages and the strategies that exist."""
+    """Between the contract's messages and the strategies that exist.
 
-    def __init__(self, strategies: StrategyStore) -> None:
+    Args:
+        strategies: that exist.
+        retunes: search for others.
+        comparisons: hold them against each other.
+        reader: reads what requests are to be calibrated on.
+        runtime: the model that they are for.
+    """
+
+    def __init__(
+        self,
+        strategies: StrategyStore,
+        retunes: Retunes,
+        comparisons: Comparisons,
+        reader: CalibrationReader,
+        runtime: Runtime,
+    ) -> None:
         self._strategies = strategies
+        self._retunes = retunes
+        self._comparisons = comparisons
+        self._reader = reader
+        self._runtime = runtime
         self._pager = Pager()
 
     async def ListStrategies(
@@ -68,5 +98,73 @@ class Strategies(strategies_pb2_grpc.StrategiesServicer):
         """Make the strategy active again that was so before the active one."""
         return self._message(await self._strategies.roll_back(request.etag, "RollbackStrategy was called"))
 
+    async def Retune(self, request: strategies_pb2.RetuneRequest, context: Context) -> operations_pb2.Operation:
+        """Begin to search for the strategy that serves samples best within a budget."""
+        self._retunes.check_free()
+        name = ""
+        if request.strategy_id:
+            name = f"strategies/{check_identifier(request.strategy_id, 'strategy_id')}"
+            self._strategies.check_free(name)
+        order = RetuneOrder(
+            budget=_budget(request.budget),
+            trials=_trials(request.trials),
+            seed=request.seed,
+            base=self._strategies.get(check_name(request.base, "strategies", "base") if request.base else ""),
+            samples=await self._reader.read(request.calibration, tenant_of(context)),
+            name=name,
+        )
+        return (await self._retunes.begin(tenant_of(context), order)).message()
+
+    async def CompareStrategies(
+        self, request: strategies_pb2.CompareStrategiesRequest, context: Context
+    ) -> strategies_pb2.CompareStrategiesResponse:
+        """Hold two strategies against each other and against the unpruned model."""
+        self._comparisons.check_free()
+        if len(request.names) != 2:
+            raise InvalidRequest(
+                "OPTION_OUT_OF_RANGE",
+                "names",
+                f"there are {len(request.names)} names; name two strategies",
+                metadata={"value": len(request.names), "min": 2, "max": 2},
+            )
+        revisions = [
+            self._strategies.get(check_name(name, "strategies", f"names[{index}]"))
+            for index, name in enumerate(request.names)
+        ]
+        tenant = tenant_of(context)
+        calibration = Calibration(self._runtime, await self._reader.read(request.calibration, tenant))
+        compared = await self._comparisons.compare(tenant, [revision.strategy for revision in revisions], calibration)
+        return strategies_pb2.CompareStrategiesResponse(
+            compared=[
+                strategies_pb2.ComparedStrategy(strategy=self._message(revision), **asdict(comparison))
+                for revision, comparison in zip(revisions, compared, strict=True)
+            ],
+            samples=len(calibration.samples),
+            questions=int(calibration.turns.sum()),
+            data_digest=calibration.digest,
+        )
+
     def _message(self, revision: StrategyRevision) -> strategies_pb2.Strategy:
         return revision_message(revision, self._strategies)
+
+
+def _budget(budget: float) -> float:
+    if not 0.0 < budget < 1.0:
+        raise InvalidRequest(
+            "OPTION_OUT_OF_RANGE",
+            "budget",
+            f"budget is {budget:g}; give the fraction of the tokens to keep, above 0 and below 1",
+            metadata={"value": budget, "min": 0, "max": 1},
+        )
+    return budget
+
+
+def _trials(trials: int) -> int:
+    if not 0 <= trials <= MOST_TRIALS:
+        raise InvalidRequest(
+            "OPTION_OUT_OF_RANGE",
+            "trials",
+            f"trials is {trials}; give 1 to {MOST_TRIALS}, or 0 for {DEFAULT_TRIALS}",
+            metadata={"value": trials, "min": 0, "max": MOST_TRIALS},
+        )
+    return trials or DEFAULT_TRIALS

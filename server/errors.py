@@ -11,9 +11,11 @@ Errors of the library (a picture that the model cannot take, a strategy that fai
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 
 import grpc
+import structlog
 from google.protobuf import any_pb2
 from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
@@ -22,6 +24,8 @@ from vflow.v1 import errors_pb2
 from vflowopt.picture import PictureError
 from vflowopt.sampling import SamplingError
 from vflowopt.strategy import StrategyError
+
+log = structlog.get_logger(__name__)
 
 DOMAIN = "vflow.dev"
 """``domain`` of every ErrorInfo of this service."""
@@ -170,8 +174,44 @@ def session_deleted(name: str) -> ServiceError:
     )
 
 
-def internal(incident: str) -> ServiceError:
-    """A fault of ours; ``incident`` stands beside the traceback in the log."""
+def operation_not_found(name: str) -> NotFound:
+    """No operation is called ``name`` now."""
+    return NotFound(
+        "OPERATION_NOT_FOUND",
+        f"there is no operation {name!r}: it was never begun, was deleted, or ended long ago; ListOperations names "
+        "those that are known",
+        metadata={"operation": name},
+    )
+
+
+def operation_cancelled(name: str, draft: str = "") -> ServiceError:
+    """The operation ``name`` was cancelled, and left the strategy ``draft`` if it had found any."""
+    return ServiceError(
+        grpc.StatusCode.CANCELLED,
+        "OPERATION_CANCELLED",
+        f"{name!r} was cancelled; {_left(draft)}",
+        metadata={"operation": name, **({"strategy": draft} if draft else {})},
+    )
+
+
+def operation_interrupted(name: str, draft: str = "") -> ServiceError:
+    """The service ended while the operation ``name`` ran, which left the strategy ``draft`` if it could."""
+    return ServiceError(
+        grpc.StatusCode.ABORTED,
+        "OPERATION_INTERRUPTED",
+        f"the server ended while {name!r} ran; {_left(draft)}. Begin it anew",
+        metadata={"operation": name, **({"strategy": draft} if draft else {})},
+    )
+
+
+def _left(draft: str) -> str:
+    return f"the best strategy found until then is {draft!r}" if draft else "no strategy was kept"
+
+
+def incident(error: Exception, **where: object) -> ServiceError:
+    """A fault of ours, which the log tells all about; ``where`` it happened is for the log, too."""
+    incident = secrets.token_hex(6)
+    log.error("a fault of the service", incident=incident, exc_info=error, **where)
     return ServiceError(
         grpc.StatusCode.INTERNAL,
         "INTERNAL",

@@ -90,6 +90,13 @@ class Residency:
         resident.publish()
         return True
 
+    def make_room(self, pages: int) -> bool:
+        """Have what is idle give way until ``pages`` are free; False if that does not suffice."""
+        while pages > self._runtime.pool.free_pages:
+            if not self.release_idle():
+                return False
+        return True
+
     def preempt(self, spare: Conversation) -> bool:
         """Release the conversation in use that began last and holds pages, but not ``spare``; False if none does.
 

@@ -204,7 +204,7 @@ class Scheduler:
                 if not share:
                     break
                 if task is not tasks[0]:
-                    if not self._make_room(promised + task.need.conversation.pages_wanted):
+                    if not self._residency.make_room(promised + task.need.conversation.pages_wanted):
                         continue
                     self._restore(task)
                     promised += task.need.conversation.pages_wanted
@@ -215,10 +215,3 @@ class Scheduler:
 
     def _restore(self, task: Needing) -> None:
         task.need.restored = self._residency.restore(task.need.conversation) or task.need.restored
-
-    def _make_room(self, pages: int) -> bool:
-        """Have what is idle give way until ``pages`` are free; False if that does not suffice."""
-        while pages > self._bench.runtime.pool.free_pages:
-            if not self._residency.release_idle():
-                return False
-        return True

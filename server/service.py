@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import grpc
 import structlog
+from google.longrunning import operations_pb2, operations_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -19,12 +20,18 @@ from vflow.v1 import (
     strategies_pb2_grpc,
 )
 from vflow_server.admin import Strategies
+from vflow_server.calibration_request import CalibrationReader
+from vflow_server.comparisons import Comparisons
 from vflow_server.compression import Compression
 from vflow_server.conversations import Conversations
 from vflow_server.engine import Engine
 from vflow_server.guard import Guard
+from vflow_server.live_samples import LiveSamples
+from vflow_server.operations import OperationStore
+from vflow_server.operations_service import Operations
 from vflow_server.parked import ParkedStore
 from vflow_server.pictures import PictureStore
+from vflow_server.retunes import Retunes
 from vflow_server.scheduler import Scheduler
 from vflow_server.sessions import SessionStore
 from vflow_server.settings import Settings
@@ -40,9 +47,10 @@ NAMES = tuple(
         (conversations_pb2, "Conversations"),
         (compression_pb2, "Compression"),
         (strategies_pb2, "Strategies"),
+        (operations_pb2, "Operations"),
     )
 )
-"""Full names of the contract's services, as health checks ask for them."""
+"""Full names of the services, as health checks ask for them."""
 
 # A fuse against runaway clients only: it counts health checks too, and refuses without saying why.
 _MOST_CALLS = 4096
@@ -72,13 +80,16 @@ class Service:
             schedule=Scheduler(self.bench),
             on_death=self._engine_died,
         )
-        self.strategies = StrategyStore(
-            runtime.layers,
-            runtime.model.strategies,
-            settings.data_dir / "strategies.json" if settings.data_dir else None,
-        )
+        self.strategies = StrategyStore(runtime.layers, runtime.model.strategies, settings.stored("strategies.json"))
+        self.operations = OperationStore(settings.stored("operations.json"))
+        self.retunes = Retunes(self.engine, self.bench, self.strategies, self.operations)
+        self.live_samples = LiveSamples(settings.calibration_samples, settings.picture_memory)
         self.sessions = SessionStore(
-            self.engine, self.bench, most=settings.max_sessions, idle_timeout=settings.idle_timeout
+            self.engine,
+            self.bench,
+            self.live_samples,
+            most=settings.max_sessions,
+            idle_timeout=settings.idle_timeout,
         )
         self.pictures = PictureStore(
             PictureLimits(max_bytes=settings.max_picture_bytes, max_pixels=settings.max_picture_pixels),
@@ -113,6 +124,7 @@ class Service:
     async def stop(self, grace: float | None = None) -> None:
         """Take no more calls, give those that run ``grace`` seconds (default: as set), and give everything back."""
         await self._health.enter_graceful_shutdown()
+        await self.retunes.close()  # before the calls that wait for it
         await self._server.stop(self.settings.grace if grace is None else grace)
         self._expiry.cancel()
         with suppress(asyncio.CancelledError):
@@ -145,7 +157,17 @@ class Service:
         compression_pb2_grpc.add_CompressionServicer_to_server(
             Compression(self.engine, self.bench, self.strategies, self.pictures, most_bytes=limit), server
         )
-        strategies_pb2_grpc.add_StrategiesServicer_to_server(Strategies(self.strategies), server)
+        strategies_pb2_grpc.add_StrategiesServicer_to_server(
+            Strategies(
+                self.strategies,
+                self.retunes,
+                Comparisons(self.engine, self.bench),
+                CalibrationReader(self.pictures, self.live_samples),
+                self.bench.runtime,
+            ),
+            server,
+        )
+        operations_pb2_grpc.add_OperationsServicer_to_server(Operations(self.operations), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server

@@ -12,6 +12,7 @@ from vflow_server.dialogue import Dialogue
 from vflow_server.engine import Engine, Steps, Ticket, Work, WorkCancelled
 from vflow_server.errors import session_busy, session_deleted, session_not_found
 from vflow_server.forking import Forking
+from vflow_server.live_samples import LiveSamples
 from vflow_server.replays import Replays
 from vflow_server.showing import Showing
 from vflow_server.strategies import StrategyRevision
@@ -44,10 +45,18 @@ class Session:
         revision: the strategy that it keeps for as long as it lives.
         engine: does the work.
         bench: what the work is done with.
+        live_samples: hears what is shown and asked.
     """
 
     def __init__(
-        self, name: str, sequence: int, tenant: str, revision: StrategyRevision, engine: Engine, bench: Workbench
+        self,
+        name: str,
+        sequence: int,
+        tenant: str,
+        revision: StrategyRevision,
+        engine: Engine,
+        bench: Workbench,
+        live_samples: LiveSamples,
     ) -> None:
         self.name = name
         self.sequence = sequence
@@ -58,6 +67,7 @@ class Session:
         self.deleted = False
         self._engine = engine
         self._bench = bench
+        self._live_samples = live_samples
         self._replays = Replays()
         self._under_way: _UnderWay | None = None
 
@@ -74,6 +84,7 @@ class Session:
         """
         await self._until_free()
         ticket = self._begin(Showing(self._bench, self.dialogue, self.name, self.revision.name, picture))
+        ticket.on_result(lambda _: self._showed(picture))
         try:
             return await self.outcome(ticket)
         finally:
@@ -108,6 +119,7 @@ class Session:
         )
         # Not the caller's task: a caller that is gone when the turn is done will ask for it again.
         ticket.on_result(lambda finished: self._replays.keep(request_id, fingerprint, finished))
+        ticket.on_result(lambda _: self._answered(request))
         return ticket
 
     async def fork(self, twin: Session) -> None:
@@ -149,6 +161,13 @@ class Session:
         # The engine's word, not the caller's: a caller may be gone long before its work is undone.
         ticket.on_end(self._ended)
         return ticket
+
+    def _showed(self, picture: Picture) -> None:
+        self._live_samples.showed(self.tenant, self.name, picture, images=self.dialogue.state.images)
+
+    def _answered(self, request: TurnRequest) -> None:
+        state = self.dialogue.state
+        self._live_samples.asked(self.tenant, self.name, request.parts, turns=state.turns, images=state.images)
 
     def _ended(self) -> None:
         self._under_way = None

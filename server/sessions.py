@@ -17,6 +17,7 @@ import structlog
 
 from vflow_server.engine import Engine
 from vflow_server.errors import CapacityExhausted, ServiceError, session_not_found
+from vflow_server.live_samples import LiveSamples
 from vflow_server.places import has_place
 from vflow_server.session import Session
 from vflow_server.strategies import StrategyRevision
@@ -31,13 +32,17 @@ class SessionStore:
     Args:
         engine: does their work.
         bench: what the work is done with.
+        live_samples: hears what is shown and asked in them.
         most: how many may live at the same time; a tenant that has none may go beyond.
         idle_timeout: seconds without use after which a session is deleted.
     """
 
-    def __init__(self, engine: Engine, bench: Workbench, *, most: int, idle_timeout: float) -> None:
+    def __init__(
+        self, engine: Engine, bench: Workbench, live_samples: LiveSamples, *, most: int, idle_timeout: float
+    ) -> None:
         self._engine = engine
         self._bench = bench
+        self._live_samples = live_samples
         self._most = most
         self.idle_timeout = idle_timeout
         self._sessions: dict[str, Session] = {}
@@ -58,7 +63,7 @@ class SessionStore:
                 retry_after=min(self.idle_timeout, 10.0),
             )
         name = f"sessions/s{secrets.token_hex(10)}"
-        session = Session(name, next(self._sequence), tenant, revision, self._engine, self._bench)
+        session = Session(name, next(self._sequence), tenant, revision, self._engine, self._bench, self._live_samples)
         self._sessions[name] = session
         return session
 

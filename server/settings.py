@@ -53,13 +53,24 @@ class Settings:
     )
     spill_bytes: int = option("8GiB", "KV caches in that folder", size, metavar="SIZE")
     data_dir: Path | None = option(
-        None, "folder for created strategies (unset: forgotten at the end)", Path, metavar="PATH"
+        None, "folder for created strategies and searches (unset: forgotten at the end)", Path, metavar="PATH"
+    )
+    calibration_samples: int = option(
+        "0",
+        "latest conversations whose picture and questions are kept in memory, of at most picture_memory, for their "
+        "tenant to search for strategies with",
+        whole(0),
+        metavar="N",
     )
     grace: float = option("10s", "time for running calls to end when the service is stopped", seconds, metavar="TIME")
     log_format: str = option("console", "console or json", one_of(("console", "json")), metavar="NAME")
     log_level: str = option(
         "info", "debug, info, warning or error", one_of(("debug", "info", "warning", "error")), metavar="NAME"
     )
+
+    def stored(self, file: str) -> Path | None:
+        """Where a file of the data folder is; None where there is no such folder."""
+        return None if self.data_dir is None else self.data_dir / file
 
 
 def options() -> dict[str, Option]:

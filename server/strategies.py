@@ -128,13 +128,17 @@ class StrategyStore:
                 metadata={"strategy": name},
             ) from None
 
+    def has(self, name: str) -> bool:
+        """Whether ``name`` is taken, if only by a strategy of another model."""
+        return name in self._revisions or name in self._misfits
+
     def check_free(self, name: str) -> None:
         """Refuse ``name`` for a new strategy where there is no room for one, or it is taken.
 
         Raises:
             ServiceError: STRATEGY_EXISTS, CAPACITY_EXHAUSTED.
         """
-        if name in self._revisions or name in self._misfits:
+        if self.has(name):
             raise ServiceError(
                 grpc.StatusCode.ALREADY_EXISTS,
                 "STRATEGY_EXISTS",
