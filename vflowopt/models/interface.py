@@ -55,6 +55,7 @@ class MultimodalModel(ABC):
         head_dim: channels of such a head.
         context: positions that the decoder was made for.
         stop_ids: tokens that end an answer.
+        scoring_layer: index of the vision tower's layer whose attention scores tokens.
     """
 
     family: ClassVar[str]
@@ -73,6 +74,7 @@ class MultimodalModel(ABC):
     head_dim: int
     context: int
     stop_ids: frozenset[int]
+    scoring_layer: int
 
     def __init__(self, network: Any, tokenizer: Any, processor: Any) -> None:
         text = network.config.text_config

@@ -39,7 +39,6 @@ class QwenVl(MultimodalModel):
         processor: its image processor, in the variant that needs no torchvision.
 
     Attributes:
-        scoring_layer: index of the tower's layer whose attention scores tokens.
         merge: side, in patches, of the square that becomes one token.
         patch: side of a patch in pixels.
 
@@ -60,7 +59,7 @@ class QwenVl(MultimodalModel):
         # Only these see more of the picture than a window.
         whole = self._whole_layers()
         chosen = getattr(network.config, "vflow_scoring_layer", None)
-        self.scoring_layer: int = whole[-1] if chosen is None else chosen % vision.depth
+        self.scoring_layer = whole[-1] if chosen is None else chosen % vision.depth
         if self.scoring_layer not in whole:
             raise self.unsupported(f"vflow_scoring_layer {chosen}, a layer whose patches see no more than a window,")
 

@@ -1,0 +1,74 @@
+"""Published checkpoints: their configurations build, without weights, and pass the checks of their families.
+
+The files under ``published/`` state what the checkpoints' own ``config.json`` say, in the hub's layout.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from vflowopt.attention import PAGED
+from vflowopt.models import FAMILIES, MultimodalModel
+from vflowopt.strategy import Strategy
+
+FOLDER = Path(__file__).parent / "published"
+
+
+@dataclass(frozen=True)
+class Published:
+    """What must come out of a configuration.
+
+    Attributes:
+        processor: the image processor that comes with it.
+        layers: of the decoder.
+        scoring_layer: of the tower, from 0.
+        kv_bytes: of a token in all layers, in bfloat16.
+        starts: of the stages of the published strategies.
+    """
+
+    processor: Any
+    layers: int
+    scoring_layer: int
+    kv_bytes: int
+    starts: tuple[int, ...]
+
+
+PUBLISHED = {
+    "Qwen2-VL-7B-Instruct": Published(Qwen2VLImageProcessorPil(), 28, 31, 57_344, (0, 9, 18)),
+    "Qwen2.5-VL-7B-Instruct": Published(Qwen2VLImageProcessorPil(), 28, 31, 57_344, (0, 9, 18)),
+    "Qwen3-VL-8B-Instruct": Published(Qwen2VLImageProcessorPil(patch_size=16), 36, 26, 147_456, (0, 12, 24)),
+}
+
+
+def build(path: Path, processor: Any) -> MultimodalModel:
+    """The model of a configuration on the meta device."""
+    config = AutoConfig.from_pretrained(path)
+    family = FAMILIES[config.model_type]
+    with torch.device("meta"):
+        network = family.architecture._from_config(config, dtype=torch.bfloat16, attn_implementation=PAGED)
+    tokenizer = SimpleNamespace(convert_ids_to_tokens=str, eos_token_id=0, start_image_token_id=1, end_image_token_id=2)
+    return family(network, tokenizer, processor)
+
+
+def test_every_file_is_expected() -> None:
+    assert {path.stem for path in FOLDER.glob("*.json")} == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_configuration_builds(name: str) -> None:
+    expected = PUBLISHED[name]
+    model = build(FOLDER / f"{name}.json", expected.processor)
+    assert len(model.layers) == expected.layers
+    assert model.scoring_layer == expected.scoring_layer
+    assert len(model.layers) * 2 * model.heads * model.head_dim * model.dtype.itemsize == expected.kv_bytes
+    for budget in (0.5, 0.25, 0.1):
+        preset = Strategy.preset(budget, expected.layers)
+        preset.check(expected.layers)
+        assert preset.starts == expected.starts
+        assert preset.budget(expected.layers) == pytest.approx(budget)
