@@ -1,8 +1,8 @@
 """From the parts of a chat turn to the items that a conversation's log grows by.
 
 The model's own chat template (Jinja, beside its tokenizer) writes the control tokens. What a user typed never passes
-through the template: a mark of private-use characters does, and the text is put in its place after tokenization, with
-special tokens taken as plain text. So nothing a user types can act as control.
+through the template: a mark of private-use characters does, and the text is put in its place afterwards. A text that
+holds special tokens is tokenized by itself, as plain text. So nothing a user types can act as control.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from vflowopt.compression import CompressedImage
 from vflowopt.conversation import Item
 
 _MARK = "\ue000{}\ue001"
-_MARKS = re.compile("\ue000([0-9]+|answer)\ue001")
+_MARKS = re.compile("\ue000([0-9]+)\ue001")
+_LINE_END = "\n"
+"""What is read before a text that stands behind an answer: some text, of which nothing runs into the next."""
 
 
 class ChatFormat:
@@ -34,6 +36,7 @@ class ChatFormat:
         # What a tokenizer puts before everything (Llama's and Mistral's do), unless the template itself writes it.
         self._opening: list[int] = tokenizer("")["input_ids"]
         self._bos: str = tokenizer.bos_token or ""
+        self._added = frozenset(tokenizer.added_tokens_decoder)
 
     def turn(self, turns_before: int, parts: Sequence[str | CompressedImage], *, generate: bool = True) -> list[Item]:
         """The items that the next user turn adds to the log.
@@ -49,17 +52,15 @@ class ChatFormat:
         Raises:
             ValueError: ``generate`` is False and there is no picture.
         """
-        pictures = [part for part in parts if isinstance(part, CompressedImage)]
         rendered = self._rendered(turns_before, parts)
         items: list[Item] = [] if turns_before or rendered.startswith(self._bos) else [*self._opening]
-        for position, piece in enumerate(_pieces(rendered, self.image_token)):
-            if isinstance(piece, int):
-                items += self.text(str(parts[piece]))
-            elif piece == self.image_token and position % 2:
-                items.append(pictures.pop(0))
-                end = len(items)
-            elif piece:
-                items += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+        behind = _LINE_END if turns_before else ""
+        pictures = (part for part in parts if isinstance(part, CompressedImage))
+        for number, segment in enumerate(_segments(rendered, self.image_token)):
+            if number:
+                items.append(next(pictures))
+                end, behind = len(items), self.image_token
+            items += self._segment(segment, parts, behind)
         if generate:
             return items
         if not any(isinstance(part, CompressedImage) for part in parts):
@@ -70,6 +71,34 @@ class ChatFormat:
         """Token ids of what a user typed; special tokens in it are plain text."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return ids
+
+    def _segment(self, segment: Sequence[str | int], parts: Sequence[object], behind: str) -> list[int]:
+        """Token ids of control text and of the texts in ``parts`` that stand between it by their places.
+
+        Read in one go, as Hugging Face does, since how words fall into tokens depends on what is before them. Only
+        where a user's text poses as control is every piece read by itself.
+        """
+        texts = [str(parts[piece]) if isinstance(piece, int) else piece for piece in segment]
+        control = [token for piece in segment if isinstance(piece, str) for token in self._read(piece)]
+        whole = self._read("".join(texts), behind)
+        if [each for each in whole if each in self._added] == [each for each in control if each in self._added]:
+            return whole
+        return [
+            token
+            for piece, text in zip(segment, texts, strict=True)
+            for token in (self.text(text) if isinstance(piece, int) else self._read(text))
+        ]
+
+    def _read(self, text: str, behind: str = "") -> list[int]:
+        """Token ids of control text, as they are behind other text.
+
+        The tokenizers of Llama and its kin write a space before a text's first word, and before no other.
+        """
+        before: list[int] = self.tokenizer(behind, add_special_tokens=False)["input_ids"] if behind else []
+        ids: list[int] = self.tokenizer(behind + text, add_special_tokens=False)["input_ids"]
+        if ids[: len(before)] == before:
+            return ids[len(before) :]
+        return self._read(text)  # they run into each other
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated tokens, without special ones."""
@@ -92,11 +121,9 @@ class ChatFormat:
         return str(text).rpartition(_MARK.format("answer"))[2] if turns_before else str(text)
 
 
-def _pieces(rendered: str, image_token: str) -> list[str | int]:
-    """Split at pictures and marks: control text at even places; an image token or the index of a part at odd ones."""
-    pattern = f"({re.escape(image_token)}|{_MARKS.pattern.replace('(', '(?:')})"
-    pieces: list[str | int] = []
-    for place, piece in enumerate(re.split(pattern, rendered)):
-        mark = _MARKS.fullmatch(piece)
-        pieces.append(int(mark[1]) if place % 2 and mark else piece)
-    return pieces
+def _segments(rendered: str, image_token: str) -> list[list[str | int]]:
+    """Split at pictures, then at marks: in each segment control text, and the places of parts in the order of marks."""
+    return [
+        [int(piece) if place % 2 else piece for place, piece in enumerate(_MARKS.split(segment)) if piece]
+        for segment in rendered.split(image_token)
+    ]

@@ -111,11 +111,10 @@ class TinyLlava:
 
 def opening(tokens: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """Let a tokenizer put ``<s>`` before everything, as those of Llama and Mistral do."""
-    begin = tokens.convert_tokens_to_ids("<s>")
+    tokens.add_special_tokens({"bos_token": "<s>"})
     tokens.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", begin)]
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokens.bos_token_id)]
     )
-    tokens.bos_token = "<s>"
     return tokens
 
 
