@@ -61,7 +61,7 @@ class StrategyStore:
 
     Args:
         layers: decoder layers of the model; presets are fitted to them.
-        brought: strategies that the model itself brings, by name. One that keeps least of them is active at first.
+        brought: strategies that the model itself brings, by name. The first of them is active at first.
         file: where created strategies and the history of the active one are kept; None keeps them in memory only.
     """
 
@@ -87,8 +87,7 @@ class StrategyStore:
         for name, strategy in brought.items():
             description = f"made for this model, {strategy.budget(layers):.0%}"
             self._build_in(name, strategy, description, now)
-        smallest = min(brought, key=lambda name: brought[name].budget(layers), default=None)
-        default = DEFAULT if smallest is None else f"strategies/{smallest}"
+        default = f"strategies/{next(iter(brought))}" if brought else DEFAULT
         self._history = History(active=default if default in self._revisions else "strategies/full")
         if file is not None and file.exists():
             self._load(file)

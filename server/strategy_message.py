@@ -54,6 +54,7 @@ def bare_message(strategy: Strategy, layers: int) -> Message:
         grid=strategy.grid,
         positions=Message.RENUMBERED if strategy.positions == "renumbered" else Message.KEPT,
         reserve=Message.PUBLISHED if strategy.reserve == "published" else Message.OCCUPIED,
+        diversity=strategy.diversity,
     )
 
 
@@ -84,8 +85,9 @@ def strategy_from(message: Message, layers: int) -> Strategy:
             grid=grid,
             positions=positions,
             reserve=reserve,
+            diversity=message.diversity,
         )
-    strategy = Strategy(starts, ratios, message.threshold, message.alpha, grid, positions, reserve)
+    strategy = Strategy(starts, ratios, message.threshold, message.alpha, grid, positions, reserve, message.diversity)
     budget = strategy.budget(layers)
     if message.HasField("budget") and not abs(message.budget - budget) <= BUDGET_TOLERANCE:
         raise InvalidRequest(

@@ -101,11 +101,11 @@ def test_pages_cover_everything_once(served: Served) -> None:
     assert seen == [names[:2], names[2:4], names[4:]]
 
 
-def test_a_model_brings_strategies_of_its_own_and_the_leanest_is_active() -> None:
-    brought = {f"tuned-{100 * budget:.0f}": library.Strategy.preset(budget, 6) for budget in (0.5, 0.1)}
+def test_a_model_brings_strategies_of_its_own_and_the_first_is_active() -> None:
+    brought = {f"tuned-{100 * budget:.0f}": library.Strategy.preset(budget, 6) for budget in (0.1, 0.5)}
     store = StrategyStore(6, brought)
     names = [revision.name for revision in store]
-    assert names[-2:] == ["strategies/tuned-50", "strategies/tuned-10"]
+    assert names[-2:] == ["strategies/tuned-10", "strategies/tuned-50"]
     assert store.active.name == "strategies/tuned-10"
     assert store.active.strategy == brought["tuned-10"] and store.active.built_in
     assert StrategyStore(6, {}).active.name == "strategies/preset-10"
