@@ -95,6 +95,17 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
+def fraction(text: str) -> float:
+    """A number from 0 to 1, such as ``0.01``."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0.0 <= number <= 1.0:
+        raise ValueError("expected a number from 0 to 1")
+    return number
+
+
 def one_of(choices: Sequence[str]) -> Callable[[str], str]:
     """One of a few words."""
 

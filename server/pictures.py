@@ -51,6 +51,10 @@ class PictureStore:
         self._held.put((tenant, picture.digest), picture)
         return picture
 
+    def held(self, tenant: str, digest: str) -> Picture | None:
+        """The picture of ``digest`` that ``tenant`` has sent, if it is still held."""
+        return self._held.get((tenant, digest))
+
     def close(self) -> None:
         """End the threads."""
         self._threads.shutdown(cancel_futures=True)
@@ -64,8 +68,7 @@ class PictureStore:
                 "hexadecimal digits",
                 metadata={"digest": digest[:80]},
             )
-        held = self._held.get((tenant, digest))
-        if held is None:
+        if (held := self.held(tenant, digest)) is None:
             raise NotFound(
                 "PICTURE_NOT_HELD",
                 f"the picture {digest} is not held here (any more); send its bytes",

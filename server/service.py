@@ -37,6 +37,7 @@ from vflow_server.sessions import SessionStore
 from vflow_server.settings import Settings
 from vflow_server.spill import SpillFolder
 from vflow_server.strategies import StrategyStore
+from vflow_server.watch import Watch
 from vflow_server.workbench import Workbench
 from vflowopt.picture import PictureLimits
 from vflowopt.runtime import Runtime
@@ -84,16 +85,26 @@ class Service:
         self.operations = OperationStore(settings.stored("operations.json"))
         self.retunes = Retunes(self.engine, self.bench, self.strategies, self.operations)
         self.live_samples = LiveSamples(settings.calibration_samples, settings.picture_memory)
+        self.pictures = PictureStore(
+            PictureLimits(max_bytes=settings.max_picture_bytes, max_pixels=settings.max_picture_pixels),
+            held_bytes=settings.picture_memory,
+        )
+        self.watch = Watch(
+            share=settings.watch_share,
+            floor=settings.watch_floor,
+            window=settings.watch_window,
+            engine=self.engine,
+            bench=self.bench,
+            strategies=self.strategies,
+            pictures=self.pictures,
+        )
         self.sessions = SessionStore(
             self.engine,
             self.bench,
             self.live_samples,
+            self.watch,
             most=settings.max_sessions,
             idle_timeout=settings.idle_timeout,
-        )
-        self.pictures = PictureStore(
-            PictureLimits(max_bytes=settings.max_picture_bytes, max_pixels=settings.max_picture_pixels),
-            held_bytes=settings.picture_memory,
         )
         self.failed = asyncio.Event()
         """Set when the engine has died: nothing can be served any more."""
@@ -118,7 +129,10 @@ class Service:
         for name in ("", *NAMES):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         await self._server.start()
-        self._expiry = asyncio.create_task(self.sessions.expire_forever())
+        self._forever = [
+            asyncio.create_task(self.sessions.expire_forever()),
+            asyncio.create_task(self.watch.watch_forever()),
+        ]
         return port
 
     async def stop(self, grace: float | None = None) -> None:
@@ -126,9 +140,10 @@ class Service:
         await self._health.enter_graceful_shutdown()
         await self.retunes.close()  # before the calls that wait for it
         await self._server.stop(self.settings.grace if grace is None else grace)
-        self._expiry.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._expiry
+        for task in self._forever:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
         await asyncio.to_thread(self.engine.stop)
         self.bench.close()
         self.pictures.close()

@@ -17,6 +17,7 @@ from vflow_server.replays import Replays
 from vflow_server.showing import Showing
 from vflow_server.strategies import StrategyRevision
 from vflow_server.turn import Turn, TurnRequest
+from vflow_server.watch import Watch
 from vflow_server.workbench import Workbench
 from vflowopt.picture import Picture
 
@@ -46,6 +47,7 @@ class Session:
         engine: does the work.
         bench: what the work is done with.
         live_samples: hears what is shown and asked.
+        watch: looks at turns afterwards.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Session:
         engine: Engine,
         bench: Workbench,
         live_samples: LiveSamples,
+        watch: Watch,
     ) -> None:
         self.name = name
         self.sequence = sequence
@@ -68,6 +71,7 @@ class Session:
         self._engine = engine
         self._bench = bench
         self._live_samples = live_samples
+        self._watch = watch
         self._replays = Replays()
         self._under_way: _UnderWay | None = None
 
@@ -115,7 +119,7 @@ class Session:
         if (replay := self._replays.find(request_id, fingerprint)) is not None:
             return replay
         ticket = self._begin(
-            Turn(self._bench, self.dialogue, self.name, self.revision.name, request, accepted), request_id
+            Turn(self._bench, self.dialogue, self.name, self.revision.name, request, accepted, self._watch), request_id
         )
         # Not the caller's task: a caller that is gone when the turn is done will ask for it again.
         ticket.on_result(lambda finished: self._replays.keep(request_id, fingerprint, finished))

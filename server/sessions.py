@@ -21,6 +21,7 @@ from vflow_server.live_samples import LiveSamples
 from vflow_server.places import has_place
 from vflow_server.session import Session
 from vflow_server.strategies import StrategyRevision
+from vflow_server.watch import Watch
 from vflow_server.workbench import Workbench
 
 log = structlog.get_logger(__name__)
@@ -33,16 +34,25 @@ class SessionStore:
         engine: does their work.
         bench: what the work is done with.
         live_samples: hears what is shown and asked in them.
+        watch: looks at their turns afterwards.
         most: how many may live at the same time; a tenant that has none may go beyond.
         idle_timeout: seconds without use after which a session is deleted.
     """
 
     def __init__(
-        self, engine: Engine, bench: Workbench, live_samples: LiveSamples, *, most: int, idle_timeout: float
+        self,
+        engine: Engine,
+        bench: Workbench,
+        live_samples: LiveSamples,
+        watch: Watch,
+        *,
+        most: int,
+        idle_timeout: float,
     ) -> None:
         self._engine = engine
         self._bench = bench
         self._live_samples = live_samples
+        self._watch = watch
         self._most = most
         self.idle_timeout = idle_timeout
         self._sessions: dict[str, Session] = {}
@@ -63,7 +73,9 @@ class SessionStore:
                 retry_after=min(self.idle_timeout, 10.0),
             )
         name = f"sessions/s{secrets.token_hex(10)}"
-        session = Session(name, next(self._sequence), tenant, revision, self._engine, self._bench, self._live_samples)
+        session = Session(
+            name, next(self._sequence), tenant, revision, self._engine, self._bench, self._live_samples, self._watch
+        )
         self._sessions[name] = session
         return session
 

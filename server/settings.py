@@ -13,7 +13,18 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from vflow_server.option import Option, OptionError, Share, one_of, option, seconds, size, size_or_share, whole
+from vflow_server.option import (
+    Option,
+    OptionError,
+    Share,
+    fraction,
+    one_of,
+    option,
+    seconds,
+    size,
+    size_or_share,
+    whole,
+)
 
 ENVIRONMENT_PREFIX = "VFLOW_"
 CONFIG_VARIABLE = "VFLOW_CONFIG"
@@ -61,6 +72,22 @@ class Settings:
         "tenant to search for strategies with",
         whole(0),
         metavar="N",
+    )
+    watch_share: float = option(
+        "0",
+        "share of the turns that are read again without pruning, in spare time",
+        fraction,
+        metavar="N",
+    )
+    watch_floor: float | None = option(
+        None,
+        "mean cosine of the last hidden states of such turns with the unpruned ones, below which the active strategy "
+        "is rolled back (unset: it never is)",
+        fraction,
+        metavar="N",
+    )
+    watch_window: int = option(
+        "20", "latest such turns of the active strategy that this mean is of", whole(1), metavar="N"
     )
     grace: float = option("10s", "time for running calls to end when the service is stopped", seconds, metavar="TIME")
     log_format: str = option("console", "console or json", one_of(("console", "json")), metavar="NAME")

@@ -21,6 +21,8 @@ from vflow_server.needs import Encode, Run
 from vflow_server.parked import Tier
 from vflow_server.reading import read
 from vflow_server.receipts import image_receipt
+from vflow_server.rereading import AnsweredTurn
+from vflow_server.watch import Watch
 from vflow_server.workbench import Workbench
 from vflowopt.compression import CompressedImage
 from vflowopt.conversation import Conversation, Item, span, tokens_per_stage
@@ -60,6 +62,7 @@ class Turn:
         strategy_name: resource name of the dialogue's strategy.
         request: what was said and how to answer.
         accepted: ``time.perf_counter()`` when the request came.
+        watch: may look at the turn afterwards.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Turn:
         strategy_name: str,
         request: TurnRequest,
         accepted: float,
+        watch: Watch | None = None,
     ) -> None:
         self._bench = bench
         self._dialogue = dialogue
@@ -77,6 +81,7 @@ class Turn:
         self._strategy_name = strategy_name
         self._request = request
         self._accepted = accepted
+        self._watch = watch
 
     def __call__(self, emit: Callable[[str], None]) -> Steps[Finished]:
         """The steps of the turn."""
@@ -168,6 +173,8 @@ class Turn:
         if text.stopped:  # the model shall not remember what nobody was shown
             conversation.truncate(answer_begins + text.tokens_shown)
         ended = time.perf_counter()
+        if self._watch is not None and self._watch.chooses():
+            self._watch.take(self._as_answered(conversation, answer_begins))
         return Finished(
             text=text.text,
             finish_reason=reason,
@@ -187,6 +194,17 @@ class Turn:
                 restored=not resident,
                 restored_from=None if resident else (reading.restored or Tier.LOG).name,
             ),
+        )
+
+    def _as_answered(self, conversation: Conversation, answer_begins: int) -> AnsweredTurn:
+        return AnsweredTurn(
+            self._dialogue.tenant,
+            self._strategy_name,
+            self._dialogue.strategy,
+            tuple(conversation.log),
+            answer_begins,
+            # Before the fewest tokens are said the most likely one may be one that it could not take.
+            greedy=self._request.sampling.temperature == 0 and not self._request.min_new_tokens,
         )
 
 
