@@ -8,6 +8,7 @@ VFlowOpt's importance as the relevance. Like the importance it knows no question
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -35,24 +36,54 @@ def diversified(importance: Tensor, features: Tensor, structural: Tensor, count:
     content = (~structural).nonzero().squeeze(-1)
     relevance = importance[content].float().to(device)
     spread = (relevance.max() - relevance.min()).clamp_min(torch.finfo(relevance.dtype).tiny)
-    relevance = (relevance - relevance.min()) / spread
+    relevance = (1.0 - weight) * (relevance - relevance.min()) / spread
     directions = F.normalize(features[content.to(device)].float(), dim=-1)
-    # Similarities of one token at a time, and no look at which it is: a matrix of all of them would take more than the
-    # order needs, and a device is not waited for.
-    score = relevance.clone()
+
+    order: list[int] = []
+    picked = [int(importance[content].argmax())] if count and len(content) else []
     likeness = torch.full_like(relevance, -torch.inf)
-    order = torch.empty(min(count, len(content)), dtype=torch.int64, device=device)
-    for place in range(len(order)):
-        token = score.argmax(keepdim=True)
-        order[place : place + 1] = token
-        likeness = torch.maximum(likeness, directions @ directions[token].squeeze(0))
-        likeness[token] = torch.inf  # never again
-        score = (1.0 - weight) * relevance - weight * likeness
-    ahead = order.cpu()
-    left = torch.ones(len(content), dtype=torch.bool)
-    left[ahead] = False
-    behind = left.nonzero().squeeze(-1)
-    behind = behind[importance[content[behind]].argsort(descending=True, stable=True)]
+    while picked:
+        order += picked
+        likeness = torch.maximum(likeness, (directions @ directions[picked].T).amax(-1))
+        likeness[picked] = torch.inf  # and never again
+        picked = _next(relevance, likeness, directions, weight, min(count, len(content)) - len(order))
+
+    behind = torch.ones(len(content), dtype=torch.bool)
+    behind[order] = False
+    rest = behind.nonzero().squeeze(-1)
+    rest = rest[importance[content[rest]].argsort(descending=True, stable=True)]
     ranks = torch.zeros(len(structural))
-    ranks[content[torch.cat((ahead, behind))]] = torch.arange(len(content), 0, -1, dtype=torch.float32)
+    places = torch.cat((torch.tensor(order, dtype=torch.int64), rest))
+    ranks[content[places]] = torch.arange(len(content), 0, -1, dtype=torch.float32)
     return ranks
+
+
+def _next(relevance: Tensor, likeness: Tensor, directions: Tensor, weight: float, most: int) -> list[int]:
+    """The tokens that come next, in their order: as many as are certain from a look at the best few, ``most`` at most.
+
+    A token's score only ever falls, by tokens that come before it. So whoever leads among the best few is the next one
+    of all, as long as the best of the others, as it stands, is behind. One look serves several tokens, and the many
+    others are compared with all of these in one product.
+    """
+    scores = relevance - weight * likeness
+    best = scores.argsort(descending=True, stable=True)[: _FEW + 1]
+    few, others = best[:_FEW], scores[best[_FEW:]]
+    bound = float(others[0]) if len(others) else -np.inf
+    near = directions[few]
+    similarity = (near @ near.T).cpu().numpy()
+    score, worth, like = (each[few].cpu().numpy() for each in (scores, relevance, likeness))
+    picked: list[int] = []
+    while len(picked) < most:
+        leader = int(score.argmax())
+        if score[leader] < bound:
+            break
+        picked.append(leader)
+        like = np.maximum(like, similarity[leader])
+        like[leader] = np.inf
+        score = worth - weight * like
+    chosen: list[int] = few[picked].tolist()
+    return chosen
+
+
+_FEW = 64
+"""How many tokens are looked at closely at a time."""
