@@ -56,14 +56,15 @@ class ProgressLog:
     def __init__(self, stream: TextIO) -> None:
         """Has told nothing yet."""
         self._stream = stream
-        self._phase = RetuneMetadata.PHASE_UNSPECIFIED
+        self._phases: set[int] = set()
         self._told = 0
 
     def show(self, metadata: RetuneMetadata) -> None:
         """Writes what is new."""
-        if metadata.phase != self._phase and metadata.phase in _PHASES:
+        # A service may go from picture to picture, and come back to a phase for each.
+        if metadata.phase not in self._phases and metadata.phase in _PHASES:
             self._print(_PHASES[metadata.phase].format(samples=counted(metadata.samples, "picture")))
-        self._phase = metadata.phase
+        self._phases.add(metadata.phase)
         best = best_until(metadata.tried)
         for number in range(self._told, len(metadata.tried)):
             trial = metadata.tried[number]

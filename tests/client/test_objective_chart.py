@@ -32,6 +32,12 @@ def test_one_trial_and_equal_trials() -> None:
     assert objective_chart(trials(0.5, 0.5), width=14, height=2).splitlines()[0] == "  0.5000 |*--o"
 
 
+def test_an_outlier_does_not_press_the_others_together() -> None:
+    chart = objective_chart(trials(0.98, 0.1, 0.97, 0.99, 1.0), width=30, height=6).splitlines()
+    assert [line[:8].strip() for line in (chart[0], chart[5])] == ["1.0000", "0.9250"]
+    assert [line for line in chart if "v" in line] == ["  0.9250 |    v"]
+
+
 def test_an_estimate_is_never_the_best() -> None:
     assert best_until(trials(0.2, 0.9, 0.1, 0.3, stopped=(1,))) == [0.2, 0.2, 0.2, 0.3]
 
