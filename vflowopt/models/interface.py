@@ -78,8 +78,7 @@ class MultimodalModel(ABC):
 
     def __init__(self, network: Any, tokenizer: Any, processor: Any) -> None:
         text = network.config.text_config
-        if (flaw := unservable(text)) is not None:
-            raise self.unsupported(flaw)
+        self._check_decoder(text)
         self.network = network
         self.tokenizer = tokenizer
         self.processor = processor
@@ -99,6 +98,11 @@ class MultimodalModel(ABC):
         return ModelError("MODEL_UNSUPPORTED", f"this {cls.family} model has {what}, which is not supported")
 
     @classmethod
+    def _check_decoder(cls, text: Any) -> None:
+        if (flaw := unservable(text)) is not None:
+            raise cls.unsupported(flaw)
+
+    @classmethod
     def load(cls, model: str | Path, config: Any, device: torch.device, dtype: torch.dtype) -> Self:
         """Load a folder or hub id, whose configuration is ``config``.
 
@@ -106,12 +110,21 @@ class MultimodalModel(ABC):
             ModelError: the model has something that is not supported.
             OSError, ValueError, KeyError, RuntimeError: Hugging Face's, where the files do not hold a whole model.
         """
-        network = cls.architecture.from_pretrained(
+        cls._check_decoder(config.text_config)  # before gigabytes are read in vain
+        network, report = cls.architecture.from_pretrained(
             model,
             config=config,
             dtype=dtype,
             attn_implementation={"text_config": PAGED, "vision_config": "sdpa"},
+            output_loading_info=True,
         )
+        if missing := sorted(report["missing_keys"]):
+            # Hugging Face draws these at random and goes on: every answer would be nonsense.
+            raise ModelError(
+                "MODEL_UNREADABLE",
+                f"the weights at {model!s} lack {len(missing)} that a {cls.family} model has, {missing[0]} for one; "
+                "give a whole model",
+            )
         processor = AutoImageProcessor.from_pretrained(model, backend="pil")
         return cls(network.to(device).eval(), load_tokenizer(model), processor)
 

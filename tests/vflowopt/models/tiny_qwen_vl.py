@@ -57,7 +57,7 @@ class TinyQwenVl:
     vision: Mapping[str, Any] = field(default_factory=dict)
     text: Mapping[str, Any] = field(default_factory=dict)
     most_tokens: int = 64
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    tied: bool = True
 
     def save(self, folder: Path, seed: int = 0) -> Path:
         """Make the model and save it; returns the folder."""
@@ -79,9 +79,8 @@ class TinyQwenVl:
         config = config_class(
             text_config=text,
             vision_config=vision,
-            tie_word_embeddings=True,
+            tie_word_embeddings=self.tied,
             **{name: tokens.convert_tokens_to_ids(f"<|{what}|>") for name, what in IDS.items()},
-            **self.extra,
         )
         torch.manual_seed(seed)
         network = network_class(config)
@@ -122,6 +121,7 @@ QWEN2_VL = (
         vision={"embed_dim": 48, "hidden_size": 64, "num_heads": 3, "mlp_ratio": 2},
         text={"num_key_value_heads": 1, "num_hidden_layers": 7},
         most_tokens=20,
+        tied=False,
     ),
 )
 QWEN2_5_VL = (
@@ -143,6 +143,7 @@ QWEN3_VL = (
         "qwen3_vl",
         patch=16,
         vision={**_STACKED, "deepstack_visual_indexes": [1]},
-        text={**_NORMED, "num_key_value_heads": 4, "head_dim": 16, "hidden_size": 64},
+        text={**_NORMED, "num_key_value_heads": 4},
+        tied=False,
     ),
 )
