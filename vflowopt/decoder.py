@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from vflowopt.attention import Plan
 
-_FUSABLE = (Qwen2DecoderLayer, LlamaDecoderLayer)
+_FUSABLE = (Qwen2DecoderLayer, LlamaDecoderLayer, MistralDecoderLayer)
 """Layers that are: RMS norm, attention without norms of its own, residual, RMS norm, gated SiLU network, residual."""
 
-_STATIC_ROTARIES = ("default", "linear", "llama3", "yarn")
-"""Rotary embeddings whose angles depend on nothing but the position."""
+_STATIC_ROTARIES = ("default", "linear", "llama3", "yarn", "dynamic")
+"""Rotary embeddings whose angles depend on nothing but the position; "dynamic" ones do so within the context."""
 
 
 class Decoder(ABC):
@@ -94,6 +95,7 @@ class FusedDecoder(Decoder):
     def __init__(self, decoder: Any) -> None:
         self._rotary_embedding = decoder.rotary_emb
         self._turns = torch.empty(0)
+        self._context: int = decoder.config.max_position_embeddings
         self._norm = decoder.norm
         self._layers = []
         for layer in decoder.layers:
@@ -121,7 +123,8 @@ class FusedDecoder(Decoder):
         """A complex number of each token and pair of channels, [tokens, 1, head_dim / 2]: how far the pair turns."""
         furthest = int(positions[-1]) if len(positions) == 1 else int(positions.max())
         if furthest >= len(self._turns):
-            self._turns = self._table(max(1024, 2 * furthest))
+            # Beyond the context "dynamic" angles change for all positions: no table is longer unless it has to be.
+            self._turns = self._table(max(furthest + 1, min(max(1024, 2 * furthest), self._context)))
         return (self._turns[positions.to(self._turns.device, non_blocking=True)],)
 
     def _table(self, length: int) -> Tensor:

@@ -52,12 +52,23 @@ def test_no_weight_is_held_twice(folder: Path) -> None:
     assert not any(weight.is_meta for weight in runtime.model.decoder.embed_tokens.parameters())
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "factor": 2.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+    "original_max_position_embeddings": 4096,
+}
+
+
 @pytest.mark.parametrize(
     ("change", "fits"),
     [
         ({}, True),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, True),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, False),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, True),
+        ({"rope_parameters": LONGROPE}, False),
         ({"hidden_act": "gelu"}, False),
     ],
 )

@@ -19,7 +19,7 @@ def unservable(text: Any) -> str | None:
     kinds = getattr(text, "layer_types", None)
     if getattr(text, "sliding_window", None) is not None if kinds is None else "sliding_attention" in kinds:
         return "sliding-window layers in the decoder"
-    rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in ("dynamic", "longrope"):
-        return f"rotary embeddings of type {rope!r}, whose angles change as a conversation grows,"
+    # Those of type "dynamic" change beyond the context alone, and no conversation goes there.
+    if (getattr(text, "rope_parameters", None) or {}).get("rope_type") == "longrope":
+        return "rotary embeddings of type 'longrope', whose angles change as a conversation grows,"
     return None

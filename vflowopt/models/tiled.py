@@ -61,6 +61,7 @@ class TiledModel(MultimodalModel):
             network.model.vision_tower, config.vision_feature_layer, getattr(config, "vflow_scoring_layer", None)
         )
         self.scoring_layer = self.tower.scoring
+        self.scoring_layer = self.tower.scoring
         # What it selects must be the patches, all of them and nothing else.
         selected = "default" if self.tower.class_token else "full"
         if config.vision_feature_select_strategy != selected:

@@ -91,7 +91,15 @@ class TinyInternVL:
 
 
 INTERNVL = (
-    TinyInternVL("internvl"),
+    # As InternVL3 has it: angles that change beyond a context, which is short here.
+    TinyInternVL(
+        "internvl",
+        text={
+            "model_type": "qwen2",
+            "max_position_embeddings": 384,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+        },
+    ),
     TinyInternVL(
         "internvl-normed",
         side=28,
