@@ -14,7 +14,8 @@ from typing import TextIO
 from vflow.v1.conversations_pb2 import TurnReceipt, Usage
 from vflow.v1.images_pb2 import ImageReceipt
 from vflow_client.client import Client
-from vflow_client.commands.connection import DONE, FAILED, add_connection_arguments, complain_of, connected
+from vflow_client.commands.connection import add_connection_arguments, connected
+from vflow_client.commands.exit_code import DONE, FAILED, complain_of
 from vflow_client.errors import VFlowError
 from vflow_client.quantities import size
 from vflow_client.retry import DEFAULT_TIMEOUT

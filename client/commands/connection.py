@@ -1,18 +1,9 @@
-"""How a command finds its service, and how it says that it failed."""
+"""How a command finds its service."""
 
 import argparse
 import os
-import sys
 
 from vflow_client.client import Client, connect
-from vflow_client.errors import RetuneRunning, Unavailable, VFlowError
-
-DONE = 0
-"""Exit code of a command that did what it was asked for."""
-FAILED = 1
-"""Exit code of a command that the service refused, or that was interrupted."""
-USAGE = 2
-"""Exit code of a command that was asked for something it cannot do."""
 
 
 def add_connection_arguments(parser: argparse.ArgumentParser, *, timeout: float, limits: str) -> None:
@@ -33,23 +24,3 @@ def add_connection_arguments(parser: argparse.ArgumentParser, *, timeout: float,
 def connected(arguments: argparse.Namespace) -> Client:
     """A client of the service that the parsed `arguments` name."""
     return connect(arguments.address, timeout=arguments.timeout, tenant=arguments.tenant)
-
-
-def complain(text: str) -> None:
-    """Tells what went wrong on the error stream."""
-    print(f"error: {text}", file=sys.stderr, flush=True)
-
-
-def complain_of_input(error: OSError | ValueError) -> None:
-    """Tells what is wrong with what the command was given."""
-    complain(f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error))
-
-
-def complain_of(error: VFlowError, address: str) -> None:
-    """Tells on the error stream how a call to the service at `address` failed, and where it is plain what to do."""
-    if isinstance(error, Unavailable):
-        complain(f"no service at {address} ({error}); start one with `vflow serve`")
-    elif isinstance(error, RetuneRunning) and (operation := error.metadata.get("operation")):
-        complain(f"{error} (follow it with `vflow retune --follow {operation}`)")
-    else:
-        complain(str(error))

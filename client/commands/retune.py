@@ -15,16 +15,8 @@ from vflow_client.commands.calibration_arguments import (
     calibration_of,
     describe_calibration,
 )
-from vflow_client.commands.connection import (
-    DONE,
-    FAILED,
-    USAGE,
-    add_connection_arguments,
-    complain,
-    complain_of,
-    complain_of_input,
-    connected,
-)
+from vflow_client.commands.connection import add_connection_arguments, connected
+from vflow_client.commands.exit_code import DONE, FAILED, USAGE, complain, exit_code_of
 from vflow_client.commands.message_json import as_json, print_json
 from vflow_client.commands.objective_chart import LEGEND, objective_chart
 from vflow_client.commands.progress import progress_on
@@ -70,23 +62,20 @@ def run(arguments: argparse.Namespace) -> int:
     if problem := _contradiction(arguments):
         complain(problem)
         return USAGE
-    try:
-        source = calibration_of(arguments)
-        with connected(arguments) as client:
-            search = _search(client, source, arguments)
-            if arguments.detach:
-                print_json({"operation": search.name}) if arguments.json else print(search.name)
-                return DONE
+    return exit_code_of(lambda: _retune(arguments), arguments.address)
+
+
+def _retune(arguments: argparse.Namespace) -> int:
+    source = calibration_of(arguments)
+    with connected(arguments) as client:
+        search = _search(client, source, arguments)
+        if not arguments.detach:
             return _follow(client, search, source, arguments)
-    except VFlowError as error:
-        complain_of(error, arguments.address)
-        return FAILED
-    except (OSError, ValueError) as error:
-        complain_of_input(error)
-        return USAGE
-    except KeyboardInterrupt:
-        complain("interrupted")
-        return FAILED
+        if arguments.json:
+            print_json({"operation": search.name})
+        else:
+            print(search.name)
+        return DONE
 
 
 def _contradiction(arguments: argparse.Namespace) -> str | None:

@@ -9,19 +9,10 @@ from google.protobuf.message import Message
 from vflow.v1.strategies_pb2 import Strategy
 from vflow_client.client import Client
 from vflow_client.commands.calibration_arguments import add_calibration_arguments, calibration_of
-from vflow_client.commands.connection import (
-    DONE,
-    FAILED,
-    USAGE,
-    add_connection_arguments,
-    complain,
-    complain_of,
-    complain_of_input,
-    connected,
-)
+from vflow_client.commands.connection import add_connection_arguments, connected
+from vflow_client.commands.exit_code import DONE, exit_code_of
 from vflow_client.commands.message_json import as_json, print_json
 from vflow_client.commands.strategy_text import announce_active, describe_comparison, describe_strategy, list_strategies
-from vflow_client.errors import VFlowError
 from vflow_client.retry import DEFAULT_TIMEOUT
 
 COMPARISON_TIMEOUT = 600.0
@@ -54,18 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Does what the parsed `arguments` ask for; returns the exit code."""
-    try:
-        with connected(arguments) as client:
-            _ACTIONS[arguments.action](client, arguments)
-    except VFlowError as error:
-        complain_of(error, arguments.address)
-        return FAILED
-    except (OSError, ValueError) as error:
-        complain_of_input(error)
-        return USAGE
-    except KeyboardInterrupt:
-        complain("interrupted")
-        return FAILED
+    return exit_code_of(lambda: _act(arguments), arguments.address)
+
+
+def _act(arguments: argparse.Namespace) -> int:
+    with connected(arguments) as client:
+        _ACTIONS[arguments.action](client, arguments)
     return DONE
 
 

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,14 @@ def test_a_refusal_is_told_and_the_exit_code_is_1(vflow: Vflow, service: FakeSer
     ]
     code, out, err = vflow("retune", "--budget", 0.1, "--data", data)
     assert (code, out) == (1, "") and "vflow retune --follow operations/other" in err
+
+
+def test_a_reader_that_leaves_early_is_no_mistake_of_ours(address: str) -> None:
+    command = [sys.executable, "-m", "vflow_server", "strategies", "list", "--json", "--address", address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 1
 
 
 def test_without_a_service(capsys: pytest.CaptureFixture[str]) -> None:
