@@ -64,15 +64,25 @@ def test_a_tower_that_is_not_supported(plain_folder: Path, tmp_path: Path) -> No
         load_model(folder)
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "factor": 2.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
+    "original_max_position_embeddings": 4096,
+}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"layer_types": ["full_attention", "sliding_attention"] * 3}, "sliding-window layers"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rotary embeddings.*dynamic"),
+        ({"rope_parameters": LONGROPE}, "rotary embeddings of type 'longrope'"),
         ({"model_type": "qwen2_moe"}, "decoder of the family 'qwen2_moe'.*supported: "),
         ({"model_type": "gemma2"}, "decoder of the family 'gemma2'"),
     ],
-    ids=["sliding", "dynamic", "experts", "other"],
+    ids=["sliding", "longrope", "experts", "other"],
 )
 def test_a_decoder_that_would_answer_wrongly(
     plain_folder: Path, tmp_path: Path, change: dict[str, object], message: str

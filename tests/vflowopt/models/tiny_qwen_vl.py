@@ -85,6 +85,7 @@ class TinyQwenVl:
         torch.manual_seed(seed)
         network = network_class(config)
         spread(network)
+        network.lm_head.weight.data[config.image_token_id] = 0.0  # what stands for a picture is no answer
         network.generation_config.eos_token_id = tokens.eos_token_id
         network.save_pretrained(folder)
         tokens.save_pretrained(folder)
