@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from vflowopt.attention import PAGED
@@ -40,6 +44,10 @@ class Published:
 
 
 PUBLISHED = {
+    "InternVL3-8B-hf": Published(GotOcr2ImageProcessorPil(), 28, 23, 57_344, (0, 9, 18)),
+    "llava-1.5-7b-hf": Published(CLIPImageProcessorPil(), 32, 22, 524_288, (0, 10, 20)),
+    "llava-onevision-qwen2-7b-ov-hf": Published(LlavaOnevisionImageProcessorPil(), 28, 25, 57_344, (0, 9, 18)),
+    "llava-v1.6-mistral-7b-hf": Published(LlavaNextImageProcessorPil(), 32, 22, 131_072, (0, 10, 20)),
     "Qwen2-VL-7B-Instruct": Published(Qwen2VLImageProcessorPil(), 28, 31, 57_344, (0, 9, 18)),
     "Qwen2.5-VL-7B-Instruct": Published(Qwen2VLImageProcessorPil(), 28, 31, 57_344, (0, 9, 18)),
     "Qwen3-VL-8B-Instruct": Published(Qwen2VLImageProcessorPil(patch_size=16), 36, 26, 147_456, (0, 12, 24)),
@@ -57,7 +65,9 @@ def build(path: Path, processor: Any) -> MultimodalModel:
 
 
 def test_every_file_is_expected() -> None:
-    assert {path.stem for path in FOLDER.glob("*.json")} == set(PUBLISHED)
+    files = list(FOLDER.glob("*.json"))
+    assert {path.stem for path in files} == set(PUBLISHED)
+    assert {AutoConfig.from_pretrained(path).model_type for path in files} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
