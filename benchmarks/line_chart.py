@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 _WIDTH, _HEIGHT = 760, 420
@@ -12,13 +12,23 @@ _COLOURS = (
     "#ad1457", "#5d4037", "#616161", "#7cb342", "#3949ab", "#ef6c00",
 )  # fmt: skip
 
+_MOST_TICKS = 24
+"""Values across up to which each is named, and each point marked."""
+
 Points = Sequence[tuple[float, float]]
 
 
-def line_chart(lines: Mapping[str, Points], *, title: str, across: str, up: str) -> str:
+def line_chart(
+    lines: Mapping[str, Points],
+    *,
+    title: str,
+    across: str,
+    up: str,
+    tick: Callable[[float], str] = "{:.0%}".format,
+) -> str:
     """Draw lines, one for each name, as the text of an SVG file.
 
-    Shares from 0 to 1 are drawn on both axes, as percentages. The values across stand at equal distances, so that small
+    Shares from 0 to 1 are drawn upwards, as percentages. The values across stand at equal distances, so that small
     budgets are not squeezed together. The first line is drawn thicker.
 
     Args:
@@ -26,6 +36,7 @@ def line_chart(lines: Mapping[str, Points], *, title: str, across: str, up: str)
         title: above the chart.
         across: name of the axis across.
         up: name of the axis upwards.
+        tick: how a value across is written; by default as a percentage, too.
 
     Raises:
         ValueError: there are no points.
@@ -50,9 +61,9 @@ def line_chart(lines: Mapping[str, Points], *, title: str, across: str, up: str)
         _text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 10, across, anchor="middle"),
         _text(8, _TOP - 10, up),
     ]
-    for x in ticks:
+    for x in ticks[:: -(-len(ticks) // _MOST_TICKS)]:
         left, _ = place(x, low)
-        parts.append(_text(left, _HEIGHT - _BOTTOM + 18, f"{x:.0%}", anchor="middle"))
+        parts.append(_text(left, _HEIGHT - _BOTTOM + 18, tick(x), anchor="middle"))
     for y in (low + (high - low) * step / 5 for step in range(6)):
         _, top = place(ticks[0], y)
         parts.append(f'<path d="M{_LEFT} {top:.1f}H{_WIDTH - _RIGHT}" stroke="#dddddd"/>')
@@ -63,7 +74,8 @@ def line_chart(lines: Mapping[str, Points], *, title: str, across: str, up: str)
         corners = [place(*point) for point in sorted(line)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}"{dashes}/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{width + 1}" fill="{colour}"/>' for x, y in corners]
+        if len(ticks) <= _MOST_TICKS:
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{width + 1}" fill="{colour}"/>' for x, y in corners]
         top = _TOP + 16 * number
         parts.append(f'<path d="M{_WIDTH - _RIGHT + 14} {top}h18" stroke="{colour}" stroke-width="{width}"{dashes}/>')
         parts.append(_text(_WIDTH - _RIGHT + 38, top + 4, name))

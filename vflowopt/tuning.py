@@ -3,6 +3,11 @@
 It maximises the mean cosine between the last token's hidden state behind the last layer, unpruned and pruned, over
 calibration samples and all turns of their conversations. Encoded pictures and unpruned references are made once; a
 trial costs pruned prefills alone, and is given up as soon as it has lost against the best one (:mod:`vflowopt.race`).
+
+The Gaussian process is optuna's. On the embedded model (12 questions about 6 pictures, budget 10%, 5 seeds) the mean of
+the best cosines after 50 trials was 0.9900 with it, 0.9900 with optuna's TPE, 0.9889 with BoTorch 0.18, 0.9865 with
+scikit-optimize 0.10, 0.9850 with random points (0.9862 after 200). It also brings the fewest new dependencies beside
+torch, and is maintained; scikit-optimize's repository was archived in 2024, BoTorch calls itself beta.
 """
 
 from __future__ import annotations

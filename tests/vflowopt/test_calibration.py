@@ -137,7 +137,8 @@ def test_conversations_may_be_released_between_any_two_pieces(runtime: Runtime) 
     expected = cosines(undisturbed, STRATEGY)
     for offset in range(every):
         disturbed = Calibration(runtime, samples(), new_tokens=NEW_TOKENS, piece=32)
-        pauses, taken = iter(range(offset, 10_000)), []
+        pauses = iter(range(offset, 10_000))
+        taken: list[int] = []
 
         def release(
             _: Any, calibration: Calibration = disturbed, pauses: Iterator[int] = pauses, taken: list[int] = taken
@@ -222,7 +223,7 @@ def test_a_shortage_is_told_and_waited_for(runtime: Runtime) -> None:
 def test_what_never_finds_room_is_given_up(runtime: Runtime, free: int) -> None:
     calibration = prepared(runtime, piece=32)
     others = runtime.pool.take(runtime.pool.free_pages - free)
-    told = []
+    told: list[Any] = []
     with pytest.raises(PoolExhausted, match="release idle conversations"):
         cosines(calibration, STRATEGY, told.append)
     assert sum(isinstance(pause, Shortage) for pause in told) == PATIENCE - 1
