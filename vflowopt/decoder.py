@@ -17,10 +17,12 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer
 
 from vflowopt.attention import Plan
 
-_FUSABLE = (Qwen2DecoderLayer, LlamaDecoderLayer, MistralDecoderLayer)
+_FUSABLE = (Qwen2DecoderLayer, Qwen2VLDecoderLayer, Qwen2_5_VLDecoderLayer, LlamaDecoderLayer, MistralDecoderLayer)
 """Layers that are: RMS norm, attention without norms of its own, residual, RMS norm, gated SiLU network, residual."""
 
 _STATIC_ROTARIES = ("default", "linear", "llama3", "yarn", "dynamic")
@@ -121,11 +123,25 @@ class FusedDecoder(Decoder):
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, ...]:
         """A complex number of each token and pair of channels, [tokens, 1, head_dim / 2]: how far the pair turns."""
-        furthest = int(positions[-1]) if len(positions) == 1 else int(positions.max())
+        furthest = int(positions[-1]) if positions.shape == (1,) else int(positions.max())
         if furthest >= len(self._turns):
             # Beyond the context "dynamic" angles change for all positions: no table is longer unless it has to be.
             self._turns = self._table(max(furthest + 1, min(max(1024, 2 * furthest), self._context)))
-        return (self._turns[positions.to(self._turns.device, non_blocking=True)],)
+        places = positions.to(self._turns.device, non_blocking=True)
+        if places.dim() == 1:
+            return (self._turns[places],)
+        axes = self._axis_of_pairs(len(places))
+        return (self._turns[places[axes].t(), 0, torch.arange(len(axes), device=places.device)][:, None],)
+
+    def _axis_of_pairs(self, axes: int) -> Tensor:
+        """Along which axis of positions each pair of channels turns, int64 [head_dim / 2].
+
+        Families share the pairs out to the axes in their own ways; a step along one axis at a time tells.
+        """
+        weight: Tensor = self._norm.weight
+        steps = torch.eye(axes, dtype=torch.int64, device=weight.device)[:, None]
+        _, sines = self._rotary_embedding(weight[:0].float(), steps)
+        return cast(Tensor, sines[0, :, : sines.shape[-1] // 2].abs().argmax(0))
 
     def _table(self, length: int) -> Tensor:
         weight: Tensor = self._norm.weight

@@ -17,10 +17,12 @@ from tests.vflowopt.models.tiny_qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL, T
 from tests.vflowopt.reference import Reference
 from tests.vflowopt.talk import picture
 from vflowopt.compression import choose, score
+from vflowopt.decoder import FusedDecoder, ModuleDecoder
 from vflowopt.importance import context_relevance, patch_entropy
 from vflowopt.models import ModelError, load_model
 from vflowopt.models.qwen_vl import QwenVl
 from vflowopt.picture import Picture, PictureError, PictureLimits
+from vflowopt.runtime import Runtime
 from vflowopt.strategy import Strategy
 
 TINY = (*QWEN2_VL, *QWEN2_5_VL, *QWEN3_VL)
@@ -178,6 +180,13 @@ def test_hooks_do_not_stay(model: QwenVl, pictures: list[Picture]) -> None:
     attention = model.network.model.visual.blocks[model.scoring_layer].attn
     assert not attention._forward_pre_hooks
     assert not attention.qkv._forward_hooks
+
+
+def test_layers_are_fused_where_they_can_be(folder: Path) -> None:
+    """That they compute the same is a matter of exactness; that they are fused is one of speed."""
+    runtime = Runtime.load(folder, kv_budget=1 << 20)
+    normed = "qwen3" in runtime.model.network.config.model_type  # norms of queries and keys, which the fused pass lacks
+    assert isinstance(runtime.decoder, ModuleDecoder if normed else FusedDecoder)
 
 
 def changed(folder: Path, into: Path, file: str, change: Callable[[dict[str, Any]], None]) -> Path:
