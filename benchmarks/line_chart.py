@@ -12,7 +12,7 @@ _COLOURS = (
     "#ad1457", "#5d4037", "#616161", "#7cb342", "#3949ab", "#ef6c00",
 )  # fmt: skip
 
-_MOST_TICKS = 24
+_MOST_TICKS = 16
 """Values across up to which each is named, and each point marked."""
 
 Points = Sequence[tuple[float, float]]

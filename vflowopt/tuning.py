@@ -111,7 +111,9 @@ class Tuner:
         return len(self.finished)
 
     def steps(self) -> Iterator[Pause | Trial]:
-        """Search, in bounded pieces: yields each finished trial, and pauses. Closed early, it keeps the best so far.
+        """Search, in bounded pieces: yields each finished trial, and pauses.
+
+        Closed early, it keeps the best so far, and can be called again to go on.
 
         Raises:
             StrategyError: field "budget": pictures keep more than that whatever is dropped.
@@ -119,31 +121,31 @@ class Tuner:
         """
         yield from self._calibration.prepare()
         self._check_budget()
-        point, strategy = self._space.fitted_base()
-        if strategy != self._base:
+        first = self._space.fitted_base()
+        if self.base_objective is None and first[1] != self._base:
             scores = yield from self._scores(self._base, np.arange(len(self._calibration.samples)))
             self.base_objective = float(scores.mean())
-        for number in range(1, self.trials + 1):
-            if number > 1:
-                proposal = Aside(
-                    "propose",
-                    partial(
-                        propose,
-                        tuple(self._tried),
-                        dimensions=self._space.dimensions,
-                        sampler=self._sampler,
-                        seed=self._seed,
-                    ),
-                )
-                yield proposal
-                point = proposal.run()
-                strategy = self._space.strategy(point)
-            trial = yield from self._try(number, strategy)
+        while self.trials_done < self.trials:
+            point, strategy = (yield from self._propose()) if self.finished else first
+            trial = yield from self._try(self.trials_done + 1, strategy)
             if self.base_objective is None:
                 self.base_objective = trial.objective
             self._tried.append((point, trial.objective))
             self.finished.append(trial)
             yield trial
+
+    def _propose(self) -> Generator[Pause, None, tuple[Point, Strategy]]:
+        work = partial(
+            propose,
+            tuple(self._tried),
+            dimensions=self._space.dimensions,
+            sampler=self._sampler,
+            seed=self._seed,
+        )
+        proposal = Aside("propose", work)
+        yield proposal
+        point: Point = proposal.run()
+        return point, self._space.strategy(point)
 
     def _try(self, number: int, strategy: Strategy) -> Generator[Pause, None, Trial]:
         """Run a trial, rung by rung, on samples in an order of its own."""

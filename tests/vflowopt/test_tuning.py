@@ -97,14 +97,15 @@ def test_a_base_of_another_budget_is_fitted_first(embedded: Runtime, small: Cali
     assert tuner.base_objective > trial.objective == tuner.best.objective  # type: ignore[operator, union-attr]
 
 
-def test_closing_keeps_the_best_so_far_and_no_page(runtime: Runtime) -> None:
+def test_closing_keeps_the_best_so_far_and_no_page_and_one_can_go_on(runtime: Runtime) -> None:
     samples = [Sample(Picture.from_pixels(picture(56, 112, 0)), ("a", "b"))]
     base = Strategy.from_budget(0.3, runtime.layers, [0.3, 1.0])
 
     def search() -> Tuner:
         return Tuner(runtime, Calibration(runtime, samples, new_tokens=2, piece=40), budget=0.3, base=base, trials=2)
 
-    whole = [type(step) for step in search().steps()]
+    undisturbed = search()
+    whole = [type(step) for step in undisturbed.steps()]
     assert whole.count(Trial) == 2
     for pieces in range(1, len(whole) + 1):
         tuner = search()
@@ -115,6 +116,9 @@ def test_closing_keeps_the_best_so_far_and_no_page(runtime: Runtime) -> None:
         runtime.pool.check_integrity([])
         assert tuner.trials_done == whole[:pieces].count(Trial)
         assert (tuner.best is None) == (tuner.trials_done == 0)
+        list(tuner.steps())
+        assert [trial.strategy for trial in tuner.finished] == [trial.strategy for trial in undisturbed.finished]
+        assert tuner.base_objective == undisturbed.base_objective
 
 
 class Scripted(Calibration):
