@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vflowopt.diversity import diversified
-from vflowopt.importance import context_relevance, head_averaged_attention, importance, patch_entropy
+from vflowopt.importance import context_relevance_of, head_averaged_attention, importance, patch_entropy
 from vflowopt.layout import TokenLayout
 from vflowopt.pruning import keep_most_important, stage_targets
 from vflowopt.recycling import recycle
@@ -70,9 +70,25 @@ class EncodedImage:
             T times float32 [P, P], or [1, P] where the class token alone says what matters. Rows are queries; they sum
             to 1 less what the class token receives.
         """
-        keys = self.key if self.class_key is None else torch.cat((self.class_key, self.key), dim=-2)
-        for query, key in zip(self.query, keys, strict=True):
+        for query, key in zip(self.query, self._all_keys, strict=True):
             yield head_averaged_attention(query, key, self.scale)[:, -self.key.shape[-2] :]
+
+    def context_relevance(self, threshold: float) -> Tensor:
+        """How much the focus set of each map attends to each patch, float32 [T, P] (method section 1).
+
+        Where the class token alone says what matters, its attention stands for that; there is no focus set.
+        """
+        patches = self.key.shape[-2]
+        return torch.stack(
+            [
+                context_relevance_of(query, key, self.scale, threshold, patches)
+                for query, key in zip(self.query, self._all_keys, strict=True)
+            ]
+        )
+
+    @property
+    def _all_keys(self) -> Tensor:
+        return self.key if self.class_key is None else torch.cat((self.class_key, self.key), dim=-2)
 
 
 @dataclass(frozen=True)
@@ -125,17 +141,10 @@ class CompressedImage:
 def score(encoded: EncodedImage, strategy: Strategy) -> Tensor:
     """Importance of each visual token (method section 1), one map per tile or frame.
 
-    Where the class token alone says what matters, its attention stands for context relevance; there is no focus set.
-
     Returns:
         float32 [N]; zero at structural tokens.
     """
-    maps = torch.stack(
-        [
-            context_relevance(attention, strategy.threshold) if len(attention) > 1 else attention[0]
-            for attention in encoded.attention()
-        ]
-    )
+    maps = encoded.context_relevance(strategy.threshold)
     # Without weight the entropy adds nothing but its time: the published strategies all have alpha 0.
     if strategy.alpha:
         entropy = _averaged_in_squares(patch_entropy(encoded.pixels, encoded.patch), encoded.merge)

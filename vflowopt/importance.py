@@ -13,6 +13,9 @@ from torch import Tensor
 
 GREY_LEVELS = 256
 
+_MOST_WEIGHTS = 1 << 26
+"""Attention weights of a map held at a time: a picture of 12 megapixels that is read whole would have 4 billion."""
+
 
 def head_averaged_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """Attention weights of one layer, averaged over its heads.
@@ -73,6 +76,36 @@ def context_relevance(attention: Tensor, threshold: float) -> Tensor:
     focus = received > threshold * received.mean(-1, keepdim=True)
     votes = (focus | ~focus.any(-1, keepdim=True)).to(attention.dtype)
     return (votes.unsqueeze(-2) @ attention).squeeze(-2) / votes.sum(-1, keepdim=True)
+
+
+def context_relevance_of(query: Tensor, key: Tensor, scale: float, threshold: float, patches: int) -> Tensor:
+    """:func:`context_relevance` of a map, of whose attention a block of rows is held at a time.
+
+    Args:
+        query: [heads, patches, head_dim], of one map; or [heads, 1, head_dim], whose attention then is the answer.
+        key: [heads, N, head_dim].
+        scale: factor of the scores before the softmax.
+        threshold: sensitivity t, at least 0.
+        patches: how many keys, the last ones, carry pixels; what others receive is left out.
+
+    Returns:
+        float32 [patches].
+    """
+
+    def attention(queries: Tensor) -> Tensor:
+        return head_averaged_attention(queries, key, scale)[:, -patches:]
+
+    if query.shape[-2] == 1:
+        return attention(query)[0]
+    rows = max(1, _MOST_WEIGHTS // key.shape[-2])
+    if query.shape[-2] <= rows:
+        return context_relevance(attention(query), threshold)
+    received = torch.stack([attention(block).sum(0) for block in query.split(rows, dim=-2)]).sum(0)
+    focus = received > threshold * received.mean()
+    if not focus.any():
+        return received / query.shape[-2]
+    votes = query[:, focus].split(rows, dim=-2)
+    return torch.stack([attention(block).sum(0) for block in votes]).sum(0) / focus.sum()
 
 
 def patch_entropy(pixels: Tensor, patch: int) -> Tensor:

@@ -5,8 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vflowopt import importance as importance_module
 from vflowopt.importance import (
     context_relevance,
+    context_relevance_of,
     head_averaged_attention,
     importance,
     patch_entropy,
@@ -35,6 +37,28 @@ def test_an_empty_focus_set_means_all_tokens() -> None:
     context = context_relevance(attention, 1e6)
     assert torch.isfinite(context).all()
     torch.testing.assert_close(context, received_attention(attention))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0, 1.5, 1e6])
+def test_a_large_map_is_scored_in_blocks_like_a_small_one(threshold: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a class token, whose column is left out; 1e6: the focus set is empty."""
+    generator = torch.Generator().manual_seed(5)
+    query, key = torch.randn(3, 50, 8, generator=generator), torch.randn(3, 51, 8, generator=generator)
+    expected = context_relevance(head_averaged_attention(query, key, 0.5)[:, 1:], threshold)
+    held: list[int] = []
+
+    def counting(*args: torch.Tensor) -> torch.Tensor:
+        weights = head_averaged_attention(*args)
+        held.append(weights.numel())
+        return weights
+
+    monkeypatch.setattr(importance_module, "head_averaged_attention", counting)
+    for most in (51 * 50, 51 * 7):
+        held.clear()
+        monkeypatch.setattr(importance_module, "_MOST_WEIGHTS", most)
+        torch.testing.assert_close(context_relevance_of(query, key, 0.5, threshold, 50), expected)
+        assert max(held) <= most
+    assert len(held) >= 8
 
 
 @given(tokens=st.integers(1, 20), seed=st.integers(0, 2**31), threshold=st.floats(0, 50))
