@@ -12,8 +12,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing.connection import wait
 from typing import Any
 
-import torch
-
 
 class Proposer:
     """A process of low priority, which starts with the first proposal and ends with this process."""
@@ -33,7 +31,7 @@ class Proposer:
 
 def _give_way() -> None:
     os.nice(10)
-    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is there to read it
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
