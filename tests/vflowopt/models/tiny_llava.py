@@ -130,8 +130,8 @@ LLAVA = (
     TinyLlava(
         "llava-padded",
         processor=LlavaImageProcessorPil,
-        processing={**_cropped(42), "do_pad": True},
-        side=42,
+        processing={**_cropped(70), "do_pad": True},
+        side=70,
         feature_layer=[-2, -3],
         extra={"vflow_scoring": "cls"},
     ),
