@@ -18,7 +18,7 @@ from tests.vflowopt.models.tiny_internvl import INTERNVL, NAMES, TinyInternVL
 from tests.vflowopt.models.tiny_llava import LLAVA, LLAVA_NEXT, TinyLlava
 from tests.vflowopt.talk import picture
 from tests.vflowopt.tiny_models import SHAPES, Shape
-from vflowopt.importance import patch_entropy
+from vflowopt.importance import context_relevance, patch_entropy
 from vflowopt.models import FAMILIES, ModelError, load_model
 from vflowopt.models.tiled import TiledModel
 from vflowopt.models.tokenizer import load_tokenizer
@@ -66,6 +66,8 @@ def test_attention_is_that_of_hugging_faces_tower(model: TiledModel, folder: Pat
         by_class = getattr(model.network.config, "vflow_scoring", "mean") == "cls"
         attention = attention[:, :1, 1:] if by_class else attention[:, 1:, 1:]
     torch.testing.assert_close(torch.stack(list(encoded.attention())), attention, atol=1e-6, rtol=1e-4)
+    expected = attention[:, 0] if attention.shape[1] == 1 else context_relevance(attention, 1.1)
+    torch.testing.assert_close(encoded.context_relevance(1.1), expected, atol=1e-6, rtol=1e-4)
 
 
 def test_boxes_are_where_the_pixels_of_tokens_come_from(model: TiledModel) -> None:
