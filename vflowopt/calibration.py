@@ -39,11 +39,15 @@ PATIENCE = 16
 """Shortages of pages within one piece after which it is given up."""
 
 
+class CalibrationError(ValueError):
+    """Samples that a model cannot be calibrated on; the message says which, and what to change."""
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """A conversation about one picture, without its answers.
 
-    Raises ValueError where there is no question.
+    Raises CalibrationError where there is no question.
 
     Attributes:
         picture: shown in the first turn.
@@ -56,7 +60,7 @@ class Sample:
     def __post_init__(self) -> None:
         """Check that there is something to ask."""
         if not self.questions:
-            raise ValueError("a calibration sample needs at least one question about its picture")
+            raise CalibrationError("a calibration sample needs at least one question about its picture")
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,14 +112,14 @@ class Calibration:
         conversations: what holds, or may hold, KV pages between two pieces. Anyone may release them there.
 
     Raises:
-        ValueError: there are no samples.
+        CalibrationError: there are no samples.
     """
 
     def __init__(
         self, runtime: Runtime, samples: Sequence[Sample], *, new_tokens: int = 16, piece: int = PIECE
     ) -> None:
         if not samples:
-            raise ValueError("a calibration needs at least one sample: a picture with questions")
+            raise CalibrationError("a calibration needs at least one sample: a picture with questions")
         self.samples = tuple(samples)
         self.conversations: list[Conversation] = []
         self._runtime = runtime
@@ -156,7 +160,7 @@ class Calibration:
         Raises:
             PictureError: the model cannot take a picture of this shape.
             PoolExhausted: a reference conversation did not find room in the KV pool, however often it was tried.
-            ValueError: a sample is longer than the model's context.
+            CalibrationError: a sample is longer than the model's context.
         """
         for sample in self.samples[len(self._references) :]:
             if len(self._encoded) == len(self._references):
@@ -226,6 +230,7 @@ class Calibration:
         with self._holding_pages([conversation]):
             for turn, question in enumerate(sample.questions):
                 conversation.log += chat.turn(turn, [question] if turn else [image, question])
+                self._check_context(sample, conversation)
                 state = yield from self._state_at_the_end(conversation)
                 states.append(state)
                 answer: list[int] = []
@@ -235,12 +240,15 @@ class Calibration:
                     if len(answer) < self._new_tokens:
                         state = yield from self._state_at_the_end(conversation)
                 answers.append(tuple(answer))
-            if conversation.position > self._runtime.context:
-                raise ValueError(
-                    f"the conversation about picture {sample.picture.digest[:12]} takes {conversation.position} "
-                    f"positions, the model's context has {self._runtime.context}; ask fewer or shorter questions"
-                )
         return Reference(tuple(answers), torch.stack(states))
+
+    def _check_context(self, sample: Sample, conversation: Conversation) -> None:
+        needed = conversation.position + self._new_tokens
+        if needed > self._runtime.context:
+            raise CalibrationError(
+                f"the conversation about picture {sample.picture.digest[:12]} may take {needed} positions, the model's "
+                f"context has {self._runtime.context}; ask fewer or shorter questions"
+            )
 
     def _state_at_the_end(self, conversation: Conversation) -> Generator[Pause, None, Tensor]:
         (states,) = yield from self._look([conversation], [[len(conversation.log) - 1]])

@@ -14,7 +14,7 @@ from dataclasses import replace
 from vflowopt.strategy import Strategy
 
 Point = tuple[float, ...]
-"""Coordinates from 0 to 1: one for each stage but the last, then threshold, alpha and grid."""
+"""Coordinates from 0 to 1: one for each stage but the last, then threshold, alpha, grid and, if searched, diversity."""
 
 _SPARED = 0.25
 """Share of what is left of the budget, per layer, that a stage must leave to each later layer on average.
@@ -37,6 +37,8 @@ _RECYCLED = 0.875
 class SearchSpace:
     """All strategies of one budget that differ from ``base`` in ratios, threshold, alpha and grid alone.
 
+    Where the base weighs diversity at all, its weight is searched, too: a base without it stays within the paper.
+
     Args:
         base: gives the stages and every field that is not searched.
         budget: layer-average retention in (0, 1].
@@ -55,13 +57,14 @@ class SearchSpace:
         self._budget = budget
         self._layers = layers
         self._spans = base.spans(layers)
-        self.dimensions = len(self._spans) + 2
+        self._diverse = base.diversity > 0.0
+        self.dimensions = len(self._spans) + 2 + self._diverse
 
     def strategy(self, point: Sequence[float]) -> Strategy:
         """The strategy that a point stands for. Raises ValueError where a coordinate is missing or not in [0, 1]."""
         if len(point) != self.dimensions or not all(0.0 <= coordinate <= 1.0 for coordinate in point):
             raise ValueError(f"expected {self.dimensions} coordinates from 0 to 1, got {tuple(point)}")
-        *stages, threshold, alpha, grid = point
+        stages, (threshold, alpha, grid, *diversity) = point[: len(self._spans) - 1], point[len(self._spans) - 1 :]
         kept: list[float] = []
         for coordinate, (low, high) in zip(stages, self._bounds(kept), strict=True):
             kept.append(low + coordinate * (high - low))
@@ -72,10 +75,11 @@ class SearchSpace:
             threshold=math.expm1(threshold * math.log1p(_THRESHOLD)),
             alpha=2.0 * alpha - 1.0,
             grid=_GRIDS[0] * (_GRIDS[1] / _GRIDS[0]) ** (grid / _RECYCLED) if grid < _RECYCLED else None,
+            diversity=diversity[0] if self._diverse else 0.0,
         )
 
     def nearest(self, strategy: Strategy) -> Point:
-        """The point of the strategy most like this one, whose retention is scaled to the budget first.
+        """The point of the strategy of this space most like another one, whose retention is scaled to the budget first.
 
         Args:
             strategy: with as many stages as the base.
@@ -91,6 +95,7 @@ class SearchSpace:
             grid = _RECYCLED * math.log(strategy.grid / _GRIDS[0]) / math.log(_GRIDS[1] / _GRIDS[0])
             grid = min(grid, math.nextafter(_RECYCLED, 0.0))
         point += [math.log1p(strategy.threshold) / math.log1p(_THRESHOLD), (strategy.alpha + 1.0) / 2.0, grid]
+        point += [strategy.diversity] * self._diverse
         return tuple(min(max(coordinate, 0.0), 1.0) for coordinate in point)
 
     def fitted_base(self) -> tuple[Point, Strategy]:

@@ -117,7 +117,7 @@ class Tuner:
 
         Raises:
             StrategyError: field "budget": pictures keep more than that whatever is dropped.
-            PictureError, PoolExhausted, ValueError: see :meth:`vflowopt.calibration.Calibration.prepare`.
+            PictureError, PoolExhausted, CalibrationError: see :meth:`vflowopt.calibration.Calibration.prepare`.
         """
         yield from self._calibration.prepare()
         self._check_budget()

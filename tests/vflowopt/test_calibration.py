@@ -9,7 +9,7 @@ import torch
 
 from tests.vflowopt.talk import Talk, picture
 from vflowopt.cache import PoolExhausted
-from vflowopt.calibration import PATIENCE, Calibration, Comparison, Sample
+from vflowopt.calibration import PATIENCE, Calibration, CalibrationError, Comparison, Sample
 from vflowopt.compression import compress
 from vflowopt.pause import Aside, Shortage
 from vflowopt.picture import Picture
@@ -250,10 +250,11 @@ def test_the_digest_names_pictures_and_questions_in_order(runtime: Runtime) -> N
 
 
 def test_what_cannot_be_calibrated_on_is_refused(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="at least one question"):
+    with pytest.raises(CalibrationError, match="at least one question"):
         Sample(samples()[0].picture, ())
-    with pytest.raises(ValueError, match="at least one sample"):
+    with pytest.raises(CalibrationError, match="at least one sample"):
         Calibration(runtime, [])
     monkeypatch.setattr(runtime, "context", 60)
-    with pytest.raises(ValueError, match="the model's context has 60; ask fewer or shorter questions"):
+    with pytest.raises(CalibrationError, match="the model's context has 60; ask fewer or shorter questions"):
         finish(Calibration(runtime, samples()[:1]).prepare())
+    assert runtime.pool.bytes_used == 0

@@ -17,8 +17,11 @@ coordinates = st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(0.0, 1.0))
 def spaces(draw: st.DrawFn) -> tuple[SearchSpace, Strategy, float, int]:
     layers = draw(st.integers(1, 40))
     starts = (0, *sorted(draw(st.sets(st.integers(1, layers), max_size=5)) - {layers}))
-    base = Strategy(starts, (1.0,) * len(starts), grid=draw(st.sampled_from([None, 1.0, 4.0, 100.0])), diversity=0.25)
-    base = replace(base, positions=draw(st.sampled_from(["kept", "renumbered"])), reserve="published")
+    base = Strategy(
+        starts, (1.0,) * len(starts), grid=draw(st.sampled_from([None, 1.0, 4.0, 100.0])), reserve="published"
+    )
+    positions, diversity = draw(st.sampled_from(["kept", "renumbered"])), draw(st.sampled_from([0.0, 0.7]))
+    base = replace(base, positions=positions, diversity=diversity)
     budget = draw(st.one_of(st.floats(0.001, 1.0), st.sampled_from([0.05, 0.1, 0.25, 0.5, 1.0])))
     return SearchSpace(base, budget, layers), base, budget, layers
 
@@ -31,8 +34,8 @@ def test_every_point_meets_the_budget_and_keeps_what_is_not_searched(
     point = data.draw(st.tuples(*[coordinates] * within.dimensions))
     strategy = within.strategy(point)
     assert abs(strategy.budget(layers) - budget) < 1e-9
-    searched = {"ratios": base.ratios, "threshold": base.threshold, "alpha": base.alpha, "grid": base.grid}
-    assert replace(strategy, **searched) == base  # type: ignore[arg-type]
+    searched = ["ratios", "threshold", "alpha", "grid", *(["diversity"] if base.diversity else [])]
+    assert replace(strategy, **{name: getattr(base, name) for name in searched}) == base
 
 
 @given(spaces(), st.data())
@@ -44,6 +47,7 @@ def test_a_strategy_of_the_space_is_nearest_to_itself(
     again = within.strategy(within.nearest(strategy))
     assert again.ratios == pytest.approx(strategy.ratios, rel=1e-6)
     assert (again.threshold, again.alpha) == pytest.approx((strategy.threshold, strategy.alpha), abs=1e-6)
+    assert again.diversity == strategy.diversity
     assert (again.grid is None) == (strategy.grid is None)
     assert again.grid is None or again.grid == pytest.approx(strategy.grid, rel=1e-6)
 
@@ -94,11 +98,16 @@ def test_scales_run_from_end_to_end() -> None:
     assert grids == sorted(grids) and grids[16] < 24.0 < grids[18]
 
 
-def test_a_stage_more_is_a_dimension_more() -> None:
-    assert [SearchSpace(Strategy(starts, (1.0,) * len(starts)), 0.1, 8).dimensions for starts in ((0,), (0, 1))] == [
-        3,
-        4,
-    ]
+def test_a_stage_more_is_a_dimension_more_and_so_is_diversity() -> None:
+    one, two = Strategy((0,), (1.0,)), Strategy((0, 1), (1.0, 1.0))
+    bases = (one, two, replace(two, diversity=0.5))
+    assert [SearchSpace(base, 0.1, 8).dimensions for base in bases] == [3, 4, 5]
+
+
+def test_diversity_is_searched_from_end_to_end_where_the_base_has_some() -> None:
+    within = SearchSpace(Strategy((0,), (1.0,), diversity=0.7), 0.1, 8)
+    assert [within.strategy((0.5, 0.5, 0.5, at)).diversity for at in (0.0, 0.7, 1.0)] == [0.0, 0.7, 1.0]
+    assert within.fitted_base()[1].diversity == 0.7
 
 
 @pytest.mark.parametrize("budget", [0.0, -0.1, 1.5, math.nan])
