@@ -1,0 +1,44 @@
+"""The service knows no family: what it answers is what the runtime answers, for a small model of each."""
+
+import pytest
+
+from tests.server.conftest import Serve
+from tests.server.drawing import encoded, noise
+from tests.vflowopt.models.matrix import MODELS
+from tests.vflowopt.talk import Talk
+from vflowopt.models import FAMILIES
+from vflowopt.runtime import Runtime
+from vflowopt.strategy import Strategy
+
+NAMES = ("plain", "llava-1.5", "llava-next-mistral", "internvl", "qwen2-vl", "qwen2.5-vl", "qwen3-vl")
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
+    model = next(model for model in MODELS if model.name == request.param)
+    runtime = Runtime.load(model.save(tmp_path_factory.mktemp(model.name)), kv_budget=16 << 20)
+    runtime.chat.stop_ids = frozenset()
+    return runtime
+
+
+def test_every_family_is_here() -> None:
+    assert len(NAMES) == len(FAMILIES)
+
+
+def test_a_conversation_about_several_pictures(family: Runtime, serve: Serve) -> None:
+    first, second, third = (noise(*size, seed) for seed, size in enumerate([(112, 196), (90, 60), (150, 70)]))
+    talk = Talk(family, Strategy.preset(0.1, family.layers))
+    talk.look(first)
+    turns = [["what?"], [second, "and", third, "?"], ["so?"]]
+    expected = [family.chat.decode(talk.ask(turn, 6)) for turn in turns]
+    talk.conversation.release()
+
+    served = serve(runtime=family)
+    with served.client.session("preset-10") as session:
+        receipt = session.add_image(encoded(first))
+        assert receipt.kept_tokens[0] < receipt.visual_tokens
+        answers = []
+        for turn in turns:
+            parts = [part if isinstance(part, str) else encoded(part) for part in turn]
+            answers.append("".join(session.ask(*parts, max_new_tokens=6, temperature=0)))
+    assert answers == expected
