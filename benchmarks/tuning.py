@@ -72,7 +72,7 @@ def measure(runtime: Runtime, options: argparse.Namespace) -> dict[str, object]:
         ValueError: there are too few pictures, or one is not as it should be; or the budget cannot be reached.
         PoolExhausted: the pool is too small.
     """
-    base = Strategy.preset(options.base, runtime.layers)
+    base = _base(runtime, options.base)
     samples = _samples(options)
     calibration, unseen = (
         Calibration(runtime, samples[part::2], new_tokens=options.new_tokens, piece=options.piece) for part in (0, 1)
@@ -106,6 +106,17 @@ def measure(runtime: Runtime, options: argparse.Namespace) -> dict[str, object]:
         "best": json.loads(best.to_json()),
         "climbs": {sampler: [each.climb for each in of_sampler] for sampler, of_sampler in searches.items()},
     }
+
+
+def _base(runtime: Runtime, name: str) -> Strategy:
+    """A preset, or a strategy that the model brings."""
+    known = {
+        **{f"preset-{100 * budget:.0f}": Strategy.preset(budget, runtime.layers) for budget in PUBLISHED},
+        **runtime.model.strategies,
+    }
+    if name not in known:
+        raise ValueError(f"no strategy is called {name!r} to start from; there are {', '.join(known)}")
+    return known[name]
 
 
 def _samples(options: argparse.Namespace) -> list[Sample]:
@@ -232,7 +243,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=_count, default=5, help="searches of each kind")
     parser.add_argument("--seed", type=int, default=0, help="the first of them, and of the pictures")
     parser.add_argument("--budget", type=float, default=0.1, help="share of the visual tokens kept, 0 to 1")
-    parser.add_argument("--base", type=float, choices=sorted(PUBLISHED), default=0.1, help="preset to start from")
+    parser.add_argument(
+        "--base", default="preset-10", help="where to start: a preset, or a strategy of the model's own"
+    )
     parser.add_argument("--data", type=Path, help="folder of pictures with a questions.jsonl instead of generated ones")
     parser.add_argument("--model", default=model_path(), help="folder or hub id (default: the embedded model)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")

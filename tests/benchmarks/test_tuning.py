@@ -68,6 +68,11 @@ def test_too_few_pictures_are_told(capsys: pytest.CaptureFixture[str], tmp_path:
     assert "6 pictures are needed, half of them held out, but there are 0" in capsys.readouterr().err
 
 
+def test_an_unknown_base_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tuning.main(["--base", "mine"]) == 2
+    assert "no strategy is called 'mine' to start from; there are preset-50, " in capsys.readouterr().err
+
+
 def test_the_published_schedule_sees_the_same_cosine(runtime: Runtime, calibration: Calibration) -> None:
     strategy = Strategy.preset(0.1, runtime.layers)
     steps = calibration.cosines(strategy, [0])

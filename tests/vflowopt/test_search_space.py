@@ -18,10 +18,13 @@ def spaces(draw: st.DrawFn) -> tuple[SearchSpace, Strategy, float, int]:
     layers = draw(st.integers(1, 40))
     starts = (0, *sorted(draw(st.sets(st.integers(1, layers), max_size=5)) - {layers}))
     base = Strategy(
-        starts, (1.0,) * len(starts), grid=draw(st.sampled_from([None, 1.0, 4.0, 100.0])), reserve="published"
+        starts,
+        (1.0,) * len(starts),
+        grid=draw(st.sampled_from([None, 1.0, 4.0, 100.0])),
+        positions=draw(st.sampled_from(["kept", "renumbered"])),
+        reserve="published",
+        diversity=draw(st.sampled_from([0.0, 0.7])),
     )
-    positions, diversity = draw(st.sampled_from(["kept", "renumbered"])), draw(st.sampled_from([0.0, 0.7]))
-    base = replace(base, positions=positions, diversity=diversity)
     budget = draw(st.one_of(st.floats(0.001, 1.0), st.sampled_from([0.05, 0.1, 0.25, 0.5, 1.0])))
     return SearchSpace(base, budget, layers), base, budget, layers
 
