@@ -24,7 +24,7 @@ from vflowopt.models.tiled import TiledModel
 from vflowopt.models.tokenizer import load_tokenizer
 from vflowopt.picture import Picture
 
-TILED = (*SHAPES, *LLAVA, *LLAVA_NEXT, *INTERNVL)
+TILED = (SHAPES[0], SHAPES[-1], *LLAVA, *LLAVA_NEXT, *INTERNVL)
 AREAS = [(0.0, 0.0, 0.5, 0.4), (0.2, 0.3, 0.65, 0.7), (0.5, 0.6, 1.0, 1.0)]
 """Top, left, bottom and right of a spot, as shares of the picture."""
 SIZES = [(56, 56), (60, 200), (300, 90), (113, 97)]
