@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.vision_utils import get_vision_window_index
 
-from vflowopt.models.qwen2_vl import Qwen2Vl
+from vflowopt.models.qwen_vl import QwenVl
 
 
-class Qwen25Vl(Qwen2Vl):
+class Qwen25Vl(QwenVl):
     """A model of the family ``qwen2_5_vl``; see :class:`~vflowopt.models.qwen_vl.QwenVl`.
 
     Attention within a window says nothing of the picture as a whole: tokens are scored by the last layer that sees all

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
-from vflowopt.models.qwen2_vl import Qwen2Vl
+from vflowopt.models.qwen_vl import QwenVl
 
 
-class Qwen3Vl(Qwen2Vl):
+class Qwen3Vl(QwenVl):
     """A model of the family ``qwen3_vl``; see :class:`~vflowopt.models.qwen_vl.QwenVl`.
 
     All features of a token lie side by side in its embedding: they are kept, dropped and averaged together.

@@ -9,7 +9,6 @@ the importance map is a picture again. Tokens stand at (time, row, column), and 
 from __future__ import annotations
 
 import time
-from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -63,17 +62,18 @@ class QwenVl(MultimodalModel):
         if self.scoring_layer not in whole:
             raise self.unsupported(f"vflow_scoring_layer {chosen}, a layer whose patches see no more than a window,")
 
-    @abstractmethod
     def _whole_layers(self) -> Sequence[int]:
         """The layers of the tower whose patches attend to the whole picture, ascending."""
+        return range(self.network.config.vision_config.depth)
 
-    @abstractmethod
     def _features(self, output: Any) -> Tensor:
         """What the decoder takes in of the tower's output: [tokens, hidden], or wider (deepstack)."""
+        features: Tensor = output.pooler_output
+        return features
 
-    @abstractmethod
     def _squares(self, grids: Tensor) -> Tensor:
         """Where the tower has each square of patches: int64 [tokens], in the order of its features."""
+        return torch.arange(int(grids.prod(-1).sum()) // self.merge**2)
 
     @torch.inference_mode()
     def encode(self, pictures: Sequence[Picture]) -> list[EncodedImage]:
