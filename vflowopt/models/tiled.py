@@ -61,7 +61,6 @@ class TiledModel(MultimodalModel):
             network.model.vision_tower, config.vision_feature_layer, getattr(config, "vflow_scoring_layer", None)
         )
         self.scoring_layer = self.tower.scoring
-        self.scoring_layer = self.tower.scoring
         # What it selects must be the patches, all of them and nothing else.
         selected = "default" if self.tower.class_token else "full"
         if config.vision_feature_select_strategy != selected:
@@ -86,9 +85,7 @@ class TiledModel(MultimodalModel):
         sizes = [picture.pixels.shape[:2] for picture in pictures]
         projected = self._project(features).split(counts)
         packed = [self._pack(of_picture, size) for of_picture, size in zip(projected, sizes, strict=True)]
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # work is only queued there: the time would count as scoring
-        milliseconds = (time.perf_counter() - begun) * 1e3 / len(pictures)
+        milliseconds = self.milliseconds_since(begun) / len(pictures)
         return [
             EncodedImage(
                 digest=picture.digest,

@@ -137,6 +137,7 @@ CLIP, SIGLIP = LLAVA[0], LLAVA[2]
 @pytest.mark.parametrize(
     ("shape", "change", "message"),
     [
+        (CLIP, lambda config: config.update(vision_config={"model_type": "pixtral"}), "a vision tower 'pixtral'"),
         (CLIP, lambda config: config.update(vision_feature_select_strategy="full"), "vision_feature_select_strategy"),
         (SIGLIP, lambda config: config.update(vision_feature_select_strategy="default"), "other than 'full'"),
         (CLIP, lambda config: config.update(vflow_scoring="rows"), r"vflow_scoring 'rows' \(supported: mean, cls\)"),
@@ -145,7 +146,7 @@ CLIP, SIGLIP = LLAVA[0], LLAVA[2]
         (INTERNVL[0], lambda config: config.update(vision_feature_layer=[-1, -2]), "several feature layers"),
         (INTERNVL[0], lambda config: config["vision_config"].update(image_size=[56, 28]), "oblong tiles of 56 x 28"),
     ],
-    ids=["all-of-clip", "less-of-siglip", "scoring", "no-class", "window", "layers", "oblong"],
+    ids=["pixtral", "all-of-clip", "less-of-siglip", "scoring", "no-class", "window", "layers", "oblong"],
 )
 def test_what_would_be_read_wrongly_is_refused(
     shape: TinyLlava | TinyInternVL, change: Callable[[dict[str, Any]], None], message: str, tmp_path: Path
