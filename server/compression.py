@@ -11,6 +11,7 @@ from safetensors.torch import save
 from vflow.v1 import compression_pb2, compression_pb2_grpc
 from vflow_server.engine import Engine, Steps
 from vflow_server.errors import CapacityExhausted
+from vflow_server.ledger import Ledger
 from vflow_server.names import check_name
 from vflow_server.needs import Encode
 from vflow_server.pictures import PictureStore
@@ -33,6 +34,7 @@ class Compression(compression_pb2_grpc.CompressionServicer):
         bench: what the work is done with.
         strategies: that a request may ask for.
         pictures: takes in what requests bring.
+        ledger: hears what became of them.
         most_bytes: size of a response at most.
     """
 
@@ -42,6 +44,7 @@ class Compression(compression_pb2_grpc.CompressionServicer):
         bench: Workbench,
         strategies: StrategyStore,
         pictures: PictureStore,
+        ledger: Ledger,
         *,
         most_bytes: int,
     ) -> None:
@@ -49,6 +52,7 @@ class Compression(compression_pb2_grpc.CompressionServicer):
         self._bench = bench
         self._strategies = strategies
         self._pictures = pictures
+        self._ledger = ledger
         self._most_bytes = most_bytes
 
     async def CompressImage(self, request: compression_pb2.CompressImageRequest, context: Context) -> Response:
@@ -65,9 +69,11 @@ class Compression(compression_pb2_grpc.CompressionServicer):
 
         ticket = self._engine.submit(work, tenant)
         try:
-            return await ticket.result()
+            response = await ticket.result()
         finally:
             ticket.cancel()
+        self._ledger.picture(tenant, response.receipt)
+        return response
 
     def _response(
         self,

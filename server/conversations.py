@@ -7,9 +7,11 @@ from typing import Any
 
 import grpc
 from google.protobuf import empty_pb2
+from structlog.contextvars import bind_contextvars
 
 from vflow.v1 import conversations_pb2, conversations_pb2_grpc
 from vflow_server.chat_request import fingerprint, read_turn
+from vflow_server.ledger import Ledger
 from vflow_server.names import check_name
 from vflow_server.paging import Pager
 from vflow_server.pictures import PictureStore
@@ -28,12 +30,16 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         sessions: that live.
         strategies: that a new session may begin with.
         pictures: takes in what requests bring.
+        ledger: hears what became of them.
     """
 
-    def __init__(self, sessions: SessionStore, strategies: StrategyStore, pictures: PictureStore) -> None:
+    def __init__(
+        self, sessions: SessionStore, strategies: StrategyStore, pictures: PictureStore, ledger: Ledger
+    ) -> None:
         self._sessions = sessions
         self._strategies = strategies
         self._pictures = pictures
+        self._ledger = ledger
         self._pager = Pager()
 
     async def CreateSession(
@@ -80,7 +86,9 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         """Show a picture ahead of its question."""
         session = self._find(request.session, "session", context)
         picture = await self._pictures.take(request.image, "image", session.tenant)
-        return conversations_pb2.AddImageResponse(receipt=await session.show(picture))
+        receipt = await session.show(picture)
+        self._ledger.picture(session.tenant, receipt)
+        return conversations_pb2.AddImageResponse(receipt=receipt)
 
     async def Chat(self, request: conversations_pb2.ChatRequest, context: Context) -> None:
         """Say a turn and stream the answer.
@@ -103,12 +111,14 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
             async for text in answer.events():
                 await context.write(_delta(text))
             finished = await session.outcome(answer)
+            self._ledger.turn(session.tenant, session.name, finished)
             await context.write(conversations_pb2.ChatResponse(finished=finished))
         finally:
             answer.cancel()
 
     def _find(self, name: str, field: str, context: Context) -> Session:
-        return self._sessions.get(tenant_of(context), check_name(name, "sessions", field))
+        bind_contextvars(session=check_name(name, "sessions", field))
+        return self._sessions.get(tenant_of(context), name)
 
     def _message(self, session: Session) -> conversations_pb2.Session:
         state = session.dialogue.state

@@ -9,6 +9,7 @@ model: whoever submits work brings them along.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
@@ -113,6 +114,8 @@ class Task(Generic[E, R]):
         self._answer: Any = None
         self._failure: Exception | None = None
         self._steps = work(self._emit)
+        # What is logged during the work says whose it is.
+        self._context = contextvars.copy_context()
 
     def answer(self, answer: Any) -> None:
         """Meet the need."""
@@ -128,9 +131,12 @@ class Task(Generic[E, R]):
         self._answer = self._failure = None
         try:
             if self.ticket.cancelled:
-                self._steps.close()
+                self._context.run(self._steps.close)
                 raise WorkCancelled
-            self.need = self._steps.send(answer) if failure is None else self._steps.throw(failure)
+            if failure is None:
+                self.need = self._context.run(self._steps.send, answer)
+            else:
+                self.need = self._context.run(self._steps.throw, failure)
         except StopIteration as end:
             self._tell(self._end, end.value, None)
         except Exception as error:
@@ -205,6 +211,18 @@ class Engine:
         """Whether the engine takes work."""
         return self._open
 
+    @property
+    def waiting(self) -> int:
+        """How much work waits for its first step."""
+        with self._changed:
+            return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """How much work is under way, not counting what only takes spare time."""
+        with self._changed:
+            return sum(task.counted for task in self._running)
+
     def submit(
         self, work: Work[E, R], tenant: str, *, housekeeping: bool = False, background: bool = False
     ) -> Ticket[E, R]:
@@ -264,7 +282,7 @@ class Engine:
     def _round(self) -> list[Task[Any, Any]] | None:
         """Wait for something to do; the work of the next round in the order in which it began, None to stop."""
         with self._changed:
-            while self._open and not self._running and not any(self._waiting):
+            while self._open and not self._running and not len(self._waiting):
                 self._changed.wait()
             if not self._open:
                 return None

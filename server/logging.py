@@ -26,6 +26,8 @@ def configure(log_format: str, log_level: str) -> None:
     )
     structlog.configure(
         processors=[
+            # Of the call during which a line is logged: request, tenant, session, trace.
+            structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=machine),
             *renderer,

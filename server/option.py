@@ -106,6 +106,13 @@ def fraction(text: str) -> float:
     return number
 
 
+def switch(text: str) -> bool:
+    """``on`` or ``off``."""
+    if text not in ("on", "off"):
+        raise ValueError("expected on or off")
+    return text == "on"
+
+
 def one_of(choices: Sequence[str]) -> Callable[[str], str]:
     """One of a few words."""
 

@@ -40,6 +40,16 @@ class ParkedStore:
         )
         self._read: dict[Conversation, ParkedCache] = {}
 
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes held in host memory."""
+        return self._memory.bytes_held
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes held in files."""
+        return 0 if self._spill is None else self._spill.bytes_held
+
     def put(self, conversation: Conversation, parked: ParkedCache) -> None:
         """Hold the cache of ``conversation``, in the place of an earlier one."""
         self.forget(conversation)

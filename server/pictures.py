@@ -31,6 +31,11 @@ class PictureStore:
         )
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="vflow-picture")
 
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of the decoded pictures that are held."""
+        return self._held.bytes_held
+
     async def take(self, image: images_pb2.Image, field: str, tenant: str) -> Picture:
         """The picture that ``image``, at ``field`` of a request of ``tenant``, brings or stands for.
 

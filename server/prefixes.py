@@ -28,6 +28,9 @@ class PrefixStore:
         self._most = most
         self._prefixes: OrderedDict[_Key, Conversation] = OrderedDict()
 
+    def __len__(self) -> int:
+        return len(self._prefixes)
+
     def find(self, tenant: str, strategy: Strategy, items: Sequence[Item]) -> Conversation | None:
         """The longest prefix of ``items`` that is held for ``tenant``, or None."""
         content = _content(items)

@@ -58,9 +58,12 @@ def read(
     said = [*conversation.log, *items]
     yield from read_parked(bench, conversation)
     bare = not conversation.resident and not bench.parked.holds(conversation)
-    if bare and (prefix := bench.prefixes.find(tenant, conversation.strategy, said)) is not None:
-        conversation.log.extend(said[len(conversation.log) : len(prefix.log)])
-        conversation.share(prefix)
+    if bare and any(isinstance(item, CompressedImage) for item in said):
+        prefix = bench.prefixes.find(tenant, conversation.strategy, said)
+        bench.metrics.prefix(hit=prefix is not None)
+        if prefix is not None:
+            conversation.log.extend(said[len(conversation.log) : len(prefix.log)])
+            conversation.share(prefix)
     rest = said[len(conversation.log) :]
     runs = []
     pictures = [place for place, item in enumerate(rest) if isinstance(item, CompressedImage)]

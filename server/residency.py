@@ -14,6 +14,7 @@ import structlog
 from vflow_server.dialogue import Dialogue
 from vflow_server.errors import CapacityExhausted
 from vflow_server.logged_pictures import LoggedPictures
+from vflow_server.metrics import Metrics
 from vflow_server.parked import ParkedStore, Tier
 from vflow_server.prefixes import PrefixStore
 from vflowopt.conversation import Conversation, Item, tokens_per_stage
@@ -38,13 +39,22 @@ class Residency:
         prefixes: they hold pages, too, and go before idle dialogues; what is on loan goes before all.
         parked: where the caches of idle dialogues go.
         pictures: those in the dialogues' logs.
+        metrics: counts who gave way.
     """
 
-    def __init__(self, runtime: Runtime, prefixes: PrefixStore, parked: ParkedStore, pictures: LoggedPictures) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        prefixes: PrefixStore,
+        parked: ParkedStore,
+        pictures: LoggedPictures,
+        metrics: Metrics,
+    ) -> None:
         self._runtime = runtime
         self._prefixes = prefixes
         self._parked = parked
         self._pictures = pictures
+        self._metrics = metrics
         self._in_use: OrderedDict[Dialogue, None] = OrderedDict()
         self._idle: OrderedDict[Dialogue, None] = OrderedDict()
         self._loans: list[Loan] = []
@@ -78,12 +88,15 @@ class Residency:
         for conversation in self._on_loan():
             if conversation.kv_bytes:
                 conversation.release()
+                self._metrics.evicted("search")
                 return True
         if self._prefixes.release_one():
+            self._metrics.evicted("prefix")
             return True
         resident = next((dialogue for dialogue in self._idle if dialogue.state.kv_bytes), None)
         if resident is None:
             return False
+        self._metrics.evicted("idle")
         log.info("parked the KV cache of an idle session", kv_bytes=resident.state.kv_bytes)
         conversation = resident.conversation(self._runtime)
         self._parked.put(conversation, park(conversation))
@@ -105,6 +118,7 @@ class Residency:
         for dialogue in reversed(self._in_use):
             conversation = dialogue.conversation(self._runtime)
             if conversation is not spare and conversation.kv_bytes:
+                self._metrics.evicted("running")
                 log.info("preempted a running turn", kv_bytes=conversation.kv_bytes)
                 conversation.release()
                 return True

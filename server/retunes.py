@@ -44,6 +44,11 @@ class Retunes:
         self._following: asyncio.Task[None] | None = None
         self._closed = False
 
+    @property
+    def running(self) -> Operation | None:
+        """The operation of the search that is under way; None where none is."""
+        return None if self._running is None else self._running.operation
+
     def check_free(self) -> None:
         """Refuse a search beside another one.
 

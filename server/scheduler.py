@@ -176,6 +176,7 @@ class Scheduler:
                     eldest.fail(failure)
                 return
             else:
+                self._bench.metrics.step(time.perf_counter() - begun, pending, list(batch.values()))
                 for task, before, row in zip(batch, pending, logits, strict=True):
                     conversation = task.need.conversation
                     task.need.ran += before - _pending(task)

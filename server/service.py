@@ -10,6 +10,7 @@ import structlog
 from google.longrunning import operations_pb2, operations_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from vflow.v1 import (
     compression_pb2,
@@ -21,12 +22,16 @@ from vflow.v1 import (
 )
 from vflow_server.admin import Strategies
 from vflow_server.calibration_request import CalibrationReader
+from vflow_server.calls import Calls
 from vflow_server.comparisons import Comparisons
 from vflow_server.compression import Compression
 from vflow_server.conversations import Conversations
 from vflow_server.engine import Engine
+from vflow_server.gauges import Gauges
 from vflow_server.guard import Guard
+from vflow_server.ledger import Ledger
 from vflow_server.live_samples import LiveSamples
+from vflow_server.metrics import Metrics
 from vflow_server.operations import OperationStore
 from vflow_server.operations_service import Operations
 from vflow_server.parked import ParkedStore
@@ -35,8 +40,10 @@ from vflow_server.retunes import Retunes
 from vflow_server.scheduler import Scheduler
 from vflow_server.sessions import SessionStore
 from vflow_server.settings import Settings
+from vflow_server.side_port import Answer, Request, SidePort
 from vflow_server.spill import SpillFolder
 from vflow_server.strategies import StrategyStore
+from vflow_server.tracing import tracing_to
 from vflow_server.watch import Watch
 from vflow_server.workbench import Workbench
 from vflowopt.picture import PictureLimits
@@ -69,11 +76,15 @@ class Service:
 
     def __init__(self, runtime: Runtime, settings: Settings) -> None:
         self.settings = settings
+        self.metrics = Metrics()
+        self.tracing = tracing_to(settings.otlp_endpoint)
+        self.ledger = Ledger(self.metrics, self.tracing)
         spill = SpillFolder(settings.spill_dir, settings.spill_bytes) if settings.spill_dir else None
         self.bench = Workbench(
             runtime,
             compressed_bytes=settings.compressed_memory,
             parked=ParkedStore(settings.parked_memory, spill),
+            metrics=self.metrics,
         )
         self.engine = Engine(
             waiting=settings.max_waiting,
@@ -106,11 +117,25 @@ class Service:
             most=settings.max_sessions,
             idle_timeout=settings.idle_timeout,
         )
+        self.metrics.registry.register(
+            Gauges(
+                engine=self.engine,
+                bench=self.bench,
+                sessions=self.sessions,
+                strategies=self.strategies,
+                pictures=self.pictures,
+                watch=self.watch,
+                retunes=self.retunes,
+            )
+        )
         self.failed = asyncio.Event()
         """Set when the engine has died: nothing can be served any more."""
         self._loop = asyncio.get_running_loop()
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing from the stubs
         self._server = self._grpc_server()
+        self._side_port = SidePort({"/metrics": self._told_metrics})
+        self.side_port: int | None = None
+        """Where the side port listens, once it does."""
 
     async def start(self) -> int:
         """Listen and serve; returns the port.
@@ -125,6 +150,8 @@ class Service:
             raise OSError(
                 f"cannot listen on {host}:{self.settings.port}; is the port taken? choose another with --port"
             ) from error
+        if self.settings.metrics_port is not None:
+            self.side_port = await self._side_port.start(self.settings.metrics_host, self.settings.metrics_port)
         self.engine.start()
         for name in ("", *NAMES):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -147,11 +174,13 @@ class Service:
         await asyncio.to_thread(self.engine.stop)
         self.bench.close()
         self.pictures.close()
+        await self._side_port.stop()
+        await asyncio.to_thread(self.tracing.close)
 
     def _grpc_server(self) -> grpc.aio.Server:
         limit = self.settings.max_message_bytes
         server = grpc.aio.server(
-            interceptors=[Guard()],
+            interceptors=[Calls(self.metrics, self.tracing), Guard()],
             maximum_concurrent_rpcs=_MOST_CALLS,
             options=[
                 ("grpc.max_receive_message_length", limit),
@@ -167,10 +196,11 @@ class Service:
             ],
         )
         conversations_pb2_grpc.add_ConversationsServicer_to_server(
-            Conversations(self.sessions, self.strategies, self.pictures), server
+            Conversations(self.sessions, self.strategies, self.pictures, self.ledger), server
         )
         compression_pb2_grpc.add_CompressionServicer_to_server(
-            Compression(self.engine, self.bench, self.strategies, self.pictures, most_bytes=limit), server
+            Compression(self.engine, self.bench, self.strategies, self.pictures, self.ledger, most_bytes=limit),
+            server,
         )
         strategies_pb2_grpc.add_StrategiesServicer_to_server(
             Strategies(
@@ -186,6 +216,9 @@ class Service:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server
+
+    async def _told_metrics(self, request: Request) -> Answer:
+        return Answer(generate_latest(self.metrics.registry), CONTENT_TYPE_LATEST)
 
     def _engine_died(self) -> None:
         """Called in the engine's thread: say on the event loop that nothing is served any more."""

@@ -89,6 +89,16 @@ class Settings:
     watch_window: int = option(
         "20", "latest such turns of the active strategy that this mean is of", whole(1), metavar="N"
     )
+    metrics_host: str = option("127.0.0.1", "address of the side port", metavar="HOST")
+    metrics_port: int | None = option(
+        None,
+        "HTTP port that tells Prometheus its metrics at /metrics (unset: none; 0 takes a free one)",
+        whole(0, 65535),
+        metavar="N",
+    )
+    otlp_endpoint: str | None = option(
+        None, "OpenTelemetry collector to send traces to, such as http://localhost:4317 (unset: none)", metavar="URL"
+    )
     grace: float = option("10s", "time for running calls to end when the service is stopped", seconds, metavar="TIME")
     log_format: str = option("console", "console or json", one_of(("console", "json")), metavar="NAME")
     log_level: str = option(

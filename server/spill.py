@@ -73,6 +73,11 @@ class SpillFolder:
         self._unwritten: list[Future[bytes | None]] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vflow-spill")
 
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of the files."""
+        return self._files.bytes_held
+
     def put(self, conversation: Conversation, parked: ParkedCache) -> None:
         """Begin to write a cache of ``conversation``, in the place of an earlier one."""
         self.forget(conversation)

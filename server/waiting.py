@@ -37,6 +37,9 @@ class WaitingRoom(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         return (task for line in self._lines.values() for task in line)
 
+    def __len__(self) -> int:
+        return sum(map(len, self._lines.values()))
+
     def put(self, task: T) -> None:
         """Have ``task`` wait.
 

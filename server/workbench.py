@@ -14,6 +14,7 @@ import torch
 
 from vflow_server.logged_pictures import LoggedPictures, picture_bytes
 from vflow_server.lru import ByteBoundedLRU
+from vflow_server.metrics import Metrics
 from vflow_server.needs import Encode
 from vflow_server.parked import ParkedStore
 from vflow_server.prefixes import PrefixStore
@@ -37,13 +38,23 @@ class Workbench:
             tenant's picture is not encoded twice under the same strategy.
         parked: holds KV caches outside the pool for idle dialogues.
         prefixes: beginnings to keep for dialogues that begin the same way.
+        metrics: counts what the work comes to (also an attribute); None: nobody looks.
     """
 
-    def __init__(self, runtime: Runtime, *, compressed_bytes: int, parked: ParkedStore, prefixes: int = 64) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        *,
+        compressed_bytes: int,
+        parked: ParkedStore,
+        prefixes: int = 64,
+        metrics: Metrics | None = None,
+    ) -> None:
         self.runtime = runtime
+        self.metrics = metrics or Metrics()
         self.prefixes = PrefixStore(prefixes)
         self.parked = parked
-        self.residency = Residency(runtime, self.prefixes, parked, LoggedPictures(compressed_bytes))
+        self.residency = Residency(runtime, self.prefixes, parked, LoggedPictures(compressed_bytes), self.metrics)
         self._compressed: ByteBoundedLRU[_Key, CompressedImage] = ByteBoundedLRU(compressed_bytes, picture_bytes)
         # Those that the log of some dialogue holds are at hand as long as it does.
         self._in_use: WeakValueDictionary[_Key, CompressedImage] = WeakValueDictionary()
@@ -54,6 +65,11 @@ class Workbench:
         self._encoder.shutdown(cancel_futures=True)
         self.prefixes.clear()
         self.parked.close()
+
+    @property
+    def compressed_bytes(self) -> int:
+        """Bytes of the compressed pictures that are remembered."""
+        return self._compressed.bytes_held
 
     def wait_for_device(self) -> None:
         """Return when the model has done all that was asked of it; a CUDA device only queues work."""

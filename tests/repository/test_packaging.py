@@ -25,6 +25,7 @@ PINS = {
 def requirements() -> list[str]:
     return [
         *SERVICE["project"]["dependencies"],
+        *SERVICE["project"]["optional-dependencies"]["otel"],
         *SERVICE["project"]["optional-dependencies"]["dev"],
         *CLIENT["project"]["dependencies"],
     ]
@@ -54,7 +55,7 @@ def test_both_distributions_have_one_version() -> None:
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-@pytest.mark.parametrize("requirement", [line for line in requirements() if not line.startswith("vflow-client")])
+@pytest.mark.parametrize("requirement", [line for line in requirements() if not line.startswith("vflow")])
 def test_the_pins_satisfy_every_requirement(requirement: str) -> None:
     match = re.fullmatch(r"([\w.-]+)(?:>=([\d.]+))?(?:,<([\d.]+))?", requirement)
     assert match, f"a floor, and at most a ceiling, is all that {requirement} should need"

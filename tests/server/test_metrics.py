@@ -1,0 +1,182 @@
+"""Metrics as Prometheus reads them: from the side port, in its own format, while the service works."""
+
+import socket
+import urllib.error
+import urllib.request
+
+import grpc
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.server.calibrating import samples
+from tests.server.conftest import Serve
+from tests.server.served import Served
+from tests.server.waiting import until
+from vflow_client import DeadlineExceeded, NotFound
+
+
+def scraped(served: Served) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{served.service.side_port}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def value(served: Served, name: str, **labels: str) -> float:
+    return scraped(served).get((name, frozenset(labels.items())), 0.0)
+
+
+@pytest.fixture
+def watched(serve: Serve) -> Served:
+    return serve(metrics_port="0")
+
+
+def test_calls_are_counted_by_method_and_code(watched: Served) -> None:
+    with watched.client.session() as session, pytest.raises(NotFound):
+        watched.client.attach(f"{session.name}0").state()
+    count = {
+        (dict(labels)["method"], dict(labels)["code"]): number
+        for (name, labels), number in scraped(watched).items()
+        if name == "vflow_calls_total"
+    }
+    assert count == {
+        ("Conversations/CreateSession", "OK"): 1,
+        ("Conversations/GetSession", "NOT_FOUND"): 1,
+        ("Conversations/DeleteSession", "OK"): 1,
+    }
+    assert value(watched, "vflow_calls_in_flight") == 0
+
+
+def test_a_call_that_is_cancelled_or_late_is_counted_as_that(watched: Served) -> None:
+    session = watched.client.session()
+    answer = session.ask("Go on", max_new_tokens=4000)
+    next(answer)
+    assert value(watched, "vflow_calls_in_flight") == 1 and value(watched, "vflow_running") == 1
+    answer.close()
+    chat = {"method": "Conversations/Chat"}
+    until(lambda: value(watched, "vflow_calls_total", code="CANCELLED", **chat) == 1)
+    with pytest.raises(DeadlineExceeded):
+        session.ask("Go on", max_new_tokens=4000, timeout=0.2).read()
+    until(lambda: value(watched, "vflow_calls_total", code="DEADLINE_EXCEEDED", **chat) == 1)
+    assert value(watched, "vflow_turns_total", reason="length") == 0
+
+
+def test_a_turn_shows_in_every_measure_as_its_receipt_says(watched: Served, picture: bytes) -> None:
+    with watched.client.session() as session:
+        shown = session.add_image(picture)
+        answer = session.ask("What is that?", max_new_tokens=5)
+        answer.read()
+        found = scraped(watched)
+
+        def read(name: str, **labels: str) -> float:
+            return found[name, frozenset(labels.items())]
+
+        assert read("vflow_pictures_total", cache="miss") == 1
+        assert read("vflow_visual_tokens_total") == shown.visual_tokens
+        kept = [read("vflow_visual_tokens_kept_total", stage=str(stage)) for stage in range(3)]
+        assert kept == list(shown.kept_tokens)
+        assert read("vflow_picture_kv_bytes_total") == shown.kv_bytes
+        assert read("vflow_picture_kv_bytes_saved_total") == shown.kv_bytes_full - shown.kv_bytes
+        assert read("vflow_picture_seconds_sum", stage="encode") == pytest.approx(shown.encode_ms / 1000)
+        assert read("vflow_turns_total", reason="length") == 1
+        assert read("vflow_completion_tokens_total") == 5
+        assert read("vflow_prompt_tokens_total", source="run") == answer.receipt.new_prompt_tokens
+        assert read("vflow_prompt_tokens_total", source="reused") == answer.receipt.reused_tokens
+        assert read("vflow_first_token_seconds_sum") == pytest.approx(answer.receipt.first_token_ms / 1000)
+        assert read("vflow_token_seconds_sum") == pytest.approx(answer.receipt.decode_ms / 4000)
+        # The fifth token is said, but not run: nothing follows yet.
+        assert read("vflow_model_tokens_total", phase="decode") == 4
+        assert read("vflow_batch_size_count") == read("vflow_step_seconds_count") >= 5
+        held = read("vflow_pool_pages", state="held")
+        assert held * read("vflow_pool_page_bytes") == watched.service.bench.runtime.pool.bytes_used > 0
+        assert read("vflow_session_kv_bytes", state="resident") == session.state().kv_bytes
+        assert read("vflow_cached_prefixes") == 1 and read("vflow_prefixes_total", cache="miss") == 1
+    with watched.client.session() as other:
+        assert other.add_image(picture).cache_hit
+    assert value(watched, "vflow_pictures_total", cache="hit") == 1
+    assert value(watched, "vflow_prefixes_total", cache="hit") == 1
+
+
+def test_evictions_and_restores_are_counted(serve: Serve) -> None:
+    served = serve(metrics_port="0")
+    with served.client.session() as session:
+        session.ask("Hello", max_new_tokens=4).read()
+        assert value(served, "vflow_sessions", state="resident") == 1
+        served.on_engine(served.service.bench.residency.release_idle)
+        assert value(served, "vflow_sessions", state="evicted") == 1
+        assert value(served, "vflow_evictions_total", held_by="idle") == 1
+        assert value(served, "vflow_memory_bytes", what="parked_memory") > 0
+        session.ask("Go on", max_new_tokens=4).read()
+    assert value(served, "vflow_restores_total", tier="host_memory") == 1
+
+
+def test_a_search_and_what_the_watch_sees_are_told(serve: Serve, picture: bytes) -> None:
+    served = serve(metrics_port="0", watch_share="1")
+    with served.client.session() as session:
+        session.add_image(picture)
+        session.ask("What is that?", max_new_tokens=4).read()
+        name = "strategies/preset-10"
+        until(lambda: value(served, "vflow_watch_turns_total", strategy=name) == 1)
+        assert 0 < value(served, "vflow_watch_cosine_sum_total", strategy=name) <= 1.0001
+        assert value(served, "vflow_watch_tokens_total", strategy=name) == 4
+    assert value(served, "vflow_retune_running") == 0
+    search = served.client.strategies.retune(0.3, samples(2), trials=40)
+    until(lambda: value(served, "vflow_retune_trials_done") >= 1)
+    assert value(served, "vflow_retune_running") == 1 and value(served, "vflow_retune_trials") == 40
+    search.cancel()
+    until(lambda: value(served, "vflow_retune_running") == 0)
+
+
+def test_several_services_count_for_themselves(serve: Serve) -> None:
+    first, second = serve(metrics_port="0"), serve(metrics_port="0")
+    with first.client.session():
+        assert value(first, "vflow_sessions", state="evicted") == 1
+        assert value(second, "vflow_sessions", state="evicted") == 0
+
+
+def test_without_a_port_nothing_listens(served: Served) -> None:
+    assert served.service.side_port is None
+
+
+def test_a_port_that_is_taken_is_said_to_be(watched: Served, serve: Serve) -> None:
+    with pytest.raises(OSError, match=r"cannot listen on 127.0.0.1:\d+ for metrics.*--metrics-port"):
+        serve(metrics_port=str(watched.service.side_port))
+
+
+def spoken(served: Served, request: bytes) -> bytes:
+    with socket.create_connection(("127.0.0.1", served.service.side_port or 0), timeout=10) as connection:
+        connection.sendall(request)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"GET /none HTTP/1.1\r\n\r\n", b"404 Not Found"),
+        (b"POST /metrics HTTP/1.1\r\n\r\n", b"405 Method Not Allowed"),
+        (b"GET http://elsewhere/ HTTP/1.1\r\n\r\n", b"400 Bad Request"),
+        (b"nonsense\r\n\r\n", b"400 Bad Request"),
+        (b"\xff\x00 /\r\n\r\n", b"400 Bad Request"),
+        (b"GET /metrics HTTP/1.1\r\nA: " + b"a" * 20_000 + b"\r\n\r\n", b"431 Request Header Fields Too Large"),
+    ],
+)
+def test_the_side_port_answers_what_it_cannot_serve(watched: Served, request_: bytes, status: bytes) -> None:
+    assert spoken(watched, request_).startswith(b"HTTP/1.1 " + status + b"\r\n")
+
+
+def test_a_head_has_no_body_and_a_caller_that_leaves_harms_nobody(watched: Served) -> None:
+    head, _, body = spoken(watched, b"HEAD /metrics HTTP/1.1\r\n\r\n").partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 OK") and b"Connection: close" in head and not body
+    socket.create_connection(("127.0.0.1", watched.service.side_port or 0)).close()
+    with pytest.raises(urllib.error.HTTPError):
+        urllib.request.urlopen(f"http://127.0.0.1:{watched.service.side_port}/", timeout=10)
+    assert watched.client.strategies.get("full").built_in
+
+
+def test_methods_of_others_are_not_counted(watched: Served) -> None:
+    with grpc.insecure_channel(watched.address) as channel, pytest.raises(grpc.RpcError):
+        channel.unary_unary("/vflow.v1.Conversations/Nothing")(b"")
+    assert not [labels for name, labels in scraped(watched) if name == "vflow_calls_total"]
