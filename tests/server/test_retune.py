@@ -141,9 +141,10 @@ def test_conversations_beside_a_search_are_answered_as_without_it(
     assert beside == alone
     changes = sum(one != other for one, other in zip(steps, steps[1:], strict=False))
     assert changes > 20, "they did not meet: the test proves nothing"
-    undisturbed = search.result(timeout=20)
-    assert undisturbed.ratios == serve(runtime).client.strategies.retune(0.3, samples(4), trials=4).result(20).ratios
+    disturbed = search.result(timeout=20)
     assert served.kv_bytes() == 0
+    undisturbed = served.client.strategies.retune(0.3, samples(4), trials=4).result(timeout=20)
+    assert disturbed.ratios == undisturbed.ratios
 
 
 def test_a_cancelled_search_leaves_the_best_so_far_as_a_draft(serve: Serve, gate: Gate) -> None:
