@@ -21,6 +21,7 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from vflow.v1 import errors_pb2
+from vflowopt.calibration import CalibrationError
 from vflowopt.picture import PictureError
 from vflowopt.sampling import SamplingError
 from vflowopt.strategy import StrategyError
@@ -228,6 +229,8 @@ def foreseen(error: BaseException) -> ServiceError | None:
             return error
         case PictureError():
             return InvalidRequest(error.reason, "image", str(error), metadata=error.metadata)
+        case CalibrationError():  # only a sample that is too long gets as far as that
+            return InvalidRequest("CONTEXT_EXCEEDED", "calibration", str(error))
         case StrategyError():
             return InvalidRequest("STRATEGY_INVALID", f"strategy.{error.field}", str(error))
         case SamplingError():

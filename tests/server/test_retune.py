@@ -25,6 +25,7 @@ from tests.server.waiting import until
 from vflow.v1.strategies_pb2 import RetuneMetadata
 from vflow_client import (
     Client,
+    ContextExceeded,
     Image,
     InvalidRequest,
     OperationCancelled,
@@ -218,6 +219,12 @@ def test_what_a_search_cannot_have_is_said_by_its_operation(serve: Serve, model_
     with pytest.raises(VFlowError) as ended:
         search.result(timeout=20)
     assert (ended.value.reason, ended.value.metadata["resource"]) == ("CAPACITY_EXHAUSTED", "kv_cache")
+
+
+def test_a_sample_beyond_the_context_is_said_to_be(client: Client) -> None:
+    search = client.strategies.retune(0.2, samples(1, ("Short?", "a" * 5000)), trials=1)
+    with pytest.raises(ContextExceeded, match="ask fewer or shorter questions"):
+        search.result(timeout=20)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
