@@ -10,7 +10,7 @@ from vflowopt.models import FAMILIES
 from vflowopt.runtime import Runtime
 from vflowopt.strategy import Strategy
 
-NAMES = ("plain", "llava-1.5", "llava-next-mistral", "internvl", "qwen2-vl", "qwen2.5-vl", "qwen3-vl")
+NAMES = ("plain", "llava-1.5", "llava-next-mistral", "internvl", "mistral3", "qwen2-vl", "qwen2.5-vl", "qwen3-vl")
 
 
 @pytest.fixture(scope="module", params=NAMES)

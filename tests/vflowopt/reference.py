@@ -79,6 +79,8 @@ class Reference:
     def _pictures(self, pictures: list[np.ndarray]) -> tuple[dict[str, Tensor], Iterator[list[int]]]:
         """What the model takes of pictures, and the tokens that stand for each."""
         image = self.network.config.image_token_id
+        if self.network.config.model_type == "mistral3":
+            return self._pictures_in_rows(pictures)
         if self.network.config.model_type != "internvl":
             inputs = dict(self.processor(pictures, return_tensors="pt", input_data_format="channels_last"))
             features = self.network.get_image_features(**inputs).pooler_output
@@ -88,3 +90,15 @@ class Reference:
         tokens = self.network.get_image_features(**inputs).pooler_output.shape[1]
         begin, end = self.tokenizer.start_image_token_id, self.tokenizer.end_image_token_id
         return inputs, iter([[begin, *[image] * (tokens * int(tiles)), end] for tiles in batch["num_patches"]])
+
+    def _pictures_in_rows(self, pictures: list[np.ndarray]) -> tuple[dict[str, Tensor], Iterator[list[int]]]:
+        """The same, where a token ends each row of a picture, and another the last."""
+        config = self.network.config
+        side = config.vision_config.patch_size * config.spatial_merge_size
+        inputs = dict(self.processor(pictures, return_tensors="pt", input_data_format="channels_last", patch_size=side))
+        row_end, end = self.tokenizer.convert_tokens_to_ids(["[IMG_BREAK]", "[IMG_END]"])
+        standing = []
+        for height, width in inputs["image_sizes"].tolist():
+            row = [*[config.image_token_id] * (width // side), row_end]
+            standing.append([*(row * (height // side))[:-1], end])
+        return inputs, iter(standing)

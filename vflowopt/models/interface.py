@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from vflowopt.attention import PAGED
 from vflowopt.compression import EncodedImage
 from vflowopt.models.backbone import unservable
 from vflowopt.models.tokenizer import load_tokenizer
-from vflowopt.picture import Picture
+from vflowopt.picture import Picture, PictureError
 from vflowopt.strategy import Strategy, StrategyError
 
 
@@ -165,6 +166,23 @@ class MultimodalModel(ABC):
                     "mend it, or remove it",
                 ) from error
         return found
+
+    def milliseconds_since(self, begun: float) -> float:
+        """Milliseconds since ``time.perf_counter()`` was ``begun``; waits for what is queued on the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return (time.perf_counter() - begun) * 1e3
+
+    @staticmethod
+    def too_narrow(picture: Picture) -> PictureError:
+        """The error that says that the image processor leaves nothing of a picture of this shape, or refuses it."""
+        height, width = picture.pixels.shape[:2]
+        return PictureError(
+            "PICTURE_TOO_NARROW",
+            f"the model's image processor takes no picture of {width} x {height} pixels; send one less narrow",
+            width=str(width),
+            height=str(height),
+        )
 
     @abstractmethod
     def encode(self, pictures: Sequence[Picture]) -> list[EncodedImage]:

@@ -12,6 +12,7 @@ from vflowopt.models.internvl import InternVL
 from vflowopt.models.llava import Llava
 from vflowopt.models.llava_next import LlavaNext
 from vflowopt.models.llava_onevision import LlavaOnevision
+from vflowopt.models.mistral3 import Mistral3
 from vflowopt.models.qwen2_5_vl import Qwen25Vl
 from vflowopt.models.qwen2_vl import Qwen2Vl
 from vflowopt.models.qwen3_vl import Qwen3Vl
@@ -21,6 +22,7 @@ FAMILIES: dict[str, type[MultimodalModel]] = {
     "llava": Llava,
     "llava_next": LlavaNext,
     "llava_onevision": LlavaOnevision,
+    "mistral3": Mistral3,
     "qwen2_vl": Qwen2Vl,
     "qwen2_5_vl": Qwen25Vl,
     "qwen3_vl": Qwen3Vl,

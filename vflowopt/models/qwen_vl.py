@@ -23,7 +23,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_
 from vflowopt.compression import EncodedImage
 from vflowopt.layout import TokenLayout
 from vflowopt.models.interface import MultimodalModel
-from vflowopt.picture import Picture, PictureError
+from vflowopt.picture import Picture
 
 
 class QwenVl(MultimodalModel):
@@ -86,9 +86,7 @@ class QwenVl(MultimodalModel):
         shapes = [(rows, columns) for _, rows, columns in grids.tolist()]
         counts = [rows * columns for rows, columns in shapes]
         embeddings = features.split([count // self.merge**2 for count in counts])
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # work is only queued there: the time would count as scoring
-        milliseconds = (time.perf_counter() - begun) * 1e3 / len(pictures)
+        milliseconds = self.milliseconds_since(begun) / len(pictures)
         return [
             EncodedImage(
                 digest=picture.digest,
@@ -120,13 +118,7 @@ class QwenVl(MultimodalModel):
         try:
             resized = processor.resize(pixels, processor.size, processor.resample, factor=self.patch * self.merge)
         except ValueError as error:
-            height, width = picture.pixels.shape[:2]
-            raise PictureError(
-                "PICTURE_TOO_NARROW",
-                f"the model takes no picture of {width} x {height} pixels ({error}); send one less narrow",
-                width=str(width),
-                height=str(height),
-            ) from error
+            raise self.too_narrow(picture) from error
         return np.asarray(resized)
 
     def layout(self, shape: tuple[int, int], size: Sequence[int]) -> TokenLayout:

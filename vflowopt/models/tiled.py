@@ -21,7 +21,7 @@ from vflowopt.compression import EncodedImage
 from vflowopt.layout import TokenLayout
 from vflowopt.models.interface import MultimodalModel
 from vflowopt.models.tower import ClipTower, Tower
-from vflowopt.picture import Picture, PictureError
+from vflowopt.picture import Picture
 
 SCORINGS = ("mean", "cls")
 """Whose attention says what matters: that of all patches, which is the paper's way, or that of the class token."""
@@ -122,13 +122,7 @@ class TiledModel(MultimodalModel):
         try:
             return self._cut(picture.pixels)
         except (ValueError, ZeroDivisionError) as error:
-            height, width = picture.pixels.shape[:2]
-            raise PictureError(
-                "PICTURE_TOO_NARROW",
-                f"the model cannot cut a picture of {width} x {height} pixels into tiles; send one less narrow",
-                width=str(width),
-                height=str(height),
-            ) from error
+            raise self.too_narrow(picture) from error
 
     def normalised(self, tiles: np.ndarray) -> Tensor:
         """What the tower reads of 8-bit tiles: float32 [tiles, 3, side, side]."""

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from tests.vflowopt.models.tiny_internvl import INTERNVL
 from tests.vflowopt.models.tiny_llava import LLAVA, LLAVA_NEXT
+from tests.vflowopt.models.tiny_mistral3 import MISTRAL3
 from tests.vflowopt.models.tiny_qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
 from tests.vflowopt.tiny_models import SHAPES
 
@@ -25,6 +26,7 @@ MODELS: tuple[TinyModel, ...] = (
     *LLAVA,
     *LLAVA_NEXT,
     *INTERNVL,
+    *MISTRAL3,
     *QWEN2_VL,
     *QWEN2_5_VL,
     *QWEN3_VL,

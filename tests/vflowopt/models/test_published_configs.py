@@ -15,6 +15,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from vflowopt.attention import PAGED
@@ -48,6 +49,7 @@ PUBLISHED = {
     "llava-1.5-7b-hf": Published(CLIPImageProcessorPil(), 32, 22, 524_288, (0, 10, 20)),
     "llava-onevision-qwen2-7b-ov-hf": Published(LlavaOnevisionImageProcessorPil(), 28, 25, 57_344, (0, 9, 18)),
     "llava-v1.6-mistral-7b-hf": Published(LlavaNextImageProcessorPil(), 32, 22, 131_072, (0, 10, 20)),
+    "Mistral-Small-3.1-24B-Instruct-2503": Published(PixtralImageProcessorPil(), 40, 23, 163_840, (0, 13, 26)),
     "Qwen2-VL-7B-Instruct": Published(Qwen2VLImageProcessorPil(), 28, 31, 57_344, (0, 9, 18)),
     "Qwen2.5-VL-7B-Instruct": Published(Qwen2VLImageProcessorPil(), 28, 31, 57_344, (0, 9, 18)),
     "Qwen3-VL-8B-Instruct": Published(Qwen2VLImageProcessorPil(patch_size=16), 36, 26, 147_456, (0, 12, 24)),
@@ -60,7 +62,13 @@ def build(path: Path, processor: Any) -> MultimodalModel:
     family = FAMILIES[config.model_type]
     with torch.device("meta"):
         network = family.architecture._from_config(config, dtype=torch.bfloat16, attn_implementation=PAGED)
-    tokenizer = SimpleNamespace(convert_ids_to_tokens=str, eos_token_id=0, start_image_token_id=1, end_image_token_id=2)
+    tokenizer = SimpleNamespace(
+        convert_ids_to_tokens=str,
+        convert_tokens_to_ids=len,
+        eos_token_id=0,
+        start_image_token_id=1,
+        end_image_token_id=2,
+    )
     return family(network, tokenizer, processor)
 
 

@@ -1,0 +1,171 @@
+"""Mistral Small 3.1: Pixtral's tower, pictures of any size, patches merged by squares, a token behind each row."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Mistral3ForConditionalGeneration
+from transformers.image_utils import ChannelDimension, SizeDict
+from transformers.models.pixtral.modeling_pixtral import apply_rotary_pos_emb
+
+from vflowopt.compression import EncodedImage
+from vflowopt.layout import TokenLayout, boxes_of
+from vflowopt.models.interface import MultimodalModel
+from vflowopt.models.tower import Tower, split_heads
+from vflowopt.picture import Picture
+
+
+class PixtralTower(Tower):
+    """A Pixtral tower: turns queries and keys by row and column of their patches; looks at one picture at a time."""
+
+    @property
+    def layers(self) -> Sequence[Any]:
+        """See :attr:`Tower.layers`."""
+        layers: Sequence[Any] = self.module.transformer.layers
+        return layers
+
+    @property
+    def scale(self) -> float:
+        """See :attr:`Tower.scale`."""
+        scale: float = self.layers[self.scoring].attention.scaling
+        return scale
+
+    def _embed(self, pixels: Tensor) -> Tensor:
+        patches = self.module.patch_conv(pixels)
+        hidden: Tensor = self.module.ln_pre(patches.flatten(2).transpose(1, 2))
+        places = torch.cartesian_prod(*(torch.arange(side, device=pixels.device) for side in patches.shape[2:]))
+        self._turns = self.module.patch_positional_embedding(hidden, places)  # for the layers of this call
+        return hidden
+
+    def _run(self, layer: Any, hidden: Tensor) -> Tensor:
+        # Of one picture every patch sees every other: Hugging Face's mask, of all pictures of a batch, says no more.
+        output: Tensor = layer(hidden, None, position_embeddings=self._turns)
+        return output
+
+    def _queries_and_keys(self, layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        attention, normed = layer.attention, layer.attention_norm(hidden)
+        query, key = (split_heads(map_(normed), attention.num_heads) for map_ in (attention.q_proj, attention.k_proj))
+        turned: tuple[Tensor, Tensor] = apply_rotary_pos_emb(query, key, *self._turns, unsqueeze_dim=0)
+        return turned
+
+
+class Mistral3(MultimodalModel):
+    """A model of the family ``mistral3``.
+
+    A picture is resized to whole squares of patches, not cut or padded. The tokens ``[IMG_BREAK]`` and ``[IMG_END]``
+    that end its rows are structural. The configuration may name, under ``vflow_scoring_layer``, another layer to score
+    tokens by than the last one whose output feeds the projector.
+
+    Args:
+        network: see :class:`MultimodalModel`.
+        tokenizer: see there.
+        processor: see there.
+
+    Attributes:
+        tower: the vision tower.
+        merge: side, in patches, of the square that becomes one token.
+        patch: side of a patch in pixels.
+
+    Raises:
+        ModelError: the configuration uses something that is not supported, by name.
+    """
+
+    family = "Mistral 3"
+    architecture = Mistral3ForConditionalGeneration
+
+    def __init__(self, network: Any, tokenizer: Any, processor: Any) -> None:
+        super().__init__(network, tokenizer, processor)
+        config = network.config
+        if config.vision_config.model_type != "pixtral":
+            raise self.unsupported(f"a vision tower {config.vision_config.model_type!r} (supported: pixtral)")
+        self.tower = PixtralTower(
+            network.model.vision_tower, config.vision_feature_layer, getattr(config, "vflow_scoring_layer", None)
+        )
+        self.scoring_layer = self.tower.scoring
+        self.merge: int = config.spatial_merge_size
+        self.patch: int = config.vision_config.patch_size
+        self._row_end, self._end = (tokenizer.convert_tokens_to_ids(name) for name in ("[IMG_BREAK]", "[IMG_END]"))
+        if None in (self._row_end, self._end):
+            raise self.unsupported("a tokenizer without [IMG_BREAK] and [IMG_END]")
+
+    @torch.inference_mode()
+    def encode(self, pictures: Sequence[Picture]) -> list[EncodedImage]:
+        """See :meth:`MultimodalModel.encode`."""
+        return [self._encode(picture) for picture in pictures]
+
+    def _encode(self, picture: Picture) -> EncodedImage:
+        begun = time.perf_counter()
+        seen = self.resized(picture)
+        batch = self.processor(seen, do_resize=False, input_data_format=ChannelDimension.FIRST, return_tensors="pt")
+        features, query, key = self.tower(batch["pixel_values"].to(self.device, self.dtype))
+        projected = self.network.model.multi_modal_projector(features[0], [seen.shape[1:]])
+        shape = (seen.shape[1] // self.patch, seen.shape[2] // self.patch)
+        embeddings = self._pack(projected, shape)
+        return EncodedImage(
+            digest=picture.digest,
+            embeddings=embeddings,
+            layout=self.layout(shape, picture.pixels.shape[:2]),
+            query=query,
+            key=key,
+            scale=self.tower.scale,
+            pixels=torch.from_numpy(np.ascontiguousarray(seen.transpose(1, 2, 0)))[None],
+            patch=self.patch,
+            arrange=partial(self._arrange, shape),
+            encode_ms=self.milliseconds_since(begun),
+            merge=self.merge,
+        )
+
+    def resized(self, picture: Picture) -> np.ndarray:
+        """The 8-bit picture that the tower sees: uint8 [3, height, width], whole squares of patches.
+
+        Raises:
+            PictureError: of a picture so narrow the processor leaves nothing.
+        """
+        side, processor = self.patch * self.merge, self.processor
+        try:
+            resized = processor.resize(
+                picture.pixels.transpose(2, 0, 1),
+                size=processor.size,
+                patch_size=SizeDict(height=side, width=side),
+                resample=processor.resample,
+            )
+        except ValueError as error:
+            raise self.too_narrow(picture) from error
+        return np.asarray(resized)
+
+    def layout(self, shape: tuple[int, int], size: Sequence[int]) -> TokenLayout:
+        """Where the tokens of a picture come from.
+
+        Args:
+            shape: rows and columns of patches.
+            size: height and width of the picture as it came, in pixels.
+        """
+        rows, columns = (side // self.merge for side in shape)
+        place = torch.arange(rows * (columns + 1))
+        row, column = place // (columns + 1), place % (columns + 1)
+        structural = column == columns
+        boxes = boxes_of(row, column, (size[0] / rows, size[1] / columns), (0.0, 0.0))
+        return TokenLayout(
+            grid=torch.zeros_like(place),
+            row=row,
+            column=column,
+            structural=structural,
+            boxes=boxes.masked_fill(structural[:, None], 0.0),
+        )
+
+    def _pack(self, projected: Tensor, shape: tuple[int, int]) -> Tensor:
+        """A picture's tokens, row by row, with what ends each row: [N, hidden]."""
+        rows, columns = (side // self.merge for side in shape)
+        ends = torch.tensor([*[self._row_end] * (rows - 1), self._end], device=projected.device)
+        ending = self.decoder.embed_tokens(ends)[:, None]
+        return torch.cat((projected.view(rows, columns, -1), ending), dim=1).flatten(0, 1)
+
+    def _arrange(self, shape: tuple[int, int], values: Tensor) -> Tensor:
+        """Values per patch, [1, patches], averaged over the squares that become tokens, with the ends of rows: [N]."""
+        return nn.functional.pad(nn.functional.avg_pool2d(values.view(1, *shape), self.merge), (0, 1)).flatten()
