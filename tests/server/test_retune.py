@@ -222,7 +222,7 @@ def test_what_a_search_cannot_have_is_said_by_its_operation(serve: Serve, model_
 
 
 def test_a_sample_beyond_the_context_is_said_to_be(client: Client) -> None:
-    search = client.strategies.retune(0.2, samples(1, ("Short?", "a" * 5000)), trials=1)
+    search = client.strategies.retune(0.2, samples(1, ("Short?", "a" * 9000)), trials=1)
     with pytest.raises(ContextExceeded, match="ask fewer or shorter questions"):
         search.result(timeout=20)
 
