@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import suppress
 
 import grpc
@@ -40,8 +41,9 @@ from vflow_server.retunes import Retunes
 from vflow_server.scheduler import Scheduler
 from vflow_server.sessions import SessionStore
 from vflow_server.settings import Settings
-from vflow_server.side_port import Answer, Request, SidePort
+from vflow_server.side_port import Answer, Page, Request, SidePort, is_loopback
 from vflow_server.spill import SpillFolder
+from vflow_server.status_page import StatusPage
 from vflow_server.strategies import StrategyStore
 from vflow_server.tracing import tracing_to
 from vflow_server.watch import Watch
@@ -133,7 +135,7 @@ class Service:
         self._loop = asyncio.get_running_loop()
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing from the stubs
         self._server = self._grpc_server()
-        self._side_port = SidePort({"/metrics": self._told_metrics})
+        self._side_port = SidePort({"/metrics": self._told_metrics, **self._status_pages()})
         self.side_port: int | None = None
         """Where the side port listens, once it does."""
 
@@ -216,6 +218,25 @@ class Service:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server
+
+    def _status_pages(self) -> Mapping[str, Page]:
+        if not self.settings.status_page:
+            return {}
+        if not is_loopback(self.settings.metrics_host):
+            raise ValueError(
+                f"--status-page shows what users sent to whoever reaches --metrics-host {self.settings.metrics_host}; "
+                "make that 127.0.0.1, or leave the page out"
+            )
+        return StatusPage(
+            engine=self.engine,
+            bench=self.bench,
+            sessions=self.sessions,
+            strategies=self.strategies,
+            pictures=self.pictures,
+            watch=self.watch,
+            retunes=self.retunes,
+            ledger=self.ledger,
+        ).pages
 
     async def _told_metrics(self, request: Request) -> Answer:
         return Answer(generate_latest(self.metrics.registry), CONTENT_TYPE_LATEST)

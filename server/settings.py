@@ -23,6 +23,7 @@ from vflow_server.option import (
     seconds,
     size,
     size_or_share,
+    switch,
     whole,
 )
 
@@ -95,6 +96,12 @@ class Settings:
         "HTTP port that tells Prometheus its metrics at /metrics (unset: none; 0 takes a free one)",
         whole(0, 65535),
         metavar="N",
+    )
+    status_page: bool = option(
+        "off",
+        "on shows sessions, receipts and pictures at / of the side port, to whoever can reach it",
+        switch,
+        metavar="on|off",
     )
     otlp_endpoint: str | None = option(
         None, "OpenTelemetry collector to send traces to, such as http://localhost:4317 (unset: none)", metavar="URL"
