@@ -19,6 +19,7 @@
     ├── Conflict                  the request is right, but not now
     │   ├── SessionBusy           another turn of the session is running
     │   ├── SessionDeleted        the session was deleted while the turn ran
+    │   ├── ModelChanged          the session was held with another model, and cannot go on with this one
     │   ├── StrategyExists
     │   ├── EtagMismatch          the active strategy changed in between
     │   ├── NothingToRollBack     no strategy was active before this one
@@ -27,13 +28,15 @@
     │   └── OperationInterrupted  the service ended while the operation ran: begin it anew
     ├── Unavailable               the service cannot be reached, or takes no work
     │   ├── ServerStopping
-    │   └── EngineFailed
+    │   ├── EngineFailed
+    │   └── StorageFailed         the service cannot use its data folder; nothing was kept of the request
     ├── ResourceExhausted         a limit on the way, such as the size of a message
     │   └── CapacityExhausted     no room; without a `retry_after` waiting does not help
     ├── DeadlineExceeded          the timeout passed before the call ended
     ├── Cancelled                 this side cancelled the call
     │   └── OperationCancelled    somebody cancelled the operation; `metadata` names the draft that it left
-    └── ServerFault               a fault of the service itself
+    ├── ServerFault               a fault of the service itself
+    └── SessionDamaged            what the service stored of the session cannot be read any more
 
 Reasons are the values of `vflow.v1.ErrorReason`. A reason that this client does not know yet falls back to the class
 for its status code.
@@ -156,6 +159,10 @@ class SessionDeleted(Conflict):
     """The session was deleted while the turn ran."""
 
 
+class ModelChanged(Conflict):
+    """The session was held with another model than the service serves now; it is kept, but cannot go on."""
+
+
 class StrategyExists(Conflict):
     """The identifier belongs to another strategy."""
 
@@ -192,6 +199,10 @@ class EngineFailed(Unavailable):
     """The engine of the service has failed; it must be restarted."""
 
 
+class StorageFailed(Unavailable):
+    """The service cannot use its data folder, and kept nothing of the request; `retry_after` says when to try again."""
+
+
 class ResourceExhausted(VFlowError):
     """A limit on the way was hit, such as the size of a message."""
 
@@ -214,6 +225,10 @@ class OperationCancelled(Cancelled):
 
 class ServerFault(VFlowError):
     """A fault of the service itself; its log tells more."""
+
+
+class SessionDamaged(VFlowError):
+    """What the service stored of the session cannot be read any more; delete it, and open a new one."""
 
 
 CLASS_OF_REASON: Mapping[str, type[VFlowError]] = {
@@ -251,6 +266,9 @@ CLASS_OF_REASON: Mapping[str, type[VFlowError]] = {
     "SERVER_STOPPING": ServerStopping,
     "ENGINE_FAILED": EngineFailed,
     "INTERNAL": ServerFault,
+    "MODEL_CHANGED": ModelChanged,
+    "SESSION_DAMAGED": SessionDamaged,
+    "STORAGE_FAILED": StorageFailed,
 }
 
 CLASS_OF_CODE: Mapping[grpc.StatusCode, type[VFlowError]] = {

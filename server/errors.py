@@ -128,6 +128,11 @@ class CapacityExhausted(ServiceError):
         )
 
 
+def unauthenticated(reason: str, message: str) -> ServiceError:
+    """The call brings no token that says whose it is."""
+    return ServiceError(grpc.StatusCode.UNAUTHENTICATED, reason, message)
+
+
 def server_stopping() -> ServiceError:
     """The service is going down."""
     return ServiceError(
@@ -172,6 +177,39 @@ def session_deleted(name: str) -> ServiceError:
         "SESSION_DELETED",
         f"{name!r} was deleted while this was under way; create a new session",
         metadata={"session": name},
+    )
+
+
+def model_changed(name: str, revision: str, served: str) -> ServiceError:
+    """The session ``name`` was held with the model ``revision``, and another is ``served`` now."""
+    return ServiceError(
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "MODEL_CHANGED",
+        f"{name!r} was held with the model of revision {revision}, and the server serves {served} now: it is kept, but "
+        "cannot go on; create a new session, or have the server started with the earlier model",
+        metadata={"session": name, "revision": revision, "served": served},
+    )
+
+
+def session_damaged(name: str, because: object) -> ServiceError:
+    """What was stored of the session ``name`` cannot be read any more."""
+    return ServiceError(
+        grpc.StatusCode.DATA_LOSS,
+        "SESSION_DAMAGED",
+        f"what was stored of {name!r} cannot be read any more ({because}); delete it and create a new session, or have "
+        "the server's data folder restored from a backup",
+        metadata={"session": name},
+    )
+
+
+def storage_failed(because: object) -> ServiceError:
+    """The data folder cannot be read or written."""
+    return ServiceError(
+        grpc.StatusCode.UNAVAILABLE,
+        "STORAGE_FAILED",
+        f"the server cannot use its data folder ({because}) and kept nothing of this; retry when its disk has room and "
+        "can be written. What needs no writing goes on",
+        retry_after=10.0,
     )
 
 
