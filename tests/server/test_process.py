@@ -77,6 +77,7 @@ def chats(log: list[dict[str, object]]) -> list[object]:
 
 def test_it_serves_and_a_stop_lets_a_running_turn_end(process: Process, client: Client) -> None:
     services = {f"vflow.v1.{name}" for name in ("Conversations", "Compression", "Strategies")}
+    services.add("google.longrunning.Operations")
     with grpc.insecure_channel(process.address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         for service in ("", *services):

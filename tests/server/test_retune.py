@@ -227,6 +227,13 @@ def test_a_sample_beyond_the_context_is_said_to_be(client: Client) -> None:
         search.result(timeout=20)
 
 
+def test_a_budget_below_what_pictures_always_keep_is_said_to_be(client: Client) -> None:
+    search = client.strategies.retune(0.001, samples(1), trials=1)
+    with pytest.raises(InvalidRequest, match="out of reach") as ended:
+        search.result(timeout=20)
+    assert ended.value.reason == "STRATEGY_INVALID" and list(ended.value.fields) == ["budget"]
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a budget of nothing": ({"budget": 0.0}, "budget"),
     "a budget of all": ({"budget": 1.0}, "budget"),
