@@ -13,7 +13,7 @@ Turn = Sequence[str | np.ndarray]
 
 
 class Reference:
-    """The unpruned model behind ``generate``, stateless; remembers the logits behind every token."""
+    """The unpruned model behind ``generate``, stateless but for the logits behind every token of the last answers."""
 
     def __init__(self, folder: Path) -> None:
         self.network = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
@@ -25,6 +25,7 @@ class Reference:
     @torch.no_grad()
     def answers(self, turns: Sequence[Turn], new_tokens: int) -> list[list[int]]:
         """Greedy answers, as token ids without the end token, to turns that follow each other."""
+        self.logits, self._asked = [], []
         messages: list[dict[str, object]] = []
         pictures: list[np.ndarray] = []
         answers: list[list[int]] = []

@@ -12,7 +12,7 @@ from vflowopt.demo import model_path
 from vflowopt.runtime import Runtime
 from vflowopt.strategy import Strategy
 
-NEW_TOKENS = 12
+NEW_TOKENS = 8
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=lambda model: model.name)
@@ -21,18 +21,27 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return model.save(tmp_path_factory.mktemp(model.name))
 
 
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Reference:
+    return Reference(folder)
+
+
+@pytest.fixture(scope="module")
+def runtime(folder: Path) -> Runtime:
+    return Runtime.load(folder, kv_budget=32 << 20)
+
+
 @pytest.mark.parametrize(
     "sizes",
     [((56, 56), (70, 150)), ((180, 61), (112, 112)), ((2, 300), (300, 2))],
     ids=["square-wide", "tall-mosaic", "thin"],
 )
-def test_three_turns_with_two_pictures_answer_like_generate(folder: Path, sizes: list[tuple[int, int]]) -> None:
+def test_three_turns_with_two_pictures_answer_like_generate(
+    runtime: Runtime, reference: Reference, sizes: list[tuple[int, int]]
+) -> None:
     first, second = (picture(*size, seed=index) for index, size in enumerate(sizes))
     turns = [[first, "what is this?"], ["and now?"], ["look: ", second, " same?"]]
-    reference = Reference(folder)
     expected = reference.answers(turns, NEW_TOKENS)
-
-    runtime = Runtime.load(folder, kv_budget=32 << 20)
     talk = Talk(runtime, Strategy.full())
     answers = [talk.ask(turn, NEW_TOKENS) for turn in turns]
 
