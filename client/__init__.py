@@ -20,6 +20,7 @@ from vflow_client.answer import Answer
 from vflow_client.calibration import CalibrationSource, Sample
 from vflow_client.client import Client, connect
 from vflow_client.errors import (
+    AdminRequired,
     CalibrationUnavailable,
     Cancelled,
     CapacityExhausted,
@@ -39,6 +40,7 @@ from vflow_client.errors import (
     OperationNotFound,
     OptionOutOfRange,
     PageTokenInvalid,
+    PermissionDenied,
     PictureNotHeld,
     PictureRejected,
     RequestIdReused,
@@ -54,7 +56,9 @@ from vflow_client.errors import (
     StrategyExists,
     StrategyInvalid,
     StrategyNotFound,
+    TenantForbidden,
     TenantInvalid,
+    Unauthenticated,
     Unavailable,
     VFlowError,
 )
@@ -64,8 +68,10 @@ from vflow_client.retune import Retune
 from vflow_client.sample_folder import load_samples
 from vflow_client.session import Session
 from vflow_client.strategy_admin import StrategyAdmin
+from vflow_client.tls import Tls, TlsSource
 
 __all__ = [
+    "AdminRequired",
     "Answer",
     "CalibrationSource",
     "CalibrationUnavailable",
@@ -94,6 +100,7 @@ __all__ = [
     "OperationNotFound",
     "OptionOutOfRange",
     "PageTokenInvalid",
+    "PermissionDenied",
     "PictureNotHeld",
     "PictureRejected",
     "RequestIdReused",
@@ -117,8 +124,12 @@ __all__ = [
     "StrategyExists",
     "StrategyInvalid",
     "StrategyNotFound",
+    "TenantForbidden",
     "TenantInvalid",
+    "Tls",
+    "TlsSource",
     "TurnReceipt",
+    "Unauthenticated",
     "Unavailable",
     "Usage",
     "VFlowError",

@@ -19,6 +19,7 @@ from vflow_client.names import strategy_name
 from vflow_client.retry import DEFAULT_TIMEOUT, RetryPolicy
 from vflow_client.session import Session
 from vflow_client.strategy_admin import StrategyAdmin
+from vflow_client.tls import TlsSource, to_tls
 
 
 class Client:
@@ -34,6 +35,7 @@ class Client:
         *,
         timeout: float | None = DEFAULT_TIMEOUT,
         retry: RetryPolicy | None = None,
+        token: str | None = None,
         tenant: str | None = None,
     ) -> None:
         """Takes over `channel`, which `close()` closes; `connect()` makes one from an address.
@@ -42,10 +44,11 @@ class Client:
             channel: where the service is.
             timeout: seconds that each call may take, its retries included; None: no limit.
             retry: when failed calls are tried again; None: the defaults of `RetryPolicy`.
-            tenant: whose calls these are; None: of the service's default tenant.
+            token: says whose calls these are, where the service asks.
+            tenant: whose calls these are; None: the token's tenant or, without one, the service's default.
         """
         self._channel = channel
-        self._caller = Caller(timeout, retry or RetryPolicy(), tenant)
+        self._caller = Caller(timeout, retry or RetryPolicy(), token=token, tenant=tenant)
         self._conversations = ConversationsStub(channel)
         self._compression = CompressionStub(channel)
         self.strategies = StrategyAdmin(channel, self._caller)
@@ -135,7 +138,8 @@ def connect(
     *,
     timeout: float | None = DEFAULT_TIMEOUT,
     retry: RetryPolicy | None = None,
-    credentials: grpc.ChannelCredentials | None = None,
+    token: str | None = None,
+    tls: TlsSource = False,
     tenant: str | None = None,
 ) -> Client:
     """A client of the service at `address`, such as `"localhost:50051"`. The connection is made with the first call.
@@ -144,13 +148,19 @@ def connect(
         address: host and port, or any gRPC target (`dns:///...`, `unix:...`).
         timeout: seconds that each call may take, its retries included; None: no limit.
         retry: when failed calls are tried again; None: the defaults of `RetryPolicy`.
-        credentials: for TLS; None: an unencrypted connection.
+        token: says whose calls these are, where the service asks. Whoever listens can read it unless `tls` is used.
+        tls: whether to encrypt the connection, or how: the path of a file (PEM) with the roots of the service's
+            certificate, or a `Tls`.
         tenant: whose sessions and pictures these calls see and share, 1 to 63 lower-case letters, digits and hyphens;
-            None: those of the service's default tenant.
+            None: those of the token's tenant or, without a token, of the service's default one.
+
+    Raises:
+        OSError: a file of `tls` cannot be read.
     """
+    how = to_tls(tls)
     channel = (
         grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-        if credentials is None
-        else grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+        if how is None
+        else grpc.secure_channel(address, how.credentials(), options=(*CHANNEL_OPTIONS, *how.options()))
     )
-    return Client(channel, timeout=timeout, retry=retry, tenant=tenant)
+    return Client(channel, timeout=timeout, retry=retry, token=token, tenant=tenant)

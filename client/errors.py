@@ -11,6 +11,10 @@
     │   ├── PageTokenInvalid
     │   ├── NameInvalid           not a resource name or digest of the kind that was asked for
     │   └── TenantInvalid         not the name of a tenant
+    ├── Unauthenticated           TOKEN_*: no token, or none that is valid (see `reason`)
+    ├── PermissionDenied          the token is valid, but not for this
+    │   ├── AdminRequired         the method is for administrators
+    │   └── TenantForbidden       the token is of another tenant
     ├── NotFound
     │   ├── SessionNotFound       never created, deleted, or expired
     │   ├── StrategyNotFound
@@ -125,6 +129,22 @@ class NameInvalid(InvalidRequest):
 
 class TenantInvalid(InvalidRequest):
     """Not the name of a tenant: 1 to 63 lower-case letters, digits and hyphens."""
+
+
+class Unauthenticated(VFlowError):
+    """The service asks who calls: there is no token, or none that is valid; `reason` (TOKEN_...) tells which."""
+
+
+class PermissionDenied(VFlowError):
+    """The token is valid, but not for this."""
+
+
+class AdminRequired(PermissionDenied):
+    """The method is for administrators, and the token is of a user."""
+
+
+class TenantForbidden(PermissionDenied):
+    """The token is of another tenant than the one that the call names."""
 
 
 class NotFound(VFlowError):
@@ -262,6 +282,11 @@ CLASS_OF_REASON: Mapping[str, type[VFlowError]] = {
     "PAGE_TOKEN_INVALID": PageTokenInvalid,
     "NAME_INVALID": NameInvalid,
     "TENANT_INVALID": TenantInvalid,
+    "TOKEN_MISSING": Unauthenticated,
+    "TOKEN_INVALID": Unauthenticated,
+    "TOKEN_EXPIRED": Unauthenticated,
+    "ADMIN_REQUIRED": AdminRequired,
+    "TENANT_FORBIDDEN": TenantForbidden,
     "CAPACITY_EXHAUSTED": CapacityExhausted,
     "SERVER_STOPPING": ServerStopping,
     "ENGINE_FAILED": EngineFailed,
@@ -274,6 +299,8 @@ CLASS_OF_REASON: Mapping[str, type[VFlowError]] = {
 CLASS_OF_CODE: Mapping[grpc.StatusCode, type[VFlowError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.ABORTED: Conflict,
     grpc.StatusCode.ALREADY_EXISTS: Conflict,

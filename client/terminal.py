@@ -13,9 +13,8 @@ from typing import TextIO
 
 from vflow.v1.conversations_pb2 import TurnReceipt, Usage
 from vflow.v1.images_pb2 import ImageReceipt
-from vflow_client.client import Client
 from vflow_client.commands.connection import add_connection_arguments, connected
-from vflow_client.commands.exit_code import DONE, FAILED, complain_of
+from vflow_client.commands.exit_code import DONE, FAILED, exit_code_of
 from vflow_client.errors import VFlowError
 from vflow_client.quantities import size
 from vflow_client.retry import DEFAULT_TIMEOUT
@@ -136,18 +135,13 @@ def run(arguments: argparse.Namespace) -> int:
     # With it, input() has line editing and a history; not every platform has it.
     with suppress(ImportError):
         import readline  # noqa: F401
-    with connected(arguments) as client:
-        return _converse(client, arguments)
+    return exit_code_of(lambda: _converse(arguments), arguments.address)
 
 
-def _converse(client: Client, arguments: argparse.Namespace) -> int:
+def _converse(arguments: argparse.Namespace) -> int:
     terminal = Terminal(sys.stdout, sys.stderr)
-    try:
-        with client.session(arguments.strategy) as session:
-            went_well = terminal.converse(session, arguments.pictures, max_new_tokens=arguments.max_new_tokens)
-    except VFlowError as error:
-        complain_of(error, arguments.address)
-        return FAILED
+    with connected(arguments) as client, client.session(arguments.strategy) as session:
+        went_well = terminal.converse(session, arguments.pictures, max_new_tokens=arguments.max_new_tokens)
     return DONE if went_well else FAILED
 
 

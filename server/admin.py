@@ -10,6 +10,7 @@ from google.longrunning import operations_pb2
 
 from vflow.v1 import strategies_pb2, strategies_pb2_grpc
 from vflow_server.calibration_request import CalibrationReader
+from vflow_server.caller import current_caller
 from vflow_server.comparisons import Comparisons
 from vflow_server.errors import InvalidRequest
 from vflow_server.names import check_identifier, check_name
@@ -18,7 +19,6 @@ from vflow_server.retune import RetuneOrder
 from vflow_server.retunes import Retunes
 from vflow_server.strategies import StrategyRevision, StrategyStore
 from vflow_server.strategy_message import revision_message, strategy_from
-from vflow_server.tenant import tenant_of
 from vflowopt.calibration import Calibration
 from vflowopt.runtime import Runtime
 
@@ -110,10 +110,10 @@ class Strategies(strategies_pb2_grpc.StrategiesServicer):
             trials=_trials(request.trials),
             seed=request.seed,
             base=self._strategies.get(check_name(request.base, "strategies", "base") if request.base else ""),
-            samples=await self._reader.read(request.calibration, tenant_of(context)),
+            samples=await self._reader.read(request.calibration, current_caller().tenant),
             name=name,
         )
-        return (await self._retunes.begin(tenant_of(context), order)).message()
+        return (await self._retunes.begin(current_caller().tenant, order)).message()
 
     async def CompareStrategies(
         self, request: strategies_pb2.CompareStrategiesRequest, context: Context
@@ -131,7 +131,7 @@ class Strategies(strategies_pb2_grpc.StrategiesServicer):
             self._strategies.get(check_name(name, "strategies", f"names[{index}]"))
             for index, name in enumerate(request.names)
         ]
-        tenant = tenant_of(context)
+        tenant = current_caller().tenant
         calibration = Calibration(self._runtime, await self._reader.read(request.calibration, tenant))
         compared = await self._comparisons.compare(tenant, [revision.strategy for revision in revisions], calibration)
         return strategies_pb2.CompareStrategiesResponse(

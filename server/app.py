@@ -81,7 +81,9 @@ async def _serve(runtime: Runtime, settings: Settings) -> None:
         raise StartError(str(error)) from error
     # Standard output carries this line alone: whoever started the process reads from it where to call.
     print(f"VFlow is ready on {settings.host}:{port}", flush=True)
-    log.info("ready", host=settings.host, port=port, strategy=service.strategies.active.name)
+    log.info(
+        "ready", host=settings.host, port=port, admin_port=service.admin_port, strategy=service.strategies.active.name
+    )
     waits = [asyncio.create_task(event.wait()) for event in (stop, service.failed)]
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     for wait in waits:

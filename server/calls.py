@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 from structlog.contextvars import bind_contextvars, get_contextvars
 
+from vflow_server.handlers import Behaviour, Context, around
 from vflow_server.metrics import Metrics
 from vflow_server.tracing import Tracing
 
@@ -28,9 +29,6 @@ the time that its request took to get here."""
 _REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,64}")
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
-
-Context = grpc.aio.ServicerContext[Any, Any]
-Method = Callable[[Any, Context], Awaitable[Any]]
 
 COUNTED = ("/vflow.v1.", "/google.longrunning.Operations/")
 """What the methods begin with that are counted: those of health and reflection are left alone."""
@@ -56,18 +54,9 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
         method: str = handler_call_details.method
         if handler is None or not method.startswith(COUNTED):
             return handler
-        build, behaviour = (
-            (grpc.unary_stream_rpc_method_handler, handler.unary_stream)
-            if handler.response_streaming
-            else (grpc.unary_unary_rpc_method_handler, handler.unary_unary)
-        )
-        return build(
-            self._observed(behaviour, method.removeprefix("/")),
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
-        )
+        return around(handler, lambda behaviour: self._observed(behaviour, method.removeprefix("/")))
 
-    def _observed(self, method: Method, name: str) -> Method:
+    def _observed(self, behaviour: Behaviour, name: str) -> Behaviour:
         short = name.rpartition(".")[2]
 
         async def call(request: Any, context: Context) -> Any:
@@ -77,7 +66,7 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
             with self._metrics.call_in_flight(), self._tracing.call(name, metadata) as span:
                 bind_contextvars(request=_request_id(metadata), **({"trace": span.trace} if span.trace else {}))
                 try:
-                    response = await method(request, context)
+                    response = await behaviour(request, context)
                     code = grpc.StatusCode.OK
                     return response
                 except Exception:  # the guard within has set the status

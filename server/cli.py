@@ -1,4 +1,4 @@
-"""The command ``vflow``: serve, chat, strategies, retune, health."""
+"""The command ``vflow``: serve, token, chat, strategies, retune, health."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from vflow_client import terminal
 from vflow_client.commands import retune, strategies
-from vflow_server.option import OptionError
+from vflow_client.commands.connection import add_tls_arguments, tls_of
+from vflow_client.commands.exit_code import exit_code_of
+from vflow_client.tls import Tls
+from vflow_server import token_command
+from vflow_server.option import OptionError, switch
 from vflow_server.settings import CONFIG_VARIABLE, ENVIRONMENT_PREFIX, Settings, load, options
 
 USAGE = 2
@@ -31,9 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.command in _CLIENTS:
         return _CLIENTS[parsed.command](parsed)
     if parsed.command == "health":
-        return _health(parsed.address)
-    flags = {name: getattr(parsed, name) for name in options() if getattr(parsed, name) is not None}
+        return _health(parsed)
     try:
+        if parsed.command == "token":
+            return token_command.run(parsed)
+        flags = {name: getattr(parsed, name) for name in options() if getattr(parsed, name) is not None}
         settings = load(flags, os.environ, parsed.config)
     except OptionError as error:
         return _refuse(error)
@@ -58,7 +65,16 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--config", type=Path, metavar="FILE", help=f"TOML file with settings [{CONFIG_VARIABLE}]")
     for name, declared in options().items():
         told = declared.described().replace("%", "%%")  # argparse would take it for a placeholder
-        serve.add_argument(f"--{name.replace('_', '-')}", metavar=declared.metavar, help=told)
+        bare: dict[str, Any] = {"nargs": "?", "const": "on"} if declared.parse is switch else {}
+        serve.add_argument(f"--{name.replace('_', '-')}", metavar=declared.metavar, help=told, **bare)
+    token_command.add_arguments(
+        commands.add_parser(
+            "token",
+            help="make a token for a caller",
+            description="Make a token for a caller, and the line that lists it in the file that --tokens names. The "
+            "service keeps its hash alone; a line that is taken out of the file, or has expired, lets nobody in.",
+        )
+    )
     terminal.add_arguments(commands.add_parser("chat", help="a conversation in the terminal with a running service"))
     strategies.add_arguments(commands.add_parser("strategies", help="look at strategies, compare and activate them"))
     retune.add_arguments(
@@ -71,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     health = commands.add_parser("health", help="ask a running service whether it serves (exit code 0) or not (1)")
     health.add_argument("--address", metavar="HOST:PORT", help="where it listens (default: this machine)")
+    add_tls_arguments(health)
     return parser
 
 
@@ -89,12 +106,17 @@ def _serve(settings: Settings) -> int:
     return 0
 
 
-def _health(address: str | None) -> int:
+def _health(arguments: argparse.Namespace) -> int:
+    address = arguments.address or f"127.0.0.1:{os.environ.get(f'{ENVIRONMENT_PREFIX}PORT', Settings.port)}"
+    return exit_code_of(lambda: _asked_for_health(address, tls_of(arguments)), address)
+
+
+def _asked_for_health(address: str, tls: Tls | None) -> int:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    address = address or f"127.0.0.1:{os.environ.get(f'{ENVIRONMENT_PREFIX}PORT', Settings.port)}"
-    with grpc.insecure_channel(address) as channel:
+    channel = grpc.secure_channel(address, tls.credentials(), tls.options()) if tls else grpc.insecure_channel(address)
+    with channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=3)
         except grpc.RpcError as error:

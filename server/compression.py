@@ -9,6 +9,7 @@ import grpc
 from safetensors.torch import save
 
 from vflow.v1 import compression_pb2, compression_pb2_grpc
+from vflow_server.caller import current_caller
 from vflow_server.engine import Engine, Steps
 from vflow_server.errors import CapacityExhausted
 from vflow_server.ledger import Ledger
@@ -17,7 +18,6 @@ from vflow_server.needs import Encode
 from vflow_server.pictures import PictureStore
 from vflow_server.receipts import image_receipt
 from vflow_server.strategies import StrategyRevision, StrategyStore
-from vflow_server.tenant import tenant_of
 from vflow_server.workbench import Workbench
 from vflowopt.compression import CompressedImage
 from vflowopt.picture import Picture
@@ -60,7 +60,7 @@ class Compression(compression_pb2_grpc.CompressionServicer):
         if request.strategy:
             check_name(request.strategy, "strategies", "strategy")
         revision = self._strategies.get(request.strategy)
-        tenant = tenant_of(context)
+        tenant = current_caller().tenant
         picture = await self._pictures.take(request.image, "image", tenant)
 
         def work(emit: Callable[[None], None]) -> Steps[Response]:

@@ -10,6 +10,7 @@ from google.protobuf import empty_pb2
 from structlog.contextvars import bind_contextvars
 
 from vflow.v1 import conversations_pb2, conversations_pb2_grpc
+from vflow_server.caller import current_caller
 from vflow_server.chat_request import fingerprint, read_turn
 from vflow_server.ledger import Ledger
 from vflow_server.names import check_name
@@ -18,7 +19,6 @@ from vflow_server.pictures import PictureStore
 from vflow_server.session import Session
 from vflow_server.sessions import SessionStore
 from vflow_server.strategies import StrategyStore
-from vflow_server.tenant import tenant_of
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -49,20 +49,20 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         strategy = request.session.strategy
         if strategy:
             check_name(strategy, "strategies", "session.strategy")
-        return self._message(self._sessions.create(tenant_of(context), self._strategies.get(strategy)))
+        return self._message(self._sessions.create(current_caller().tenant, self._strategies.get(strategy)))
 
     async def GetSession(
         self, request: conversations_pb2.GetSessionRequest, context: Context
     ) -> conversations_pb2.Session:
         """Read a session."""
-        return self._message(self._find(request.name, "name", context))
+        return self._message(self._find(request.name, "name"))
 
     async def ListSessions(
         self, request: conversations_pb2.ListSessionsRequest, context: Context
     ) -> conversations_pb2.ListSessionsResponse:
         """List the tenant's sessions, oldest first."""
         page, token = self._pager.page(
-            self._sessions.of(tenant_of(context)),
+            self._sessions.of(current_caller().tenant),
             lambda session: session.sequence,
             request.page_size,
             request.page_token,
@@ -73,18 +73,18 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         self, request: conversations_pb2.ForkSessionRequest, context: Context
     ) -> conversations_pb2.Session:
         """Open a second session with the same past."""
-        return self._message(await self._sessions.fork(self._find(request.name, "name", context)))
+        return self._message(await self._sessions.fork(self._find(request.name, "name")))
 
     async def DeleteSession(self, request: conversations_pb2.DeleteSessionRequest, context: Context) -> empty_pb2.Empty:
         """End a session and free what it holds."""
-        await self._sessions.delete(self._find(request.name, "name", context))
+        await self._sessions.delete(self._find(request.name, "name"))
         return empty_pb2.Empty()
 
     async def AddImage(
         self, request: conversations_pb2.AddImageRequest, context: Context
     ) -> conversations_pb2.AddImageResponse:
         """Show a picture ahead of its question."""
-        session = self._find(request.session, "session", context)
+        session = self._find(request.session, "session")
         picture = await self._pictures.take(request.image, "image", session.tenant)
         receipt = await session.show(picture)
         self._ledger.picture(session.tenant, receipt)
@@ -97,7 +97,7 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         waits, whereas it may leave a suspended generator to the garbage collector with the turn still running.
         """
         accepted = time.perf_counter()
-        session = self._find(request.session, "session", context)
+        session = self._find(request.session, "session")
         turn = await read_turn(request, self._pictures, session.tenant)
         answer = await session.answer(
             turn, accepted=accepted, request_id=request.request_id, fingerprint=fingerprint(turn)
@@ -116,9 +116,9 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         finally:
             answer.cancel()
 
-    def _find(self, name: str, field: str, context: Context) -> Session:
+    def _find(self, name: str, field: str) -> Session:
         bind_contextvars(session=check_name(name, "sessions", field))
-        return self._sessions.get(tenant_of(context), name)
+        return self._sessions.get(current_caller().tenant, name)
 
     def _message(self, session: Session) -> conversations_pb2.Session:
         state = session.dialogue.state

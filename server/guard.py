@@ -1,5 +1,5 @@
-"""The guard around every method: a call of no valid tenant is refused, what goes wrong ends the call with a status that
-says why, and every call is logged.
+"""The guard around every method: a caller without access is refused before anything of its request is read, what goes
+wrong ends the call with a status that says why, and every call is logged.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any
 import grpc
 import structlog
 from grpc_status import rpc_status
+from structlog.contextvars import bind_contextvars
 
-from vflow_server.errors import foreseen, incident
-from vflow_server.tenant import tenant_of
-
-Context = grpc.aio.ServicerContext[Any, Any]
-Method = Callable[[Any, Context], Awaitable[Any]]
+from vflow_server.access import Access
+from vflow_server.caller import Caller, bind_caller
+from vflow_server.errors import ServiceError, foreseen, incident
+from vflow_server.handlers import Behaviour, Context, around
 
 _POLLED = ("Operations/GetOperation", "Operations/WaitOperation")
 """Methods that whoever follows an operation calls again and again."""
@@ -27,7 +27,14 @@ log = structlog.get_logger(__name__)
 
 
 class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
-    """Wraps the methods of the contract's services and of Operations; health and reflection are left alone."""
+    """Wraps the methods of the contract's services and of Operations; health and reflection are open to all.
+
+    Args:
+        access: decides who may call what.
+    """
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], handler_call_details: Any
@@ -37,26 +44,32 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
         method: str = handler_call_details.method
         if handler is None or not method.startswith(_GUARDED):
             return handler
-        build, behaviour = (
-            (grpc.unary_stream_rpc_method_handler, handler.unary_stream)
-            if handler.response_streaming
-            else (grpc.unary_unary_rpc_method_handler, handler.unary_unary)
-        )
-        return build(
-            _guarded(behaviour, method.rpartition(".")[2]),
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
-        )
+        name = method.rpartition(".")[2]
+        try:
+            caller = self._access.caller(method, handler_call_details.invocation_metadata or ())
+        except ServiceError as refusal:
+            # As a stream of requests it is called before the first one is received: so of what a caller without access
+            # sends no message is buffered and none is parsed.
+            return grpc.stream_unary_rpc_method_handler(_guarded(_refusing(refusal), name, None))
+        return around(handler, lambda behaviour: _guarded(behaviour, name, caller))
 
 
-def _guarded(method: Method, name: str) -> Method:
+def _refusing(refusal: ServiceError) -> Behaviour:
+    async def refuse(requests: Any, context: Context) -> None:
+        raise refusal
+
+    return refuse
+
+
+def _guarded(behaviour: Behaviour, name: str, caller: Caller | None) -> Behaviour:
     async def call(request: Any, context: Context) -> Any:
         begun = time.perf_counter()
         outcome = "CANCELLED"  # unless we hear otherwise: by the client, or by its deadline
-        tenant = None
+        if caller is not None:
+            bind_caller(caller)
+            bind_contextvars(tenant=caller.tenant)
         try:
-            tenant = tenant_of(context)
-            response = await method(request, context)
+            response = await behaviour(request, context)
             outcome = "OK"
             return response
         except Exception as error:
@@ -68,6 +81,6 @@ def _guarded(method: Method, name: str) -> Method:
         finally:
             milliseconds = round((time.perf_counter() - begun) * 1000, 1)
             told = log.debug if name in _POLLED else log.info
-            told("call", method=name, tenant=tenant, outcome=outcome, ms=milliseconds)
+            told("call", method=name, outcome=outcome, ms=milliseconds)
 
     return call

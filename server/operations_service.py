@@ -10,11 +10,11 @@ import grpc
 from google.longrunning import operations_pb2, operations_pb2_grpc
 from google.protobuf import empty_pb2
 
+from vflow_server.caller import current_caller
 from vflow_server.errors import InvalidRequest
 from vflow_server.names import check_name
 from vflow_server.operations import Operation, OperationStore
 from vflow_server.paging import Pager
-from vflow_server.tenant import tenant_of
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -36,7 +36,7 @@ class Operations(operations_pb2_grpc.OperationsServicer):  # type: ignore[misc] 
         self, request: operations_pb2.GetOperationRequest, context: Context
     ) -> operations_pb2.Operation:
         """Read an operation."""
-        return self._find(request.name, context).message()
+        return self._find(request.name).message()
 
     async def ListOperations(
         self, request: operations_pb2.ListOperationsRequest, context: Context
@@ -52,7 +52,7 @@ class Operations(operations_pb2_grpc.OperationsServicer):  # type: ignore[misc] 
         if request.filter:
             raise InvalidRequest("OPTION_OUT_OF_RANGE", "filter", "operations cannot be filtered; leave the filter out")
         page, token = self._pager.page(
-            self._operations.of(tenant_of(context)),
+            self._operations.of(current_caller().tenant),
             lambda operation: operation.sequence,
             request.page_size,
             request.page_token,
@@ -65,21 +65,21 @@ class Operations(operations_pb2_grpc.OperationsServicer):  # type: ignore[misc] 
         self, request: operations_pb2.CancelOperationRequest, context: Context
     ) -> empty_pb2.Empty:
         """Ask an operation to end; one that has ended already stays as it is."""
-        self._find(request.name, context).cancel()
+        self._find(request.name).cancel()
         return empty_pb2.Empty()
 
     async def DeleteOperation(
         self, request: operations_pb2.DeleteOperationRequest, context: Context
     ) -> empty_pb2.Empty:
         """Forget an operation; one that is running goes on, and is forgotten at its end."""
-        await self._operations.delete(self._find(request.name, context))
+        await self._operations.delete(self._find(request.name))
         return empty_pb2.Empty()
 
     async def WaitOperation(
         self, request: operations_pb2.WaitOperationRequest, context: Context
     ) -> operations_pb2.Operation:
         """Wait for the end of an operation, within bounds; its state by then."""
-        operation = self._find(request.name, context)
+        operation = self._find(request.name)
         patience = [LONGEST_WAIT]
         if request.HasField("timeout"):
             patience.append(request.timeout.ToTimedelta().total_seconds())
@@ -89,5 +89,5 @@ class Operations(operations_pb2_grpc.OperationsServicer):  # type: ignore[misc] 
             await asyncio.wait_for(operation.ended.wait(), max(min(patience), 0.0))
         return operation.message()
 
-    def _find(self, name: str, context: Context) -> Operation:
-        return self._operations.get(tenant_of(context), check_name(name, "operations", "name"))
+    def _find(self, name: str) -> Operation:
+        return self._operations.get(current_caller().tenant, check_name(name, "operations", "name"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 import grpc
@@ -21,16 +21,20 @@ from vflow.v1 import (
     strategies_pb2,
     strategies_pb2_grpc,
 )
+from vflow_server.access import Access
 from vflow_server.admin import Strategies
 from vflow_server.calibration_request import CalibrationReader
 from vflow_server.calls import Calls
+from vflow_server.certificates import CertificateFiles
 from vflow_server.comparisons import Comparisons
 from vflow_server.compression import Compression
 from vflow_server.conversations import Conversations
 from vflow_server.engine import Engine
 from vflow_server.gauges import Gauges
 from vflow_server.guard import Guard
+from vflow_server.hosts import is_loopback
 from vflow_server.ledger import Ledger
+from vflow_server.listener import Listener
 from vflow_server.live_samples import LiveSamples
 from vflow_server.metrics import Metrics
 from vflow_server.operations import OperationStore
@@ -41,7 +45,7 @@ from vflow_server.retunes import Retunes
 from vflow_server.scheduler import Scheduler
 from vflow_server.sessions import SessionStore
 from vflow_server.settings import Settings
-from vflow_server.side_port import Answer, Page, Request, SidePort, is_loopback
+from vflow_server.side_port import Answer, Page, Request, SidePort
 from vflow_server.spill import SpillFolder
 from vflow_server.status_page import StatusPage
 from vflow_server.strategies import StrategyStore
@@ -51,19 +55,16 @@ from vflow_server.workbench import Workbench
 from vflowopt.picture import PictureLimits
 from vflowopt.runtime import Runtime
 
-NAMES = tuple(
+_FOR_USERS = tuple(
     file.DESCRIPTOR.services_by_name[name].full_name
-    for file, name in (
-        (conversations_pb2, "Conversations"),
-        (compression_pb2, "Compression"),
-        (strategies_pb2, "Strategies"),
-        (operations_pb2, "Operations"),
-    )
+    for file, name in ((conversations_pb2, "Conversations"), (compression_pb2, "Compression"))
 )
+_FOR_ADMINISTRATORS = tuple(
+    file.DESCRIPTOR.services_by_name[name].full_name
+    for file, name in ((strategies_pb2, "Strategies"), (operations_pb2, "Operations"))
+)
+NAMES = (*_FOR_USERS, *_FOR_ADMINISTRATORS)
 """Full names of the services, as health checks ask for them."""
-
-# A fuse against runaway clients only: it counts health checks too, and refuses without saying why.
-_MOST_CALLS = 4096
 
 log = structlog.get_logger(__name__)
 
@@ -134,7 +135,10 @@ class Service:
         """Set when the engine has died: nothing can be served any more."""
         self._loop = asyncio.get_running_loop()
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing from the stubs
-        self._server = self._grpc_server()
+        self.access = Access(settings.tokens)
+        self._listeners = self._listen()
+        self.admin_port: int | None = None
+        """Where the services for administrators listen, once they do, if that is a port of their own."""
         self._side_port = SidePort({"/metrics": self._told_metrics, **self._status_pages()})
         self.side_port: int | None = None
         """Where the side port listens, once it does."""
@@ -143,21 +147,17 @@ class Service:
         """Listen and serve; returns the port.
 
         Raises:
-            OSError: the address cannot be listened on.
+            OSError: an address cannot be listened on.
         """
-        host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
-        try:
-            port = self._server.add_insecure_port(f"{host}:{self.settings.port}")
-        except RuntimeError as error:
-            raise OSError(
-                f"cannot listen on {host}:{self.settings.port}; is the port taken? choose another with --port"
-            ) from error
+        port, *further = [listener.bind() for listener in self._listeners]
+        self.admin_port = next(iter(further), None)
         if self.settings.metrics_port is not None:
             self.side_port = await self._side_port.start(self.settings.metrics_host, self.settings.metrics_port)
         self.engine.start()
         for name in ("", *NAMES):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        await self._server.start()
+        for listener in self._listeners:
+            await listener.start()
         self._forever = [
             asyncio.create_task(self.sessions.expire_forever()),
             asyncio.create_task(self.watch.watch_forever()),
@@ -168,7 +168,8 @@ class Service:
         """Take no more calls, give those that run ``grace`` seconds (default: as set), and give everything back."""
         await self._health.enter_graceful_shutdown()
         await self.retunes.close()  # before the calls that wait for it
-        await self._server.stop(self.settings.grace if grace is None else grace)
+        grace = self.settings.grace if grace is None else grace
+        await asyncio.gather(*(listener.stop(grace) for listener in self._listeners))
         for task in self._forever:
             task.cancel()
             with suppress(asyncio.CancelledError):
@@ -179,31 +180,54 @@ class Service:
         await self._side_port.stop()
         await asyncio.to_thread(self.tracing.close)
 
-    def _grpc_server(self) -> grpc.aio.Server:
-        limit = self.settings.max_message_bytes
-        server = grpc.aio.server(
-            interceptors=[Calls(self.metrics, self.tracing), Guard()],
-            maximum_concurrent_rpcs=_MOST_CALLS,
-            options=[
-                ("grpc.max_receive_message_length", limit),
-                ("grpc.max_send_message_length", limit),
-                # Two processes on one port would share the calls but not the sessions.
-                ("grpc.so_reuseport", 0),
-                # Find clients that died without a word, and bear with those that ping often.
-                ("grpc.keepalive_time_ms", 30_000),
-                ("grpc.keepalive_timeout_ms", 10_000),
-                ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-                ("grpc.http2.max_ping_strikes", 0),
-            ],
+    def _listen(self) -> Sequence[Listener]:
+        """The listener for users and, where it is to be another, that for administrators; nobody is served yet."""
+        settings = self.settings
+        public = self._listener(settings.host, settings.port, "--port")
+        self._serve_users(public.server)
+        if settings.admin_port is None:
+            self._serve_administrators(public.server)
+            self._serve_all(public.server, NAMES)
+            return [public]
+        private = self._listener(settings.admin_host, settings.admin_port, "--admin-port")
+        self._serve_administrators(private.server)
+        self._serve_all(public.server, _FOR_USERS)
+        self._serve_all(private.server, _FOR_ADMINISTRATORS)
+        return [public, private]
+
+    def _listener(self, host: str, port: int, option: str) -> Listener:
+        settings = self.settings
+        files = None
+        if settings.tls_cert and settings.tls_key:
+            files = CertificateFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+        elif not self.access.open and not is_loopback(host):
+            log.warning("callers' tokens are readable on the way here, unless something before it ends TLS", host=host)
+        return Listener(
+            host,
+            port,
+            option,
+            credentials=files.credentials() if files else None,
+            interceptors=[Calls(self.metrics, self.tracing), Guard(self.access)],
+            most_bytes=settings.max_message_bytes,
         )
+
+    def _serve_users(self, server: grpc.aio.Server) -> None:
         conversations_pb2_grpc.add_ConversationsServicer_to_server(
             Conversations(self.sessions, self.strategies, self.pictures, self.ledger), server
         )
         compression_pb2_grpc.add_CompressionServicer_to_server(
-            Compression(self.engine, self.bench, self.strategies, self.pictures, self.ledger, most_bytes=limit),
+            Compression(
+                self.engine,
+                self.bench,
+                self.strategies,
+                self.pictures,
+                self.ledger,
+                most_bytes=self.settings.max_message_bytes,
+            ),
             server,
         )
+
+    def _serve_administrators(self, server: grpc.aio.Server) -> None:
         strategies_pb2_grpc.add_StrategiesServicer_to_server(
             Strategies(
                 self.strategies,
@@ -215,9 +239,11 @@ class Service:
             server,
         )
         operations_pb2_grpc.add_OperationsServicer_to_server(Operations(self.operations), server)
+
+    def _serve_all(self, server: grpc.aio.Server, names: Sequence[str]) -> None:
+        """What is open to everybody: the state of the services called ``names``, and their contract."""
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection((*NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-        return server
+        reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
 
     def _status_pages(self) -> Mapping[str, Page]:
         if not self.settings.status_page:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from vflow_server.hosts import is_loopback
 from vflow_server.option import (
     Option,
     OptionError,
@@ -26,6 +27,7 @@ from vflow_server.option import (
     switch,
     whole,
 )
+from vflow_server.tokens import TokenEntry, entries_or_file
 
 ENVIRONMENT_PREFIX = "VFLOW_"
 CONFIG_VARIABLE = "VFLOW_CONFIG"
@@ -48,6 +50,28 @@ class Settings:
     )
     host: str = option("127.0.0.1", "address to listen on", metavar="HOST")
     port: int = option("50051", "port to listen on; 0 takes a free one", whole(0, 65535), metavar="N")
+    tokens: Path | tuple[TokenEntry, ...] | None = option(
+        None,
+        "file that lists those who may call, as `vflow token` writes it, or the entries themselves (unset: whoever "
+        "reaches the service may do everything, so that it listens to this machine only)",
+        entries_or_file,
+        metavar="FILE",
+    )
+    insecure: bool = option("off", "on listens to other machines without tokens, too", switch, metavar="on|off")
+    tls_cert: Path | None = option(
+        None, "certificate chain to show callers, PEM; read again when it changes (unset: no TLS)", Path, metavar="FILE"
+    )
+    tls_key: Path | None = option(None, "its private key, PEM", Path, metavar="FILE")
+    tls_client_ca: Path | None = option(
+        None, "roots of the certificates that callers must show, PEM (unset: they need none)", Path, metavar="FILE"
+    )
+    admin_host: str = option("127.0.0.1", "address of the port for administrators", metavar="HOST")
+    admin_port: int | None = option(
+        None,
+        "port of its own for the services Strategies and Operations (unset: the same as all; 0 takes a free one)",
+        whole(0, 65535),
+        metavar="N",
+    )
     max_sessions: int = option("1000", "sessions that may live at the same time (*)", whole(1), metavar="N")
     idle_timeout: float = option("15m", "a session unused for this long is deleted", seconds, metavar="TIME")
     max_running: int = option("32", "requests that share the model's steps (*)", whole(1), metavar="N")
@@ -111,6 +135,19 @@ class Settings:
     log_level: str = option(
         "info", "debug, info, warning or error", one_of(("debug", "info", "warning", "error")), metavar="NAME"
     )
+
+    def __post_init__(self) -> None:
+        for given, needed in (("tls_cert", "tls_key"), ("tls_key", "tls_cert"), ("tls_client_ca", "tls_cert")):
+            if getattr(self, given) and not getattr(self, needed):
+                raise OptionError(f"{given} is set without {needed}; TLS needs a certificate and its key: set both")
+        hosts = {"host": self.host, **({} if self.admin_port is None else {"admin_host": self.admin_host})}
+        for name, host in hosts.items():
+            if self.tokens is None and not self.insecure and not is_loopback(host):
+                raise OptionError(
+                    f"{name} is {host!r}, and without tokens whoever reaches it may do everything; list those who may "
+                    "call (--tokens FILE, `vflow token` makes them), listen on 127.0.0.1, or say --insecure if nobody "
+                    "else can reach it"
+                )
 
     def stored(self, file: str) -> Path | None:
         """Where a file of the data folder is; None where there is no such folder."""

@@ -6,7 +6,6 @@ Small on purpose: GET and HEAD, one request a connection, bounded in bytes and t
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -140,14 +139,6 @@ class SidePort:
         except Exception:
             log.exception("a page of the side port failed", path=path)
             return method, refusal(HTTPStatus.INTERNAL_SERVER_ERROR)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether nobody but this machine reaches ``host``."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def refusal(status: HTTPStatus, headers: Mapping[str, str] | None = None, told: str = "") -> Answer:

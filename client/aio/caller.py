@@ -7,24 +7,26 @@ from typing import Any
 import grpc
 
 from vflow_client.errors import error_from_call
+from vflow_client.identity import identity_metadata
 from vflow_client.retry import Attempts, RetryPolicy
-from vflow_client.tenant import tenant_metadata
 
 
 class AsyncCaller:
-    """Makes calls under one default timeout (seconds; None: no limit), one retry policy and for one tenant."""
+    """Makes calls under one default timeout (seconds; None: no limit) and one retry policy, for one caller."""
 
-    def __init__(self, timeout: float | None, retry: RetryPolicy, tenant: str | None = None) -> None:
+    def __init__(
+        self, timeout: float | None, retry: RetryPolicy, *, token: str | None = None, tenant: str | None = None
+    ) -> None:
         self._timeout = timeout
         self._retry = retry
-        self._metadata = tenant_metadata(tenant)
+        self._metadata = identity_metadata(token, tenant)
 
     def attempts(self, timeout: float | None, *, repeatable: bool) -> Attempts:
         """A fresh account of attempts for one call; a `timeout` of None stands for the default."""
         return Attempts(self._retry, self._timeout if timeout is None else timeout, repeatable)
 
     def streaming(self, method: Any) -> Any:
-        """A streaming method, bound to the tenant; retries are the caller's business."""
+        """A streaming method, bound to token and tenant; retries are the caller's business."""
         return partial(method, metadata=self._metadata)
 
     async def unary(self, method: Any, request: Any, timeout: float | None, *, repeatable: bool) -> Any:

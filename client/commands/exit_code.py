@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from vflow_client.errors import RetuneRunning, Unavailable, VFlowError
+from vflow_client.errors import RetuneRunning, Unauthenticated, Unavailable, VFlowError
 
 DONE = 0
 """It did what it was asked for."""
@@ -43,7 +43,9 @@ def complain(text: str) -> None:
 
 def complain_of(error: VFlowError, address: str) -> None:
     """Tells on the error stream how a call to the service at `address` failed, and where it is plain what to do."""
-    if isinstance(error, Unavailable):
+    if isinstance(error, Unauthenticated):
+        complain(f"{error} (--token, or VFLOW_TOKEN)")
+    elif isinstance(error, Unavailable):
         complain(f"no service at {address} ({error}); start one with `vflow serve`")
     elif isinstance(error, RetuneRunning) and (operation := error.metadata.get("operation")):
         complain(f"{error} (vflow retune --follow {operation})")

@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 
 from vflow_server.cli import main
-from vflow_server.option import OptionError, Share
+from vflow_server.option import OptionError, Share, switch
 from vflow_server.settings import Settings, load, options
 
 
 def test_a_flag_wins_over_a_variable_over_the_file_over_the_default(tmp_path: Path) -> None:
     file = tmp_path / "vflow.toml"
-    file.write_text('port = 1\nkv_budget = "2MiB"\nhost = "from.file"\n')
+    file.write_text('port = 1\nkv_budget = "2MiB"\nhost = "127.0.0.9"\n')
     settings = load({"port": "3"}, {"VFLOW_PORT": "2", "VFLOW_KV_BUDGET": "3KiB", "VFLOW_MODEL": ""}, file)
-    assert (settings.port, settings.kv_budget, settings.host) == (3, 3072, "from.file")
+    assert (settings.port, settings.kv_budget, settings.host) == (3, 3072, "127.0.0.9")
     assert settings.grace == Settings().grace == 10.0 and settings.model is None
     assert load({}, {"VFLOW_CONFIG": str(file)}).port == 1
 
@@ -95,7 +95,8 @@ def test_help_names_every_option_and_default(capsys: pytest.CaptureFixture[str])
         main(["serve", "--help"])
     told = capsys.readouterr().out
     for name, declared in options().items():
-        assert f"--{name.replace('_', '-')} {declared.metavar}" in told
+        value = f"[{declared.metavar}]" if declared.parse is switch else declared.metavar
+        assert f"--{name.replace('_', '-')} {value}" in told
         assert declared.shown is None or declared.shown in told
 
 

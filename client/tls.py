@@ -1,0 +1,59 @@
+"""Encrypted connections: how the service is known, and what this side shows it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+
+@dataclass(frozen=True)
+class Tls:
+    """How to encrypt a connection. All files are PEM.
+
+    Attributes:
+        ca: roots of the service's certificate; None: the public ones that gRPC brings.
+        certificate: shown to a service that asks for one (mutual TLS), with those between it and its root.
+        key: the private key of `certificate`.
+        server_name: the name that the service's certificate must bear; None: that of the address.
+    """
+
+    ca: str | Path | None = None
+    certificate: str | Path | None = None
+    key: str | Path | None = None
+    server_name: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a certificate without its key, or a key without its certificate."""
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key go together: give both or neither")
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """What gRPC makes an encrypted channel with.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+        return grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.certificate))
+
+    def options(self) -> tuple[tuple[str, str], ...]:
+        """The options of such a channel."""
+        return () if self.server_name is None else (("grpc.ssl_target_name_override", self.server_name),)
+
+
+TlsSource = bool | str | Path | Tls
+"""True: encrypted, by public roots; a path: by the roots in that file; False: not encrypted."""
+
+
+def to_tls(source: TlsSource) -> Tls | None:
+    """How to encrypt the connection that `source` stands for; None: not at all."""
+    match source:
+        case Tls():
+            return source
+        case bool():
+            return Tls() if source else None
+        case _:
+            return Tls(ca=source)
+
+
+def _read(file: str | Path | None) -> bytes | None:
+    return None if file is None else Path(file).read_bytes()

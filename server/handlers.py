@@ -1,0 +1,27 @@
+"""gRPC handlers of methods, and putting something around what one does."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Behaviour = Callable[[Any, Context], Awaitable[Any]]
+"""What a method does with a request, or with the stream of them; it writes streamed responses to the context."""
+
+
+def around(handler: Any, wrap: Callable[[Behaviour], Behaviour]) -> Any:
+    """``handler`` with ``wrap`` around its behaviour."""
+    build, behaviour = {
+        (False, False): (grpc.unary_unary_rpc_method_handler, handler.unary_unary),
+        (False, True): (grpc.unary_stream_rpc_method_handler, handler.unary_stream),
+        (True, False): (grpc.stream_unary_rpc_method_handler, handler.stream_unary),
+        (True, True): (grpc.stream_stream_rpc_method_handler, handler.stream_stream),
+    }[bool(handler.request_streaming), bool(handler.response_streaming)]
+    return build(
+        wrap(behaviour),
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
