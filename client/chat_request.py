@@ -4,7 +4,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 
 from vflow.v1.conversations_pb2 import ChatOptions, ChatRequest, Part
-from vflow_client.image_source import ImageSource, to_image
+from vflow_client.image_source import Detail, ImageSource, to_image
 
 
 def chat_request(
@@ -12,6 +12,7 @@ def chat_request(
     parts: Sequence[ImageSource],
     *,
     images: Iterable[ImageSource] = (),
+    detail: Detail = "auto",
     max_new_tokens: int | None = None,
     min_new_tokens: int | None = None,
     temperature: float | None = None,
@@ -25,16 +26,17 @@ def chat_request(
         session: `sessions/{session}`.
         parts: the turn in order; a `str` is text, anything else a picture.
         images: pictures that come before all parts; here a `str` is a path.
+        detail: how closely the model looks at the turn's pictures.
         max_new_tokens, min_new_tokens, temperature, top_p, seed, stop: see `ChatOptions`; None leaves the service's
             default.
 
     Raises:
         OSError: a picture's path that cannot be read.
         TypeError: a part that is neither text nor a picture.
-        ValueError: a number outside what its field can hold.
+        ValueError: a number outside what its field can hold, or a detail that there is not.
     """
-    pictures = [Part(image=to_image(image)) for image in images]
-    said = [Part(text=part) if isinstance(part, str) else Part(image=to_image(part)) for part in parts]
+    pictures = [Part(image=to_image(image, detail)) for image in images]
+    said = [Part(text=part) if isinstance(part, str) else Part(image=to_image(part, detail)) for part in parts]
     options = ChatOptions(
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,

@@ -14,7 +14,7 @@ from vflow.v1.conversations_pb2_grpc import ConversationsStub
 from vflow_client.caller import Caller
 from vflow_client.channel import CHANNEL_OPTIONS
 from vflow_client.errors import Unavailable
-from vflow_client.image_source import ImageSource, to_image
+from vflow_client.image_source import Detail, ImageSource, to_image
 from vflow_client.names import strategy_name
 from vflow_client.retry import DEFAULT_TIMEOUT, RetryPolicy
 from vflow_client.session import Session
@@ -87,6 +87,7 @@ class Client:
         *,
         strategy: str | None = None,
         embeddings: bool = False,
+        detail: Detail = "auto",
         timeout: float | None = None,
     ) -> CompressImageResponse:
         """Compresses a picture without any session, for use with another engine.
@@ -95,6 +96,7 @@ class Client:
             image: a path, the bytes of a picture file, a PIL image, or `Image(digest=...)`.
             strategy: None: the active one.
             embeddings: whether to return the embeddings of the kept tokens, as the bytes of a safetensors file.
+            detail: how closely the model looks at the picture.
             timeout: seconds; None: the client's.
 
         Raises:
@@ -102,7 +104,7 @@ class Client:
             StrategyNotFound: there is no such strategy.
         """
         request = CompressImageRequest(
-            image=to_image(image), strategy=strategy_name(strategy), include_embeddings=embeddings
+            image=to_image(image, detail), strategy=strategy_name(strategy), include_embeddings=embeddings
         )
         response: CompressImageResponse = self._caller.unary(
             self._compression.CompressImage, request, timeout, repeatable=True

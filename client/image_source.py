@@ -6,7 +6,7 @@ Knows no picture format: whether bytes are a picture is for the service to say.
 import io
 import os
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from vflow.v1.images_pb2 import Image
 
@@ -15,13 +15,35 @@ ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryvie
 picture that the service still holds). `Any` stands for the PIL class, which this package does not import."""
 
 
-def to_image(source: ImageSource) -> Image:
+Detail: TypeAlias = Literal["auto", "low", "high"]
+"""How closely the model looks at a picture: at an overview alone, as closely as it can, or as the service chooses."""
+
+_DETAILS = {"low": Image.LOW, "high": Image.HIGH}
+
+
+def to_image(source: ImageSource, detail: Detail = "auto") -> Image:
     """Reads `source` into an `Image` message. A PIL image is sent as PNG, so that no pixel changes.
+
+    Args:
+        source: the picture.
+        detail: how closely to look at it; "auto" leaves that to the service, or to what an `Image` says of itself.
 
     Raises:
         OSError: a path that cannot be read.
         TypeError: something that is none of the forms of `ImageSource`.
+        ValueError: another detail.
     """
+    if detail == "auto":
+        return _read(source)
+    if detail not in _DETAILS:
+        raise ValueError(f"detail is {detail!r}; give 'auto', 'low' or 'high'")
+    image = Image()
+    image.CopyFrom(_read(source))  # what a caller handed over stays as it is
+    image.detail = _DETAILS[detail]
+    return image
+
+
+def _read(source: ImageSource) -> Image:
     match source:
         case Image():
             return source

@@ -18,7 +18,7 @@ from vflow_client.answer import Answer
 from vflow_client.caller import Caller
 from vflow_client.chat_request import chat_request
 from vflow_client.errors import SessionNotFound, VFlowError
-from vflow_client.image_source import ImageSource, to_image
+from vflow_client.image_source import Detail, ImageSource, to_image
 
 
 class Session:
@@ -30,11 +30,12 @@ class Session:
         self._stub = stub
         self._caller = caller
 
-    def add_image(self, image: ImageSource, *, timeout: float | None = None) -> ImageReceipt:
+    def add_image(self, image: ImageSource, *, detail: Detail = "auto", timeout: float | None = None) -> ImageReceipt:
         """Shows a picture ahead of any question about it, so that the question will be answered sooner.
 
         Args:
             image: a path, the bytes of a picture file, a PIL image, or `Image(digest=...)`.
+            detail: how closely the model looks at it: "low" costs fewer tokens.
             timeout: seconds; None: the client's.
 
         Returns:
@@ -45,7 +46,7 @@ class Session:
             SessionBusy: a turn of this session is running.
             VFlowError: any other failure.
         """
-        request = AddImageRequest(session=self.name, image=to_image(image))
+        request = AddImageRequest(session=self.name, image=to_image(image, detail))
         response: AddImageResponse = self._caller.unary(self._stub.AddImage, request, timeout, repeatable=False)
         return response.receipt
 
@@ -53,6 +54,7 @@ class Session:
         self,
         *parts: ImageSource,
         images: Iterable[ImageSource] = (),
+        detail: Detail = "auto",
         max_new_tokens: int | None = None,
         min_new_tokens: int | None = None,
         temperature: float | None = None,
@@ -66,6 +68,7 @@ class Session:
         Args:
             parts: the turn in order: a `str` is text, anything else a picture (a path as `pathlib.Path`).
             images: pictures that come before the parts; here a `str` is a path.
+            detail: how closely the model looks at the turn's pictures; `Image(..., detail=Image.LOW)` says it of one.
             max_new_tokens: tokens to generate at most.
             min_new_tokens: the model cannot end its answer before it has so many tokens.
             temperature: 0 for greedy; None: the service's default, which is greedy.
@@ -80,6 +83,7 @@ class Session:
             self.name,
             parts,
             images=images,
+            detail=detail,
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
             temperature=temperature,

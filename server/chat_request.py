@@ -56,7 +56,7 @@ async def read_turn(request: conversations_pb2.ChatRequest, pictures: PictureSto
 
 def fingerprint(turn: TurnRequest) -> str:
     """Digest of a turn's content: equal for requests that say, show and ask for the same."""
-    parts = [["text", part] if isinstance(part, str) else ["image", part.digest] for part in turn.parts]
+    parts = [["text", part] if isinstance(part, str) else ["image", *part.identity] for part in turn.parts]
     sampling = turn.sampling
     lengths = [turn.min_new_tokens, turn.max_new_tokens]
     content = [parts, lengths, sampling.temperature, sampling.top_p, sampling.seed, turn.stop]

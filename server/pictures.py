@@ -10,9 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from vflow.v1 import images_pb2
 from vflow_server.errors import InvalidRequest, NotFound
 from vflow_server.lru import ByteBoundedLRU
-from vflowopt.picture import Picture, PictureError, PictureLimits
+from vflowopt.picture import Detail, Picture, PictureError, PictureLimits
 
 _DIGEST = re.compile("[0-9a-f]{64}")
+_DETAILS: dict[int, Detail] = {
+    images_pb2.Image.DETAIL_UNSPECIFIED: "high",
+    images_pb2.Image.HIGH: "high",
+    images_pb2.Image.LOW: "low",
+}
 
 
 class PictureStore:
@@ -40,21 +45,23 @@ class PictureStore:
         """The picture that ``image``, at ``field`` of a request of ``tenant``, brings or stands for.
 
         Raises:
-            ServiceError: it is not a picture within the limits, or its digest is malformed or of none that is held.
+            ServiceError: it is not a picture within the limits, its digest is malformed or of none that is held, or
+                its detail is none.
         """
+        detail = _detail(image.detail, field)
         if image.WhichOneof("source") == "digest":
-            return self._by_digest(image.digest, field, tenant)
+            return self._by_digest(image.digest, field, tenant).in_detail(detail)
         loop = asyncio.get_running_loop()
         try:
             if len(image.data) <= self.limits.max_bytes:
                 digest = await loop.run_in_executor(self._threads, _sha256, image.data)
                 if (held := self._held.get((tenant, digest))) is not None:
-                    return held
+                    return held.in_detail(detail)
             picture = await loop.run_in_executor(self._threads, Picture.decode, image.data, self.limits)
         except PictureError as error:
             raise InvalidRequest(error.reason, field, str(error), metadata=error.metadata) from error
         self._held.put((tenant, picture.digest), picture)
-        return picture
+        return picture.in_detail(detail)
 
     def held(self, tenant: str, digest: str) -> Picture | None:
         """The picture of ``digest`` that ``tenant`` has sent, if it is still held."""
@@ -80,6 +87,18 @@ class PictureStore:
                 metadata={"digest": digest},
             )
         return held
+
+
+def _detail(detail: int, field: str) -> Detail:
+    if detail not in _DETAILS:
+        known = ", ".join(images_pb2.Image.Detail.keys())
+        raise InvalidRequest(
+            "OPTION_OUT_OF_RANGE",
+            f"{field}.detail",
+            f"there is no detail {detail}; give one of {known}",
+            metadata={"value": detail},
+        )
+    return _DETAILS[detail]
 
 
 def _sha256(data: bytes) -> str:

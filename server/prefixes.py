@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from vflowopt.cache import StagedCache
 from vflowopt.compression import CompressedImage
 from vflowopt.conversation import Conversation, Item
+from vflowopt.picture import Identity
 from vflowopt.strategy import Strategy
 
-_Key = tuple[str, Strategy, tuple[int | str, ...]]
+_Content = tuple[int | Identity, ...]
+_Key = tuple[str, Strategy, _Content]
 
 
 class PrefixStore:
@@ -73,6 +75,6 @@ class PrefixStore:
         return [prefix.cache for prefix in self._prefixes.values()]
 
 
-def _content(items: Sequence[Item]) -> tuple[int | str, ...]:
-    """What items say, whoever says it: token ids, and pictures by their digest."""
-    return tuple(item.digest if isinstance(item, CompressedImage) else item for item in items)
+def _content(items: Sequence[Item]) -> _Content:
+    """What items say, whoever says it: token ids, and pictures by what they are called in caches."""
+    return tuple(item.identity if isinstance(item, CompressedImage) else item for item in items)

@@ -48,6 +48,7 @@ def image_receipt(
         kv_bytes_full=image.tokens * runtime.layers * runtime.bytes_per_token(),
         cache_hit=cache_hit,
         prefill_ms=prefill_ms,
+        detail=images_pb2.Image.LOW if image.detail == "low" else images_pb2.Image.HIGH,
     )
     if not cache_hit:
         receipt.encode_ms = image.timings.encode_ms

@@ -14,7 +14,7 @@ from vflowopt.cache import PoolExhausted
 from vflowopt.compression import CompressedImage
 from vflowopt.conversation import Conversation, Item
 from vflowopt.pause import Aside, Pause, Shortage
-from vflowopt.picture import Picture
+from vflowopt.picture import Identity, Picture
 from vflowopt.runtime import Runtime
 from vflowopt.strategy import Strategy
 
@@ -46,9 +46,9 @@ class AnsweredTurn:
     greedy: bool
 
     @property
-    def digests(self) -> frozenset[str]:
-        """Of the pictures in it."""
-        return frozenset(item.digest for item in self.log if isinstance(item, CompressedImage))
+    def pictures(self) -> frozenset[Identity]:
+        """What the pictures in it are called in caches."""
+        return frozenset(item.identity for item in self.log if isinstance(item, CompressedImage))
 
 
 class Rereading:
@@ -57,13 +57,13 @@ class Rereading:
     Args:
         runtime: the model.
         turn: what to read.
-        pictures: its pictures by digest, to be compressed again, without loss.
+        pictures: its pictures by what they are called in caches, to be compressed again, without loss.
 
     Attributes:
         conversations: what may hold KV pages between two pieces; others may release them.
     """
 
-    def __init__(self, runtime: Runtime, turn: AnsweredTurn, pictures: Mapping[str, Picture]) -> None:
+    def __init__(self, runtime: Runtime, turn: AnsweredTurn, pictures: Mapping[Identity, Picture]) -> None:
         self.conversations: list[Conversation] = []
         self._runtime = runtime
         self._turn = turn
@@ -77,15 +77,15 @@ class Rereading:
             ValueError: unpruned, the conversation is longer than the model's context.
         """
         turn, full = self._turn, Strategy.full()
-        unpruned: dict[str, CompressedImage] = {}
-        for digest in sorted(turn.digests):
-            encoding = Aside("encode", partial(self._runtime.compress, [self._pictures[digest]], full))
+        unpruned: dict[Identity, CompressedImage] = {}
+        for identity in sorted(turn.pictures):
+            encoding = Aside("encode", partial(self._runtime.compress, [self._pictures[identity]], full))
             yield encoding
-            (unpruned[digest],) = encoding.run()
+            (unpruned[identity],) = encoding.run()
         last = turn.prompt - 1
         # The token of the answer at place n is chosen by the state at n - 1.
         answer = [item for item in turn.log[turn.prompt :] if isinstance(item, int)] if turn.greedy else []
-        whole = [unpruned[item.digest] if isinstance(item, CompressedImage) else item for item in turn.log]
+        whole = [unpruned[item.identity] if isinstance(item, CompressedImage) else item for item in turn.log]
         states = yield from self._states(full, whole[: last + max(len(answer), 1)], last)
         pruned = yield from self._states(turn.strategy, turn.log[: turn.prompt], last)
         chosen = self._most_likely(states)[: len(answer)]

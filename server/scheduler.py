@@ -118,7 +118,7 @@ class Scheduler:
 
     def _encode(self, tasks: Sequence[Needing], answering: bool) -> None:
         """Begin to encode the first few pictures in one batch; the same picture of a tenant is encoded once."""
-        first = {(task.need.picture.digest, task.need.tenant): task for task in reversed(tasks)}
+        first = {(task.need.picture.identity, task.need.tenant): task for task in reversed(tasks)}
         batch = [task for task in tasks if task in first.values()][: 1 if answering else PICTURES]
         for task in batch:
             self._pictures.served(task.tenant)

@@ -24,7 +24,7 @@ from vflow_server.rereading import AnsweredTurn, Rereading
 from vflow_server.spare_time import in_spare_time
 from vflow_server.strategies import StrategyStore
 from vflow_server.workbench import Workbench
-from vflowopt.picture import Picture
+from vflowopt.picture import Identity, Picture
 
 MOST_WAITING = 16
 """Turns that wait to be looked at; what comes beyond is skipped."""
@@ -67,7 +67,7 @@ class Watch:
         self._strategies = strategies
         self._pictures = pictures
         self._loop = asyncio.get_running_loop()
-        self._waiting: asyncio.Queue[tuple[AnsweredTurn, Mapping[str, Picture]]] = asyncio.Queue(MOST_WAITING)
+        self._waiting: asyncio.Queue[tuple[AnsweredTurn, Mapping[Identity, Picture]]] = asyncio.Queue(MOST_WAITING)
         self._enough = window
         self._window: deque[float] = deque(maxlen=window)
         # Since when the window is open: another activation, even of the same strategy, begins a new one.
@@ -100,16 +100,18 @@ class Watch:
             await self._judge(turn.strategy_name, fidelity.cosine)
 
     def _put(self, turn: AnsweredTurn) -> None:
-        if not turn.digests:
+        if not turn.pictures:
             return  # nothing was pruned
-        held = {digest: self._pictures.held(turn.tenant, digest) for digest in turn.digests}
-        pictures = {digest: picture for digest, picture in held.items() if picture is not None}
-        if len(pictures) < len(held) or self._waiting.full():
+        pictures: dict[Identity, Picture] = {}
+        for digest, detail in turn.pictures:
+            if (picture := self._pictures.held(turn.tenant, digest)) is not None:
+                pictures[digest, detail] = picture.in_detail(detail)
+        if len(pictures) < len(turn.pictures) or self._waiting.full():
             self.totals[turn.strategy_name].skipped += 1
         else:
             self._waiting.put_nowait((turn, pictures))
 
-    async def _look(self, turn: AnsweredTurn, pictures: Mapping[str, Picture]) -> Fidelity:
+    async def _look(self, turn: AnsweredTurn, pictures: Mapping[Identity, Picture]) -> Fidelity:
         rereading = Rereading(self._bench.runtime, turn, pictures)
 
         def work(emit: Callable[[object], None]) -> Steps[Fidelity]:

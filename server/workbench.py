@@ -20,13 +20,14 @@ from vflow_server.parked import ParkedStore
 from vflow_server.prefixes import PrefixStore
 from vflow_server.residency import Residency
 from vflowopt.compression import CompressedImage
+from vflowopt.picture import Identity
 from vflowopt.runtime import Runtime
 from vflowopt.strategy import Strategy
 
 T = TypeVar("T")
 
-_Key = tuple[str, Strategy, str]
-"""Digest, strategy and tenant."""
+_Key = tuple[Identity, Strategy, str]
+"""The picture's identity, strategy and tenant."""
 
 
 class Workbench:
@@ -78,7 +79,7 @@ class Workbench:
 
     def held(self, asked: Encode) -> CompressedImage | None:
         """The compressed picture, if it is at hand for that tenant."""
-        key = (asked.picture.digest, asked.strategy, asked.tenant)
+        key = (asked.picture.identity, asked.strategy, asked.tenant)
         image = self._compressed.get(key)
         return self._in_use.get(key) if image is None else image
 
@@ -121,6 +122,6 @@ class Workbench:
     def keep(self, asked: Sequence[Encode], images: Sequence[CompressedImage]) -> None:
         """Have compressed pictures at hand for their tenants from now on."""
         for each, image in zip(asked, images, strict=True):
-            key = (each.picture.digest, each.strategy, each.tenant)
+            key = (each.picture.identity, each.strategy, each.tenant)
             self._in_use[key] = image
             self._compressed.put(key, image)

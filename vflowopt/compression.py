@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vflowopt.diversity import diversified
 from vflowopt.importance import context_relevance_of, head_averaged_attention, importance, patch_entropy
 from vflowopt.layout import TokenLayout
+from vflowopt.picture import Detail, Identity
 from vflowopt.pruning import keep_most_important, stage_targets
 from vflowopt.recycling import recycle
 from vflowopt.strategy import Strategy
@@ -47,6 +48,8 @@ class EncodedImage:
             averages over it.
         positions: int64 [axes, N], where each token stands, counted from the picture's first position, for decoders
             whose positions have several axes (M-RoPE); None: one after another.
+        later: D, the decoder layers behind which further features of a token enter.
+        detail: how closely the picture was looked at.
     """
 
     digest: str
@@ -62,6 +65,23 @@ class EncodedImage:
     class_key: Tensor | None = None
     merge: int = 1
     positions: Tensor | None = None
+    later: int = 0
+    detail: Detail = "high"
+
+    @property
+    def entering(self) -> Tensor:
+        """[N, hidden], what enters the first decoder layer."""
+        return self.embeddings[:, : self.embeddings.shape[1] // (1 + self.later)]
+
+    @property
+    def places(self) -> Tensor:
+        """int64 [N] or [axes, N], where each token stands, counted from the picture's first position."""
+        return torch.arange(len(self.layout)) if self.positions is None else self.positions
+
+    @property
+    def span(self) -> int:
+        """Positions that the picture takes in its conversation, unpruned."""
+        return int(self.places.max()) + 1
 
     def attention(self) -> Iterator[Tensor]:
         """Attention of the scoring layer to the patches of each map, averaged over heads; one map at a time is held.
@@ -115,6 +135,7 @@ class CompressedImage:
         positions: int64 [len(kept[0])], or [axes, len(kept[0])], counted from the picture's first position.
         span: positions that the picture takes in its conversation.
         timings: what the compression took.
+        detail: how closely the picture was looked at.
     """
 
     digest: str
@@ -126,6 +147,12 @@ class CompressedImage:
     positions: Tensor
     span: int
     timings: CompressionTimings
+    detail: Detail = "high"
+
+    @property
+    def identity(self) -> Identity:
+        """What the picture is called in caches."""
+        return self.digest, self.detail
 
     @property
     def tokens(self) -> int:
@@ -174,7 +201,7 @@ def choose(encoded: EncodedImage, scores: Tensor, strategy: Strategy, layers: in
     targets = stage_targets(strategy, len(layout), structural, layers)
     ranks, choices = scores, [target - structural for target in targets if target < len(layout)]
     if strategy.diversity and choices:
-        ranks = diversified(scores, encoded.embeddings, layout.structural, choices[0], strategy.diversity)
+        ranks = diversified(scores, encoded.entering, layout.structural, choices[0], strategy.diversity)
     if strategy.grid is None or targets[0] == len(layout):
         first = keep_most_important(ranks, layout.structural, targets[0])
         recycled = first[:0]
@@ -198,12 +225,9 @@ def choose(encoded: EncodedImage, scores: Tensor, strategy: Strategy, layers: in
     for target in targets[1:]:
         previous = kept[-1]
         kept.append(previous[keep_most_important(ranks[previous], layout.structural[previous], target)])
-    positions = torch.arange(len(layout)) if encoded.positions is None else encoded.positions
-    span = int(positions.max()) + 1
+    positions, span = encoded.places[..., first], encoded.span
     if strategy.positions == "renumbered":
-        positions, span = torch.arange(len(first)).expand_as(positions[..., first]), len(first)
-    else:
-        positions = positions[..., first]
+        positions, span = torch.arange(len(first)).expand_as(positions), len(first)
     return CompressedImage(
         digest=encoded.digest,
         layout=layout,
@@ -214,6 +238,7 @@ def choose(encoded: EncodedImage, scores: Tensor, strategy: Strategy, layers: in
         positions=positions,
         span=span,
         timings=CompressionTimings(encoded.encode_ms, 0.0, (time.perf_counter() - begun) * 1e3),
+        detail=encoded.detail,
     )
 
 

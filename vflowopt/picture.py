@@ -9,12 +9,19 @@ from __future__ import annotations
 import hashlib
 import threading
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
+
+Detail = Literal["high", "low"]
+"""How closely a model looks at a picture: as closely as its image processor lets it, or at an overview alone."""
+
+Identity = tuple[str, Detail]
+"""What a picture is called in caches: the digest of its bytes, and how closely it is looked at."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """The file formats that are read. Others that Pillow knows are refused: fewer decoders face foreign bytes."""
@@ -99,11 +106,22 @@ class Picture:
 
     Attributes:
         pixels: uint8 [height, width, 3], RGB, read-only.
-        digest: SHA-256 of the bytes as sent, in hex: what the picture is called in caches.
+        digest: SHA-256 of the bytes as sent, in hex.
+        detail: how closely to look at it.
     """
 
     pixels: npt.NDArray[np.uint8]
     digest: str
+    detail: Detail = "high"
+
+    @property
+    def identity(self) -> Identity:
+        """What the picture is called in caches."""
+        return self.digest, self.detail
+
+    def in_detail(self, detail: Detail) -> Picture:
+        """The same picture, to be looked at so closely; the two share their pixels."""
+        return self if detail == self.detail else replace(self, detail=detail)
 
     @property
     def width(self) -> int:

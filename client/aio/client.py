@@ -17,7 +17,7 @@ from vflow_client.aio.session import AsyncSession
 from vflow_client.aio.strategy_admin import AsyncStrategyAdmin
 from vflow_client.channel import CHANNEL_OPTIONS
 from vflow_client.errors import Unavailable
-from vflow_client.image_source import ImageSource, to_image
+from vflow_client.image_source import Detail, ImageSource, to_image
 from vflow_client.names import strategy_name
 from vflow_client.retry import DEFAULT_TIMEOUT, RetryPolicy
 from vflow_client.tls import TlsSource, to_tls
@@ -91,6 +91,7 @@ class AsyncClient:
         *,
         strategy: str | None = None,
         embeddings: bool = False,
+        detail: Detail = "auto",
         timeout: float | None = None,
     ) -> CompressImageResponse:
         """Compresses a picture without any session, for use with another engine.
@@ -99,6 +100,7 @@ class AsyncClient:
             image: a path, the bytes of a picture file, a PIL image, or `Image(digest=...)`.
             strategy: None: the active one.
             embeddings: whether to return the embeddings of the kept tokens, as the bytes of a safetensors file.
+            detail: how closely the model looks at the picture.
             timeout: seconds; None: the client's.
 
         Raises:
@@ -106,7 +108,7 @@ class AsyncClient:
             StrategyNotFound: there is no such strategy.
         """
         request = CompressImageRequest(
-            image=await asyncio.to_thread(to_image, image),
+            image=await asyncio.to_thread(to_image, image, detail),
             strategy=strategy_name(strategy),
             include_embeddings=embeddings,
         )

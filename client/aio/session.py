@@ -19,7 +19,7 @@ from vflow_client.aio.answer import AsyncAnswer
 from vflow_client.aio.caller import AsyncCaller
 from vflow_client.chat_request import chat_request
 from vflow_client.errors import SessionNotFound, VFlowError
-from vflow_client.image_source import ImageSource, to_image
+from vflow_client.image_source import Detail, ImageSource, to_image
 
 
 class AsyncSession:
@@ -31,11 +31,14 @@ class AsyncSession:
         self._stub = stub
         self._caller = caller
 
-    async def add_image(self, image: ImageSource, *, timeout: float | None = None) -> ImageReceipt:
+    async def add_image(
+        self, image: ImageSource, *, detail: Detail = "auto", timeout: float | None = None
+    ) -> ImageReceipt:
         """Shows a picture ahead of any question about it, so that the question will be answered sooner.
 
         Args:
             image: a path, the bytes of a picture file, a PIL image, or `Image(digest=...)`.
+            detail: how closely the model looks at it: "low" costs fewer tokens.
             timeout: seconds; None: the client's.
 
         Returns:
@@ -46,7 +49,7 @@ class AsyncSession:
             SessionBusy: a turn of this session is running.
             VFlowError: any other failure.
         """
-        request = AddImageRequest(session=self.name, image=await asyncio.to_thread(to_image, image))
+        request = AddImageRequest(session=self.name, image=await asyncio.to_thread(to_image, image, detail))
         response: AddImageResponse = await self._caller.unary(self._stub.AddImage, request, timeout, repeatable=False)
         return response.receipt
 
@@ -54,6 +57,7 @@ class AsyncSession:
         self,
         *parts: ImageSource,
         images: Iterable[ImageSource] = (),
+        detail: Detail = "auto",
         max_new_tokens: int | None = None,
         min_new_tokens: int | None = None,
         temperature: float | None = None,
@@ -67,6 +71,7 @@ class AsyncSession:
         Args:
             parts: the turn in order: a `str` is text, anything else a picture (a path as `pathlib.Path`).
             images: pictures that come before the parts; here a `str` is a path.
+            detail: how closely the model looks at the turn's pictures; `Image(..., detail=Image.LOW)` says it of one.
             max_new_tokens: tokens to generate at most.
             min_new_tokens: the model cannot end its answer before it has so many tokens.
             temperature: 0 for greedy; None: the service's default, which is greedy.
@@ -82,6 +87,7 @@ class AsyncSession:
             self.name,
             parts,
             images=images,
+            detail=detail,
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
             temperature=temperature,

@@ -59,3 +59,14 @@ def test_the_client_imports_neither_pillow_nor_torch() -> None:
     )
     result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_detail_is_said_beside_the_picture_and_leaves_the_source_alone() -> None:
+    digest = Image(digest="ab" * 32)
+    assert to_image(digest, "low") == Image(digest="ab" * 32, detail=Image.LOW)
+    assert digest == Image(digest="ab" * 32)
+    assert to_image(b"contents", "high") == Image(data=b"contents", detail=Image.HIGH)
+    said = Image(data=b"contents", detail=Image.LOW)
+    assert to_image(said, "auto") is said
+    with pytest.raises(ValueError, match="'medium'; give 'auto', 'low' or 'high'"):
+        to_image(b"contents", "medium")  # type: ignore[arg-type]

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vflowopt.compression import CompressedImage
 from vflowopt.conversation import Conversation
-from vflowopt.picture import Picture
+from vflowopt.picture import Detail, Picture
 from vflowopt.runtime import Runtime
 from vflowopt.strategy import Strategy
 
@@ -15,9 +16,10 @@ from vflowopt.strategy import Strategy
 class Talk:
     """One conversation; remembers the logits behind every token."""
 
-    def __init__(self, runtime: Runtime, strategy: Strategy) -> None:
+    def __init__(self, runtime: Runtime, strategy: Strategy, detail: Detail = "high") -> None:
         self.runtime = runtime
         self.strategy = strategy
+        self.detail: Detail = detail
         self.conversation: Conversation = runtime.start(strategy)
         self.turns = 0
         self.logits: list[Tensor] = []
@@ -25,8 +27,7 @@ class Talk:
 
     def look(self, pixels: np.ndarray) -> None:
         """Add a picture ahead of its question."""
-        (image,) = self.runtime.compress([Picture.from_pixels(pixels)], self.strategy)
-        self._ahead.append(image)
+        self._ahead.append(self._compressed(pixels))
         items = self.runtime.chat.turn(self.turns, self._ahead, generate=False)
         self.runtime.extend(self.conversation, items[self._read :], want_logits=False)
         self._read = len(items)
@@ -35,10 +36,7 @@ class Talk:
 
     def ask(self, parts: Sequence[str | np.ndarray], new_tokens: int) -> list[int]:
         """One turn, greedy; returns the answer's tokens without the end token."""
-        ready = [
-            part if isinstance(part, str) else self.runtime.compress([Picture.from_pixels(part)], self.strategy)[0]
-            for part in parts
-        ]
+        ready = [part if isinstance(part, str) else self._compressed(part) for part in parts]
         items = self.runtime.chat.turn(self.turns, [*self._ahead, *ready])[self._read :]
         logits = self.runtime.extend(self.conversation, items)
         answer: list[int] = []
@@ -54,6 +52,10 @@ class Talk:
             logits = self.runtime.decode([self.conversation], [token])[0]
         self.turns, self._ahead, self._read = self.turns + 1, [], 0
         return answer
+
+    def _compressed(self, pixels: np.ndarray) -> CompressedImage:
+        (image,) = self.runtime.compress([Picture.from_pixels(pixels).in_detail(self.detail)], self.strategy)
+        return image
 
 
 def picture(height: int, width: int, seed: int) -> np.ndarray:

@@ -45,7 +45,7 @@ def test_boxes_tile_the_picture(shape: object, tmp_path: object) -> None:
     model = runtime.model
     assert isinstance(model, LlavaOnevision)
     for height, width in SIZES:
-        layout = model.layout(height, width)
+        layout = model.layout(height, width, "high")
         (encoded,) = model.encode([Picture.from_pixels(picture(height, width, 2))])
         assert len(layout) == len(encoded.embeddings) == len(encoded.layout)
         for index, (rows, columns) in enumerate(layout.shapes()):

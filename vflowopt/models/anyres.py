@@ -18,13 +18,19 @@ from transformers.image_utils import ChannelDimension
 
 from vflowopt.layout import TokenLayout, boxes_of
 from vflowopt.models.tiled import TiledModel
+from vflowopt.picture import Detail
 
 
 class AnyResModel(TiledModel):
-    """A model whose tokens are those of the overview, then those of the mosaic, whose rows end in a newline."""
+    """A model whose tokens are those of the overview, then those of the mosaic, whose rows end in a newline.
 
-    def layout(self, height: int, width: int) -> TokenLayout:
+    In low detail there is no mosaic: the overview ends in one newline, as Hugging Face packs a picture of one tile.
+    """
+
+    def layout(self, height: int, width: int, detail: Detail) -> TokenLayout:
         """See :meth:`TiledModel.layout`. The overview is grid 0, the mosaic grid 1."""
+        if detail == "low":
+            return self._overview_layout(height, width)
         side = self.side // self.patch
         best = select_best_resolution((height, width), self.network.config.image_grid_pinpoints)
         tiles = 1 + (best[0] // self.side) * (best[1] // self.side)
@@ -59,9 +65,26 @@ class AnyResModel(TiledModel):
         boxes = torch.minimum(boxes.clamp_min(0), limit).masked_fill(structural[:, None], 0.0)
         return TokenLayout(grid=grid, row=row, column=column, structural=structural, boxes=boxes)
 
-    def _cut(self, pixels: np.ndarray, **options: Any) -> np.ndarray:
-        tiles: np.ndarray = super()._cut(pixels, **options)[0]  # of a batch of one picture
-        return tiles
+    def _overview_layout(self, height: int, width: int) -> TokenLayout:
+        side = self.side // self.patch
+        place = torch.arange(side * side + 1)
+        row, column = place // side, place % side
+        row[-1], column[-1] = side - 1, side  # the newline stands behind the last row
+        structural = place == side * side
+        boxes = boxes_of(row, column, (height / side, width / side), (0.0, 0.0))
+        return TokenLayout(
+            grid=torch.zeros_like(place),
+            row=row,
+            column=column,
+            structural=structural,
+            boxes=boxes.masked_fill(structural[:, None], 0.0),
+        )
+
+    def _cut(self, pixels: np.ndarray, detail: Detail, **options: Any) -> np.ndarray:
+        if detail == "low":
+            options["image_grid_pinpoints"] = [[self.side, self.side]]  # the least mosaic to be cut in vain
+        tiles: np.ndarray = super()._cut(pixels, detail, **options)[0]  # of a batch of one picture
+        return tiles[:1] if detail == "low" else tiles
 
     def _pack(self, projected: Tensor, size: Sequence[int]) -> Tensor:
         return self._pack_like_features(projected, size, self.network.model.image_newline)

@@ -20,6 +20,11 @@ from vflowopt.models.tokenizer import load_tokenizer
 from vflowopt.picture import Picture, PictureError
 from vflowopt.strategy import Strategy, StrategyError
 
+LOW_DETAIL_TOKENS = 256
+"""Tokens with pixels that a picture takes at most in low detail, where a family sees pictures of any size.
+
+As many as one tile of InternVL has; the overviews of LLaVA's families have more."""
+
 
 class ModelError(RuntimeError):
     """A model that cannot be served.

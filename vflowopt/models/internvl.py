@@ -14,6 +14,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optim
 from vflowopt.layout import TokenLayout, boxes_of
 from vflowopt.models.tiled import TiledModel
 from vflowopt.models.tower import Tower, split_heads
+from vflowopt.picture import Detail
 
 
 class InternVLTower(Tower):
@@ -78,11 +79,13 @@ class InternVL(TiledModel):
         patch: int = self.network.config.vision_config.patch_size[0]
         return patch
 
-    def layout(self, height: int, width: int) -> TokenLayout:
+    def layout(self, height: int, width: int, detail: Detail) -> TokenLayout:
         """See :meth:`TiledModel.layout`. The thumbnail, or the only tile, is grid 0; a mosaic of tiles is grid 1."""
-        columns, rows = get_optimal_tiled_canvas(
-            (height, width), (self.side, self.side), self.processor.min_patches, self.processor.max_patches
-        )
+        columns, rows = (1, 1)
+        if detail == "high":
+            columns, rows = get_optimal_tiled_canvas(
+                (height, width), (self.side, self.side), self.processor.min_patches, self.processor.max_patches
+            )
         side = self.side // self.patch // self.merge
         whole, step = torch.arange(side * side), (height / side, width / side)
         grid, row, column = torch.zeros_like(whole), whole // side, whole % side
@@ -105,9 +108,9 @@ class InternVL(TiledModel):
             boxes=torch.cat((boxes.new_zeros(1, 4), boxes, boxes.new_zeros(1, 4))),
         )
 
-    def _cut(self, pixels: np.ndarray, **options: Any) -> np.ndarray:
+    def _cut(self, pixels: np.ndarray, detail: Detail, **options: Any) -> np.ndarray:
         # Hugging Face's processor of the whole model asks its image processor for tiles, whatever its own setting.
-        return super()._cut(pixels, crop_to_patches=True, **options)
+        return super()._cut(pixels, detail, crop_to_patches=detail == "high", **options)
 
     def _project(self, features: Tensor) -> Tensor:
         if self.network.config.vision_feature_layer == -1:

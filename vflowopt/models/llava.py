@@ -13,6 +13,7 @@ from transformers.image_utils import ChannelDimension
 
 from vflowopt.layout import TokenLayout, boxes_of
 from vflowopt.models.tiled import TiledModel
+from vflowopt.picture import Detail
 
 
 class Llava(TiledModel):
@@ -24,7 +25,7 @@ class Llava(TiledModel):
     family = "LLaVA"
     architecture = LlavaForConditionalGeneration
 
-    def layout(self, height: int, width: int) -> TokenLayout:
+    def layout(self, height: int, width: int, detail: Detail) -> TokenLayout:
         """See :meth:`TiledModel.layout`. One grid; tokens that cover nothing but padding have empty boxes."""
         padded, resized, seen = self._frames(height, width)
         scale = [after / before for after, before in zip(resized, padded, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import partial
+from math import isqrt
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from transformers.models.pixtral.modeling_pixtral import apply_rotary_pos_emb
 
 from vflowopt.compression import EncodedImage
 from vflowopt.layout import TokenLayout, boxes_of
-from vflowopt.models.interface import MultimodalModel
+from vflowopt.models.interface import LOW_DETAIL_TOKENS, MultimodalModel
 from vflowopt.models.tower import Tower, split_heads
 from vflowopt.picture import Picture
 
@@ -119,6 +120,7 @@ class Mistral3(MultimodalModel):
             arrange=partial(self._arrange, shape),
             encode_ms=self.milliseconds_since(begun),
             merge=self.merge,
+            detail=picture.detail,
         )
 
     def resized(self, picture: Picture) -> np.ndarray:
@@ -128,10 +130,13 @@ class Mistral3(MultimodalModel):
             PictureError: of a picture so narrow the processor leaves nothing.
         """
         side, processor = self.patch * self.merge, self.processor
+        size = processor.size
+        if picture.detail == "low":
+            size = SizeDict(longest_edge=min(size.longest_edge, isqrt(LOW_DETAIL_TOKENS) * side))
         try:
             resized = processor.resize(
                 picture.pixels.transpose(2, 0, 1),
-                size=processor.size,
+                size=size,
                 patch_size=SizeDict(height=side, width=side),
                 resample=processor.resample,
             )

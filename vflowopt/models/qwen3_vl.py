@@ -20,5 +20,9 @@ class Qwen3Vl(QwenVl):
     family = "Qwen3-VL"
     architecture = Qwen3VLForConditionalGeneration
 
+    @property
+    def _later(self) -> int:
+        return len(self.network.model.visual.deepstack_merger_list)
+
     def _features(self, output: Any) -> Tensor:
         return torch.cat((output.pooler_output, *output.deepstack_features), dim=-1)

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.image_utils import ChannelDimension
+from transformers.image_utils import ChannelDimension, SizeDict
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
 from vflowopt.compression import EncodedImage
 from vflowopt.layout import TokenLayout
-from vflowopt.models.interface import MultimodalModel
+from vflowopt.models.interface import LOW_DETAIL_TOKENS, MultimodalModel
 from vflowopt.picture import Picture
 
 
@@ -66,6 +66,11 @@ class QwenVl(MultimodalModel):
         """The layers of the tower whose patches attend to the whole picture, ascending."""
         return range(self.network.config.vision_config.depth)
 
+    @property
+    def _later(self) -> int:
+        """Decoder layers behind which further features of a token enter (deepstack)."""
+        return 0
+
     def _features(self, output: Any) -> Tensor:
         """What the decoder takes in of the tower's output: [tokens, hidden], or wider (deepstack)."""
         features: Tensor = output.pooler_output
@@ -101,6 +106,8 @@ class QwenVl(MultimodalModel):
                 encode_ms=milliseconds,
                 merge=self.merge,
                 positions=self.positions(shape),
+                later=self._later,
+                detail=picture.detail,
             )
             for picture, pixels, shape, of_picture, query, key in zip(
                 pictures, seen, shapes, embeddings, queries.split(counts), keys.split(counts), strict=True
@@ -113,10 +120,13 @@ class QwenVl(MultimodalModel):
         Raises:
             PictureError: the processor takes no picture of this shape.
         """
-        processor = self.processor
+        side, size = self.patch * self.merge, self.processor.size
         pixels = picture.pixels.transpose(2, 0, 1)
+        if picture.detail == "low":
+            most = min(size.longest_edge, LOW_DETAIL_TOKENS * side**2)
+            size = SizeDict(shortest_edge=min(size.shortest_edge, most), longest_edge=most)
         try:
-            resized = processor.resize(pixels, processor.size, processor.resample, factor=self.patch * self.merge)
+            resized = self.processor.resize(pixels, size, self.processor.resample, factor=side)
         except ValueError as error:
             raise self.too_narrow(picture) from error
         return np.asarray(resized)

@@ -21,7 +21,7 @@ from vflowopt.compression import EncodedImage
 from vflowopt.layout import TokenLayout
 from vflowopt.models.interface import MultimodalModel
 from vflowopt.models.tower import ClipTower, Tower
-from vflowopt.picture import Picture
+from vflowopt.picture import Detail, Picture
 
 SCORINGS = ("mean", "cls")
 """Whose attention says what matters: that of all patches, which is the paper's way, or that of the class token."""
@@ -90,7 +90,7 @@ class TiledModel(MultimodalModel):
             EncodedImage(
                 digest=picture.digest,
                 embeddings=embeddings,
-                layout=self.layout(*size),
+                layout=self.layout(*size, picture.detail),
                 query=query,
                 key=key,
                 scale=self.tower.scale,
@@ -100,6 +100,7 @@ class TiledModel(MultimodalModel):
                 encode_ms=milliseconds,
                 class_key=class_key,
                 merge=self.merge,
+                detail=picture.detail,
             )
             for picture, size, embeddings, query, key, class_key, seen in zip(
                 pictures,
@@ -120,7 +121,7 @@ class TiledModel(MultimodalModel):
             PictureError: the processor cannot cut a picture of this shape.
         """
         try:
-            return self._cut(picture.pixels)
+            return self._cut(picture.pixels, picture.detail)
         except (ValueError, ZeroDivisionError) as error:
             raise self.too_narrow(picture) from error
 
@@ -153,11 +154,14 @@ class TiledModel(MultimodalModel):
         return patch
 
     @abstractmethod
-    def layout(self, height: int, width: int) -> TokenLayout:
+    def layout(self, height: int, width: int, detail: Detail) -> TokenLayout:
         """Where the visual tokens of a picture of ``height`` x ``width`` pixels come from."""
 
-    def _cut(self, pixels: np.ndarray, **options: Any) -> np.ndarray:
-        """The processor's tiles before rescaling, of pixels uint8 [height, width, 3]: [tiles, 3, side, side]."""
+    def _cut(self, pixels: np.ndarray, detail: Detail, **options: Any) -> np.ndarray:
+        """The processor's tiles before rescaling, of pixels uint8 [height, width, 3]: [tiles, 3, side, side].
+
+        A family whose pictures are a single tile anyway cuts both details alike.
+        """
         batch = self.processor(
             pixels, do_rescale=False, do_normalize=False, input_data_format=ChannelDimension.LAST, **options
         )

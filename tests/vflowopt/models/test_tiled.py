@@ -125,7 +125,7 @@ def test_a_picture_of_internvl_takes_the_tokens_that_its_processor_writes(shape:
 def test_what_is_cropped_away_is_covered_by_no_token(tmp_path: Path) -> None:
     model = load_model(LLAVA[0].save(tmp_path))
     assert isinstance(model, TiledModel)
-    layout = model.layout(100, 300)
+    layout = model.layout(100, 300, "high")
     left, top, right, bottom = (layout.boxes[:, side] for side in range(4))
     assert (float(left.min()), float(right.max())) == pytest.approx((100, 200), abs=1)
     assert (float(top.min()), float(bottom.max())) == (0, 100)
