@@ -101,7 +101,7 @@ class Compression(compression_pb2_grpc.CompressionServicer):
                 for start, kept in zip(revision.strategy.starts, image.kept, strict=True)
             ],
             recycled=image.recycled.tolist(),
-            positions=image.positions.tolist(),
+            positions=image.positions.flatten().tolist(),
             position_span=image.span,
             receipt=image_receipt(picture, image, runtime, revision.strategy, revision.name, cache_hit=cache_hit),
         )

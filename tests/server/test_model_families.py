@@ -1,12 +1,15 @@
 """The service knows no family: what it answers is what the runtime answers, for a small model of each."""
 
 import pytest
+import torch
+from safetensors.torch import load
 
 from tests.server.conftest import Serve
 from tests.server.drawing import encoded, noise
 from tests.vflowopt.models.matrix import MODELS
 from tests.vflowopt.talk import Talk
 from vflowopt.models import FAMILIES
+from vflowopt.picture import Picture
 from vflowopt.runtime import Runtime
 from vflowopt.strategy import Strategy
 
@@ -42,3 +45,14 @@ def test_a_conversation_about_several_pictures(family: Runtime, serve: Serve) ->
             parts = [part if isinstance(part, str) else encoded(part) for part in turn]
             answers.append("".join(session.ask(*parts, max_new_tokens=6, temperature=0)))
     assert answers == expected
+
+
+def test_a_picture_compressed_without_a_session(family: Runtime, serve: Serve) -> None:
+    pixels = noise(112, 196, 3)
+    (image,) = family.compress([Picture.from_pixels(pixels)], Strategy.preset(0.25, family.layers))
+    response = serve(runtime=family).client.compress(encoded(pixels), strategy="preset-25", embeddings=True)
+    tensors = load(response.embeddings)
+    assert response.position_span == image.span
+    assert list(response.positions) == image.positions.flatten().tolist()
+    assert torch.equal(tensors["positions"], image.positions)
+    assert torch.equal(tensors["embeddings"], image.embeddings)
