@@ -6,7 +6,7 @@ READY := $(VENV)/.vflow-ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-long lint format serve demo bench fidelity demo-model demo-eval clean
+.PHONY: help setup test test-long lint format serve demo bench fidelity demo-model demo-eval image-check clean
 
 help: ## show these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -67,6 +67,9 @@ demo-model: setup ## train the embedded model anew
 
 demo-eval: setup ## evaluate the embedded model on held-out pictures
 	$(BIN)/python -m vflowopt.demo.evaluate
+
+image-check: ## build the container image without Docker and hold a conversation with it (root, buildah, debootstrap)
+	deploy/image-check.sh
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build client/generated client/build *.egg-info client/*.egg-info

@@ -149,6 +149,8 @@ class Metrics:
             ("tier",),
             registry=self.registry,
         )
+        for tier in ("host_memory", "disk", "log"):
+            self._restores.labels(tier)
 
     def _make_of_pictures(self) -> None:
         self._pictures = Counter(
@@ -202,6 +204,8 @@ class Metrics:
             ("held_by",),
             registry=self.registry,
         )
+        for held_by in ("search", "prefix", "idle", "running"):
+            self._evictions.labels(held_by)  # told from the beginning, as zero
         self._prefixes = Counter(
             "vflow_prefixes",
             "Conversations with pictures and no KV cache that looked for a beginning that is cached already.",

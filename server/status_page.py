@@ -181,7 +181,7 @@ def _size(count: float) -> str:
     """Bytes as a person reads them."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
-            return f"{count:.0f} {unit}"
+            return f"{count:.1f} {unit}" if unit == "MiB" else f"{count:.0f} {unit}"
         count /= 1024
     return f"{count:.1f} GiB"
 

@@ -1,13 +1,17 @@
 """Metrics as Prometheus reads them: from the side port, in its own format, while the service works."""
 
+import json
+import re
 import socket
 import urllib.error
 import urllib.request
 
 import grpc
 import pytest
+from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.repository.source import ROOT
 from tests.server.calibrating import samples
 from tests.server.conftest import Serve
 from tests.server.served import Served
@@ -15,12 +19,15 @@ from tests.server.waiting import until
 from vflow_client import DeadlineExceeded, NotFound
 
 
-def scraped(served: Served) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+def families(served: Served) -> list[Metric]:
     with urllib.request.urlopen(f"http://127.0.0.1:{served.service.side_port}/metrics", timeout=10) as answer:
-        text = answer.read().decode()
+        return list(text_string_to_metric_families(answer.read().decode()))
+
+
+def scraped(served: Served) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(text)
+        for family in families(served)
         for sample in family.samples
     }
 
@@ -180,3 +187,29 @@ def test_methods_of_others_are_not_counted(watched: Served) -> None:
     with grpc.insecure_channel(watched.address) as channel, pytest.raises(grpc.RpcError):
         channel.unary_unary("/vflow.v1.Conversations/Nothing")(b"")
     assert not [labels for name, labels in scraped(watched) if name == "vflow_calls_total"]
+
+
+def named(text: str) -> set[str]:
+    return set(re.findall(r"\bvflow_[a-z_]+\b", text))
+
+
+def test_what_is_told_is_documented_and_what_is_drawn_and_watched_is_told(watched: Served) -> None:
+    ours = {each.name: each.type for each in families(watched) if each.name.startswith("vflow_")}
+    ours = {name: kind for name, kind in ours.items() if not name.endswith("_created")}
+    told = {f"{name}_total" if kind == "counter" else name for name, kind in ours.items()}
+    assert len(told) > 40
+    assert named((ROOT / "docs/operations.md").read_text()) == told
+    parts = {
+        f"{name}_{part}" for name, kind in ours.items() if kind == "histogram" for part in ("bucket", "sum", "count")
+    }
+    dashboard = json.loads((ROOT / "deploy/grafana/dashboards/vflow.json").read_text())
+    drawn = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+    alerts = (ROOT / "deploy/prometheus/alerts.yml").read_text()
+    assert len(drawn) > 30
+    assert named(" ".join(drawn)) | named(alerts) <= told | parts
+
+
+def test_every_alarm_is_explained() -> None:
+    alarms = re.findall(r"alert: (\w+)", (ROOT / "deploy/prometheus/alerts.yml").read_text())
+    explained = re.findall(r"^\| `(VFlow\w+)` \|", (ROOT / "docs/operations.md").read_text(), re.M)
+    assert alarms == explained
