@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,17 +67,18 @@ class Search:
     def _pieces(self, emit: Callable[[SearchProgress], None]) -> Generator[Any, None, None]:
         """The tuner's, saying in between what they are for."""
         last = Metadata.PHASE_UNSPECIFIED
-        for said in self._tuner.steps():
-            if self._calibration.prepared:
-                phase = Metadata.SEARCHING
-            elif isinstance(said, Aside):
-                phase = Metadata.ENCODING
-            else:
-                phase = Metadata.ANSWERING
-            if phase != last:
-                emit(self._progress(phase))
-                last = phase
-            yield said
+        with closing(self._tuner.steps()) as steps:
+            for said in steps:
+                if self._calibration.prepared:
+                    phase = Metadata.SEARCHING
+                elif isinstance(said, Aside):
+                    phase = Metadata.ENCODING
+                else:
+                    phase = Metadata.ANSWERING
+                if phase != last:
+                    emit(self._progress(phase))
+                    last = phase
+                yield said
 
     def _progress(self, phase: Metadata.Phase, trial: Trial | None = None) -> SearchProgress:
         return SearchProgress(phase, trial, self._tuner.base_objective)

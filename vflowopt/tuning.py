@@ -12,7 +12,7 @@ torch, and is maintained; scikit-optimize's repository was archived in 2024, BoT
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
 from typing import get_args
@@ -110,7 +110,7 @@ class Tuner:
         """How many trials are over."""
         return len(self.finished)
 
-    def steps(self) -> Iterator[Pause | Trial]:
+    def steps(self) -> Generator[Pause | Trial, None, None]:
         """Search, in bounded pieces: yields each finished trial, and pauses.
 
         Closed early, it keeps the best so far, and can be called again to go on.
