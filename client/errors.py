@@ -10,7 +10,8 @@
     │   ├── RequestIdReused
     │   ├── PageTokenInvalid
     │   ├── NameInvalid           not a resource name or digest of the kind that was asked for
-    │   └── TenantInvalid         not the name of a tenant
+    │   ├── TenantInvalid         not the name of a tenant
+    │   └── MessageInvalid        not the message that the method takes: the contracts of both sides differ
     ├── Unauthenticated           TOKEN_*: no token, or none that is valid (see `reason`)
     ├── PermissionDenied          the token is valid, but not for this
     │   ├── AdminRequired         the method is for administrators
@@ -129,6 +130,10 @@ class NameInvalid(InvalidRequest):
 
 class TenantInvalid(InvalidRequest):
     """Not the name of a tenant: 1 to 63 lower-case letters, digits and hyphens."""
+
+
+class MessageInvalid(InvalidRequest):
+    """Not the message that the method takes: this client and the service hold to different contracts."""
 
 
 class Unauthenticated(VFlowError):
@@ -282,6 +287,7 @@ CLASS_OF_REASON: Mapping[str, type[VFlowError]] = {
     "PAGE_TOKEN_INVALID": PageTokenInvalid,
     "NAME_INVALID": NameInvalid,
     "TENANT_INVALID": TenantInvalid,
+    "MESSAGE_INVALID": MessageInvalid,
     "TOKEN_MISSING": Unauthenticated,
     "TOKEN_INVALID": Unauthenticated,
     "TOKEN_EXPIRED": Unauthenticated,

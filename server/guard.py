@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 from structlog.contextvars import bind_contextvars
 
@@ -51,7 +52,10 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
             # As a stream of requests it is called before the first one is received: so of what a caller without access
             # sends no message is buffered and none is parsed.
             return grpc.stream_unary_rpc_method_handler(_guarded(_refusing(refusal), name, None))
-        return around(handler, lambda behaviour: _guarded(behaviour, name, caller))
+        if handler.request_streaming:
+            return around(handler, lambda behaviour: _guarded(behaviour, name, caller))
+        parse = handler.request_deserializer
+        return around(handler, lambda behaviour: _guarded(_parsing(behaviour, parse), name, caller), raw=True)
 
 
 def _refusing(refusal: ServiceError) -> Behaviour:
@@ -59,6 +63,23 @@ def _refusing(refusal: ServiceError) -> Behaviour:
         raise refusal
 
     return refuse
+
+
+def _parsing(behaviour: Behaviour, parse: Callable[[bytes], Any]) -> Behaviour:
+    """``behaviour`` for bytes: left to gRPC, those that are no message would end the call as a fault of ours."""
+
+    async def read(message: bytes, context: Context) -> Any:
+        try:
+            request = parse(message)
+        except DecodeError as error:
+            raise ServiceError(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "MESSAGE_INVALID",
+                f"the request is not the message that this method takes ({error}); send what the contract says",
+            ) from None
+        return await behaviour(request, context)
+
+    return read
 
 
 def _guarded(behaviour: Behaviour, name: str, caller: Caller | None) -> Behaviour:

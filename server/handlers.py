@@ -12,8 +12,8 @@ Behaviour = Callable[[Any, Context], Awaitable[Any]]
 """What a method does with a request, or with the stream of them; it writes streamed responses to the context."""
 
 
-def around(handler: Any, wrap: Callable[[Behaviour], Behaviour]) -> Any:
-    """``handler`` with ``wrap`` around its behaviour."""
+def around(handler: Any, wrap: Callable[[Behaviour], Behaviour], *, raw: bool = False) -> Any:
+    """``handler`` with ``wrap`` around its behaviour, which is handed requests as bytes where they are to be ``raw``."""
     build, behaviour = {
         (False, False): (grpc.unary_unary_rpc_method_handler, handler.unary_unary),
         (False, True): (grpc.unary_stream_rpc_method_handler, handler.unary_stream),
@@ -22,6 +22,6 @@ def around(handler: Any, wrap: Callable[[Behaviour], Behaviour]) -> Any:
     }[bool(handler.request_streaming), bool(handler.response_streaming)]
     return build(
         wrap(behaviour),
-        request_deserializer=handler.request_deserializer,
+        request_deserializer=None if raw else handler.request_deserializer,
         response_serializer=handler.response_serializer,
     )

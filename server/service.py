@@ -262,6 +262,7 @@ class Service:
             watch=self.watch,
             retunes=self.retunes,
             ledger=self.ledger,
+            access=self.access,
         ).pages
 
     async def _told_metrics(self, request: Request) -> Answer:

@@ -6,6 +6,7 @@ Belongs to the event loop's thread, but for drawing.
 from __future__ import annotations
 
 import asyncio
+import base64
 import ipaddress
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +16,9 @@ from urllib.parse import urlsplit
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from vflow.v1 import images_pb2
+from vflow_server.access import Access
+from vflow_server.caller import Caller, bind_caller, current_caller
 from vflow_server.engine import Engine, Steps
 from vflow_server.errors import ServiceError
 from vflow_server.ledger import Ledger
@@ -28,6 +32,7 @@ from vflow_server.strategies import StrategyStore
 from vflow_server.watch import Watch
 from vflow_server.workbench import Workbench
 from vflowopt.compression import CompressedImage
+from vflowopt.picture import Detail
 
 MOST_ROWS = 25
 """Rows of a table; the latest ones are shown."""
@@ -36,6 +41,8 @@ _NOTHING_FOREIGN = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self'; style-src 'unsafe-inline'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
 }
+
+_ASK = {"WWW-Authenticate": 'Basic realm="VFlow", charset="UTF-8"'}
 
 
 class StatusPage:
@@ -50,6 +57,8 @@ class StatusPage:
         watch: what it has seen.
         retunes: the one that is under way.
         ledger: the latest receipts.
+        access: who may look: where there are tokens, whoever brings an administrator's as the password, and only at
+            what is of that token's tenant.
     """
 
     def __init__(
@@ -63,6 +72,7 @@ class StatusPage:
         watch: Watch,
         retunes: Retunes,
         ledger: Ledger,
+        access: Access,
     ) -> None:
         self._engine = engine
         self._bench = bench
@@ -72,6 +82,7 @@ class StatusPage:
         self._watch = watch
         self._retunes = retunes
         self._ledger = ledger
+        self._access = access
         self._started = time.time()
         environment = Environment(
             loader=PackageLoader("vflow_server"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -83,11 +94,46 @@ class StatusPage:
     @property
     def pages(self) -> Mapping[str, Page]:
         """The pages, by path."""
-        return {"/": _local(self._show), "/picture": _local(self._show_picture), "/overlay.png": _local(self._draw)}
+        pages = {"/": self._show, "/picture": self._show_picture, "/overlay.png": self._draw}
+        return {path: self._guarded(page) for path, page in pages.items()}
+
+    def _guarded(self, page: Page) -> Page:
+        """Answer administrators only, and only those who name this machine by its address, or as localhost.
+
+        A page of somebody else's, in a browser on this machine, could otherwise have its own name lead here and read
+        along.
+        """
+
+        async def answered(request: Request) -> Answer:
+            if not _names_this_machine(request.headers.get("host", "")):
+                return refusal(HTTPStatus.FORBIDDEN, told="Ask by address, or as localhost.")
+            if not self._access.open:
+                caller = self._administrator(request.headers.get("authorization", ""))
+                if caller is None:
+                    return refusal(HTTPStatus.UNAUTHORIZED, _ASK, "The password is an administrator's token.")
+                bind_caller(caller)
+            return await page(request)
+
+        return answered
+
+    def _administrator(self, authorization: str) -> Caller | None:
+        """The administrator whose token is the password; None where there is none, or it is not one's."""
+        scheme, _, encoded = authorization.partition(" ")
+        try:
+            brought = base64.b64decode(encoded, validate=True).decode()
+            caller = self._access.bearer(brought.partition(":")[2])
+        except (ValueError, ServiceError):
+            return None
+        return caller if scheme.lower() == "basic" and caller.admin else None
+
+    def _visible(self, tenant: str) -> bool:
+        """Whether whoever asks may see what is of ``tenant``."""
+        return self._access.open or current_caller().tenant == tenant
 
     async def _show(self, request: Request) -> Answer:
         runtime, operation = self._bench.runtime, self._retunes.running
-        sessions = sorted(self._sessions, key=lambda session: session.used, reverse=True)
+        visible = [session for session in self._sessions if self._visible(session.tenant)]
+        sessions = sorted(visible, key=lambda session: session.used, reverse=True)
         return _page(
             self._status.render(
                 version=version("vflow"),
@@ -102,10 +148,11 @@ class StatusPage:
                 strategies=list(self._strategies),
                 active=self._strategies.active,
                 layers=runtime.layers,
+                low_detail=images_pb2.Image.LOW,
                 watched=dict(self._watch.totals),
                 retune=operation and operation.metadata,
-                turns=list(self._ledger.turns)[:MOST_ROWS],
-                pictures=list(self._ledger.pictures)[:MOST_ROWS],
+                turns=[turn for turn in self._ledger.turns if self._visible(turn.tenant)][:MOST_ROWS],
+                pictures=[each for each in self._ledger.pictures if self._visible(each.tenant)][:MOST_ROWS],
             )
         )
 
@@ -114,7 +161,11 @@ class StatusPage:
             return _gone()
         return _page(
             self._picture.render(
-                query={name: request.query[name] for name in ("tenant", "digest", "strategy")},
+                query={
+                    name: request.query[name]
+                    for name in ("tenant", "digest", "strategy", "detail")
+                    if name in request.query
+                },
                 shapes=image.layout.shapes(),
                 stages=[len(kept) for kept in image.kept],
                 tokens=image.tokens,
@@ -136,11 +187,12 @@ class StatusPage:
         """The compressed picture that a request names, if it and the picture itself are still at hand."""
         tenant = request.query.get("tenant", "")
         picture = self._pictures.held(tenant, request.query.get("digest", ""))
-        if picture is None:
+        if picture is None or not self._visible(tenant):
             return None
         try:
             strategy = self._strategies.get(request.query.get("strategy", "")).strategy
-            held = Encode(picture, strategy, tenant)
+            detail: Detail = "low" if request.query.get("detail") == "low" else "high"
+            held = Encode(picture.in_detail(detail), strategy, tenant)
 
             def work(emit: Callable[[object], None]) -> Steps[CompressedImage | None]:
                 return self._bench.held(held)
@@ -151,22 +203,14 @@ class StatusPage:
             return None
 
 
-def _local(page: Page) -> Page:
-    """Answer only those who name this machine by its address, or as localhost.
-
-    A page of somebody else's, in a browser on this machine, could otherwise have its own name lead here and read along.
-    """
-
-    async def answered(request: Request) -> Answer:
-        name = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
-        try:
-            ipaddress.ip_address(name)
-        except ValueError:
-            if name != "localhost":
-                return refusal(HTTPStatus.FORBIDDEN, told="Ask by address, or as localhost.")
-        return await page(request)
-
-    return answered
+def _names_this_machine(host: str) -> bool:
+    """Whether ``host``, with or without a port, is an address or localhost."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        ipaddress.ip_address(name)
+    except ValueError:
+        return host.partition(":")[0] == "localhost"
+    return True
 
 
 def _page(html: str) -> Answer:

@@ -1,5 +1,6 @@
 """The status page, as a browser on this machine gets it."""
 
+import base64
 import shutil
 import subprocess
 import urllib.error
@@ -17,6 +18,8 @@ from PIL import Image
 
 from tests.server.conftest import Serve
 from tests.server.served import Served
+from vflow_server.caller import Caller
+from vflow_server.tokens import new_token
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -30,6 +33,13 @@ def fetched(served: Served, path: str, headers: Mapping[str, str] | None = None)
     request = urllib.request.Request(f"http://127.0.0.1:{served.service.side_port}{path}", headers=dict(headers or {}))
     with urllib.request.urlopen(request, timeout=10) as answer:
         return answer.headers, answer.read()
+
+
+def refused(served: Served, path: str, headers: Mapping[str, str] | None = None) -> tuple[int, Message]:
+    with pytest.raises(urllib.error.HTTPError) as told:
+        fetched(served, path, headers)
+    told.value.close()
+    return told.value.code, told.value.headers
 
 
 class Reader(HTMLParser):
@@ -111,13 +121,11 @@ def test_what_is_not_held_is_not_found(served: Served, picture: bytes, query: Ma
     with served.client.session() as session:
         asked["digest"] = session.add_image(picture).digest
         fetched(served, f"/overlay.png?{urllib.parse.urlencode(asked)}")
-        with pytest.raises(urllib.error.HTTPError, match="404"):
-            fetched(served, f"/overlay.png?{urllib.parse.urlencode({**asked, **query})}")
+        assert refused(served, f"/overlay.png?{urllib.parse.urlencode({**asked, **query})}")[0] == 404
 
 
 def test_a_name_that_leads_here_is_refused(served: Served) -> None:
-    with pytest.raises(urllib.error.HTTPError, match="403"):
-        fetched(served, "/", {"Host": "rebound.example:80"})
+    assert refused(served, "/", {"Host": "rebound.example:80"})[0] == 403
     fetched(served, "/metrics", {"Host": "vflow:9464"})  # as Prometheus does from its container
     fetched(served, "/", {"Host": "localhost:9464"})
 
@@ -129,9 +137,38 @@ def test_names_are_shown_as_text(served: Served) -> None:
     assert "default-src 'none'" in headers["Content-Security-Policy"]
 
 
+def basic(password: str) -> dict[str, str]:
+    return {"Authorization": f"Basic {base64.b64encode(f'any:{password}'.encode()).decode()}"}
+
+
+def test_with_tokens_an_administrator_sees_its_own_tenant_alone(serve: Serve, picture: bytes, tmp_path: Path) -> None:
+    callers = {
+        "acme": Caller("acme", admin=True),
+        "rival": Caller("rival", admin=True),
+        "user": Caller("acme", admin=False),
+    }
+    made = {name: new_token(caller) for name, caller in callers.items()}
+    (tmp_path / "tokens").write_text("\n".join(entry.line() for _, entry in made.values()))
+    served = serve(metrics_port="0", status_page="on", tokens=str(tmp_path / "tokens"))
+    acme, rival, user = (basic(token) for token, _ in made.values())
+    with served.connect(token=made["user"][0]) as client, client.session() as session:
+        receipt = session.add_image(picture)
+        for brought in ({}, user, basic("none"), {"Authorization": "Basic ?"}, {"Authorization": "Bearer x"}):
+            code, headers = refused(served, "/", brought)
+            assert code == 401 and headers["WWW-Authenticate"].startswith("Basic ")
+        mine = Reader(fetched(served, "/", acme)[1])
+        theirs = Reader(fetched(served, "/", rival)[1])
+        assert session.name.removeprefix("sessions/")[:10] in mine.text and "acme" not in theirs.text
+        (link,) = mine.links
+        assert receipt.digest in link and not theirs.links
+        overlay = Reader(fetched(served, link, acme)[1]).pictures[0]
+        assert fetched(served, overlay, acme)[1].startswith(b"\x89PNG")
+        for path in (link, overlay):
+            assert refused(served, path, rival)[0] == 404
+
+
 def test_it_is_off_unless_asked_for_and_only_for_this_machine(serve: Serve) -> None:
-    with pytest.raises(urllib.error.HTTPError, match="404"):
-        fetched(serve(metrics_port="0"), "/")
+    assert refused(serve(metrics_port="0"), "/")[0] == 404
     with pytest.raises(ValueError, match="--status-page shows what users sent"):
         serve(metrics_port="0", metrics_host="0.0.0.0", status_page="on")
 
