@@ -179,13 +179,20 @@ def _contestants(options: argparse.Namespace, runtime: Runtime) -> list[Contesta
             known = ", ".join(method.name for method in methods)
             raise ValueError(f"no method is called {', '.join(unknown)}; with this --compare there are {known}")
         methods = [method for method in methods if method.name in options.methods]
-    contestants: list[Contestant] = [(method, options.retention) for method in methods]
+    contestants: list[Contestant] = []
+    for method in methods:
+        if (flaw := method.flaw(runtime.model)) is None:
+            contestants.append((method, options.retention))
+        else:
+            print(f"fidelity: left out: {method.name} {flaw}", file=sys.stderr)
     for path in options.strategy:
         strategy = Strategy.from_json(path.read_text(encoding="utf-8"))
         budget = strategy.budget(runtime.layers)
         # Verdicts compare equal retentions: what was solved for a budget misses it by rounding.
         budget = next((each for each in options.retention if abs(each - budget) < 1e-6), budget)
         contestants.append((VFlowOpt(f"vflowopt-{path.stem}", {budget: strategy}), (budget,)))
+    if not contestants:
+        raise ValueError("no method is left to measure; name others by --methods")
     return contestants
 
 

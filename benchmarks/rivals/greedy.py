@@ -10,13 +10,13 @@ from vflowopt.compression import EncodedImage
 
 
 def content_similarity(encoded: EncodedImage) -> tuple[Tensor, Tensor]:
-    """Cosine similarity of the projected tokens with pixels.
+    """Cosine similarity of the projected tokens with pixels, as the first decoder layer gets them.
 
     Returns:
         float32 [n, n], and the indices int64 [n] of these tokens among all N.
     """
     content = (~encoded.layout.structural).nonzero().squeeze(-1)
-    features = F.normalize(encoded.embeddings.float().cpu()[content], dim=-1)
+    features = F.normalize(encoded.entering.float().cpu()[content], dim=-1)
     return features @ features.T, content
 
 

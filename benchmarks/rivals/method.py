@@ -10,6 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vflowopt.compression import CompressedImage, EncodedImage, choose
+from vflowopt.models import MultimodalModel
 from vflowopt.picture import Picture
 from vflowopt.pruning import stage_targets
 from vflowopt.runtime import Runtime
@@ -63,6 +64,10 @@ class Method(ABC):
 
     name: str
     question_aware: ClassVar[bool] = False
+
+    def flaw(self, model: MultimodalModel) -> str | None:
+        """Why the method cannot be had with a model, in words that follow its name; None: it can."""
+        return None
 
     @abstractmethod
     def compress(self, runtime: Runtime, sight: Sight, retentions: Sequence[float]) -> list[Compressed]:

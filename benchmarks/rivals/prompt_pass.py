@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vflowopt.attention import AttentionPlan
-from vflowopt.compression import EncodedImage, choose
+from vflowopt.compression import CompressedImage, EncodedImage, choose
 from vflowopt.runtime import Runtime
 from vflowopt.strategy import Strategy
 
@@ -34,8 +34,12 @@ class PromptPass:
         ids = [item for item in items if isinstance(item, int)]
         with torch.inference_mode():
             words = runtime.model.decoder.embed_tokens(torch.tensor(ids, device=runtime.model.device))
-            self._hidden = torch.cat((words[: self._start], whole.embeddings, words[self._start :]))
-            self._rotary = self._decoder.rotary(torch.arange(len(self._hidden)))
+            entering, *later = whole.embeddings.split(words.shape[1], dim=1)
+            before, behind = words.split([self._start, len(words) - self._start])
+            self._hidden = torch.cat((before, entering, behind))
+            # Features that enter behind the first layers (deepstack); text has none.
+            self._later = [torch.cat((before * 0, features, behind * 0)) for features in later]
+            self._rotary = self._decoder.rotary(self._positions(whole, len(behind)))
         self._attention = _Recorded()
         self.present = torch.arange(tokens)
 
@@ -52,7 +56,10 @@ class PromptPass:
     @torch.inference_mode()
     def run(self, layers: range) -> None:
         """Go through a run of layers, the next ones in turn."""
-        self._hidden = self._decoder.run(layers, self._hidden, self._rotary, self._attention)
+        for layer in layers:
+            self._hidden = self._decoder.run(range(layer, layer + 1), self._hidden, self._rotary, self._attention)
+            if layer < len(self._later):
+                self._hidden = self._hidden + self._later[layer]
 
     @torch.inference_mode()
     def attention(self, text: Tensor | None = None) -> Tensor:
@@ -75,7 +82,14 @@ class PromptPass:
         stays[self._start : self._start + len(self.present)] = torch.isin(self.present, kept)
         rows = stays.nonzero().squeeze(-1).to(self._hidden.device)
         self._hidden, self._rotary = self._hidden[rows], self._decoder.pick(self._rotary, rows)
+        self._later = [features[rows] for features in self._later]
         self.present = kept
+
+    def _positions(self, whole: CompressedImage, behind: int) -> Tensor:
+        """Where the prompt's tokens stand, int64 [tokens] or [axes, tokens], with so many ``behind`` the picture."""
+        axes, end = whole.positions.shape[:-1], self._start + whole.span
+        text = torch.arange(self._start).expand(*axes, -1), torch.arange(end, end + behind).expand(*axes, -1)
+        return torch.cat((text[0], whole.positions + self._start, text[1]), dim=-1)
 
 
 class _Recorded(AttentionPlan):

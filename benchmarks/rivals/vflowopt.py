@@ -160,7 +160,7 @@ def _without_empty_rows(encoded: EncodedImage, strategy: Strategy, layers: int) 
     layout, scores = encoded.layout, score(encoded, strategy)
     if strategy.diversity:
         every = int((~layout.structural).sum())
-        scores = diversified(scores, encoded.embeddings, layout.structural, every, strategy.diversity)
+        scores = diversified(scores, encoded.entering, layout.structural, every, strategy.diversity)
     targets = stage_targets(strategy, len(layout), int(layout.structural.sum()), layers)
     kept = tuple(_best_with_row_ends(encoded, scores, target) for target in targets)
     return Compressed(
@@ -171,9 +171,10 @@ def _without_empty_rows(encoded: EncodedImage, strategy: Strategy, layers: int) 
             kept=kept,
             recycled=kept[0][:0],
             embeddings=encoded.embeddings[kept[0].to(encoded.embeddings.device)],
-            positions=kept[0],
-            span=len(layout),
+            positions=encoded.places[..., kept[0]],
+            span=encoded.span,
             timings=CompressionTimings(encoded.encode_ms, 0.0, 0.0),
+            detail=encoded.detail,
         ),
         strategy,
     )

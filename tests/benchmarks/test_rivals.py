@@ -15,7 +15,7 @@ from benchmarks.rivals.fastervlm import FasterVlm, attention_received
 from benchmarks.rivals.greedy import content_similarity
 from benchmarks.rivals.method import content_kept, tokens_kept
 from benchmarks.rivals.prompt_pass import PromptPass
-from benchmarks.rivals.pyramiddrop import PyramidDrop, pyramid
+from benchmarks.rivals.pyramiddrop import pyramid
 from benchmarks.rivals.random_choice import RandomChoice
 from benchmarks.rivals.scope import Scope
 from benchmarks.rivals.uniform_grid import UniformGrid
@@ -238,21 +238,6 @@ def test_scope_without_saliency_covers_best(runtime: Runtime, sight: Sight) -> N
     assert all(covered > coverage(RandomChoice(seed)) for seed in range(10)) and covered >= coverage(FasterVlm())
 
 
-def test_the_prompt_pass_is_the_decoder_s_own_way(runtime: Runtime, sight: Sight) -> None:
-    prompt = PromptPass(runtime, sight.encoded, sight.question)
-    for layer in range(runtime.layers):
-        prompt.run(range(layer, layer + 1))
-    weights = prompt.attention()
-    assert weights.shape == (len(sight.encoded.layout),) and 0 < float(weights.sum()) < 1
-    (full,) = VFlowOpt().compress(runtime, sight, [1.0])
-    conversation = runtime.start(full.strategy)
-    logits = runtime.extend(conversation, runtime.chat.turn(0, [full.image, sight.question]))
-    conversation.release()
-    assert logits is not None
-    mine = runtime.model.head(runtime.decoder.norm(prompt.text_states[-1:]))[0].float()
-    torch.testing.assert_close(mine, logits, rtol=1e-4, atol=1e-4)
-
-
 def test_votes_are_the_attention_that_hugging_face_computes(runtime: Runtime, folder: Path, sight: Sight) -> None:
     network = LlavaOnevisionForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
     tokens = len(sight.encoded.layout)
@@ -270,21 +255,6 @@ def test_votes_are_the_attention_that_hugging_face_computes(runtime: Runtime, fo
     torch.testing.assert_close(prompt.attention(), weights[1][0].mean(0)[-1, visual], rtol=1e-4, atol=1e-6)
     two = weights[1][0].mean(0)[before + tokens + torch.tensor([0, 3]), visual].mean(0)
     torch.testing.assert_close(prompt.attention(torch.tensor([0, 3])), two, rtol=1e-4, atol=1e-6)
-
-
-def test_dropping_on_the_way_is_what_the_cache_will_hold(runtime: Runtime, sight: Sight) -> None:
-    (outcome,) = PyramidDrop().compress(runtime, sight, [0.5])
-    prompt = PromptPass(runtime, sight.encoded, sight.question)
-    ends = (*outcome.strategy.starts[1:], runtime.layers)
-    for start, end, kept in zip(outcome.strategy.starts, ends, outcome.image.kept, strict=True):
-        prompt.keep(kept)
-        prompt.run(range(start, end))
-    conversation = runtime.start(outcome.strategy)
-    logits = runtime.extend(conversation, runtime.chat.turn(0, [outcome.image, sight.question]))
-    conversation.release()
-    assert logits is not None
-    mine = runtime.model.head(runtime.decoder.norm(prompt.text_states[-1:]))[0].float()
-    torch.testing.assert_close(mine, logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("retention", [0.05, 0.1, 0.25, 0.5, 0.9, 1.0])

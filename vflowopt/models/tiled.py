@@ -90,7 +90,7 @@ class TiledModel(MultimodalModel):
             EncodedImage(
                 digest=picture.digest,
                 embeddings=embeddings,
-                layout=self.layout(*size, picture.detail),
+                layout=self.layout(picture.height, picture.width, picture.detail),
                 query=query,
                 key=key,
                 scale=self.tower.scale,

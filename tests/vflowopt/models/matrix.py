@@ -21,6 +21,18 @@ class TinyModel(Protocol):
         """Make it and save it as the folder that real ones come in; returns the folder."""
 
 
+ONE_EACH: tuple[TinyModel, ...] = (
+    SHAPES[0],
+    LLAVA[0],
+    LLAVA_NEXT[1],
+    INTERNVL[0],
+    MISTRAL3[0],
+    QWEN2_VL[0],
+    QWEN2_5_VL[0],
+    QWEN3_VL[0],
+)
+"""One of every family, for what takes long."""
+
 MODELS: tuple[TinyModel, ...] = (
     *SHAPES,
     *LLAVA,

@@ -151,6 +151,16 @@ def test_features_that_enter_later_are_recycled_with_their_token(model: QwenVl, 
         torch.testing.assert_close(image.embeddings[:, part : part + width], alone.embeddings)
 
 
+def test_likeness_is_of_what_enters_the_first_layer(model: QwenVl, pictures: list[Picture]) -> None:
+    (encoded,) = model.encode(pictures[:1])
+    strategy = Strategy((0,), (0.3,), diversity=0.9)
+    scores = score(encoded, strategy)
+    width = model.decoder.embed_tokens.embedding_dim
+    assert encoded.later == _features_that_enter_later(model)
+    first = replace(encoded, embeddings=encoded.embeddings[:, :width], later=0)
+    assert torch.equal(choose(encoded, scores, strategy, 6).kept[0], choose(first, scores, strategy, 6).kept[0])
+
+
 def _features_that_enter_later(model: QwenVl) -> int:
     return len(getattr(model.network.config.vision_config, "deepstack_visual_indexes", ()))
 
