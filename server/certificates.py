@@ -68,4 +68,4 @@ def _readable(file: Path) -> None:
     try:
         file.open("rb").close()
     except OSError as error:
-        raise OSError(f"the TLS file {file} cannot be read: {error.strerror}") from None
+        raise OSError(f"{file} cannot be read: {error.strerror}") from None

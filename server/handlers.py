@@ -13,7 +13,7 @@ Behaviour = Callable[[Any, Context], Awaitable[Any]]
 
 
 def around(handler: Any, wrap: Callable[[Behaviour], Behaviour], *, raw: bool = False) -> Any:
-    """``handler`` with ``wrap`` around its behaviour, which is handed requests as bytes where they are to be ``raw``."""
+    """``handler`` with ``wrap`` around its behaviour; ``raw``: which is handed requests as bytes."""
     build, behaviour = {
         (False, False): (grpc.unary_unary_rpc_method_handler, handler.unary_unary),
         (False, True): (grpc.unary_stream_rpc_method_handler, handler.unary_stream),

@@ -67,5 +67,12 @@ class WatchedFiles(Generic[T]):
             log.info("files that changed were read again", files=[str(file) for file in self._files])
 
     def _look(self) -> Signature:
-        stats = [file.stat() for file in self._files]
-        return tuple((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats)
+        return tuple(map(_signature, self._files))
+
+
+def _signature(file: Path) -> tuple[int, int, int]:
+    try:
+        stat = file.stat()
+    except OSError as error:
+        raise OSError(f"{file} cannot be read: {error.strerror}") from None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
