@@ -7,10 +7,8 @@ number of conversations as one flat batch. It knows no requests, no sessions and
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +19,13 @@ from vflowopt.attention import AttentionPlan, Plan
 from vflowopt.cache import PagePool, StagedCache, reserve
 from vflowopt.chat import ChatFormat
 from vflowopt.compression import CompressedImage, compress
-from vflowopt.conversation import Conversation, Item, Progress, tokens_per_stage
+from vflowopt.conversation import Conversation, Item, tokens_per_stage
 from vflowopt.decode_graph import DecodeGraphs, DecodePlan, Rotary
 from vflowopt.decode_kernel import DecodeKernel, build_decode_kernel
 from vflowopt.decoder import build_decoder
 from vflowopt.models import MultimodalModel, load_model
 from vflowopt.picture import Picture
+from vflowopt.segment import Segment, joined, segment_of
 from vflowopt.strategy import Strategy
 from vflowopt.varlen_attention import Reading, VarlenPlan, readable
 
@@ -224,10 +223,10 @@ class Runtime:
         return list(states.split(list(map(len, items))))
 
     @contextmanager
-    def _running(self, conversations: Sequence[Conversation], limits: Sequence[int | None]) -> Iterator[list[_Segment]]:
+    def _running(self, conversations: Sequence[Conversation], limits: Sequence[int | None]) -> Iterator[list[Segment]]:
         """What each conversation has to run, with room reserved; counted as run behind the block, unless it raises."""
         try:
-            segments = [self._segment(each, limit) for each, limit in zip(conversations, limits, strict=True)]
+            segments = [segment_of(each, limit) for each, limit in zip(conversations, limits, strict=True)]
             reserve([each.cache for each in conversations], [segment.counts for segment in segments])
             with _threads_for(self._products_per_token * sum(map(len, segments))):
                 yield segments
@@ -238,49 +237,10 @@ class Runtime:
         for segment in segments:
             segment.commit()
 
-    def _segment(self, conversation: Conversation, limit: int | None) -> _Segment:
-        """What a conversation has to run."""
-        log, cached = conversation.log, conversation.cached
-        if cached.items == len(log):
-            raise ValueError("the conversation has nothing to run: its cache covers its whole log")
-        stages = len(conversation.cache.stages)
-        if cached.items == len(log) - 1 and isinstance(token := log[-1], int):
-            # By far the most frequent case: one more token of an answer.
-            to = Progress(len(log), 0, cached.position + 1)
-            return _Segment(conversation, [[token]], np.array([cached.position]), None, [1] * stages, to)
-        pieces: list[list[int] | Tensor] = []
-        positions: list[np.ndarray] = []
-        last_stages: list[np.ndarray] = []
-        position, whole, offset, left = cached.position, cached.items, cached.offset, limit or sys.maxsize
-        for run in _runs(log[cached.items :]):
-            if isinstance(run, CompressedImage):
-                part = slice(offset, offset + left)
-                pieces.append(run.embeddings[part])
-                positions.append(run.positions[..., part].numpy() + position)
-                last_stages.append(run.last_stages[part].numpy())
-                left -= len(pieces[-1])
-                offset += len(pieces[-1])
-                if offset < len(run.embeddings):
-                    break
-                position, whole, offset = position + run.span, whole + 1, 0
-            else:
-                run = run[:left]
-                pieces.append(run)
-                positions.append(np.arange(position, position + len(run)))
-                last_stages.append(np.full(len(run), stages - 1))
-                left -= len(run)
-                position, whole = position + len(run), whole + len(run)
-            if not left:
-                break
-        ends = np.concatenate(last_stages)
-        counts = [int((ends >= stage).sum()) for stage in range(stages)]
-        to = Progress(whole, offset, position)
-        return _Segment(conversation, pieces, _joined(positions), ends, counts, to)
-
-    def _logits(self, segments: Sequence[_Segment], wanted: Sequence[int]) -> Tensor:
+    def _logits(self, segments: Sequence[Segment], wanted: Sequence[int]) -> Tensor:
         """Run segments; float32 logits [wanted, vocabulary] after the last tokens of the ``wanted`` ones."""
         caches = [segment.conversation.cache for segment in segments]
-        if self._graphs is not None and all(map(_one_token, segments)) and self._graphs.suit(caches):
+        if self._graphs is not None and all(segment.is_one_token for segment in segments) and self._graphs.suit(caches):
             tokens = [int(segment.pieces[0][0]) for segment in segments]
             positions = [int(segment.positions[0]) for segment in segments]
             return self._graphs.run(caches, tokens, positions)[list(wanted)]
@@ -301,7 +261,7 @@ class Runtime:
             return AttentionPlan(self.pool, layers, caches, counts, self._kernel)
         return VarlenPlan(self.pool, layers, caches, counts, reading=self._reading)
 
-    def _forward(self, segments: Sequence[_Segment], wanted: Sequence[tuple[int, int]]) -> Tensor:
+    def _forward(self, segments: Sequence[Segment], wanted: Sequence[tuple[int, int]]) -> Tensor:
         """Run segments through the decoder layers; hidden states [wanted, hidden] behind the last one.
 
         Args:
@@ -317,7 +277,7 @@ class Runtime:
         # What comes later is added to the outputs of the first layers (deepstack), and is dropped with its token.
         hidden: Tensor
         hidden, *later = embeddings.split(self.model.decoder.embed_tokens.embedding_dim, dim=-1)
-        rotary = self.decoder.rotary(torch.from_numpy(_joined([segment.positions for segment in segments])))
+        rotary = self.decoder.rotary(torch.from_numpy(joined([segment.positions for segment in segments])))
         here = [0] * len(segments)  # the stage that each segment is in
         for layers in _runs_within_stages(caches, self.layers, alone=len(later)):
             entered = [cache.stage_of_layer[layers.start] for cache in caches]
@@ -356,48 +316,6 @@ class Runtime:
         return torch.cat([next(in_turn) if isinstance(piece, list) else piece for piece in pieces])
 
 
-@dataclass(frozen=True, eq=False)
-class _Segment:
-    """What one conversation brings into a forward pass.
-
-    Attributes:
-        conversation: whose it is.
-        pieces: token ids, and embeddings [n, hidden] of visual tokens, in order.
-        positions: int64 [tokens], or [axes, tokens].
-        last_stages: int64 [tokens], in which stage each token is still present; None where all go through.
-        counts: how many tokens enter each stage.
-        to: how far the conversation's cache comes by them.
-    """
-
-    conversation: Conversation
-    pieces: Sequence[list[int] | Tensor]
-    positions: np.ndarray
-    last_stages: np.ndarray | None
-    counts: Sequence[int]
-    to: Progress
-
-    def __len__(self) -> int:
-        """Tokens."""
-        return int(self.positions.shape[-1])
-
-    def staying(self, before: int, stage: int) -> np.ndarray | None:
-        """Which of the tokens present in stage ``before`` go on into ``stage``, bool [tokens]; None where all do."""
-        if self.last_stages is None or self.counts[before] == self.counts[stage]:
-            return None
-        staying: np.ndarray = self.last_stages[self.last_stages >= before] >= stage
-        return staying
-
-    @property
-    def reaches_the_end(self) -> bool:
-        """Whether it runs the last of the log, through all layers."""
-        return self.to.items == len(self.conversation.log) and self.counts[-1] > 0
-
-    def commit(self) -> None:
-        """Count the tokens, all written by now, as cached."""
-        self.conversation.cached = self.to
-        self.conversation.cache.advance(self.counts)
-
-
 _ENOUGH_FOR_THREADS = 8 << 20
 """Multiplications in one product of a layer from which several threads are worth their meeting."""
 
@@ -421,19 +339,6 @@ def _threads_for(products: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _joined(positions: Sequence[np.ndarray]) -> np.ndarray:
-    """Positions [tokens] or [axes, tokens] behind each other; where some have axes, text stands at the same on all."""
-    axes = max(part.shape[:-1] for part in positions)
-    if axes:
-        positions = [np.broadcast_to(part, (*axes, part.shape[-1])) for part in positions]
-    return np.concatenate(positions, axis=-1)
-
-
-def _one_token(segment: _Segment) -> bool:
-    """Whether a segment is a single token of text, and so goes through all layers."""
-    return len(segment) == 1 and isinstance(segment.pieces[0], list)
-
-
 def _revision(model: MultimodalModel) -> str:
     """Digest of every weight's name, shape and first values: enough to tell two trainings apart, quick at any size."""
     digest = hashlib.sha256(model.network.config.to_json_string().encode())
@@ -441,19 +346,6 @@ def _revision(model: MultimodalModel) -> str:
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         digest.update(weight.flatten()[:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _runs(items: Sequence[Item]) -> list[list[int] | CompressedImage]:
-    """Group consecutive token ids."""
-    runs: list[list[int] | CompressedImage] = []
-    for item in items:
-        if isinstance(item, CompressedImage):
-            runs.append(item)
-        elif runs and isinstance(runs[-1], list):
-            runs[-1].append(item)
-        else:
-            runs.append([item])
-    return runs
 
 
 def _runs_within_stages(caches: Sequence[StagedCache], layers: int, alone: int) -> list[range]:
