@@ -49,7 +49,7 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         strategy = request.session.strategy
         if strategy:
             check_name(strategy, "strategies", "session.strategy")
-        return self._message(self._sessions.create(current_caller().tenant, self._strategies.get(strategy)))
+        return self._message(await self._sessions.create(current_caller().tenant, self._strategies.get(strategy)))
 
     async def GetSession(
         self, request: conversations_pb2.GetSessionRequest, context: Context
@@ -133,7 +133,8 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         )
         message.create_time.FromNanoseconds(int(session.created * 1e9))
         message.last_used_time.FromNanoseconds(int(session.used * 1e9))
-        message.expire_time.FromNanoseconds(int((session.used + self._sessions.idle_timeout) * 1e9))
+        if session.goes_on:
+            message.expire_time.FromNanoseconds(int((session.idle_from + self._sessions.idle_timeout) * 1e9))
         return message
 
 

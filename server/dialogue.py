@@ -5,9 +5,10 @@ Changed in the engine's thread only. The event loop reads :attr:`Dialogue.state`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from vflow_server.session_record import Entry, SessionRecord
 from vflowopt.chat import ChatFormat
 from vflowopt.compression import CompressedImage
 from vflowopt.conversation import Conversation, Item
@@ -32,11 +33,17 @@ class Dialogue:
     Args:
         strategy: compresses every picture of this dialogue.
         tenant: whose it is; it shares what is computed for it with that tenant's other dialogues alone.
+        record: what the data folder holds of it; None: nothing.
+
+    Attributes:
+        recalled: whether the log is in memory; that of an earlier process is read when it is needed.
     """
 
-    def __init__(self, strategy: Strategy, tenant: str) -> None:
+    def __init__(self, strategy: Strategy, tenant: str, record: SessionRecord | None = None) -> None:
         self.strategy = strategy
         self.tenant = tenant
+        self.record = record
+        self.recalled = True
         self.state = DialogueState()
         self.turns = 0
         self.images = 0
@@ -77,6 +84,25 @@ class Dialogue:
         self._ahead = list(origin._ahead)
         self._items_ahead = origin._items_ahead
         self.turns, self.images = origin.turns, origin.images
+
+    def resume(self, turns: int, images: int) -> None:
+        """Count what an earlier process finished; :meth:`recall` brings the log of it."""
+        self.turns, self.images, self.recalled = turns, images, False
+        self.publish()
+
+    def recall(self, runtime: Runtime, entries: Iterable[Entry]) -> None:
+        """Take over the log of an earlier process."""
+        log = self.conversation(runtime).log
+        self.turns = self.images = 0
+        for entry in entries:
+            log.extend(entry.items)
+            if entry.answered:
+                self.commit_turn(entry.images)
+            else:
+                for image in entry.items:
+                    if isinstance(image, CompressedImage):
+                        self.commit_picture(image, len(entry.items))
+        self.recalled = True
 
     def release(self) -> None:
         """Give back the KV pages; the log stays, and the next turn rebuilds them."""

@@ -139,6 +139,7 @@ def server_stopping() -> ServiceError:
         grpc.StatusCode.UNAVAILABLE,
         "SERVER_STOPPING",
         "the server is stopping and takes no new work; retry with another server, or with this one once it is back",
+        retry_after=1.0,
     )
 
 

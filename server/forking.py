@@ -7,6 +7,7 @@ from collections.abc import Callable
 from vflow_server.dialogue import Dialogue
 from vflow_server.engine import Steps
 from vflow_server.reading import read_parked
+from vflow_server.recording import recall, write_fork
 from vflow_server.workbench import Workbench
 
 
@@ -28,5 +29,7 @@ class Forking:
         """The steps of the forking."""
         residency = self._bench.residency
         with residency.using(self._origin), residency.using(self._twin):
+            yield from recall(self._bench, self._origin)
+            yield from write_fork(self._origin.record, self._twin.record)
             yield from read_parked(self._bench, self._origin.conversation(self._bench.runtime))
             residency.fork(self._origin, self._twin)

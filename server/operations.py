@@ -22,6 +22,7 @@ from google.rpc import status_pb2
 from vflow.v1 import strategies_pb2
 from vflow_server.atomic_file import replace_file
 from vflow_server.errors import operation_interrupted, operation_not_found
+from vflow_server.quarantine import WrittenByNewerRelease, check_schema, set_aside
 
 Metadata = strategies_pb2.RetuneMetadata
 
@@ -106,7 +107,7 @@ class OperationStore:
         file: where they are kept; None keeps them in memory only.
 
     Raises:
-        ValueError: the file was not written by this service.
+        WrittenByNewerRelease: the file is left as it is.
     """
 
     def __init__(self, file: Path | None = None) -> None:
@@ -169,18 +170,22 @@ class OperationStore:
             await asyncio.shield(self._write_to(self._file))  # a caller that leaves must not let two writes meet
 
     def _load(self, file: Path) -> None:
+        operations: dict[str, Operation] = {}
         try:
             document = json.loads(file.read_text())
-            if document["schema"] != _SCHEMA:
-                raise ValueError(f"schema {document['schema']}, expected {_SCHEMA}")
+            check_schema(file, document["schema"], _SCHEMA)
             for entry in document["operations"]:
                 message = json_format.ParseDict(entry["operation"], operations_pb2.Operation())
                 operation = Operation.from_message(message, next(self._sequence), str(entry["tenant"]))
                 if not message.done:
                     log.warning("an operation was interrupted by the end of the service", operation=message.name)
-                self._operations[message.name] = operation
+                operations[message.name] = operation
+        except WrittenByNewerRelease:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError, json_format.ParseError) as error:
-            raise ValueError(f"{file} does not hold operations of this service ({error}); move it away") from error
+            set_aside(file, error)
+            return
+        self._operations = operations
 
     async def _write_to(self, file: Path) -> None:
         async with self._writing:

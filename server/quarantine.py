@@ -13,6 +13,35 @@ FOLDER = "quarantine"
 log = structlog.get_logger(__name__)
 
 
+class WrittenByNewerRelease(ValueError):
+    """A file that is sound, but that this release cannot read and must not touch.
+
+    Args:
+        file: which.
+        schema: the version that it is written in.
+        known: the latest version that this release knows.
+    """
+
+    def __init__(self, file: Path, schema: object, known: int) -> None:
+        super().__init__(
+            f"{file} was written by a newer release (schema {schema}, this one knows {known}); start that release, or "
+            "move the file away"
+        )
+
+
+def check_schema(file: Path, schema: object, known: int) -> None:
+    """Refuse what ``file`` holds where it is not of the ``known`` schema.
+
+    Raises:
+        WrittenByNewerRelease: it is of a later one.
+        ValueError: it is of none.
+    """
+    if isinstance(schema, int) and schema > known:
+        raise WrittenByNewerRelease(file, schema, known)
+    if schema != known:
+        raise ValueError(f"its schema is {schema!r}, expected {known}")
+
+
 def set_aside(file: Path, because: object) -> None:
     """Move ``file`` into the quarantine beside it.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from vflow.v1 import conversations_pb2
 from vflow_server.errors import InvalidRequest
@@ -11,11 +13,32 @@ REMEMBERED = 16
 """Turns of a session whose answers are kept."""
 
 
-class Replays:
-    """The latest answers of one session. Belongs to the event loop's thread."""
+@dataclass(frozen=True)
+class Answer:
+    """The end of a turn, and what it was the answer to.
 
-    def __init__(self) -> None:
-        self._answers: OrderedDict[str, tuple[str, conversations_pb2.Finished]] = OrderedDict()
+    Attributes:
+        request_id: chosen by the client.
+        fingerprint: digest of the request's content.
+        finished: the contract's message.
+    """
+
+    request_id: str
+    fingerprint: str
+    finished: conversations_pb2.Finished
+
+
+class Replays:
+    """The latest answers of one session. Belongs to the event loop's thread.
+
+    Args:
+        answers: those that are known already, oldest first.
+    """
+
+    def __init__(self, answers: Iterable[Answer] = ()) -> None:
+        self._answers: OrderedDict[str, Answer] = OrderedDict()
+        for answer in answers:
+            self.keep(answer)
 
     def find(self, request_id: str, fingerprint: str) -> conversations_pb2.Finished | None:
         """The stored answer to the request, marked as replayed; None if it is new.
@@ -29,8 +52,8 @@ class Replays:
         """
         if not request_id or request_id not in self._answers:
             return None
-        earlier, answer = self._answers[request_id]
-        if earlier != fingerprint:
+        answer = self._answers[request_id]
+        if answer.fingerprint != fingerprint:
             raise InvalidRequest(
                 "REQUEST_ID_REUSED",
                 "request_id",
@@ -38,13 +61,12 @@ class Replays:
                 metadata={"request_id": request_id},
             )
         replay = conversations_pb2.Finished()
-        replay.CopyFrom(answer)
+        replay.CopyFrom(answer.finished)
         replay.receipt.replayed = True
         return replay
 
-    def keep(self, request_id: str, fingerprint: str, answer: conversations_pb2.Finished) -> None:
+    def keep(self, answer: Answer) -> None:
         """Remember an answer; the oldest goes when there are too many."""
-        if request_id:
-            self._answers[request_id] = (fingerprint, answer)
-            while len(self._answers) > REMEMBERED:
-                self._answers.popitem(last=False)
+        self._answers[answer.request_id] = answer
+        while len(self._answers) > REMEMBERED:
+            self._answers.popitem(last=False)

@@ -6,7 +6,7 @@ Belongs to the engine's thread.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import structlog
@@ -93,7 +93,22 @@ class Residency:
         if self._prefixes.release_one():
             self._metrics.evicted("prefix")
             return True
-        resident = next((dialogue for dialogue in self._idle if dialogue.state.kv_bytes), None)
+        return self._park(self._idle)
+
+    def limit(self, tenant: str, most: int) -> int:
+        """Park what is idle of ``tenant`` until its dialogues hold ``most`` bytes; the bytes that they hold then."""
+        while (held := self._held(tenant)) > most:
+            if not self._park(dialogue for dialogue in self._idle if dialogue.tenant == tenant):
+                break
+        return held
+
+    def _held(self, tenant: str) -> int:
+        held = (dialogue for dialogue in (*self._idle, *self._in_use) if dialogue.tenant == tenant)
+        return sum(dialogue.conversation(self._runtime).kv_bytes for dialogue in held)
+
+    def _park(self, idle: Iterable[Dialogue]) -> bool:
+        """Park the first of the ``idle`` dialogues that holds pages; False if none does."""
+        resident = next((dialogue for dialogue in idle if dialogue.state.kv_bytes), None)
         if resident is None:
             return False
         self._metrics.evicted("idle")
@@ -152,6 +167,11 @@ class Residency:
         self._pictures.forget(dialogue)
         dialogue.release()
         self._idle.pop(dialogue, None)
+
+    def release_all(self) -> None:
+        """Give back all pages, once no work is done any more."""
+        for dialogue in (*self._idle, *self._in_use):
+            dialogue.release()
 
     def check(self) -> int:
         """Bytes of the pages that dialogues hold, after proving that each page is held as often as it has owners.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
@@ -23,12 +24,14 @@ from vflow.v1 import (
 )
 from vflow_server.access import Access
 from vflow_server.admin import Strategies
+from vflow_server.archive import Archive
 from vflow_server.calibration_request import CalibrationReader
 from vflow_server.calls import Calls
 from vflow_server.certificates import CertificateFiles
 from vflow_server.comparisons import Comparisons
 from vflow_server.compression import Compression
 from vflow_server.conversations import Conversations
+from vflow_server.draining import Draining
 from vflow_server.engine import Engine
 from vflow_server.gauges import Gauges
 from vflow_server.guard import Guard
@@ -66,6 +69,9 @@ _FOR_ADMINISTRATORS = tuple(
 NAMES = (*_FOR_USERS, *_FOR_ADMINISTRATORS)
 """Full names of the services, as health checks ask for them."""
 
+_LAST_WORDS = 0.2
+"""Seconds, at least, between the end of a call and the end of its connection."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -89,6 +95,7 @@ class Service:
             parked=ParkedStore(settings.parked_memory, spill),
             metrics=self.metrics,
         )
+        self._draining = Draining()
         self.engine = Engine(
             waiting=settings.max_waiting,
             running=settings.max_running,
@@ -112,6 +119,7 @@ class Service:
             strategies=self.strategies,
             pictures=self.pictures,
         )
+        self.archive = Archive(settings.data, settings.data_bytes) if settings.data and not settings.ephemeral else None
         self.sessions = SessionStore(
             self.engine,
             self.bench,
@@ -119,6 +127,7 @@ class Service:
             self.watch,
             most=settings.max_sessions,
             idle_timeout=settings.idle_timeout,
+            archive=self.archive,
         )
         self.metrics.registry.register(
             Gauges(
@@ -169,13 +178,19 @@ class Service:
         await self._health.enter_graceful_shutdown()
         await self.retunes.close()  # before the calls that wait for it
         grace = self.settings.grace if grace is None else grace
-        await asyncio.gather(*(listener.stop(grace) for listener in self._listeners))
+        begun = time.monotonic()
+        await self._draining.drain(grace)
+        # What has just ended still has its last words to send.
+        left = max(grace - (time.monotonic() - begun), _LAST_WORDS)
+        await asyncio.gather(*(listener.stop(left) for listener in self._listeners))
         for task in self._forever:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
         await asyncio.to_thread(self.engine.stop)
         self.bench.close()
+        if self.archive is not None:
+            await asyncio.to_thread(self.archive.close)
         self.pictures.close()
         await self._side_port.stop()
         await asyncio.to_thread(self.tracing.close)
@@ -207,7 +222,7 @@ class Service:
             port,
             option,
             credentials=files.credentials() if files else None,
-            interceptors=[Calls(self.metrics, self.tracing), Guard(self.access)],
+            interceptors=[Calls(self.metrics, self.tracing), Guard(self.access), self._draining],
             most_bytes=settings.max_message_bytes,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,10 +11,12 @@ from typing import Any, TypeVar
 from vflow.v1 import conversations_pb2, images_pb2
 from vflow_server.dialogue import Dialogue
 from vflow_server.engine import Engine, Steps, Ticket, Work, WorkCancelled
-from vflow_server.errors import session_busy, session_deleted, session_not_found
+from vflow_server.errors import model_changed, session_busy, session_deleted, session_not_found
 from vflow_server.forking import Forking
 from vflow_server.live_samples import LiveSamples
-from vflow_server.replays import Replays
+from vflow_server.recovery import Recovered
+from vflow_server.replays import Answer, Replays
+from vflow_server.session_record import SessionRecord
 from vflow_server.showing import Showing
 from vflow_server.strategies import StrategyRevision
 from vflow_server.turn import Turn, TurnRequest
@@ -48,6 +51,7 @@ class Session:
         bench: what the work is done with.
         live_samples: hears what is shown and asked.
         watch: looks at turns afterwards.
+        record: what the data folder holds of it; None: nothing.
     """
 
     def __init__(
@@ -60,19 +64,25 @@ class Session:
         bench: Workbench,
         live_samples: LiveSamples,
         watch: Watch,
+        record: SessionRecord | None = None,
     ) -> None:
         self.name = name
         self.sequence = sequence
         self.tenant = tenant
         self.revision = revision
-        self.dialogue = Dialogue(revision.strategy, tenant)
-        self.created = self.used = time.time()
+        self.record = record
+        self.dialogue = Dialogue(revision.strategy, tenant, record)
+        self.created = self.used = time.time() if record is None else record.facts.created
         self.deleted = False
         self._engine = engine
         self._bench = bench
         self._live_samples = live_samples
         self._watch = watch
-        self._replays = Replays()
+        # Those of an earlier process are read when the first request comes.
+        self._replays: Replays | None = Replays()
+        self.idle_from = self.used
+        """Unix time in seconds since when it has been idle, for people; see :attr:`idle`."""
+        self._idle_since = time.monotonic()  # sessions expire by a clock that nobody sets
         self._under_way: _UnderWay | None = None
 
     @property
@@ -80,11 +90,28 @@ class Session:
         """Whether a turn or a picture is being worked on."""
         return self._under_way is not None
 
+    @property
+    def idle(self) -> float:
+        """Seconds since its last use, or since it was recovered."""
+        return time.monotonic() - self._idle_since
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it was held with the model that is served now; if not, it is only kept."""
+        return self.record is None or self.record.facts.model == self._bench.runtime.revision
+
+    def recover(self, found: Recovered) -> None:
+        """Go on where an earlier process ended."""
+        self.used, self.idle_from = found.used, time.time()
+        self._replays = None
+        self.dialogue.resume(found.turns, found.images)
+
     async def show(self, picture: Picture) -> images_pb2.ImageReceipt:
         """Show ``picture`` ahead of the next turn.
 
         Raises:
-            ServiceError: SESSION_BUSY, SESSION_NOT_FOUND, SESSION_DELETED, or what the work was refused for.
+            ServiceError: SESSION_BUSY, SESSION_NOT_FOUND, SESSION_DELETED, MODEL_CHANGED, or what the work was refused
+                for.
         """
         await self._until_free()
         ticket = self._begin(Showing(self._bench, self.dialogue, self.name, self.revision.name, picture))
@@ -113,16 +140,27 @@ class Session:
             fingerprint: digest of the request's content.
 
         Raises:
-            ServiceError: SESSION_BUSY, SESSION_NOT_FOUND, REQUEST_ID_REUSED, or what the work was refused for.
+            ServiceError: SESSION_BUSY, SESSION_NOT_FOUND, REQUEST_ID_REUSED, MODEL_CHANGED, or what the work was
+                refused for.
         """
+        replays = await self._remembered()
         await self._until_free(request_id)
-        if (replay := self._replays.find(request_id, fingerprint)) is not None:
+        if (replay := replays.find(request_id, fingerprint)) is not None:
             return replay
-        ticket = self._begin(
-            Turn(self._bench, self.dialogue, self.name, self.revision.name, request, accepted, self._watch), request_id
+        turn = Turn(
+            self._bench,
+            self.dialogue,
+            self.name,
+            self.revision.name,
+            request,
+            accepted,
+            self._watch,
+            (request_id, fingerprint) if request_id else None,
         )
+        ticket = self._begin(turn, request_id)
         # Not the caller's task: a caller that is gone when the turn is done will ask for it again.
-        ticket.on_result(lambda finished: self._replays.keep(request_id, fingerprint, finished))
+        if request_id:
+            ticket.on_result(lambda finished: replays.keep(Answer(request_id, fingerprint, finished)))
         ticket.on_result(lambda _: self._answered(request))
         return ticket
 
@@ -130,7 +168,8 @@ class Session:
         """Give ``twin``, a new session, the past of this one; until that is done it is busy, too.
 
         Raises:
-            ServiceError: SESSION_BUSY, SESSION_NOT_FOUND, SESSION_DELETED, or what the work was refused for.
+            ServiceError: SESSION_BUSY, SESSION_NOT_FOUND, SESSION_DELETED, MODEL_CHANGED, or what the work was refused
+                for.
         """
         await self._until_free()
         ticket = twin._follow(self._begin(Forking(self._bench, self.dialogue, twin.dialogue)))
@@ -158,6 +197,8 @@ class Session:
         return self._engine.submit(self._forget, self.tenant, housekeeping=True)
 
     def _begin(self, work: Work[Any, R], request_id: str = "") -> Ticket[Any, R]:
+        if self.record is not None and not self.goes_on:
+            raise model_changed(self.name, self.record.facts.model, self._bench.runtime.revision)
         return self._follow(self._engine.submit(work, self.tenant), request_id)
 
     def _follow(self, ticket: Ticket[Any, R], request_id: str = "") -> Ticket[Any, R]:
@@ -175,7 +216,15 @@ class Session:
 
     def _ended(self) -> None:
         self._under_way = None
-        self.used = time.time()
+        self.used = self.idle_from = time.time()
+        self._idle_since = time.monotonic()
+
+    async def _remembered(self) -> Replays:
+        if self._replays is None and self.record is not None:
+            answers = await asyncio.wrap_future(self.record.answers())
+            self._replays = self._replays or Replays(answers)
+        assert self._replays is not None, "only a session with a record has answers to read"
+        return self._replays
 
     def _forget(self, emit: Callable[[None], None]) -> Steps[None]:
         self._bench.residency.forget(self.dialogue)

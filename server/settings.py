@@ -88,8 +88,15 @@ class Settings:
         None, "folder for KV caches beyond parked_memory (unset: they are rebuilt when needed)", Path, metavar="PATH"
     )
     spill_bytes: int = option("8GiB", "KV caches in that folder", size, metavar="SIZE")
-    data_dir: Path | None = option(
-        None, "folder for created strategies and searches (unset: forgotten at the end)", Path, metavar="PATH"
+    data: Path | None = option(
+        None,
+        "folder for sessions, created strategies and searches (unset: forgotten at the end)",
+        Path,
+        metavar="PATH",
+    )
+    data_bytes: int = option("8GiB", "sessions and their compressed pictures in that folder", size, metavar="SIZE")
+    ephemeral: bool = option(
+        "off", "keep sessions in memory only, though there is such a folder", switch, metavar="on|off"
     )
     calibration_samples: int = option(
         "0",
@@ -151,7 +158,7 @@ class Settings:
 
     def stored(self, file: str) -> Path | None:
         """Where a file of the data folder is; None where there is no such folder."""
-        return None if self.data_dir is None else self.data_dir / file
+        return None if self.data is None else self.data / file
 
 
 def options() -> dict[str, Option]:

@@ -14,6 +14,8 @@ from vflow_server.engine import Steps
 from vflow_server.needs import Encode
 from vflow_server.reading import read
 from vflow_server.receipts import image_receipt
+from vflow_server.recording import recall, write_down
+from vflow_server.session_record import Entry
 from vflow_server.turn import check_context
 from vflow_server.workbench import Workbench
 from vflowopt.picture import Picture
@@ -43,6 +45,7 @@ class Showing:
         """The steps of the showing."""
         runtime = self._bench.runtime
         with self._bench.residency.using(self._dialogue):
+            yield from recall(self._bench, self._dialogue)
             conversation = self._dialogue.conversation(runtime)
             checkpoint = conversation.checkpoint()
             try:
@@ -53,6 +56,7 @@ class Showing:
                 reading = yield from read(self._bench, self._dialogue, items, want_logits=False)
                 self._bench.wait_for_device()
                 prefill_ms = (time.perf_counter() - reading.begun) * 1000 if reading.begun else 0.0
+                yield from write_down(self._dialogue, Entry(tuple(items), images=1, answered=False))
             except BaseException:  # GeneratorExit is how a cancelled showing ends
                 conversation.rollback(checkpoint)
                 raise

@@ -17,9 +17,10 @@ import grpc
 import structlog
 
 from vflow_server.atomic_file import replace_file
-from vflow_server.errors import CapacityExhausted, NotFound, ServiceError
+from vflow_server.errors import CapacityExhausted, NotFound, ServiceError, storage_failed
 from vflow_server.history import History, StrategyEvent
 from vflow_server.provenance import Provenance
+from vflow_server.quarantine import WrittenByNewerRelease, check_schema, set_aside
 from vflowopt.strategy import Strategy, StrategyError
 
 DEFAULT = "strategies/preset-10"
@@ -160,7 +161,7 @@ class StrategyStore:
 
         Raises:
             StrategyError: it does not fit the model's depth.
-            ServiceError: STRATEGY_EXISTS, CAPACITY_EXHAUSTED.
+            ServiceError: STRATEGY_EXISTS, CAPACITY_EXHAUSTED, STORAGE_FAILED.
         """
         strategy.check(self.layers)
 
@@ -247,23 +248,26 @@ class StrategyStore:
     def _load(self, file: Path) -> None:
         """Read what :meth:`_write` wrote; a strategy that does not fit this model is not offered.
 
+        A file that holds something else is set aside.
+
         Raises:
-            ValueError: the file was not written by this service.
+            WrittenByNewerRelease: the file is left as it is.
         """
+        revisions, misfits = dict(self._revisions), dict(self._misfits)
         try:
-            document = _current(json.loads(file.read_text()))
+            document = _current(json.loads(file.read_text()), file)
             for entry in document["strategies"]:
                 try:
                     strategy = Strategy.from_json(entry["strategy"])
                     strategy.check(self.layers)
                 except StrategyError as error:
                     log.warning("stored strategy left out", strategy=entry["name"], because=str(error))
-                    self._misfits[entry["name"]] = entry
+                    misfits[entry["name"]] = entry
                     continue
                 found = entry["provenance"]
-                self._revisions[entry["name"]] = StrategyRevision(
+                revisions[entry["name"]] = StrategyRevision(
                     entry["name"],
-                    len(self._revisions),
+                    len(revisions),
                     strategy,
                     entry["description"],
                     float(entry["created"]),
@@ -272,10 +276,14 @@ class StrategyStore:
                 )
             history = History.from_document(document["history"])
             # The model's own default goes in for one that does not fit this model.
-            active = history.active if history.active in self._revisions else self._history.active
-            self._history = replace(history, active=active)
+            active = history.active if history.active in revisions else self._history.active
+        except WrittenByNewerRelease:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{file} does not hold strategies of this service ({error}); move it away") from error
+            set_aside(file, error)
+            return
+        self._revisions, self._misfits = revisions, misfits
+        self._history = replace(history, active=active)
 
     async def _write(self, revisions: list[StrategyRevision], history: History) -> None:
         if self._file is None:
@@ -299,14 +307,18 @@ class StrategyStore:
                 ),
             ],
         }
-        await asyncio.to_thread(replace_file, self._file, json.dumps(document, indent=1))
+        try:
+            await asyncio.to_thread(replace_file, self._file, json.dumps(document, indent=1))
+        except OSError as error:
+            raise storage_failed(error) from error
 
 
-def _current(document: dict[str, Any]) -> dict[str, Any]:
+def _current(document: dict[str, Any], file: Path) -> dict[str, Any]:
     """A stored document in today's schema; the first one knew neither searches nor what happened to strategies.
 
     Raises:
         KeyError, TypeError, ValueError: it is none.
+        WrittenByNewerRelease: it is of a later schema.
     """
     if document["schema"] == 1:
         return {
@@ -319,6 +331,5 @@ def _current(document: dict[str, Any]) -> dict[str, Any]:
             },
             "strategies": [{**entry, "draft": False, "provenance": None} for entry in document["strategies"]],
         }
-    if document["schema"] != _SCHEMA:
-        raise ValueError(f"schema {document['schema']}, expected {_SCHEMA}")
+    check_schema(file, document["schema"], _SCHEMA)
     return document

@@ -21,7 +21,10 @@ from vflow_server.needs import Encode, Run
 from vflow_server.parked import Tier
 from vflow_server.reading import read
 from vflow_server.receipts import image_receipt
+from vflow_server.recording import recall, write_down
+from vflow_server.replays import Answer
 from vflow_server.rereading import AnsweredTurn
+from vflow_server.session_record import Entry
 from vflow_server.watch import Watch
 from vflow_server.workbench import Workbench
 from vflowopt.compression import CompressedImage
@@ -63,6 +66,7 @@ class Turn:
         request: what was said and how to answer.
         accepted: ``time.perf_counter()`` when the request came.
         watch: may look at the turn afterwards.
+        keep_as: the request_id and the fingerprint under which the answer is kept; None: it is not kept.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Turn:
         request: TurnRequest,
         accepted: float,
         watch: Watch | None = None,
+        keep_as: tuple[str, str] | None = None,
     ) -> None:
         self._bench = bench
         self._dialogue = dialogue
@@ -82,23 +87,30 @@ class Turn:
         self._request = request
         self._accepted = accepted
         self._watch = watch
+        self._keep_as = keep_as
 
     def __call__(self, emit: Callable[[str], None]) -> Steps[Finished]:
         """The steps of the turn."""
         begun = time.perf_counter()
         with self._bench.residency.using(self._dialogue):
+            yield from recall(self._bench, self._dialogue)
             conversation = self._dialogue.conversation(self._bench.runtime)
             checkpoint = conversation.checkpoint()
             try:
                 images, parts = yield from self._compressed()
                 finished = yield from self._answered(conversation, parts, emit)
+                finished.images.extend(images)
+                finished.receipt.queue_ms = (begun - self._accepted) * 1000
+                said = Entry(tuple(conversation.log[checkpoint.items :]), len(images), answered=True)
+                yield from write_down(self._dialogue, said, self._kept(finished))
             except BaseException:  # GeneratorExit is how a cancelled turn ends
                 conversation.rollback(checkpoint)
                 raise
             self._dialogue.commit_turn(len(images))
-        finished.images.extend(images)
-        finished.receipt.queue_ms = (begun - self._accepted) * 1000
         return finished
+
+    def _kept(self, finished: Finished) -> Answer | None:
+        return None if self._keep_as is None else Answer(*self._keep_as, finished)
 
     def _compressed(
         self,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
@@ -62,9 +63,10 @@ class Workbench:
         self._encoder = ThreadPoolExecutor(1, "encoder")
 
     def close(self) -> None:
-        """Give back the pages that prefixes hold, and remove the files of parked caches, once the engine has ended."""
+        """Give back all pages, and remove the files of parked caches, once the engine has ended."""
         self._encoder.shutdown(cancel_futures=True)
         self.prefixes.clear()
+        self.residency.release_all()
         self.parked.close()
 
     @property
@@ -118,6 +120,16 @@ class Workbench:
         except Exception as failure:
             future.set_exception(failure)
         return future
+
+    def adopt(self, image: CompressedImage, strategy: Strategy, tenant: str) -> CompressedImage:
+        """The picture to put in the place of ``image``, which was stored: the same one, if it is at hand already."""
+        key = (image.identity, strategy, tenant)
+        if (at_hand := self._in_use.get(key)) is not None:
+            return at_hand
+        if image.embeddings.device != self.runtime.model.device:
+            image = replace(image, embeddings=image.embeddings.to(self.runtime.model.device))
+        self._in_use[key] = image
+        return image
 
     def keep(self, asked: Sequence[Encode], images: Sequence[CompressedImage]) -> None:
         """Have compressed pictures at hand for their tenants from now on."""

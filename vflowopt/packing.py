@@ -17,6 +17,8 @@ from vflowopt.compression import CompressedImage, CompressionTimings
 from vflowopt.layout import TokenLayout
 
 _KIND = "vflow.CompressedImage"
+"""The key of the file's metadata under which the scalar fields are, as JSON."""
+
 _LAYOUT, _KEPT = "layout.", "kept."
 
 
@@ -37,7 +39,8 @@ def pack(image: CompressedImage) -> bytes:
             scalars[field.name] = value
     # Clones, since safetensors takes neither two tensors of one memory nor strides.
     whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    return save(whole, {"kind": _KIND, "scalars": json.dumps(scalars, sort_keys=True)})
+    # One entry of metadata alone: safetensors writes several in any order.
+    return save(whole, {_KIND: json.dumps(scalars, sort_keys=True)})
 
 
 def unpack(data: bytes) -> CompressedImage:
@@ -47,7 +50,7 @@ def unpack(data: bytes) -> CompressedImage:
         PackingError: something else made it, or it is damaged.
     """
     try:
-        tensors, scalars = load(data), _scalars(data)
+        tensors: dict[str, Any] = load(data)
         layout = {field.name: tensors.pop(f"{_LAYOUT}{field.name}") for field in fields(TokenLayout)}
         stages = sum(name.startswith(_KEPT) for name in tensors)
         return CompressedImage(
@@ -55,7 +58,7 @@ def unpack(data: bytes) -> CompressedImage:
             kept=tuple(tensors.pop(f"{_KEPT}{stage}") for stage in range(stages)),
             timings=CompressionTimings(0.0, 0.0, 0.0),
             **tensors,
-            **scalars,
+            **_scalars(data),
         )
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise PackingError(f"this is not a compressed picture ({error})") from error
@@ -64,8 +67,5 @@ def unpack(data: bytes) -> CompressedImage:
 def _scalars(data: bytes) -> dict[str, Any]:
     """The scalar fields, from the header: eight bytes say how long it is, then it comes as JSON."""
     length = int.from_bytes(data[:8], "little")
-    metadata = json.loads(data[8 : 8 + length])["__metadata__"]
-    if metadata["kind"] != _KIND:
-        raise ValueError(f"its kind is {metadata['kind']!r}, expected {_KIND!r}")
-    scalars: dict[str, Any] = json.loads(metadata["scalars"])
+    scalars: dict[str, Any] = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_KIND])
     return scalars

@@ -1,6 +1,5 @@
 """Strategies over the wire, and the pages of listings."""
 
-import json
 from pathlib import Path
 
 import grpc
@@ -11,6 +10,7 @@ from tests.server.served import Served
 from vflow.v1.conversations_pb2 import ListSessionsRequest
 from vflow.v1.conversations_pb2_grpc import ConversationsStub
 from vflow_client import Client, EtagMismatch, Strategy, StrategyExists
+from vflow_server.quarantine import FOLDER
 from vflow_server.strategies import StrategyStore
 from vflowopt import strategy as library
 
@@ -59,31 +59,47 @@ def test_a_new_active_strategy_serves_new_sessions_only(client: Client, picture:
 
 
 def test_created_strategies_outlive_the_process(serve: Serve, tmp_path: Path) -> None:
-    first = serve(data_dir=str(tmp_path))
+    first = serve(data=str(tmp_path))
     made = first.client.strategies.create("mine", ratios=[0.5, 0.5, 0.5], description="kept")
     active = first.client.strategies.activate("mine")
     first.stop()
-    found = serve(data_dir=str(tmp_path)).client.strategies.get("mine")
+    found = serve(data=str(tmp_path)).client.strategies.get("mine")
     assert found == active and found.create_time == made.create_time
 
 
-def test_a_stored_strategy_that_does_not_fit_is_kept_for_its_own_model_and_a_foreign_file_refused(
-    serve: Serve, tmp_path: Path
-) -> None:
-    first = serve(data_dir=str(tmp_path))
+def test_a_stored_strategy_that_does_not_fit_is_kept_for_its_own_model(serve: Serve, tmp_path: Path) -> None:
+    first = serve(data=str(tmp_path))
     first.client.strategies.create("mine", ratios=[0.5, 0.5], starts=[0, 5])
     first.stop()
     file = tmp_path / "strategies.json"
     file.write_text(file.read_text().replace("[0,5]", "[0,50]"))
-    second = serve(data_dir=str(tmp_path))
+    second = serve(data=str(tmp_path))
     assert len(list(second.client.strategies.list())) == 4
     with pytest.raises(StrategyExists):
         second.client.strategies.create("mine", ratios=[0.5, 0.5, 0.5])
     second.client.strategies.create("other", ratios=[0.5, 0.5, 0.5])
     assert "[0,50]" in file.read_text()
-    file.write_text(json.dumps({"schema": 99}))
-    with pytest.raises(ValueError, match="move it away"):
-        serve(data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["strategies.json", "operations.json"])
+@pytest.mark.parametrize("content", ['{"schema": 0}', '{"schema": 1', "[]", "\udcff"], ids=repr)
+def test_a_foreign_file_is_set_aside(
+    serve: Serve, tmp_path: Path, name: str, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_bytes(content.encode(errors="surrogateescape"))
+    client = serve(data=str(tmp_path)).client
+    assert len(list(client.strategies.list())) == 4
+    (kept,) = (tmp_path / FOLDER).iterdir()
+    assert kept.read_bytes() == content.encode(errors="surrogateescape")
+    assert str(kept) in "".join(capsys.readouterr().out.split("\n"))
+
+
+@pytest.mark.parametrize("name", ["strategies.json", "operations.json"])
+def test_a_file_of_a_newer_release_is_left_alone(serve: Serve, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"schema": 99}')
+    with pytest.raises(ValueError, match=f"{name} was written by a newer release"):
+        serve(data=str(tmp_path))
+    assert (tmp_path / name).read_text() == '{"schema": 99}'
 
 
 def test_pages_cover_everything_once(served: Served) -> None:

@@ -15,7 +15,7 @@ from vflow_client import OperationInterrupted, RetryPolicy, connect
 def test_a_search_that_was_killed_has_failed_and_what_was_there_is_intact(
     serve: Serve, model_folder: Path, tmp_path: Path
 ) -> None:
-    flags = ("--model", str(model_folder), "--kv-budget", "32MiB", "--data-dir", str(tmp_path))
+    flags = ("--model", str(model_folder), "--kv-budget", "32MiB", "--data", str(tmp_path))
     killed = Process(*flags)
     try:
         with connect(killed.address, timeout=60, retry=RetryPolicy(attempts=1)) as client:
@@ -32,7 +32,7 @@ def test_a_search_that_was_killed_has_failed_and_what_was_there_is_intact(
         killed.popen.communicate()
     until(lambda: not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in proposers), 60)
 
-    client = serve(data_dir=str(tmp_path)).client
+    client = serve(data=str(tmp_path)).client
     lost = client.strategies.operation(search.name)
     with pytest.raises(OperationInterrupted, match="anew"):
         lost.result()

@@ -10,6 +10,7 @@ from google.rpc import code_pb2
 from vflow.v1.strategies_pb2 import RetuneMetadata, RetuneResponse, Strategy
 from vflow_server.errors import NotFound
 from vflow_server.operations import MOST_ENDED, Operation, OperationStore
+from vflow_server.quarantine import FOLDER
 
 
 async def ended(store: OperationStore, tenant: str = "red") -> Operation:
@@ -54,9 +55,9 @@ def test_only_so_many_are_remembered_after_their_end(tmp_path: Path) -> None:
     assert len(json.loads(file.read_text())["operations"]) == MOST_ENDED + 1
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"schema": 7, "operations": []}', '{"schema": 1, "operations": [{}]}'])
-def test_a_foreign_file_is_refused(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", ["{", "{}", '{"schema": 0, "operations": []}', '{"schema": 1, "operations": [{}]}'])
+def test_a_foreign_file_is_set_aside(tmp_path: Path, text: str) -> None:
     file = tmp_path / "operations.json"
     file.write_text(text)
-    with pytest.raises(ValueError, match="move it away"):
-        OperationStore(file)
+    assert not list(OperationStore(file).of("red"))
+    assert not file.exists() and [kept.read_text() for kept in (tmp_path / FOLDER).iterdir()] == [text]

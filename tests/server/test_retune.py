@@ -79,7 +79,7 @@ def gate(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 
 
 def test_a_search_ends_with_a_strategy_that_says_where_it_comes_from(serve: Serve, tmp_path: Path) -> None:
-    first = serve(data_dir=str(tmp_path))
+    first = serve(data=str(tmp_path))
     search = first.client.strategies.retune(0.2, samples(3), trials=5, seed=7, strategy_id="found")
     found = search.result(timeout=20)
     assert found.name == "strategies/found" and not found.draft and not found.active
@@ -103,7 +103,7 @@ def test_a_search_ends_with_a_strategy_that_says_where_it_comes_from(serve: Serv
     assert again.provenance.data_digest == source.data_digest
 
     first.stop()
-    second = serve(data_dir=str(tmp_path)).client.strategies
+    second = serve(data=str(tmp_path)).client.strategies
     assert second.operation(search.name).result() == found
     assert second.get("found").provenance == source
 
@@ -184,11 +184,11 @@ def test_a_search_that_is_cancelled_before_its_first_trial_leaves_nothing(serve:
 
 
 def test_a_stop_of_the_service_keeps_a_draft_and_tells_of_it_afterwards(serve: Serve, tmp_path: Path) -> None:
-    first = serve(data_dir=str(tmp_path))
+    first = serve(data=str(tmp_path))
     search = first.client.strategies.retune(0.2, samples(2), trials=1000)
     until(lambda: len(search.refresh().tried) >= 1)
     first.stop()
-    found = serve(data_dir=str(tmp_path)).client.strategies.operation(search.name)
+    found = serve(data=str(tmp_path)).client.strategies.operation(search.name)
     with pytest.raises(OperationInterrupted) as ended:
         found.result()
     assert found.metadata.best.draft and ended.value.metadata["strategy"] == found.metadata.best.name

@@ -31,7 +31,7 @@ def test_a_flag_wins_over_a_variable_over_the_file_over_the_default(tmp_path: Pa
         ("grace", "250ms", 0.25),
         ("watch_share", "0.01", 0.01),
         ("watch_floor", "1", 1.0),
-        ("data_dir", "/tmp/x", Path("/tmp/x")),
+        ("data", "/tmp/x", Path("/tmp/x")),
         ("log_format", "json", "json"),
     ],
 )

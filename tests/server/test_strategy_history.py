@@ -59,13 +59,13 @@ def test_a_rollback_asks_for_the_etag_as_an_activation_does(client: Client) -> N
 
 
 def test_the_history_outlives_the_process(serve: Serve, tmp_path: Path) -> None:
-    first = serve(data_dir=str(tmp_path))
+    first = serve(data=str(tmp_path))
     first.client.strategies.create("mine", ratios=[0.5, 0.5, 0.5])
     first.client.strategies.activate("mine")
     first.client.strategies.activate("full")
     told = first.client.strategies.get("mine")
     first.stop()
-    second = serve(data_dir=str(tmp_path))
+    second = serve(data=str(tmp_path))
     assert second.client.strategies.get("mine") == told
     back = [second.client.strategies.rollback().name for _ in range(2)]
     assert back == ["strategies/mine", "strategies/preset-10"]
@@ -83,7 +83,7 @@ def test_a_file_of_the_first_schema_is_read_and_written_anew(serve: Serve, tmp_p
     }
     file = tmp_path / "strategies.json"
     file.write_text(json.dumps(first_schema))
-    client = serve(data_dir=str(tmp_path)).client
+    client = serve(data=str(tmp_path)).client
     mine = client.strategies.get("mine")
     assert mine.active and mine.description == "old" and mine.create_time.seconds == 5
     assert not mine.draft and not mine.HasField("provenance") and not mine.events

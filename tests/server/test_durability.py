@@ -1,0 +1,473 @@
+"""Sessions outlive the process: what is on the disk, and what becomes of it when that is damaged, full or outdated."""
+
+import sqlite3
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.server.conftest import Serve
+from tests.server.drawing import png
+from tests.server.served import Served
+from tests.server.waiting import until
+from tests.vflowopt.tiny_models import SHAPES, save
+from vflow.v1.conversations_pb2 import ChatRequest, Finished, Part
+from vflow.v1.conversations_pb2_grpc import ConversationsStub
+from vflow_client import (
+    CapacityExhausted,
+    Client,
+    ModelChanged,
+    Session,
+    SessionDamaged,
+    SessionNotFound,
+    StorageFailed,
+)
+from vflow_server import journal
+from vflow_server.archive import JOURNAL, PICTURES
+from vflow_server.quarantine import FOLDER
+from vflowopt.runtime import Runtime
+
+QUESTIONS = ("What is this?", "Why?", "And here?")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def serve_data(serve: Serve, data: Path) -> Serve:
+    """Services on the same data folder, one after the other; starting one stops the one before it."""
+    before: list[Served] = []
+
+    def start(runtime: Runtime | None = None, **settings: str) -> Served:
+        if before:
+            before[-1].stop()
+        which = {} if runtime is None else {"runtime": runtime}
+        before.append(serve(**which, data=str(data), **settings))
+        return before[-1]
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def expected(runtime: Runtime, picture: bytes) -> list[str]:
+    """What a session answers that nothing happened to."""
+    served = Served(runtime)
+    with begun(served.client, picture) as session:
+        answers = [answer_of(session, text) for text in QUESTIONS]
+    served.stop()
+    return answers
+
+
+def begun(client: Client, picture: bytes) -> Session:
+    """A session with a picture ahead of its first question."""
+    session = client.session("preset-25")
+    session.add_image(picture)
+    return session
+
+
+def answer_of(session: Session, text: str) -> str:
+    return session.ask(text, max_new_tokens=8).read()
+
+
+def files(data: Path) -> list[Path]:
+    return sorted((data / PICTURES).iterdir())
+
+
+def said(served: Served, session: Session, text: str, request_id: str) -> Finished:
+    """Say a turn under a request_id of ours."""
+    request = ChatRequest(session=session.name, parts=[Part(text=text)], request_id=request_id)
+    request.options.max_new_tokens = 8
+    *_, last = ConversationsStub(served.client._channel).Chat(request)
+    return last.finished
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2])
+def test_a_session_goes_on_after_a_restart(serve_data: Serve, picture: bytes, expected: list[str], turns: int) -> None:
+    session = begun(serve_data().client, picture)
+    answers = [answer_of(session, text) for text in QUESTIONS[:turns]]
+    before = session.state()
+    served = serve_data()
+    (after,) = served.client.sessions()
+    assert not after.resident and not after.kv_bytes
+    assert (after.name, after.strategy, after.turn_count, after.image_count) == (
+        session.name,
+        before.strategy,
+        turns,
+        1,
+    )
+    assert after.create_time == before.create_time
+    written, ended = (state.last_used_time.ToNanoseconds() for state in (after, before))
+    assert before.create_time.ToNanoseconds() <= written <= ended
+    assert after.expire_time.ToNanoseconds() >= before.expire_time.ToNanoseconds()
+    session = served.client.attach(session.name)
+    asked = session.ask(QUESTIONS[turns], max_new_tokens=8)
+    answers.append(asked.read())
+    if turns:
+        assert asked.receipt.RestoredFrom.Name(asked.receipt.restored_from) == "LOG"
+    answers += [answer_of(session, text) for text in QUESTIONS[turns + 1 :]]
+    assert answers == expected
+    assert session.add_image(png(40, 50)).image == f"{session.name}/images/2"
+    assert served.client.session().state().create_time.ToNanoseconds() > after.create_time.ToNanoseconds()
+    assert [each.name for each in served.client.sessions()][0] == session.name
+
+
+def test_pictures_within_turns_stop_texts_and_forks_come_back(serve_data: Serve, picture: bytes) -> None:
+    def talk(session: Session, *, end: bool) -> list[str]:
+        asked = session.ask("Compare", picture, png(50, 40), max_new_tokens=8) if not end else None
+        return [asked.read() if asked else "", answer_of(session, "And?")]
+
+    served = serve_data()
+    undisturbed, session = served.client.session("preset-50"), served.client.session("preset-50")
+    assert talk(undisturbed, end=False) == talk(session, end=False)
+    stop = answer_of(session.fork(), "So?")[2:4]
+    cut = [each.ask("So?", max_new_tokens=8, stop=[stop]).read() for each in (undisturbed, session)]
+    assert cut[0] == cut[1]
+    twin = session.fork()
+    expected = [answer_of(undisturbed, "Then?"), answer_of(undisturbed, "Well?")]
+    client = serve_data().client
+    for name in (session.name, twin.name):
+        again = client.attach(name)
+        assert [answer_of(again, "Then?"), answer_of(again, "Well?")] == expected
+        assert again.state().image_count == 2
+    beyond = client.attach(twin.name).fork()
+    assert answer_of(beyond, "Last?") == answer_of(client.attach(session.name), "Last?")
+
+
+def test_the_same_request_has_the_same_answer_once(serve_data: Serve, picture: bytes) -> None:
+    served = serve_data()
+    session = begun(served.client, picture)
+    first = said(served, session, "What is this?", "first")
+    served = serve_data()
+    again = said(served, session, "What is this?", "first")
+    assert again.receipt.replayed and not first.receipt.replayed
+    first.receipt.replayed = True
+    assert again == first
+    session = served.client.attach(session.name)
+    assert session.state().turn_count == 1
+    said(served, session, "Why?", "second")
+    served = serve_data()
+    assert said(served, session, "Why?", "second").receipt.replayed
+    assert served.client.attach(session.name).state().turn_count == 2
+
+
+def test_a_cancelled_turn_is_gone(serve_data: Serve, picture: bytes, expected: list[str]) -> None:
+    served = serve_data()
+    session = begun(served.client, picture)
+    answer = session.ask("Go on", max_new_tokens=2000)
+    next(answer)
+    answer.close()
+    until(lambda: not served.live(session).busy)
+    served = serve_data()
+    session = served.client.attach(session.name)
+    assert session.state().turn_count == 0
+    assert [answer_of(session, text) for text in QUESTIONS] == expected
+
+
+def test_a_turn_cancelled_while_it_is_written_is_gone(
+    serve_data: Serve, picture: bytes, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serve_data()
+    session = begun(served.client, picture)
+    gate, reached = threading.Event(), threading.Event()
+
+    def slow(connection: sqlite3.Connection) -> None:
+        reached.set()
+        gate.wait(10)
+
+    assert served.service.archive is not None
+    held = served.service.archive.submit(slow)
+    reached.wait(10)
+    answer = session.ask("Never mind", max_new_tokens=2)
+    assert next(answer)
+    until(lambda: served.service.archive._journal._handed.qsize() == 1)  # type: ignore[union-attr]
+    answer.close()
+    until(lambda: not served.live(session).busy)
+    gate.set()
+    held.result()
+    assert session.state().turn_count == 0
+    served = serve_data()
+    session = served.client.attach(session.name)
+    assert session.state().turn_count == 0
+    assert [answer_of(session, text) for text in QUESTIONS] == expected
+
+
+def test_deleting_leaves_nothing(serve_data: Serve, data: Path, picture: bytes) -> None:
+    served = serve_data()
+    session, other = begun(served.client, picture), begun(served.client, picture)
+    assert len(files(data)) == 1, "one picture, one file"
+    other.add_image(png(40, 40))
+    said(served, session, "What is this?", "the-needle")
+    assert any(b"the-needle" in file.read_bytes() for file in data.glob(f"{JOURNAL}*"))
+    session.delete()
+    assert len(files(data)) == 2
+    assert not any(b"the-needle" in file.read_bytes() for file in data.glob(f"{JOURNAL}*"))
+    other.delete()
+    assert not files(data)
+    served = serve_data()
+    assert not list(served.client.sessions())
+    with pytest.raises(SessionNotFound):
+        answer_of(served.client.attach(session.name), "Still there?")
+
+
+def test_idle_sessions_expire_on_the_disk_too(serve_data: Serve, data: Path, picture: bytes) -> None:
+    begun(serve_data().client, picture)
+    client = serve_data(idle_timeout="200ms").client
+    until(lambda: not list(client.sessions()) and not files(data))
+    assert not list(serve_data().client.sessions())
+
+
+def test_ephemeral_sessions_leave_nothing(serve_data: Serve, data: Path, picture: bytes) -> None:
+    session = begun(serve_data(ephemeral="on").client, picture)
+    answer_of(session, "What is this?")
+    assert not data.exists()
+    assert not list(serve_data().client.sessions())
+
+
+def test_a_session_of_another_model_is_kept_and_says_so(
+    serve_data: Serve, picture: bytes, expected: list[str], tmp_path: Path
+) -> None:
+    other = Runtime.load(save(SHAPES[1], tmp_path / "other"), kv_budget=32 << 20)
+    served = serve_data()
+    session = begun(served.client, picture)
+    finished = said(served, session, QUESTIONS[0], "once")
+    served = serve_data(other, idle_timeout="100ms", max_sessions="1")
+    stranded = served.client.attach(session.name)
+    assert said(served, session, QUESTIONS[0], "once").text == finished.text
+    for go_on in (lambda: answer_of(stranded, "Why?"), lambda: stranded.add_image(picture), stranded.fork):
+        with pytest.raises(ModelChanged) as refused:
+            go_on()
+        assert refused.value.metadata["served"] == other.revision
+    fresh = served.client.session()
+    until(lambda: [each.name for each in served.client.sessions()] == [session.name])
+    with pytest.raises(SessionNotFound):
+        fresh.state()
+    assert not stranded.state().HasField("expire_time")
+    session = serve_data().client.attach(session.name)
+    assert [finished.text, *(answer_of(session, text) for text in QUESTIONS[1:])] == expected
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "removed": Path.unlink,
+    "cut off": cut,
+    "a bit flipped": flip,
+    "emptied": lambda file: file.write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_picture_stops_its_sessions_alone(
+    serve_data: Serve,
+    data: Path,
+    picture: bytes,
+    expected: list[str],
+    damage: Callable[[Path], object],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    client = serve_data().client
+    damaged = begun(client, png(30, 40))
+    (file,) = files(data)
+    sound = begun(client, picture)
+    answers = [answer_of(sound, QUESTIONS[0])]
+    damage(file)
+    client = serve_data().client
+    damaged, sound = client.attach(damaged.name), client.attach(sound.name)
+    for _ in range(2):
+        with pytest.raises(SessionDamaged) as refused:
+            answer_of(damaged, "What is this?")
+        assert refused.value.metadata == {"session": damaged.name}
+    assert damaged.state().image_count == 1
+    assert answers + [answer_of(sound, text) for text in QUESTIONS[1:]] == expected
+    assert len(list((data / PICTURES / FOLDER).glob("*"))) == (0 if damage is Path.unlink else 1)
+    if damage is not Path.unlink:
+        assert "set aside" in capsys.readouterr().out
+    damaged.delete()
+    assert [each.name for each in client.sessions()] == [sound.name]
+
+
+def test_a_damaged_row_stops_its_session_alone(
+    serve_data: Serve, data: Path, picture: bytes, expected: list[str]
+) -> None:
+    served = serve_data()
+    sound, damaged = begun(served.client, picture), begun(served.client, picture)
+    served.stop()
+    with sqlite3.connect(data / JOURNAL) as connection:
+        connection.execute("UPDATE entries SET items = replace(items, '[1', '[2') WHERE session = ?", (damaged.name,))
+        connection.execute("UPDATE entries SET images = 3 WHERE session = ?", (damaged.name,))
+    connection.close()
+    client = serve_data().client
+    with pytest.raises(SessionDamaged):
+        answer_of(client.attach(damaged.name), "What is this?")
+    assert [answer_of(client.attach(sound.name), text) for text in QUESTIONS] == expected
+
+
+def somebody_elses(file: Path) -> None:
+    file.unlink()
+    with sqlite3.connect(file) as connection:
+        connection.execute("CREATE TABLE notes (text)")
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        somebody_elses,
+        lambda file: file.write_bytes(b"no database" * 1000),
+        lambda file: file.write_bytes(file.read_bytes()[:5000]),
+    ],
+    ids=["somebody else's", "no database", "cut off"],
+)
+def test_a_damaged_journal_is_set_aside(
+    serve_data: Serve,
+    data: Path,
+    picture: bytes,
+    expected: list[str],
+    damage: Callable[[Path], object],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    served = serve_data()
+    begun(served.client, picture)
+    served.client.strategies.create("mine", ratios=[0.5, 0.5, 0.5])
+    served.stop()
+    damage(data / JOURNAL)
+    content = (data / JOURNAL).read_bytes()
+    served = serve_data()
+    assert "set aside" in capsys.readouterr().out
+    assert content in [file.read_bytes() for file in (data / FOLDER).iterdir()]
+    assert not list(served.client.sessions()) and served.client.strategies.get("mine")
+    session = begun(served.client, picture)
+    assert [answer_of(session, text) for text in QUESTIONS] == expected
+
+
+def test_what_a_crash_left_between_two_steps_is_swept(serve_data: Serve, data: Path, picture: bytes) -> None:
+    session = begun(serve_data().client, picture)
+    (wanted,) = files(data)
+    for name in (f"{'0' * 64}.safetensors", f"{'1' * 64}.safetensors.new", f"{wanted.name}.new", "notes.txt"):
+        (data / PICTURES / name).write_text("left behind")
+    client = serve_data().client
+    assert files(data) == sorted([wanted, data / PICTURES / "notes.txt"])
+    assert answer_of(client.attach(session.name), "What is this?")
+
+
+def test_two_processes_do_not_share_a_folder(serve: Serve, serve_data: Serve, data: Path) -> None:
+    serve_data()
+    with pytest.raises(OSError, match="give each its own --data"):
+        serve(data=str(data))
+
+
+@pytest.mark.parametrize("folder", ["/proc/vflow", "{file}/data"])
+def test_a_folder_that_cannot_be_made_is_refused(serve: Serve, tmp_path: Path, folder: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="vflow|data"):
+        serve(data=folder.format(file=tmp_path / "file"))
+
+
+def full(served: Served) -> Callable[[], object]:
+    return pragma(served, "max_page_count={}", "page_count", "1000000")
+
+
+def read_only(served: Served) -> Callable[[], object]:
+    return pragma(served, "query_only={}", None, "OFF")
+
+
+def pragma(served: Served, setting: str, now: str | None, after: str) -> Callable[[], object]:
+    """Have SQLite refuse to write, as it does on a disk that is full or read-only; returns what undoes that."""
+    archive = served.service.archive
+    assert archive is not None
+
+    def put(value: str | None) -> Callable[[sqlite3.Connection], None]:
+        def run(connection: sqlite3.Connection) -> None:
+            told = value or ("ON" if now is None else connection.execute(f"PRAGMA {now}").fetchone()[0])
+            connection.execute(f"PRAGMA {setting.format(told)}")
+
+        return run
+
+    archive.submit(put(None)).result()
+    return lambda: archive.submit(put(after)).result()
+
+
+@pytest.mark.parametrize("trouble", [full, read_only])
+def test_a_disk_that_takes_nothing_refuses_what_must_be_kept_and_no_more(
+    serve_data: Serve, picture: bytes, expected: list[str], trouble: Callable[[Served], Callable[[], object]]
+) -> None:
+    served = serve_data()
+    session = begun(served.client, picture)
+    answers = [said(served, session, QUESTIONS[0], "once").text]
+    over = trouble(served)
+    refused: list[StorageFailed] = []
+    # A full database still has room on the page that it is at.
+    for _ in range(200):
+        try:
+            served.client.session()
+        except StorageFailed as error:
+            refused.append(error)
+            break
+    assert refused and refused[0].retry_after == 10
+    if trouble is read_only:
+        for attempt in (lambda: answer_of(session, "Why?"), lambda: session.add_image(png(40, 50)), session.fork):
+            with pytest.raises(StorageFailed):
+                attempt()
+        with pytest.raises(StorageFailed):
+            session.delete()
+    state = session.state()
+    assert (state.turn_count, state.image_count) == (1, 1)
+    assert said(served, session, QUESTIONS[0], "once").text == answers[0]
+    assert served.client.compress(picture).stages
+    over()
+    answers += [answer_of(session, text) for text in QUESTIONS[1:]]
+    assert answers == expected
+    again = serve_data().client.attach(session.name)
+    assert again.state().turn_count == 3
+
+
+def test_a_journal_that_is_deleted_under_the_service_is_noticed(serve_data: Serve, data: Path, picture: bytes) -> None:
+    served = serve_data()
+    session = begun(served.client, picture)
+    (data / JOURNAL).unlink()
+    with pytest.raises(StorageFailed, match="deleted or replaced"):
+        answer_of(session, "What is this?")
+    (data / JOURNAL).write_bytes(b"")
+    with pytest.raises(StorageFailed, match="deleted or replaced"):
+        served.client.session()
+    assert session.state().turn_count == 0 and served.client.compress(picture).stages
+    with pytest.raises(StorageFailed):
+        session.delete()
+    served.stop()
+
+
+def test_the_folder_has_a_bound(serve_data: Serve, data: Path, picture: bytes) -> None:
+    served = serve_data(data_bytes="150KiB")
+    sessions: list[Session] = []
+    with pytest.raises(CapacityExhausted) as refused:
+        for side in range(30, 200):
+            sessions.append(served.client.session("full"))
+            sessions[-1].add_image(png(side, 60))
+    assert refused.value.metadata["resource"] == "data" and refused.value.retry_after == 10
+    for session in sessions:
+        session.delete()
+    begun(served.client, picture)
+
+
+def test_a_migration_keeps_what_is_there_and_no_way_leads_back(
+    serve_data: Serve, picture: bytes, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = begun(serve_data().client, picture)
+    later = (*journal._MIGRATIONS, "ALTER TABLE sessions ADD COLUMN note TEXT;")
+    monkeypatch.setattr(journal, "_MIGRATIONS", later)
+    served = serve_data()
+    assert [answer_of(served.client.attach(session.name), text) for text in QUESTIONS] == expected
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="newer release"):
+        serve_data()
