@@ -18,7 +18,7 @@ from benchmarks.service import running_service
 from benchmarks.table import Row, publish
 from benchmarks.talk import Talk, draw_talks
 
-STRATEGIES = {"100%": "full", "50%": "preset-50", "25%": "preset-25", "10%": "preset-10"}
+STRATEGIES = {"100%": "full", "50%": "diverse-50", "25%": "diverse-25", "10%": "diverse-10"}
 _DRAWN_AT_A_TIME = 16
 
 

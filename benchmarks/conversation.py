@@ -33,7 +33,7 @@ TURNS = 5
 NEW_TOKENS = 24
 PRUNED, WHOLE = "vflow@10%", "vflow@100%"
 STATELESS, CACHED, VLLM = "transformers-stateless", "transformers-cached", "vllm"
-STRATEGIES = {PRUNED: "preset-10", WHOLE: "full"}
+STRATEGIES = {PRUNED: "diverse-10", WHOLE: "full"}
 
 NOTES = """\
 All systems: the embedded model, greedy, {turns} turns of {tokens} new tokens; times as the client sees them.

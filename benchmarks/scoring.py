@@ -1,4 +1,4 @@
-"""What compression adds to encoding a picture: scoring, pruning, recycling."""
+"""What compression adds to encoding a picture: scoring, pruning and recycling; or choosing by diversity, too."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     rows: list[Row] = []
-    progress = tqdm(total=len(BUDGETS) * len(options.geometry), unit="budget", disable=None)
+    progress = tqdm(total=2 * len(BUDGETS) * len(options.geometry), unit="strategy", disable=None)
     for geometry in options.geometry:
         with tempfile.TemporaryDirectory(prefix="vflow-scoring-") as folder:
             write_random_model(geometry, Path(folder))
@@ -50,16 +50,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(model: MultimodalModel, picture: Picture, runs: int) -> Iterator[Row]:
-    """What compression takes beside encoding, for each budget."""
+    """What compression takes beside encoding: at each budget, as published and with diversity."""
     (encoded,) = model.encode([picture])
     encode_ms = median_ms(lambda: model.encode([picture]), model.device, runs)
     for budget in BUDGETS:
-        yield {
-            "retention": f"{budget:.0%}",
-            "visual_tokens": len(encoded.layout),
-            "encode_ms": encode_ms,
-            **_added(encoded, Strategy.preset(budget, len(model.layers)), model, encode_ms, runs),
-        }
+        for name, strategy in _strategies(budget, len(model.layers)).items():
+            yield {
+                "retention": f"{budget:.0%}",
+                "strategy": name,
+                "visual_tokens": len(encoded.layout),
+                "encode_ms": encode_ms,
+                **_added(encoded, strategy, model, encode_ms, runs),
+            }
+
+
+def _strategies(budget: float, layers: int) -> dict[str, Strategy]:
+    diverse = Strategy.from_budget(budget, layers, (1.3 * budget, 0.95), threshold=2.0, diversity=0.7)
+    return {"preset": Strategy.preset(budget, layers), "diverse": diverse}
 
 
 def _added(encoded: EncodedImage, strategy: Strategy, model: MultimodalModel, encode_ms: float, runs: int) -> Row:
@@ -67,7 +74,7 @@ def _added(encoded: EncodedImage, strategy: Strategy, model: MultimodalModel, en
     layers = len(model.layers)
     scores = score(encoded, strategy)
     image = choose(encoded, scores, strategy, layers)
-    plain = replace(strategy, grid=None)
+    plain = replace(strategy, grid=None, diversity=0.0)
     score_ms = median_ms(lambda: score(encoded, strategy), model.device, runs)
     prune_ms = median_ms(lambda: choose(encoded, scores, plain, layers), model.device, runs)
     both_ms = median_ms(lambda: choose(encoded, scores, strategy, layers), model.device, runs)
@@ -76,7 +83,7 @@ def _added(encoded: EncodedImage, strategy: Strategy, model: MultimodalModel, en
         "recycled_tokens": len(image.recycled),
         "score_ms": score_ms,
         "prune_ms": prune_ms,
-        "prune_and_recycle_ms": both_ms,
+        "choose_and_recycle_ms": both_ms,
         "share_of_encoding": (score_ms + both_ms) / encode_ms,
     }
 
