@@ -95,11 +95,12 @@ def test_the_scoring_table(tmp_path: Path) -> None:
     arguments = ["--geometry", "demo", "--runs", "1", "--threads", "1", "--json", str(tmp_path / "rows.json")]
     assert scoring.main(arguments) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [(row["model"], row["retention"]) for row in rows] == [("demo", "50%"), ("demo", "25%"), ("demo", "10%")]
+    wanted = [("demo", budget, name) for budget in ("50%", "25%", "10%") for name in ("preset", "diverse")]
+    assert [(row["model"], row["retention"], row["strategy"]) for row in rows] == wanted
     for row in rows:
-        added = row["score_ms"] + row["prune_and_recycle_ms"]
+        added = row["score_ms"] + row["choose_and_recycle_ms"]
         assert row["share_of_encoding"] == pytest.approx(added / row["encode_ms"])
-        assert row["recycled_tokens"] > 0 < row["prune_ms"]
+        assert (row["recycled_tokens"] > 0) == (row["strategy"] == "preset") and row["prune_ms"] > 0
 
 
 def test_the_demo_geometry_is_the_embedded_models() -> None:
