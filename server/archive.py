@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from vflow_server.errors import CapacityExhausted
 from vflow_server.journal import Action, Journal
+from vflow_server.metrics import Metrics
 from vflow_server.picture_folder import PictureFolder
 from vflowopt.compression import CompressedImage
 
@@ -31,6 +32,7 @@ class Archive:
     Args:
         folder: made if it does not exist; no other process may use it meanwhile.
         most_bytes: bytes of the journal and the pictures at most.
+        metrics: counts what is written; None: nobody looks.
 
     Attributes:
         pictures: the files of pictures, for the archive's thread alone.
@@ -40,7 +42,7 @@ class Archive:
         OSError: the folder cannot be used.
     """
 
-    def __init__(self, folder: Path, most_bytes: int) -> None:
+    def __init__(self, folder: Path, most_bytes: int, metrics: Metrics | None = None) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._most_bytes = most_bytes
         # What the transaction under way has left to do once it is committed.
@@ -50,7 +52,7 @@ class Archive:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.pictures = PictureFolder(folder / PICTURES)
-            self._journal = Journal(folder / JOURNAL, self._committed)
+            self._journal = Journal(folder / JOURNAL, self._committed, metrics)
         except BlockingIOError as error:
             self._lock.close()
             raise OSError(f"another process uses the folder {folder}; give each its own --data") from error

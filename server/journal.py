@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -19,6 +20,7 @@ from typing import Any, Generic, TypeVar
 import structlog
 
 from vflow_server.errors import storage_failed
+from vflow_server.metrics import Metrics
 from vflow_server.quarantine import WrittenByNewerRelease, set_aside
 
 R = TypeVar("R")
@@ -101,15 +103,22 @@ class Journal:
     Args:
         file: made if it does not exist; no other process may use it.
         committed: called in the thread after each commit, with the connection.
+        metrics: counts commits; None: nobody looks.
 
     Raises:
         WrittenByNewerRelease: it is left as it is.
         OSError: it cannot be opened or written.
     """
 
-    def __init__(self, file: Path, committed: Callable[[sqlite3.Connection], None] = lambda connection: None) -> None:
+    def __init__(
+        self,
+        file: Path,
+        committed: Callable[[sqlite3.Connection], None] = lambda connection: None,
+        metrics: Metrics | None = None,
+    ) -> None:
         self._file = file
         self._committed = committed
+        self._metrics = metrics or Metrics()
         try:
             self._connection = _open(file)
         except sqlite3.DatabaseError as error:
@@ -153,6 +162,7 @@ class Journal:
 
     def _commit(self, batch: Sequence[_Handed[Any]]) -> None:
         outcomes: list[tuple[Any, BaseException | None]] = []
+        begun = time.perf_counter()
         try:
             if _identity(self._file) != self._identity:
                 raise OSError(f"{self._file} was deleted or replaced; restart the service")
@@ -164,7 +174,9 @@ class Journal:
             with suppress(sqlite3.Error):
                 self._connection.rollback()
             outcomes = [(None, error)] * len(batch)
+            self._metrics.commit_failed()
         else:
+            self._metrics.committed(time.perf_counter() - begun)
             self._after_commit()
         for handed, (result, failure) in zip(batch, outcomes, strict=True):
             if failure is None:

@@ -35,6 +35,7 @@ class Metrics:
         self._make_of_turns()
         self._make_of_pictures()
         self._make_of_engine()
+        self._make_of_journal()
 
     @contextmanager
     def call_in_flight(self) -> Iterator[None]:
@@ -101,6 +102,14 @@ class Metrics:
     def prefix(self, *, hit: bool) -> None:
         """Somebody looked for a beginning that is cached already."""
         self._prefixes.labels("hit" if hit else "miss").inc()
+
+    def committed(self, seconds: float) -> None:
+        """The journal of sessions was written, and is on the disk."""
+        self._journal_seconds.observe(seconds)
+
+    def commit_failed(self) -> None:
+        """The journal of sessions could not be written."""
+        self._journal_failures.inc()
 
     def _make_of_calls(self) -> None:
         self._calls = Counter(
@@ -211,4 +220,15 @@ class Metrics:
             "Conversations with pictures and no KV cache that looked for a beginning that is cached already.",
             ("cache",),
             registry=self.registry,
+        )
+
+    def _make_of_journal(self) -> None:
+        self._journal_seconds = Histogram(
+            "vflow_journal_commit_seconds",
+            "Seconds of a commit of the sessions' journal to the disk.",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self._journal_failures = Counter(
+            "vflow_journal_failures", "Commits of the sessions' journal that failed.", registry=self.registry
         )

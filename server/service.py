@@ -119,7 +119,8 @@ class Service:
             strategies=self.strategies,
             pictures=self.pictures,
         )
-        self.archive = Archive(settings.data, settings.data_bytes) if settings.data and not settings.ephemeral else None
+        stored = settings.data if not settings.ephemeral else None
+        self.archive = Archive(stored, settings.data_bytes, self.metrics) if stored else None
         self.sessions = SessionStore(
             self.engine,
             self.bench,

@@ -4,6 +4,7 @@ import json
 import re
 import socket
 import urllib.request
+from pathlib import Path
 
 import grpc
 import pytest
@@ -15,7 +16,7 @@ from tests.server.calibrating import samples
 from tests.server.conftest import Serve
 from tests.server.served import Served
 from tests.server.waiting import until
-from vflow_client import DeadlineExceeded, NotFound
+from vflow_client import DeadlineExceeded, NotFound, StorageFailed
 
 
 def families(served: Served) -> list[Metric]:
@@ -134,6 +135,19 @@ def test_a_search_and_what_the_watch_sees_are_told(serve: Serve, picture: bytes)
     assert value(served, "vflow_retune_running") == 1 and value(served, "vflow_retune_trials") == 40
     search.cancel()
     until(lambda: value(served, "vflow_retune_running") == 0)
+
+
+def test_writing_sessions_down_is_timed_and_its_failures_counted(serve: Serve, tmp_path: Path) -> None:
+    served = serve(metrics_port="0", data=str(tmp_path))
+    session = served.client.session()
+    session.ask("Hello", max_new_tokens=2).read()
+    assert value(served, "vflow_journal_commit_seconds_count") >= 2  # the session, and its turn
+    assert value(served, "vflow_journal_failures_total") == 0
+    moved = (tmp_path / "sessions.sqlite3").rename(tmp_path / "elsewhere")
+    with pytest.raises(StorageFailed):
+        session.ask("Hello", max_new_tokens=2).read()
+    assert value(served, "vflow_journal_failures_total") >= 1
+    moved.rename(tmp_path / "sessions.sqlite3")
 
 
 def test_several_services_count_for_themselves(serve: Serve) -> None:
