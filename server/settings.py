@@ -130,7 +130,7 @@ class Settings:
     )
     status_page: bool = option(
         "off",
-        "on shows sessions, receipts and pictures at / of the side port, to whoever can reach it",
+        "on shows sessions, receipts and pictures at / of the side port, on this machine alone",
         switch,
         metavar="on|off",
     )
