@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.server.drawing import png
+from tests.server.mortal import Parent
 from tests.server.served import Served
 from tests.vflowopt.tiny_models import SHAPES, save
 from vflow_client import Client
@@ -56,6 +57,13 @@ def served(serve: Serve) -> Served:
 @pytest.fixture
 def client(served: Served) -> Client:
     return served.client
+
+
+@pytest.fixture(scope="session")
+def parent() -> Iterator[Parent]:
+    parent = Parent()
+    yield parent
+    parent.close()
 
 
 @pytest.fixture(scope="session")

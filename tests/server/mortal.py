@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,30 +28,57 @@ for line in sys.stdin:
 """Serves in a process of its own, again and again; each begins as a copy of this one, which does nothing itself."""
 
 
+class Parent:
+    """The process that others are copies of, one at a time."""
+
+    def __init__(self) -> None:
+        self._popen = subprocess.Popen(
+            [sys.executable, "-c", _FORKING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._popen.stdin is not None and self._popen.stdout is not None
+        self._stdin, self._stdout = self._popen.stdin, self._popen.stdout
+
+    def start(self, log: Path, arguments: Sequence[str]) -> None:
+        """Begin a copy that does the command ``vflow`` with ``arguments``."""
+        print(json.dumps([str(log), *arguments]), file=self._stdin, flush=True)
+
+    def line(self) -> str:
+        """The next line of the copy, or about it."""
+        return self._stdout.readline()
+
+    def close(self) -> None:
+        """End; no copy may be left."""
+        self._popen.kill()
+        self._popen.wait()
+        self._stdin.close()
+        self._stdout.close()
+
+
 class Mortal:
     """A service with the given flags; it is up when this returns, and again after :meth:`start`.
 
     Args:
+        parent: whose copies are its lives; it has no others meanwhile.
         log: file that all its lives write their log to.
+        flags: of ``vflow serve``, by name.
     """
 
-    def __init__(self, log: Path, *flags: str) -> None:
+    def __init__(self, parent: Parent, log: Path, **flags: object) -> None:
+        self._parent = parent
         self._log = log
-        self._arguments = ["serve", "--port", "0", "--threads", "1", "--log-format", "json", *flags]
-        self._parent = subprocess.Popen(
-            [sys.executable, "-c", _FORKING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        settings = {"port": 0, "threads": 1, "log_format": "json", **flags}
+        parts = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+        self._arguments = ["serve", *parts]
         self._up = threading.Event()
         self.start()
 
     def start(self) -> None:
         """Live again."""
-        assert self._parent.stdin is not None
-        print(json.dumps([str(self._log), *self._arguments]), file=self._parent.stdin, flush=True)
-        self._process = int(self._line())
-        ready = self._line()
+        self._parent.start(self._log, self._arguments)
+        self._process = int(self._parent.line())
+        ready = self._parent.line()
         assert ready.startswith("VFlow is ready on "), self._log.read_text()
-        self._address = ready.split()[-1]
+        self.address = ready.split()[-1]
         self._up.set()
 
     def kill(self) -> None:
@@ -66,28 +93,20 @@ class Mortal:
 
     def ended(self) -> int:
         """The exit code, once it has ended."""
-        return int(self._line())
+        return int(self._parent.line())
 
     def logged(self) -> list[dict[str, object]]:
         """What was logged in all lives."""
         return [json.loads(line) for line in self._log.read_text().splitlines()]
 
     def close(self) -> None:
-        """Start no more; what lives is killed."""
+        """Have it dead."""
         if self._up.is_set():
             self.kill()
-        assert self._parent.stdin is not None and self._parent.stdout is not None
-        self._parent.stdin.close()
-        self._parent.wait()
-        self._parent.stdout.close()
 
     @contextmanager
     def client(self, retry: RetryPolicy | None = None) -> Iterator[Client]:
         """A client of what lives; waits until something does. Without ``retry`` it never tries again."""
         assert self._up.wait(60)
-        with connect(self._address, timeout=30, retry=retry or RetryPolicy(attempts=1)) as client:
+        with connect(self.address, timeout=30, retry=retry or RetryPolicy(attempts=1)) as client:
             yield client
-
-    def _line(self) -> str:
-        assert self._parent.stdout is not None
-        return self._parent.stdout.readline()

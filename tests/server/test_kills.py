@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from tests.server.drawing import png
-from tests.server.mortal import Mortal
+from tests.server.mortal import Mortal, Parent
 from tests.server.served import Served
 from vflow.v1.conversations_pb2 import ChatRequest, Part
 from vflow.v1.conversations_pb2_grpc import ConversationsStub
@@ -138,10 +138,12 @@ def check_store(data: Path) -> None:
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.long)])
-def test_killed_under_load(kills: int, model_folder: Path, tmp_path: Path, expected: list[list[str]]) -> None:
+def test_killed_under_load(
+    kills: int, parent: Parent, model_folder: Path, tmp_path: Path, expected: list[list[str]]
+) -> None:
     moments = random.Random(kills)
     data = tmp_path / "data"
-    mortal = Mortal(tmp_path / "log", "--model", str(model_folder), "--kv-budget", "4MiB", "--data", str(data))
+    mortal = Mortal(parent, tmp_path / "log", model=model_folder, kv_budget="4MiB", data=data)
     enough = threading.Event()
     talkers = [Talker(mortal, number, expected[number], enough) for number in range(TALKERS)]
     try:
