@@ -16,6 +16,7 @@ from vflow_server.ledger import Ledger
 from vflow_server.names import check_name
 from vflow_server.needs import Encode
 from vflow_server.pictures import PictureStore
+from vflow_server.quotas import Quotas
 from vflow_server.receipts import image_receipt
 from vflow_server.strategies import StrategyRevision, StrategyStore
 from vflow_server.workbench import Workbench
@@ -35,6 +36,7 @@ class Compression(compression_pb2_grpc.CompressionServicer):
         strategies: that a request may ask for.
         pictures: takes in what requests bring.
         ledger: hears what became of them.
+        quotas: of the tenants.
         most_bytes: size of a response at most.
     """
 
@@ -45,6 +47,7 @@ class Compression(compression_pb2_grpc.CompressionServicer):
         strategies: StrategyStore,
         pictures: PictureStore,
         ledger: Ledger,
+        quotas: Quotas,
         *,
         most_bytes: int,
     ) -> None:
@@ -53,6 +56,7 @@ class Compression(compression_pb2_grpc.CompressionServicer):
         self._strategies = strategies
         self._pictures = pictures
         self._ledger = ledger
+        self._quotas = quotas
         self._most_bytes = most_bytes
 
     async def CompressImage(self, request: compression_pb2.CompressImageRequest, context: Context) -> Response:
@@ -61,11 +65,16 @@ class Compression(compression_pb2_grpc.CompressionServicer):
             check_name(request.strategy, "strategies", "strategy")
         revision = self._strategies.get(request.strategy)
         tenant = current_caller().tenant
-        picture = await self._pictures.take(request.image, "image", tenant)
+        async with self._quotas.work(tenant):
+            picture = await self._pictures.take(request.image, "image", tenant)
+            return await self._compress(picture, revision, tenant, embeddings=request.include_embeddings)
 
+    async def _compress(
+        self, picture: Picture, revision: StrategyRevision, tenant: str, *, embeddings: bool
+    ) -> Response:
         def work(emit: Callable[[None], None]) -> Steps[Response]:
             image, hit = yield Encode(picture, revision.strategy, tenant)
-            return self._response(picture, image, revision, cache_hit=hit, embeddings=request.include_embeddings)
+            return self._response(picture, image, revision, cache_hit=hit, embeddings=embeddings)
 
         ticket = self._engine.submit(work, tenant)
         try:

@@ -16,9 +16,11 @@ from vflow_server.ledger import Ledger
 from vflow_server.names import check_name
 from vflow_server.paging import Pager
 from vflow_server.pictures import PictureStore
+from vflow_server.quotas import Quotas, Work
 from vflow_server.session import Session
 from vflow_server.sessions import SessionStore
 from vflow_server.strategies import StrategyStore
+from vflowopt.picture import Picture
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -31,15 +33,22 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         strategies: that a new session may begin with.
         pictures: takes in what requests bring.
         ledger: hears what became of them.
+        quotas: of the tenants.
     """
 
     def __init__(
-        self, sessions: SessionStore, strategies: StrategyStore, pictures: PictureStore, ledger: Ledger
+        self,
+        sessions: SessionStore,
+        strategies: StrategyStore,
+        pictures: PictureStore,
+        ledger: Ledger,
+        quotas: Quotas,
     ) -> None:
         self._sessions = sessions
         self._strategies = strategies
         self._pictures = pictures
         self._ledger = ledger
+        self._quotas = quotas
         self._pager = Pager()
 
     async def CreateSession(
@@ -49,6 +58,7 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         strategy = request.session.strategy
         if strategy:
             check_name(strategy, "strategies", "session.strategy")
+        self._quotas.check_session(current_caller().tenant)
         return self._message(await self._sessions.create(current_caller().tenant, self._strategies.get(strategy)))
 
     async def GetSession(
@@ -73,7 +83,9 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         self, request: conversations_pb2.ForkSessionRequest, context: Context
     ) -> conversations_pb2.Session:
         """Open a second session with the same past."""
-        return self._message(await self._sessions.fork(self._find(request.name, "name")))
+        origin = self._find(request.name, "name")
+        self._quotas.check_session(origin.tenant, origin.dialogue.state.images)
+        return self._message(await self._sessions.fork(origin))
 
     async def DeleteSession(self, request: conversations_pb2.DeleteSessionRequest, context: Context) -> empty_pb2.Empty:
         """End a session and free what it holds."""
@@ -85,8 +97,11 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
     ) -> conversations_pb2.AddImageResponse:
         """Show a picture ahead of its question."""
         session = self._find(request.session, "session")
-        picture = await self._pictures.take(request.image, "image", session.tenant)
-        receipt = await session.show(picture)
+        async with self._quotas.work(session.tenant) as work:
+            picture = await self._pictures.take(request.image, "image", session.tenant)
+            self._quotas.show(session.tenant, work, 1)
+            receipt = await session.show(picture)
+            work.tokens = receipt.kept_tokens[0]
         self._ledger.picture(session.tenant, receipt)
         return conversations_pb2.AddImageResponse(receipt=receipt)
 
@@ -98,9 +113,20 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         """
         accepted = time.perf_counter()
         session = self._find(request.session, "session")
+        async with self._quotas.work(session.tenant) as work:
+            await self._answer(request, context, session, work, accepted)
+
+    async def _answer(
+        self, request: conversations_pb2.ChatRequest, context: Context, session: Session, work: Work, accepted: float
+    ) -> None:
         turn = await read_turn(request, self._pictures, session.tenant)
+        pictures = sum(isinstance(part, Picture) for part in turn.parts)
         answer = await session.answer(
-            turn, accepted=accepted, request_id=request.request_id, fingerprint=fingerprint(turn)
+            turn,
+            accepted=accepted,
+            request_id=request.request_id,
+            fingerprint=fingerprint(turn),
+            admit=lambda: self._quotas.show(session.tenant, work, pictures),
         )
         if isinstance(answer, conversations_pb2.Finished):
             if answer.text:
@@ -109,8 +135,10 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
             return
         try:
             async for text in answer.events():
+                work.tokens += 1  # or more, by a few: what is cut off here is never told exactly
                 await context.write(_delta(text))
             finished = await session.outcome(answer)
+            work.tokens = finished.receipt.new_prompt_tokens + finished.usage.completion_tokens
             self._ledger.turn(session.tenant, session.name, finished)
             await context.write(conversations_pb2.ChatResponse(finished=finished))
         finally:

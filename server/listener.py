@@ -12,6 +12,13 @@ MOST_CALLS = 4096
 """Calls at the same time. A fuse against runaway clients only: it counts health checks too, and refuses without saying
 why."""
 
+MOST_METADATA = 16 * 1024
+"""Bytes of a call's metadata. gRPC would begin to refuse some calls by chance at half of it; here it is all or none."""
+
+LONGEST_CALL = 1800
+"""Seconds that a call may last beyond the age of its connection: longer than any turn takes, but for one whose caller
+does not read it."""
+
 
 class Listener:
     """A gRPC server on one port. Made, started and stopped on one event loop.
@@ -23,6 +30,8 @@ class Listener:
         credentials: for TLS; None: unencrypted.
         interceptors: around each method.
         most_bytes: of a message, sent or received.
+        longest_idle: seconds without a call after which a connection is closed.
+        longest_age: seconds after which a connection takes no more calls, which then go over a new one.
 
     Attributes:
         server: takes the services, until it is started.
@@ -37,6 +46,8 @@ class Listener:
         credentials: grpc.ServerCredentials | None,
         interceptors: Sequence[grpc.aio.ServerInterceptor],  # type: ignore[type-arg]  # generic in the stubs only
         most_bytes: int,
+        longest_idle: float,
+        longest_age: float,
     ) -> None:
         self._address = address(host, port)
         self._option = option
@@ -47,6 +58,11 @@ class Listener:
             options=[
                 ("grpc.max_receive_message_length", most_bytes),
                 ("grpc.max_send_message_length", most_bytes),
+                ("grpc.max_metadata_size", MOST_METADATA),
+                ("grpc.absolute_max_metadata_size", MOST_METADATA),
+                ("grpc.max_connection_idle_ms", round(longest_idle * 1000)),
+                ("grpc.max_connection_age_ms", round(longest_age * 1000)),
+                ("grpc.max_connection_age_grace_ms", LONGEST_CALL * 1000),
                 # Two processes on one port would share the calls but not the sessions.
                 ("grpc.so_reuseport", 0),
                 # Find clients that died without a word, and bear with those that ping often.

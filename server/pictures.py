@@ -8,9 +8,12 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 from vflow.v1 import images_pb2
-from vflow_server.errors import InvalidRequest, NotFound
+from vflow_server.errors import CapacityExhausted, InvalidRequest, NotFound
 from vflow_server.lru import ByteBoundedLRU
 from vflowopt.picture import Detail, Picture, PictureError, PictureLimits
+
+MOST_WAITING = 64
+"""Pictures that may wait to be decoded. One that takes long to decode keeps others waiting, but not without end."""
 
 _DIGEST = re.compile("[0-9a-f]{64}")
 _DETAILS: dict[int, Detail] = {
@@ -35,6 +38,7 @@ class PictureStore:
             held_bytes, lambda picture: picture.pixels.nbytes
         )
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="vflow-picture")
+        self._waiting = 0
 
     @property
     def bytes_held(self) -> int:
@@ -45,13 +49,16 @@ class PictureStore:
         """The picture that ``image``, at ``field`` of a request of ``tenant``, brings or stands for.
 
         Raises:
-            ServiceError: it is not a picture within the limits, its digest is malformed or of none that is held, or
-                its detail is none.
+            ServiceError: too many wait to be decoded, it is not a picture within the limits, its digest is malformed
+                or of none that is held, or its detail is none.
         """
         detail = _detail(image.detail, field)
         if image.WhichOneof("source") == "digest":
             return self._by_digest(image.digest, field, tenant).in_detail(detail)
+        if self._waiting >= MOST_WAITING:
+            raise CapacityExhausted("picture_decoding", f"{MOST_WAITING} pictures wait to be decoded; retry later")
         loop = asyncio.get_running_loop()
+        self._waiting += 1
         try:
             if len(image.data) <= self.limits.max_bytes:
                 digest = await loop.run_in_executor(self._threads, _sha256, image.data)
@@ -60,6 +67,8 @@ class PictureStore:
             picture = await loop.run_in_executor(self._threads, Picture.decode, image.data, self.limits)
         except PictureError as error:
             raise InvalidRequest(error.reason, field, str(error), metadata=error.metadata) from error
+        finally:
+            self._waiting -= 1
         self._held.put((tenant, picture.digest), picture)
         return picture.in_detail(detail)
 

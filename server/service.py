@@ -44,6 +44,7 @@ from vflow_server.operations import OperationStore
 from vflow_server.operations_service import Operations
 from vflow_server.parked import ParkedStore
 from vflow_server.pictures import PictureStore
+from vflow_server.quotas import Quota, Quotas
 from vflow_server.retunes import Retunes
 from vflow_server.scheduler import Scheduler
 from vflow_server.sessions import SessionStore
@@ -130,6 +131,14 @@ class Service:
             idle_timeout=settings.idle_timeout,
             archive=self.archive,
         )
+        quota = Quota(
+            sessions=settings.tenant_sessions,
+            pictures=settings.tenant_pictures,
+            kv_bytes=settings.tenant_kv,
+            turns=settings.tenant_turns,
+            tokens_per_minute=settings.tenant_tokens,
+        )
+        self.quotas = Quotas(quota, self.sessions, self.engine, self.bench.residency)
         self.metrics.registry.register(
             Gauges(
                 engine=self.engine,
@@ -225,11 +234,13 @@ class Service:
             credentials=files.credentials() if files else None,
             interceptors=[Calls(self.metrics, self.tracing), Guard(self.access), self._draining],
             most_bytes=settings.max_message_bytes,
+            longest_idle=settings.connection_idle,
+            longest_age=settings.connection_age,
         )
 
     def _serve_users(self, server: grpc.aio.Server) -> None:
         conversations_pb2_grpc.add_ConversationsServicer_to_server(
-            Conversations(self.sessions, self.strategies, self.pictures, self.ledger), server
+            Conversations(self.sessions, self.strategies, self.pictures, self.ledger, self.quotas), server
         )
         compression_pb2_grpc.add_CompressionServicer_to_server(
             Compression(
@@ -238,6 +249,7 @@ class Service:
                 self.strategies,
                 self.pictures,
                 self.ledger,
+                self.quotas,
                 most_bytes=self.settings.max_message_bytes,
             ),
             server,

@@ -128,6 +128,7 @@ class Session:
         accepted: float,
         request_id: str = "",
         fingerprint: str = "",
+        admit: Callable[[], None] = lambda: None,
     ) -> Ticket[str, conversations_pb2.Finished] | conversations_pb2.Finished:
         """Begin a turn, or find the answer to the same request from before.
 
@@ -138,6 +139,7 @@ class Session:
             accepted: ``time.perf_counter()`` when the request came.
             request_id: makes a repeated request safe.
             fingerprint: digest of the request's content.
+            admit: called before a turn begins that was not answered yet; what it raises refuses the turn.
 
         Raises:
             ServiceError: SESSION_BUSY, SESSION_NOT_FOUND, REQUEST_ID_REUSED, MODEL_CHANGED, or what the work was
@@ -147,6 +149,7 @@ class Session:
         await self._until_free(request_id)
         if (replay := replays.find(request_id, fingerprint)) is not None:
             return replay
+        admit()
         turn = Turn(
             self._bench,
             self.dialogue,

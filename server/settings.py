@@ -76,6 +76,28 @@ class Settings:
     idle_timeout: float = option("15m", "a session unused for this long is deleted", seconds, metavar="TIME")
     max_running: int = option("32", "requests that share the model's steps (*)", whole(1), metavar="N")
     max_waiting: int = option("64", "requests that may wait for the model (*)", whole(1), metavar="N")
+    tenant_sessions: int | None = option(
+        None, "sessions of one tenant that may live at the same time (unset: no limit)", whole(1), metavar="N"
+    )
+    tenant_pictures: int | None = option(
+        None, "pictures in the sessions of one tenant (unset: no limit)", whole(1), metavar="N"
+    )
+    tenant_kv: int | None = option(
+        None,
+        "KV cache that the sessions of one tenant may hold when a turn begins; idle ones are parked for it (unset: no "
+        "limit)",
+        size,
+        metavar="SIZE",
+    )
+    tenant_turns: int | None = option(
+        None,
+        "turns, and pictures to show or compress, of one tenant at the same time (unset: no limit)",
+        whole(1),
+        metavar="N",
+    )
+    tenant_tokens: int | None = option(
+        None, "tokens run or generated a minute for one tenant (unset: no limit)", whole(1), metavar="N"
+    )
     max_picture_bytes: int = option("20MiB", "largest picture file", size, metavar="SIZE")
     max_picture_pixels: int = option("50000000", "most pixels of a picture", whole(1), metavar="N")
     max_message_bytes: int = option("64MiB", "largest request, and largest response", size, metavar="SIZE")
@@ -136,6 +158,12 @@ class Settings:
     )
     otlp_endpoint: str | None = option(
         None, "OpenTelemetry collector to send traces to, such as http://localhost:4317 (unset: none)", metavar="URL"
+    )
+    connection_idle: float = option(
+        "30m", "a connection without a call for this long is closed; callers make another", seconds, metavar="TIME"
+    )
+    connection_age: float = option(
+        "1h", "a connection of this age takes no more calls; callers make another", seconds, metavar="TIME"
     )
     grace: float = option("10s", "time for running calls to end when the service is stopped", seconds, metavar="TIME")
     log_format: str = option("console", "console or json", one_of(("console", "json")), metavar="NAME")

@@ -1,0 +1,187 @@
+"""Quotas over a real channel: what one tenant may have and do, whatever room there is, and what others notice of it."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import grpc
+import pytest
+
+from tests.server.conftest import Serve
+from tests.server.drawing import png
+from tests.server.served import Served
+from tests.server.waiting import until
+from vflow.v1.conversations_pb2 import ChatOptions, ChatRequest, Part
+from vflow.v1.conversations_pb2_grpc import ConversationsStub
+from vflow.v1.images_pb2 import Image
+from vflow_client import CapacityExhausted, Session
+from vflow_server import pictures
+from vflow_server.quotas import Allowance
+
+
+@contextmanager
+def exceeded(resource: str, quota: int, *, retry: bool) -> Iterator[None]:
+    with pytest.raises(CapacityExhausted) as refused:
+        yield
+    assert refused.value.metadata == {"resource": resource, "quota": str(quota)}
+    assert (refused.value.retry_after is not None) == retry
+
+
+def ask(session: Session, tokens: int = 2) -> str:
+    return session.ask("What is it?", max_new_tokens=tokens).read()
+
+
+def test_sessions(serve: Serve) -> None:
+    served = serve(tenant_sessions="2")
+    first, second = served.client.session(), served.client.session()
+    for another in (served.client.session, first.fork):
+        with exceeded("tenant_sessions", 2, retry=False):
+            another()
+    with served.connect(tenant="other") as other, other.session():
+        pass
+    second.delete()
+    assert ask(first.fork())
+
+
+def test_pictures(serve: Serve) -> None:
+    served = serve(tenant_pictures="3")
+    client = served.client
+    first, second = client.session(), client.session()
+    first.add_image(png(60, 60, seed=1))
+    parts = [Part(text="Both?"), *(Part(image=Image(data=png(60, 60, seed=seed))) for seed in (2, 3))]
+    once = ChatRequest(session=second.name, parts=parts, options=ChatOptions(max_new_tokens=1), request_id="once")
+    with grpc.insecure_channel(served.address) as channel:
+        *_, said = ConversationsStub(channel).Chat(once)
+        for one_more in (
+            lambda: first.add_image(png(60, 60, seed=4)),
+            lambda: second.ask("And?", images=[png(60, 60, seed=4)], max_new_tokens=1).read(),
+            lambda: first.fork(),
+        ):
+            with exceeded("tenant_pictures", 3, retry=False):
+                one_more()
+        *_, again = ConversationsStub(channel).Chat(once)
+        assert again.finished.receipt.replayed and again.finished.text == said.finished.text
+    assert ask(first) and client.compress(png(60, 60, seed=4)).receipt.digest  # neither adds one to a session
+    first.delete()
+    second.add_image(png(60, 60, seed=4))
+
+
+def test_turns_at_the_same_time(serve: Serve) -> None:
+    served = serve(tenant_turns="1")
+    running, waiting = served.client.session(), served.client.session()
+    answer = running.ask("Go on", max_new_tokens=4000)
+    next(answer)
+    for another in (
+        lambda: ask(waiting),
+        lambda: waiting.add_image(png(60, 60)),
+        lambda: served.client.compress(png(60, 60)),
+    ):
+        with exceeded("tenant_turns", 1, retry=True):
+            another()
+    with served.connect(tenant="other") as other, other.session() as session:
+        assert ask(session)
+    answer.close()
+    until(lambda: not served.live(running).busy)
+    assert ask(waiting)
+
+
+def test_tokens_of_a_minute(serve: Serve) -> None:
+    served = serve(tenant_tokens="100")
+    session = served.client.session()
+    assert ask(session, tokens=120)
+    with pytest.raises(CapacityExhausted) as refused:
+        ask(session)
+    assert refused.value.metadata["resource"] == "tenant_tokens"
+    # Of at least 20 tokens too many, and those of the question, five come back in three seconds.
+    assert refused.value.retry_after is not None and 0 < refused.value.retry_after < 60
+    with served.connect(tenant="other") as other, other.session() as unhindered:
+        assert ask(unhindered)
+
+
+def test_tokens_of_a_turn_that_was_cancelled_count(serve: Serve) -> None:
+    served = serve(tenant_tokens="30")
+    session = served.client.session()
+    answer = session.ask("Go on", max_new_tokens=4000)
+    for _ in range(40):
+        next(answer)
+    answer.close()
+    until(lambda: not served.live(session).busy)
+    with exceeded("tenant_tokens", 30, retry=True):
+        ask(session)
+
+
+def test_tokens_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    allowance = Allowance(120)
+    allowance.take(150)
+    assert (allowance.left, allowance.seconds_until_one()) == (-30, 15.5)
+    now = 15.5
+    assert allowance.left == 1
+    now = 1000.0
+    assert allowance.left == 120
+
+
+def test_caches_of_idle_sessions_make_room(serve: Serve) -> None:
+    undisturbed = serve()
+    with undisturbed.client.session() as session:
+        session.add_image(png(112, 112, seed=0))
+        alone = session.state().kv_bytes
+        said = ask(session)
+    undisturbed.stop()
+    served = serve(tenant_kv=str(2 * alone))
+    sessions = [served.client.session() for _ in range(5)]
+    for number, session in enumerate(sessions):
+        session.add_image(png(112, 112, seed=number))
+    assert [each.state().resident for each in sessions] == [False, False, True, True, True]  # the quota, and the latest
+    assert ask(sessions[0]) == said  # what was parked came back
+
+
+def test_caches_of_turns_under_way_do_not(serve: Serve) -> None:
+    served = serve(tenant_kv="1KiB")
+    with served.connect() as client:
+        running, waiting = client.session(), client.session()
+        answer = running.ask("Go on", max_new_tokens=4000)
+        next(answer)
+        with exceeded("tenant_kv", 1024, retry=True):
+            ask(waiting)
+        answer.close()
+        until(lambda: not served.live(running).busy)
+        assert ask(waiting)
+
+
+def test_a_tenant_that_is_gone_leaves_nothing_behind(serve: Serve) -> None:
+    served = serve(tenant_turns="1", tenant_tokens="1000000")
+    for number in range(5):
+        with served.connect(tenant=f"t{number}") as client, client.session() as session:
+            assert ask(session)
+    assert len(served.service.quotas._uses) <= 2
+
+
+def test_pictures_that_wait_to_be_decoded_are_bounded(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "MOST_WAITING", 0)
+    with pytest.raises(CapacityExhausted) as refused:
+        served.client.compress(png(60, 60))
+    assert refused.value.metadata["resource"] == "picture_decoding" and refused.value.retry_after
+    monkeypatch.undo()
+    assert served.client.compress(png(60, 60)).receipt.digest
+
+
+def test_metadata_is_bounded(served: Served) -> None:
+    call = "/grpc.health.v1.Health/Check"
+    with grpc.insecure_channel(served.address) as channel:
+        assert channel.unary_unary(call)(b"", metadata=[("x-note", "a" * 12_000)])
+        with pytest.raises(grpc.RpcError) as refused:
+            channel.unary_unary(call)(b"", metadata=[("x-note", "a" * 20_000)])
+        assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_a_connection_of_some_age_is_replaced_and_drops_nothing(serve: Serve) -> None:
+    served = serve(connection_age="100ms")
+    with served.connect() as client, client.session() as session:
+        begun = time.monotonic()
+        answer = session.ask("Go on", max_new_tokens=150)
+        answer.read()
+        assert answer.usage.completion_tokens == 150
+        while time.monotonic() - begun < 1.0:
+            assert session.state().turn_count == 1
