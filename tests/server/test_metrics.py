@@ -65,9 +65,13 @@ def test_a_call_that_is_cancelled_or_late_is_counted_as_that(watched: Served) ->
     answer.close()
     chat = {"method": "Conversations/Chat"}
     until(lambda: value(watched, "vflow_calls_total", code="CANCELLED", **chat) == 1)
-    with pytest.raises(DeadlineExceeded):
-        session.ask("Go on", max_new_tokens=4000, timeout=0.2).read()
-    until(lambda: value(watched, "vflow_calls_total", code="DEADLINE_EXCEEDED", **chat) == 1)
+
+    def late() -> bool:
+        with pytest.raises(DeadlineExceeded):
+            session.ask("Go on", max_new_tokens=4000, timeout=0.3).read()
+        return value(watched, "vflow_calls_total", code="DEADLINE_EXCEEDED", **chat) >= 1
+
+    until(late)  # on a busy machine the time may be up before the service has heard of the call
     assert value(watched, "vflow_turns_total", reason="length") == 0
 
 
@@ -130,9 +134,9 @@ def test_a_search_and_what_the_watch_sees_are_told(serve: Serve, picture: bytes)
         assert 0 < value(served, "vflow_watch_cosine_sum_total", strategy=name) <= 1.0001
         assert value(served, "vflow_watch_tokens_total", strategy=name) == 4
     assert value(served, "vflow_retune_running") == 0
-    search = served.client.strategies.retune(0.3, samples(2), trials=40)
+    search = served.client.strategies.retune(0.3, samples(2), trials=1000)
     until(lambda: value(served, "vflow_retune_trials_done") >= 1)
-    assert value(served, "vflow_retune_running") == 1 and value(served, "vflow_retune_trials") == 40
+    assert value(served, "vflow_retune_running") == 1 and value(served, "vflow_retune_trials") == 1000
     search.cancel()
     until(lambda: value(served, "vflow_retune_running") == 0)
 
