@@ -28,7 +28,7 @@ def write_down(dialogue: Dialogue, entry: Entry, answer: Answer | None = None) -
     """
     if dialogue.record is None:
         return
-    writing = dialogue.record.write(entry, answer)
+    writing = dialogue.record.write(replace(entry, items=_on_host(entry.items)), answer)
     try:
         yield Await(writing)
     except GeneratorExit:
@@ -66,6 +66,16 @@ def recall(bench: Workbench, dialogue: Dialogue) -> Steps[None]:
         dialogue.conversation(bench.runtime), [item for entry in entries for item in entry.items]
     )
     dialogue.recall(bench.runtime, entries)
+
+
+def _on_host(items: Sequence[Item]) -> tuple[Item, ...]:
+    """The same items for another thread, which must start nothing on a device."""
+    return tuple(
+        replace(item, embeddings=item.embeddings.cpu())
+        if isinstance(item, CompressedImage) and item.embeddings.device.type != "cpu"
+        else item
+        for item in items
+    )
 
 
 def _adopted(bench: Workbench, dialogue: Dialogue, items: Sequence[Item]) -> tuple[Item, ...]:

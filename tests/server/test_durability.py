@@ -2,8 +2,10 @@
 
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -217,6 +219,24 @@ def test_idle_sessions_expire_on_the_disk_too(serve_data: Serve, data: Path, pic
     client = serve_data(idle_timeout="200ms").client
     until(lambda: not list(client.sessions()) and not files(data))
     assert not list(serve_data().client.sessions())
+
+
+def test_a_clock_that_jumps_back_changes_nothing(
+    serve_data: Serve, picture: bytes, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = begun(serve_data().client, picture)
+    answers = [answer_of(session, QUESTIONS[0])]
+    # Not for all of the process: gRPC reckons its deadlines by the same clock.
+    set_back = SimpleNamespace(time=lambda: time.time() - 86_400, monotonic=time.monotonic)
+    for module in ("session", "sessions", "session_record"):
+        monkeypatch.setattr(f"vflow_server.{module}.time", set_back)
+    session = serve_data().client.attach(session.name)
+    answers += [answer_of(session, text) for text in QUESTIONS[1:]]
+    assert answers == expected
+    served = serve_data(idle_timeout="300ms")
+    (state,) = served.client.sessions()
+    assert state.last_used_time.ToNanoseconds() < state.create_time.ToNanoseconds()
+    until(lambda: not list(served.client.sessions()))
 
 
 def test_ephemeral_sessions_leave_nothing(serve_data: Serve, data: Path, picture: bytes) -> None:

@@ -1,0 +1,103 @@
+"""What it costs to keep sessions in a data folder: each turn waits for its commit, the first after a restart for more.
+
+The same conversations are held with a service that keeps them in memory alone and with one that has a folder; then
+that one is stopped and started again, and each conversation goes on by one turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+import vflow_client
+from benchmarks.conversation import percentile
+from benchmarks.service import running_service
+from benchmarks.table import Row, publish
+from benchmarks.talk import Talk, draw_talks
+
+STRATEGY = "diverse-10"
+QUIET = ("--log-level", "warning")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="durability", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 16], help="conversations at once")
+    parser.add_argument("--rounds", type=int, default=4, help="conversations one after the other")
+    parser.add_argument("--turns", type=int, default=5, help="of each conversation")
+    parser.add_argument("--new-tokens", type=int, default=24, help="tokens of an answer")
+    parser.add_argument("--data", type=Path, help="where to make the data folder (default: where temporary files go)")
+    parser.add_argument("--json", type=Path, help="write the rows here, too")
+    options = parser.parse_args(arguments)
+    rows: list[Row] = []
+    for at_once in options.at_once:
+        talks = draw_talks(at_once * options.rounds, turns=options.turns + 1, seed=3_000_000)
+        with tempfile.TemporaryDirectory(prefix="vflow-durability-", dir=options.data) as folder:
+            rows += measure(talks, at_once, options.new_tokens, Path(folder))
+    publish(rows, options.json)
+    return 0
+
+
+def measure(talks: Sequence[Talk], at_once: int, new_tokens: int, folder: Path) -> Iterator[Row]:
+    """Hold ``talks`` with either service; the rows."""
+    flags = {"memory": QUIET, "folder": (*QUIET, "--data", str(folder))}
+    for name, wanted in flags.items():
+        with running_service(*wanted) as address:
+            names, seconds, took = _hold(address, talks, at_once, new_tokens)
+        yield _row(at_once, name, seconds, took)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    with running_service(*flags["folder"]) as address:
+        begun = time.perf_counter()
+        with ThreadPoolExecutor(at_once) as threads, vflow_client.connect(address, timeout=None) as client:
+
+            def go_on(name: str, talk: Talk) -> float:
+                return _say(client.attach(name), talk.questions[-1], new_tokens)
+
+            seconds = list(threads.map(go_on, names, talks))
+        row = _row(at_once, "folder, after a restart", seconds, time.perf_counter() - begun)
+        yield {**row, "bytes_per_conversation": size // len(talks)}
+
+
+def _hold(address: str, talks: Sequence[Talk], at_once: int, new_tokens: int) -> tuple[list[str], list[float], float]:
+    """Names of the sessions, seconds of each turn, and seconds in all."""
+    with vflow_client.connect(address, timeout=None) as client, ThreadPoolExecutor(at_once) as threads:
+
+        def converse(talk: Talk) -> tuple[str, list[float]]:
+            session = client.session(STRATEGY)
+            session.add_image(talk.picture)
+            return session.name, [_say(session, question, new_tokens) for question in talk.questions[:-1]]
+
+        begun = time.perf_counter()
+        held = list(tqdm(threads.map(converse, talks), total=len(talks), unit="talk", leave=False, disable=None))
+        took = time.perf_counter() - begun
+    return [name for name, _ in held], [seconds for _, turns in held for seconds in turns], took
+
+
+def _say(session: vflow_client.Session, question: str, new_tokens: int) -> float:
+    """Seconds from the question to the end of the answer."""
+    begun = time.perf_counter()
+    session.ask(question, max_new_tokens=new_tokens, min_new_tokens=new_tokens).read()
+    return time.perf_counter() - begun
+
+
+def _row(at_once: int, kept_in: str, seconds: Sequence[float], took: float) -> Row:
+    return {
+        "kept_in": kept_in,
+        "at_once": at_once,
+        "turns": len(seconds),
+        "turns_per_second": len(seconds) / took,
+        "turn_ms_p50": percentile(seconds, 50) * 1000,
+        "turn_ms_p95": percentile(seconds, 95) * 1000,
+        "bytes_per_conversation": None,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
