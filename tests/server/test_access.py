@@ -87,6 +87,18 @@ def test_the_client_tells_apart_who_is_unknown_and_who_may_not(guarded: Served) 
         assert next(client.strategies.list()).name
 
 
+def test_the_log_tells_no_token(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    served = serve(tokens=TOKENS)
+    unknown = USER[::-1]
+    with pytest.raises(Unauthenticated):
+        opens(served, token=unknown)
+    assert opens(served, token=USER)
+    served.stop()  # by then the log is complete
+    told = capsys.readouterr().out
+    assert "TOKEN_INVALID" in told and "tenant=red" in told
+    assert USER not in told and unknown not in told
+
+
 def test_nothing_is_read_of_what_a_caller_without_access_sends(serve: Serve) -> None:
     served = serve(tokens=TOKENS, max_message_bytes="1MiB")
     with grpc.insecure_channel(served.address, [("grpc.max_send_message_length", 8 << 20)]) as channel:
