@@ -45,7 +45,7 @@ def _load(settings: Settings) -> Runtime:
     log.info("loading the model", model=model, device=settings.device, dtype=settings.dtype)
     disable_progress_bar()  # it would stand between the lines of the log
     try:
-        loaded = load_model(model, device=settings.device, dtype=settings.dtype)
+        loaded = load_model(model, device=settings.device, dtype=settings.dtype, quantization=settings.quantization)
         runtime = Runtime(loaded, kv_budget=_kv_budget(settings, loaded.device))
     except (ModelError, ValueError) as error:
         raise StartError(str(error)) from error

@@ -41,6 +41,9 @@ class Settings:
     model: str | None = option(None, "model folder or hub id (unset: the embedded model)", metavar="PATH")
     device: str = option("cpu", "cpu, cuda or cuda:N", metavar="NAME")
     dtype: str = option("float32", "float32, bfloat16 or float16", metavar="NAME")
+    quantization: str | None = option(
+        None, "8bit or 4bit: quantize the weights as they are read (unset: leave them as they come)", metavar="NAME"
+    )
     threads: int | None = option(None, "CPU threads of the model (unset: torch decides)", whole(1), metavar="N")
     kv_budget: int | Share = option(
         "25%",

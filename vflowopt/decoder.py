@@ -111,8 +111,9 @@ class FusedDecoder(Decoder):
         rope = getattr(config, "rope_parameters", None) or {}
         return (
             all(type(layer) in _FUSABLE for layer in decoder.layers)
+            # Quantized weights come as modules of other types, or as tensors of other types.
             and all(
-                type(module) is nn.Linear
+                type(module) is nn.Linear and type(module.weight.detach()) is Tensor
                 for layer in decoder.layers
                 for module in (*layer.self_attn.children(), *_projections(layer.mlp))
             )

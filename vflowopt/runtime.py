@@ -71,9 +71,10 @@ class Runtime:
             self._kernel = build_decode_kernel(model.head_dim, heads, model.heads, page_size)
         elif model.device.type == "cuda":
             self._reading = readable(self.pool, heads)
-            self._graphs = DecodeGraphs(
-                self.pool, self.layers, rotary=self.decoder.rotary, step=self._step, reading=self._reading
-            )
+            if not model.quantized:  # what a quantizer starts may wait for the device, which no capture allows
+                self._graphs = DecodeGraphs(
+                    self.pool, self.layers, rotary=self.decoder.rotary, step=self._step, reading=self._reading
+                )
 
     @classmethod
     def load(
@@ -82,16 +83,18 @@ class Runtime:
         *,
         device: str = "cpu",
         dtype: str = "float32",
+        quantization: str | None = None,
         kv_budget: int,
         page_size: int = 16,
     ) -> Runtime:
-        """Load a model folder or hub id and allocate its pool.
+        """Load a model folder or hub id, see :func:`vflowopt.models.load_model`, and allocate its pool.
 
         Raises:
             ModelError: the model cannot be served; it says why.
             ValueError: the budget does not hold one page.
         """
-        return cls(load_model(model, device=device, dtype=dtype), kv_budget=kv_budget, page_size=page_size)
+        loaded = load_model(model, device=device, dtype=dtype, quantization=quantization)
+        return cls(loaded, kv_budget=kv_budget, page_size=page_size)
 
     def bytes_per_token(self) -> int:
         """KV bytes of one token in one layer."""
@@ -343,6 +346,8 @@ def _revision(model: MultimodalModel) -> str:
     """Digest of every weight's name, shape and first values: enough to tell two trainings apart, quick at any size."""
     digest = hashlib.sha256(model.network.config.to_json_string().encode())
     for name, weight in model.network.state_dict().items():
+        if type(weight) is not Tensor:  # some quantizers make types of their own, which do not let themselves be cut
+            weight = weight.dequantize()
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         digest.update(weight.flatten()[:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -62,7 +62,7 @@ def logits(runtime: Runtime, outcome: Compressed) -> torch.Tensor:
 
 def test_every_method_keeps_its_budget_and_is_answered_from(runtime: Runtime, sight: Sight) -> None:
     tokens = len(sight.encoded.layout)
-    retentions = (1.0, 0.6, 0.45)
+    retentions = (1.0, 0.45)
     methods: list[Method] = [*rivals(0), VFlowOpt(), *ablations(VFlowOpt(), runtime.layers)]
     suited = [method for method in methods if method.flaw(runtime.model) is None]
     full = logits(runtime, VFlowOpt().compress(runtime, sight, [1.0])[0])

@@ -148,6 +148,7 @@ UNSERVABLE: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "an empty folder": (lambda folder: ["--model", str(folder)], "no config.json"),
     "an unknown family": (lambda folder: ["--model", str(unknown_family(folder))], "family 'gpt2'"),
     "an unknown type": (lambda folder: ["--dtype", "float8"], "choose one of"),
+    "an unknown quantization": (lambda folder: ["--quantization", "2bit"], "choose one of 8bit, 4bit"),
     "no room": (lambda folder: ["--kv-budget", "10"], "does not hold one page"),
     "a port that cannot be": (lambda folder: ["--port", "99999"], "--port is '99999'"),
     "a settings file that is not there": (lambda folder: ["--config", str(folder / "none")], "cannot be read"),

@@ -3,7 +3,8 @@
 A new family is a subclass of :class:`~vflowopt.models.interface.MultimodalModel` and a line in :data:`FAMILIES`.
 """
 
-from vflowopt.models.interface import ModelError, MultimodalModel
+from vflowopt.models.error import ModelError
+from vflowopt.models.interface import MultimodalModel
 from vflowopt.models.llava_onevision import LlavaOnevision
 from vflowopt.models.loading import FAMILIES, load_model
 

@@ -16,6 +16,8 @@ from transformers import AutoImageProcessor
 from vflowopt.attention import PAGED
 from vflowopt.compression import EncodedImage
 from vflowopt.models.backbone import unservable
+from vflowopt.models.error import ModelError
+from vflowopt.models.quantization import is_quantized, quantized_on
 from vflowopt.models.tokenizer import load_tokenizer
 from vflowopt.picture import Picture, PictureError
 from vflowopt.strategy import Strategy, StrategyError
@@ -24,18 +26,6 @@ LOW_DETAIL_TOKENS = 256
 """Tokens with pixels that a picture takes at most in low detail, where a family sees pictures of any size.
 
 As many as one tile of InternVL has; the overviews of LLaVA's families have more."""
-
-
-class ModelError(RuntimeError):
-    """A model that cannot be served.
-
-    Attributes:
-        reason: ``MODEL_NOT_FOUND``, ``MODEL_FAMILY_UNKNOWN``, ``MODEL_UNREADABLE`` or ``MODEL_UNSUPPORTED``.
-    """
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 class MultimodalModel(ABC):
@@ -109,20 +99,31 @@ class MultimodalModel(ABC):
             raise cls.unsupported(flaw)
 
     @classmethod
-    def load(cls, model: str | Path, config: Any, device: torch.device, dtype: torch.dtype) -> Self:
+    def load(
+        cls, model: str | Path, config: Any, device: torch.device, dtype: torch.dtype, quantization: Any = None
+    ) -> Self:
         """Load a folder or hub id, whose configuration is ``config``.
+
+        Args:
+            model: the folder or hub id.
+            config: its configuration.
+            device: where to load it.
+            dtype: type of the weights that are not quantized.
+            quantization: what Hugging Face's quantizers are told; None: nothing is quantized that is not so already.
 
         Raises:
             ModelError: the model has something that is not supported.
             OSError, ValueError, KeyError, RuntimeError: Hugging Face's, where the files do not hold a whole model.
         """
         cls._check_decoder(config.text_config)  # before gigabytes are read in vain
+        quantizing = quantized_on(device, config, quantization)
         network, report = cls.architecture.from_pretrained(
             model,
             config=config,
             dtype=dtype,
             attn_implementation={"text_config": PAGED, "vision_config": "sdpa"},
             output_loading_info=True,
+            **quantizing,
         )
         if missing := sorted(report["missing_keys"]):
             # Hugging Face draws these at random and goes on: every answer would be nonsense.
@@ -132,7 +133,13 @@ class MultimodalModel(ABC):
                 "give a whole model",
             )
         processor = AutoImageProcessor.from_pretrained(model, backend="pil")
-        return cls(network.to(device).eval(), load_tokenizer(model), processor)
+        network = network if quantizing else network.to(device)
+        return cls(network.eval(), load_tokenizer(model), processor)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether weights are quantized: others than Hugging Face's own modules then do products with them."""
+        return is_quantized(self.network.config)
 
     @property
     def layers(self) -> nn.ModuleList:

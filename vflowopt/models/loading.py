@@ -7,12 +7,14 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from vflowopt.models.interface import ModelError, MultimodalModel
+from vflowopt.models.error import ModelError
+from vflowopt.models.interface import MultimodalModel
 from vflowopt.models.internvl import InternVL
 from vflowopt.models.llava import Llava
 from vflowopt.models.llava_next import LlavaNext
 from vflowopt.models.llava_onevision import LlavaOnevision
 from vflowopt.models.mistral3 import Mistral3
+from vflowopt.models.quantization import quantization as quantization_config
 from vflowopt.models.qwen2_5_vl import Qwen25Vl
 from vflowopt.models.qwen2_vl import Qwen2Vl
 from vflowopt.models.qwen3_vl import Qwen3Vl
@@ -33,7 +35,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 """Number types a model can be loaded in, by name."""
 
 
-def load_model(model: str | Path, *, device: str = "cpu", dtype: str = "float32") -> MultimodalModel:
+def load_model(
+    model: str | Path, *, device: str = "cpu", dtype: str = "float32", quantization: str | None = None
+) -> MultimodalModel:
     """Load a model of a known family.
 
     Args:
@@ -41,6 +45,8 @@ def load_model(model: str | Path, *, device: str = "cpu", dtype: str = "float32"
             where the machine reaches it).
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: a name of :data:`DTYPES`.
+        quantization: a name of :data:`vflowopt.models.quantization.QUANTIZATIONS`, for weights in fewer bits; None: as
+            they come, which may be quantized, too.
 
     Raises:
         ModelError: there is no such model, its family is unknown, or its files do not hold a whole model that can be
@@ -73,8 +79,15 @@ def load_model(model: str | Path, *, device: str = "cpu", dtype: str = "float32"
             "MODEL_FAMILY_UNKNOWN",
             f"{model!s} is of the family {config.model_type!r}; the families known here are: {', '.join(FAMILIES)}",
         )
+    quantizing = None if quantization is None else quantization_config(quantization, config, DTYPES[dtype])
     try:
-        loaded = FAMILIES[config.model_type].load(model, config, torch.device(device), DTYPES[dtype])
+        loaded = FAMILIES[config.model_type].load(model, config, torch.device(device), DTYPES[dtype], quantizing)
+    except ImportError as error:
+        raise ModelError(
+            "MODEL_UNSUPPORTED",
+            f"what quantizes the weights of {model!s} is not installed: {_first_line(error)}; "
+            "pip install 'vflow[quantization]' has bitsandbytes",
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, ModelError):
             raise
