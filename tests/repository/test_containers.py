@@ -162,5 +162,9 @@ def test_prometheus_takes_its_configuration_and_alerts() -> None:
     checked("promtool", "check", "config", "deploy/prometheus/prometheus.yml")
 
 
+def test_alarms_are_raised_when_they_should_be() -> None:
+    checked("promtool", "test", "rules", "tests/repository/alerts.test.yml")
+
+
 def test_the_shell_takes_the_scripts() -> None:
     checked("bash", "-n", "deploy/image-check.sh")
