@@ -22,7 +22,7 @@ RUN pip install --constraint constraints.txt ./client '.[otel]'
 FROM ${BASE}
 # The compiler makes the decode kernel for the processor at hand when the service starts.
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
-RUN useradd --system --uid 10001 --no-create-home vflow && install --directory --owner=vflow /data
+RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin vflow && install --directory --owner=vflow /data
 COPY --from=build /opt/vflow /opt/vflow
 ARG DEVICE=cpu
 ENV PATH=/opt/vflow/bin:$PATH \
