@@ -25,6 +25,7 @@
     │   ├── SessionBusy           another turn of the session is running
     │   ├── SessionDeleted        the session was deleted while the turn ran
     │   ├── ModelChanged          the session was held with another model, and cannot go on with this one
+    │   ├── ReaderStalled         this side did not read the answer for too long
     │   ├── StrategyExists
     │   ├── EtagMismatch          the active strategy changed in between
     │   ├── NothingToRollBack     no strategy was active before this one
@@ -188,6 +189,10 @@ class ModelChanged(Conflict):
     """The session was held with another model than the service serves now; it is kept, but cannot go on."""
 
 
+class ReaderStalled(Conflict):
+    """Nothing of the answer was read for too long, so the service ended the call."""
+
+
 class StrategyExists(Conflict):
     """The identifier belongs to another strategy."""
 
@@ -296,6 +301,7 @@ CLASS_OF_REASON: Mapping[str, type[VFlowError]] = {
     "CAPACITY_EXHAUSTED": CapacityExhausted,
     "SERVER_STOPPING": ServerStopping,
     "ENGINE_FAILED": EngineFailed,
+    "READER_STALLED": ReaderStalled,
     "INTERNAL": ServerFault,
     "MODEL_CHANGED": ModelChanged,
     "SESSION_DAMAGED": SessionDamaged,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -12,6 +13,7 @@ from structlog.contextvars import bind_contextvars
 from vflow.v1 import conversations_pb2, conversations_pb2_grpc
 from vflow_server.caller import current_caller
 from vflow_server.chat_request import fingerprint, read_turn
+from vflow_server.errors import reader_stalled
 from vflow_server.ledger import Ledger
 from vflow_server.names import check_name
 from vflow_server.paging import Pager
@@ -23,6 +25,10 @@ from vflow_server.strategies import StrategyStore
 from vflowopt.picture import Picture
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+
+SLOWEST_READER = 60.0
+"""Seconds in which a caller must take a part of an answer, once what is under way to it fills its window."""
 
 
 class Conversations(conversations_pb2_grpc.ConversationsServicer):
@@ -130,17 +136,17 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         )
         if isinstance(answer, conversations_pb2.Finished):
             if answer.text:
-                await context.write(_delta(answer.text))
-            await context.write(conversations_pb2.ChatResponse(finished=answer))
+                await _write(context, _delta(answer.text))
+            await _write(context, conversations_pb2.ChatResponse(finished=answer))
             return
         try:
             async for text in answer.events():
                 work.tokens += 1  # or more, by a few: what is cut off here is never told exactly
-                await context.write(_delta(text))
+                await _write(context, _delta(text))
             finished = await session.outcome(answer)
             work.tokens = finished.receipt.new_prompt_tokens + finished.usage.completion_tokens
             self._ledger.turn(session.tenant, session.name, finished)
-            await context.write(conversations_pb2.ChatResponse(finished=finished))
+            await _write(context, conversations_pb2.ChatResponse(finished=finished))
         finally:
             answer.cancel()
 
@@ -164,6 +170,15 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         if session.goes_on:
             message.expire_time.FromNanoseconds(int((session.idle_from + self._sessions.idle_timeout) * 1e9))
         return message
+
+
+async def _write(context: Context, response: conversations_pb2.ChatResponse) -> None:
+    """Send a part of an answer, to a caller who takes it within bounds."""
+    try:
+        async with asyncio.timeout(SLOWEST_READER):
+            await context.write(response)
+    except TimeoutError:
+        raise reader_stalled(SLOWEST_READER) from None
 
 
 def _delta(text: str) -> conversations_pb2.ChatResponse:

@@ -181,6 +181,16 @@ def session_deleted(name: str) -> ServiceError:
     )
 
 
+def reader_stalled(seconds: float) -> ServiceError:
+    """A caller did not take its answer."""
+    return ServiceError(
+        grpc.StatusCode.ABORTED,
+        "READER_STALLED",
+        f"nothing of the answer was taken for {seconds:g} seconds, so the call was ended; read it faster. "
+        "If the answer was complete by then, the same request_id brings it again",
+    )
+
+
 def model_changed(name: str, revision: str, served: str) -> ServiceError:
     """The session ``name`` was held with the model ``revision``, and another is ``served`` now."""
     return ServiceError(

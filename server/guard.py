@@ -4,6 +4,7 @@ wrong ends the call with a status that says why, and every call is logged.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -21,6 +22,9 @@ from vflow_server.handlers import Behaviour, Context, around
 
 _POLLED = ("Operations/GetOperation", "Operations/WaitOperation")
 """Methods that whoever follows an operation calls again and again."""
+
+_LAST_WORD = 5.0
+"""Seconds for a caller to take the status of its call; from then on the connection alone remembers it."""
 
 _GUARDED = ("/vflow.v1.", "/google.longrunning.Operations/")
 
@@ -96,9 +100,13 @@ def _guarded(behaviour: Behaviour, name: str, caller: Caller | None) -> Behaviou
         except Exception as error:
             refusal = foreseen(error) or incident(error, method=name)
             outcome = refusal.reason
-            await context.abort_with_status(  # type: ignore[attr-defined]  # missing from the stubs
-                rpc_status.to_status(refusal.status())
-            )
+            try:
+                async with asyncio.timeout(_LAST_WORD):
+                    await context.abort_with_status(  # type: ignore[attr-defined]  # missing from the stubs
+                        rpc_status.to_status(refusal.status())
+                    )
+            except TimeoutError:  # who reads nothing does not hear of it, either: gRPC is left to see the caller go
+                raise asyncio.CancelledError from None
         finally:
             milliseconds = round((time.perf_counter() - begun) * 1000, 1)
             told = log.debug if name in _POLLED else log.info

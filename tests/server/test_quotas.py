@@ -15,7 +15,7 @@ from vflow.v1.conversations_pb2 import ChatOptions, ChatRequest, Part
 from vflow.v1.conversations_pb2_grpc import ConversationsStub
 from vflow.v1.images_pb2 import Image
 from vflow_client import CapacityExhausted, Session
-from vflow_server import pictures
+from vflow_server import conversations, guard, pictures
 from vflow_server.quotas import Allowance
 
 
@@ -185,3 +185,23 @@ def test_a_connection_of_some_age_is_replaced_and_drops_nothing(serve: Serve) ->
         assert answer.usage.completion_tokens == 150
         while time.monotonic() - begun < 1.0:
             assert session.state().turn_count == 1
+
+
+def test_an_answer_that_nobody_reads_is_ended(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversations, "SLOWEST_READER", 0.3)
+    monkeypatch.setattr(guard, "_LAST_WORD", 0.3)
+    served = serve(tenant_turns="1")
+    session, other = served.client.session(), served.client.session()
+    small_window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1)]
+    with grpc.insecure_channel(served.address, small_window) as channel:
+        options = ChatOptions(max_new_tokens=300)
+        answer = ConversationsStub(channel).Chat(
+            ChatRequest(session=session.name, parts=[Part(text="Go on")], options=options)
+        )
+        next(answer)
+        until(lambda: not served.service.quotas._uses["default"].under_way)  # though the caller is still there
+        assert ask(other)
+        with pytest.raises(grpc.RpcError) as ended:
+            list(answer)
+        assert ended.value.code() == grpc.StatusCode.ABORTED
+    assert ask(session)
