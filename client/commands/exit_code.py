@@ -4,6 +4,8 @@ import os
 import sys
 from collections.abc import Callable
 
+import grpc
+
 from vflow_client.errors import RetuneRunning, Unauthenticated, Unavailable, VFlowError
 
 DONE = 0
@@ -45,6 +47,8 @@ def complain_of(error: VFlowError, address: str) -> None:
     """Tells on the error stream how a call to the service at `address` failed, and where it is plain what to do."""
     if isinstance(error, Unauthenticated):
         complain(f"{error} (--token, or VFLOW_TOKEN)")
+    elif error.code is grpc.StatusCode.UNIMPLEMENTED:
+        complain(f"{error} (the services for administrators may have a port of their own: --address)")
     elif isinstance(error, Unavailable):
         complain(f"no service at {address} ({error}); start one with `vflow serve`")
     elif isinstance(error, RetuneRunning) and (operation := error.metadata.get("operation")):

@@ -156,12 +156,14 @@ def test_a_token_expires(serve: Serve) -> None:
     assert refused.value.reason == "TOKEN_EXPIRED"
 
 
-def test_administrators_may_have_a_port_of_their_own(serve: Serve) -> None:
+def test_administrators_may_have_a_port_of_their_own(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     served = serve(tokens=TOKENS, admin_port="0")
     with served.connect(token=ADMIN) as public, public.session():
         with pytest.raises(VFlowError) as refused:
             next(public.strategies.list())
         assert refused.value.code == grpc.StatusCode.UNIMPLEMENTED
+    assert main(["strategies", "list", "--address", served.address, "--token", ADMIN]) == 1
+    assert "a port of their own: --address" in capsys.readouterr().err
     address = f"127.0.0.1:{served.service.admin_port}"
     with vflow_client.connect(address, token=ADMIN) as private:
         assert next(private.strategies.list()).name and not list(private.strategies.operations())
