@@ -19,9 +19,7 @@ for command in buildah debootstrap; do
 done
 scratch=$(mktemp -d)
 container=""
-server=""
 clean_up() {
-    [ -z "$server" ] || kill "$server" 2>/dev/null || true
     [ -z "$container" ] || buildah rm "$container" >/dev/null 2>&1 || true
     rm -rf "$scratch"
 }
@@ -39,19 +37,22 @@ fi
 buildah build --pull-never --format docker --build-arg "BASE=$BASE" "${build_flags[@]}" --tag "$IMAGE" .
 
 container=$(buildah from --pull-never "$IMAGE")
-in_image() {
-    buildah run --env VFLOW_INSECURE=on --env "VFLOW_PORT=$PORT" --env "VFLOW_METRICS_PORT=$METRICS_PORT" "$container" -- "$@"
-}
-test "$(in_image id -u)" = 10001
-in_image vflow serve --kv-budget 64MiB >"$scratch/out" 2>"$scratch/log" &
+# All in one run: what it leaves behind in the background would outlive a `buildah run` that is ended.
+buildah run --env VFLOW_INSECURE=on --env "VFLOW_PORT=$PORT" --env "VFLOW_METRICS_PORT=$METRICS_PORT" \
+    "$container" -- sh -s "$PORT" "$METRICS_PORT" <<'INSIDE'
+set -eu
+test "$(id -u)" = 10001
+vflow serve --kv-budget 64MiB &
 server=$!
-for _ in $(seq 90); do
-    grep -q "VFlow is ready" "$scratch/out" && break
-    kill -0 "$server" 2>/dev/null || { cat "$scratch/log" >&2; exit 1; }
+trap 'kill "$server" 2>/dev/null || true' EXIT
+tries=90
+until vflow health 2>/dev/null; do
+    kill -0 "$server"
+    tries=$((tries - 1))
+    test "$tries" -gt 0
     sleep 1
 done
-in_image vflow health
-in_image python - "$PORT" "$METRICS_PORT" <<'CONVERSATION'
+python - "$@" <<'CONVERSATION'
 import sys
 import urllib.request
 
@@ -68,4 +69,8 @@ with vflow_client.connect(f"127.0.0.1:{port}") as client, client.session() as se
 metrics = urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics").read().decode()
 assert 'vflow_calls_total{code="OK",method="Conversations/Chat"} 1.0' in metrics
 CONVERSATION
-echo "image-check: $IMAGE serves"
+kill -TERM "$server"
+wait "$server"
+trap - EXIT
+INSIDE
+echo "image-check: $IMAGE serves, and stops when it is told to"
