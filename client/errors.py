@@ -39,7 +39,7 @@
     ├── ResourceExhausted         a limit on the way, such as the size of a message
     │   └── CapacityExhausted     no room; without a `retry_after` waiting does not help
     ├── DeadlineExceeded          the timeout passed before the call ended
-    ├── Cancelled                 this side cancelled the call
+    ├── Cancelled                 this side cancelled the call, or the service ended
     │   └── OperationCancelled    somebody cancelled the operation; `metadata` names the draft that it left
     ├── ServerFault               a fault of the service itself
     └── SessionDamaged            what the service stored of the session cannot be read any more
@@ -246,7 +246,7 @@ class DeadlineExceeded(VFlowError):
 
 
 class Cancelled(VFlowError):
-    """This side cancelled the call."""
+    """This side cancelled the call, or the service ended before it had looked at it."""
 
 
 class OperationCancelled(Cancelled):

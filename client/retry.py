@@ -1,15 +1,16 @@
 """When a failed call is tried again, and after how long: pure, shared by the synchronous and the asyncio face.
 
 Only two failures are worth another attempt. The service says that it has no room or is stopping: then it did nothing,
-and any call may be sent again. Or it cannot be reached: then nobody knows whether it acted, and only a call that may be
-repeated without harm (`repeatable`) is sent again.
+and any call may be sent again. Or it cannot be reached, or ends the call without a word, as a server does that shuts
+down: then nobody knows whether it acted, and only a call that may be repeated without harm (`repeatable`) is sent
+again.
 """
 
 import random
 import time
 from dataclasses import dataclass, field
 
-from vflow_client.errors import CapacityExhausted, ServerStopping, Unavailable, VFlowError
+from vflow_client.errors import Cancelled, CapacityExhausted, ServerStopping, Unavailable, VFlowError
 
 DEFAULT_TIMEOUT = 120.0
 """Seconds that a call may take, its retries included, unless the caller says otherwise."""
@@ -57,7 +58,8 @@ class Attempts:
         """Seconds to wait before trying again after `error`, or None to give up and raise it."""
         self.made += 1
         nothing_happened = isinstance(error, CapacityExhausted | ServerStopping)
-        unreachable = isinstance(error, Unavailable) and error.reason is None
+        # Whoever cancels a call on this side does not ask: so what is cancelled here was so by the server's end.
+        unreachable = isinstance(error, Unavailable | Cancelled) and error.reason is None
         if not nothing_happened and not (unreachable and self.repeatable):
             return None
         if isinstance(error, CapacityExhausted) and error.retry_after is None:

@@ -72,6 +72,7 @@ class AsyncAnswer(Transcript, AsyncIterator[str]):
             except StopAsyncIteration:
                 raise self._broken_off() from None
             except grpc.RpcError as failure:
+                self._refuse_if_closed()
                 error = error_from_call(failure)
                 # Text that the caller has seen cannot be taken back: only an answer that has not begun starts over.
                 delay = None if self.text else self._attempts.delay_after(error)

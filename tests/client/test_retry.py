@@ -5,10 +5,19 @@ import math
 import grpc
 import pytest
 
-from vflow_client.errors import CapacityExhausted, ServerStopping, SessionBusy, Unavailable, VFlowError
+from vflow_client.errors import (
+    Cancelled,
+    CapacityExhausted,
+    OperationCancelled,
+    ServerStopping,
+    SessionBusy,
+    Unavailable,
+    VFlowError,
+)
 from vflow_client.retry import Attempts, RetryPolicy
 
 UNREACHABLE = Unavailable("refused", code=grpc.StatusCode.UNAVAILABLE)
+CUT_OFF = Cancelled("CANCELLED", code=grpc.StatusCode.CANCELLED)
 
 
 def test_delays_double_up_to_the_longest_and_attempts_run_out() -> None:
@@ -24,13 +33,27 @@ def test_delays_double_up_to_the_longest_and_attempts_run_out() -> None:
     [
         (UNREACHABLE, True, True),
         (UNREACHABLE, False, False),
+        (CUT_OFF, True, True),
+        (CUT_OFF, False, False),
+        (OperationCancelled("", reason="OPERATION_CANCELLED"), True, False),
         (ServerStopping("", reason="SERVER_STOPPING"), False, True),
         (CapacityExhausted("", reason="CAPACITY_EXHAUSTED", retry_after=0.1), False, True),
         (CapacityExhausted("", reason="CAPACITY_EXHAUSTED"), True, False),
         (SessionBusy("", reason="SESSION_BUSY"), True, False),
         (VFlowError(""), True, False),
     ],
-    ids=["unreachable", "unreachable, unsafe", "stopping", "full", "full for good", "busy", "unknown"],
+    ids=[
+        "unreachable",
+        "unreachable, unsafe",
+        "cut off",
+        "cut off, unsafe",
+        "operation cancelled",
+        "stopping",
+        "full",
+        "full for good",
+        "busy",
+        "unknown",
+    ],
 )
 def test_what_is_worth_another_attempt(error: VFlowError, repeatable: bool, again: bool) -> None:
     delay = Attempts(RetryPolicy(), timeout=None, repeatable=repeatable).delay_after(error)

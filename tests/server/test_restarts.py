@@ -97,5 +97,5 @@ def test_conversations_with_patience_do_not_notice_restarts(mortal: Mortal, mode
     for talker in talkers:
         talker.join(60)
         assert not talker.is_alive()
-    assert not failures, failures[0]
+    assert not failures, failures[0].args
     assert all(held)
