@@ -21,7 +21,7 @@ from google.rpc import status_pb2
 
 from vflow.v1 import strategies_pb2
 from vflow_server.atomic_file import replace_file
-from vflow_server.errors import operation_interrupted, operation_not_found
+from vflow_server.errors import operation_interrupted, operation_not_found, storage_failed
 from vflow_server.quarantine import WrittenByNewerRelease, check_schema, set_aside
 
 Metadata = strategies_pb2.RetuneMetadata
@@ -144,7 +144,7 @@ class OperationStore:
         """End ``operation`` with a result, or with why there is none.
 
         Raises:
-            OSError: that cannot be written down; it has ended all the same.
+            ServiceError: STORAGE_FAILED; it has ended all the same.
         """
         operation.end(outcome)
         if operation.deleted:
@@ -164,7 +164,7 @@ class OperationStore:
         """Have the file say what is known now, so that it outlives the process.
 
         Raises:
-            OSError: it cannot be written.
+            ServiceError: STORAGE_FAILED.
         """
         if self._file is not None:
             await asyncio.shield(self._write_to(self._file))  # a caller that leaves must not let two writes meet
@@ -197,4 +197,7 @@ class OperationStore:
                     if not (each.deleted and each.ended.is_set())
                 ],
             }
-            await asyncio.to_thread(replace_file, file, json.dumps(document, indent=1))
+            try:
+                await asyncio.to_thread(replace_file, file, json.dumps(document, indent=1))
+            except OSError as error:
+                raise storage_failed(error) from error

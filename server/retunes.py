@@ -131,5 +131,5 @@ class Retunes:
             log.info("search ended", operation=operation.name, strategy=outcome.strategy.name)
         try:
             await self._operations.end(operation, outcome.status() if isinstance(outcome, ServiceError) else outcome)
-        except OSError:
+        except ServiceError:
             log.exception("the end of a search could not be written down", operation=operation.name)

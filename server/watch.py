@@ -143,7 +143,7 @@ class Watch:
         )
         try:
             restored = await self._strategies.roll_back(self._etag, reason)
-        except (ServiceError, OSError) as error:
+        except ServiceError as error:
             self._resigned = True  # it will not be different with the next turn
             log.error(
                 "a strategy is below the floor, and stays active", strategy=name, mean_cosine=mean, because=str(error)

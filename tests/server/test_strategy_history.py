@@ -9,6 +9,7 @@ import pytest
 from tests.server.conftest import Serve
 from vflow.v1.strategies_pb2 import StrategyEvent
 from vflow_client import Client, EtagMismatch, NothingToRollBack
+from vflow_server.errors import ServiceError
 from vflow_server.history import MOST_BEFORE, MOST_EVENTS, History
 from vflow_server.strategies import StrategyStore
 from vflowopt.strategy import Strategy
@@ -118,8 +119,9 @@ def test_what_could_not_be_written_did_not_happen(tmp_path: Path) -> None:
         store.activate("strategies/full", ""),
         store.create("strategies/mine", Strategy.full(), ""),
     ):
-        with pytest.raises(OSError):
+        with pytest.raises(ServiceError) as refused:
             asyncio.run(change)
+        assert refused.value.reason == "STORAGE_FAILED"
     assert store.active.name == "strategies/preset-10" and store.etag == etag
     assert not store.has("strategies/mine")
 
