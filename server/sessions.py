@@ -188,7 +188,7 @@ class SessionStore:
         if session.record is not None:
             with suppress(ServiceError):
                 await asyncio.wrap_future(session.record.delete())
-        del self._sessions[session.name]
+        self._sessions.pop(session.name, None)
         with suppress(ServiceError):
             await session.delete().result()
 

@@ -27,6 +27,7 @@ from vflow_client import (
 )
 from vflow_server import journal
 from vflow_server.archive import JOURNAL, PICTURES
+from vflow_server.picture_folder import PictureFolder
 from vflow_server.quarantine import FOLDER
 from vflowopt.runtime import Runtime
 
@@ -450,6 +451,29 @@ def test_a_disk_that_takes_nothing_refuses_what_must_be_kept_and_no_more(
     assert answers == expected
     again = serve_data().client.attach(session.name)
     assert again.state().turn_count == 3
+
+
+def test_a_picture_that_finds_no_room_was_not_shown(
+    serve_data: Serve, data: Path, picture: bytes, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serve_data()
+    session = served.client.session("preset-25")
+
+    def full(folder: PictureFolder, file: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PictureFolder, "_create", full)
+        with pytest.raises(StorageFailed, match="No space left"):
+            session.add_image(picture)
+        with pytest.raises(StorageFailed, match="No space left"):
+            session.ask("What is this?", picture, max_new_tokens=8).read()
+        assert answer_of(served.client.session(), "Without a picture?")
+    state = session.state()
+    assert (state.turn_count, state.image_count, state.kv_bytes, files(data)) == (0, 0, 0, [])
+    session.add_image(picture)
+    session = serve_data().client.attach(session.name)
+    assert [answer_of(session, text) for text in QUESTIONS] == expected
 
 
 def test_a_journal_that_is_deleted_under_the_service_is_noticed(serve_data: Serve, data: Path, picture: bytes) -> None:
