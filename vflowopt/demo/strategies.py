@@ -24,8 +24,8 @@ DIVERSITY = 0.7
 figure uses."""
 
 LEADING = (1.3, 0.95)
-"""First ratio over the budget, and second ratio. From (1.2, 1) to (1.5, 0.9) the answers are the same within noise: this
-model hardly looks at a picture in its last layers."""
+"""First ratio over the budget, and second ratio. From (1.2, 1) to (1.5, 0.9) the answers are the same within noise:
+this model hardly looks at a picture in its last layers."""
 
 
 def brought(layers: int) -> dict[str, object]:
