@@ -1,0 +1,68 @@
+"""Conversations from Node, which knows the contract from the .proto files alone, or from the service itself."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.repository.source import ROOT
+from tests.server.drawing import png
+from tests.server.served import Served
+from tests.vflowopt.tiny_models import SHAPES, save
+from vflowopt.runtime import Runtime
+
+HERE = Path(__file__).parent
+QUESTIONS = ("What is this?", "Why?")
+
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("node") and shutil.which("npm")), reason="needs node and npm (Debian: apt-get install npm)"
+)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program beside what it needs; skips where that cannot be installed."""
+    folder = tmp_path_factory.mktemp("node")
+    for file in ("package.json", "conversation.js"):
+        shutil.copy(HERE / file, folder)
+    install = ["npm", "install", "--no-package-lock", "--no-audit", "--no-fund", "--ignore-scripts"]
+    try:
+        installed = subprocess.run(install, cwd=folder, capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        pytest.skip("npm install did not come to an end")
+    if installed.returncode:
+        pytest.skip(f"npm install failed: {installed.stderr[-300:]}")
+    return folder / "conversation.js"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    runtime = Runtime.load(save(SHAPES[0], tmp_path_factory.mktemp("model")), kv_budget=32 << 20)
+    served = Served(runtime)
+    yield served
+    served.stop()
+
+
+@pytest.mark.parametrize("contract", [str(ROOT / "proto"), "reflection"], ids=["proto", "reflection"])
+def test_a_conversation(contract: str, program: Path, served: Served, tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(png(60, 80))
+    command = ["node", program, served.address, picture, contract]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    heard = json.loads(ended.stdout)
+    with served.client.session("preset-25") as session:
+        receipt = session.add_image(picture.read_bytes())
+        expected = [session.ask(text, max_new_tokens=8, min_new_tokens=8).read() for text in QUESTIONS]
+        state = session.state()
+    assert [turn["finished"]["text"] for turn in heard["turns"]] == expected
+    assert [turn["deltas"] for turn in heard["turns"]] == expected
+    assert heard["receipt"]["digest"] == receipt.digest
+    assert heard["receipt"]["kept_tokens"] == list(receipt.kept_tokens)
+    assert heard["turns"][1]["finished"]["receipt"]["reused_tokens"] > receipt.kept_tokens[0]
+    assert (heard["state"]["turn_count"], heard["state"]["kv_bytes"]) == (2, state.kv_bytes)
+    assert heard["refused"]["code"] == "NOT_FOUND" and "SESSION_NOT_FOUND" in heard["refused"]["details"]
+    assert served.kv_bytes() == 0
