@@ -5,6 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.vflow-ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+# Where it is forbidden to write bytecode, every process that a test or a benchmark starts would compile torch and
+# transformers anew: ten seconds each time.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-long lint format serve demo bench fidelity demo-model demo-eval image-check clean
 
