@@ -71,7 +71,8 @@ def test_every_talk_is_held_once_and_so_many_at_once(count: int, at_once: int) -
     assert all([reply.text.split(".")[1] for reply in replies] == ["0", "1", "2"] for replies in held.conversations)
     assert (held.turns, held.tokens, len(turns)) == (3 * count, 6 * count, 3 * count)
     assert system.most_open <= at_once and system.closed == count
-    assert system.open_when_measured == min(at_once, count), "memory is read while the last talks are open"
+    # A thread that comes late may find that another has held two talks, and nothing left for it.
+    assert 0 < system.open_when_measured <= min(at_once, count), "memory is read while the last talks are open"
 
 
 def test_a_failure_ends_the_run() -> None:
