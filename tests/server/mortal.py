@@ -3,14 +3,18 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.request import urlopen
 
-from vflow_client import Client, RetryPolicy, connect
+import psutil
+
+from vflow_client import CapacityExhausted, Client, RetryPolicy, connect
 
 _FORKING = """
 import json, os, sys
@@ -26,6 +30,13 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
 """
 """Serves in a process of its own, again and again; each begins as a copy of this one, which does nothing itself."""
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    return port
 
 
 class Parent:
@@ -66,6 +77,7 @@ class Mortal:
     def __init__(self, parent: Parent, log: Path, **flags: object) -> None:
         self._parent = parent
         self._log = log
+        self._metrics_port = flags.get("metrics_port")
         settings = {"port": 0, "threads": 1, "log_format": "json", **flags}
         parts = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
         self._arguments = ["serve", *parts]
@@ -94,6 +106,33 @@ class Mortal:
     def ended(self) -> int:
         """The exit code, once it has ended."""
         return int(self._parent.line())
+
+    @property
+    def process(self) -> psutil.Process:
+        """The process that it lives in."""
+        return psutil.Process(self._process)
+
+    def gauges(self) -> dict[str, float]:
+        """What its side port tells, by name with labels; for that ``metrics_port`` is to be a port of its own."""
+        with urlopen(f"http://127.0.0.1:{self._metrics_port}/metrics", timeout=20) as told:
+            lines = [line.rpartition(" ") for line in told.read().decode().splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, _, value in lines}
+
+    def lost_pages(self) -> float:
+        """KV pages that nobody has, once all sessions are deleted. Those that are kept for conversations which begin
+        with the same picture make room for one that grows: if none is lost, it comes to hold all that are held."""
+        words = 32
+        with self.client() as client, client.session("full") as session:
+            while True:
+                gauges = self.gauges()
+                own = session.state().kv_bytes / gauges["vflow_pool_page_bytes"]
+                lost = gauges['vflow_pool_pages{state="held"}'] - own
+                if not lost or not words:
+                    return lost
+                try:
+                    session.ask("more " * words, max_new_tokens=1).read()
+                except CapacityExhausted:
+                    words //= 2
 
     def logged(self) -> list[dict[str, object]]:
         """What was logged in all lives."""
