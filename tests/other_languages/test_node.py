@@ -17,9 +17,12 @@ from vflowopt.runtime import Runtime
 HERE = Path(__file__).parent
 QUESTIONS = ("What is this?", "Why?")
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("node") and shutil.which("npm")), reason="needs node and npm (Debian: apt-get install npm)"
-)
+pytestmark = [
+    pytest.mark.long,  # npm asks the network, which the short tests do without
+    pytest.mark.skipif(
+        not (shutil.which("node") and shutil.which("npm")), reason="needs node and npm (Debian: apt-get install npm)"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
