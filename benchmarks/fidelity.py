@@ -71,10 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "accuracy in conversations, bootstrap over pictures; versus: against "
         f"{contestants[0][0].name}, ahead or behind where the interval of the difference is"
     )
-    for path, text in ((options.json, json.dumps(rows, indent=2) + "\n"), (options.plot, chart(rows))):
+    for path, text in ((options.json, lambda: json.dumps(rows, indent=2) + "\n"), (options.plot, lambda: chart(rows))):
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            path.write_text(text(), encoding="utf-8")
     return 0
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from benchmarks.rivals.fastervlm import attention_received
-from benchmarks.rivals.greedy import content_similarity, scores_of_order
 from benchmarks.rivals.method import ScoringMethod, Sight
+from vflowopt.diversity import diversified
 from vflowopt.runtime import Runtime
 
 
@@ -20,7 +19,7 @@ class IdPruner(ScoringMethod):
     place. The rest, the trade-off that the paper is about, is as published.
 
     Args:
-        balance: weight of importance against diversity; the paper's is 0.5.
+        balance: weight of importance against diversity, 0 or more and below 1; the paper's is 0.5.
     """
 
     name = "idpruner"
@@ -30,15 +29,6 @@ class IdPruner(ScoringMethod):
 
     def scores(self, runtime: Runtime, sight: Sight, most: int) -> Tensor:
         """See :meth:`ScoringMethod.scores`."""
-        similarity, content = content_similarity(sight.encoded)
-        importance = attention_received(sight.encoded)[content]
-        spread = (importance.max() - importance.min()).clamp_min(torch.finfo(importance.dtype).tiny)
-        relevance = self.balance * (importance - importance.min()) / spread
-        order = [int(relevance.argmax())]
-        likeness = similarity[order[0]]
-        while len(order) < most:
-            score = relevance - (1.0 - self.balance) * likeness
-            score[order] = -torch.inf
-            order.append(int(score.argmax()))
-            likeness = torch.maximum(likeness, similarity[order[-1]])
-        return scores_of_order(content[order], len(sight.encoded.layout))
+        encoded = sight.encoded
+        importance = attention_received(encoded)
+        return diversified(importance, encoded.entering, encoded.layout.structural, most, 1.0 - self.balance)
