@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.server.drawing import png
+from tests.server.keeping import QUESTIONS, answer_of, begun
 from tests.server.mortal import Parent
 from tests.server.served import Served
 from tests.vflowopt.tiny_models import SHAPES, save
@@ -69,3 +70,33 @@ def parent() -> Iterator[Parent]:
 @pytest.fixture(scope="session")
 def picture() -> bytes:
     return png(90, 120)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def serve_data(serve: Serve, data: Path) -> Serve:
+    """Services on the same data folder, one after the other; starting one stops the one before it."""
+    before: list[Served] = []
+
+    def start(runtime: Runtime | None = None, **settings: str) -> Served:
+        if before:
+            before[-1].stop()
+        which = {} if runtime is None else {"runtime": runtime}
+        before.append(serve(**which, data=str(data), **settings))
+        return before[-1]
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def expected(runtime: Runtime, picture: bytes) -> list[str]:
+    """What a session answers that nothing happened to."""
+    served = Served(runtime)
+    with begun(served.client, picture) as session:
+        answers = [answer_of(session, text) for text in QUESTIONS]
+    served.stop()
+    return answers
