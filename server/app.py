@@ -10,7 +10,7 @@ import torch
 import uvloop
 from transformers.utils.logging import disable_progress_bar
 
-from vflow_server.memory import available_memory
+from vflow_server.caches.memory import available_memory
 from vflow_server.service import Service
 from vflow_server.settings import Settings
 from vflowopt.demo import model_path

@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 def _serve(settings: Settings) -> int:
     # The model's libraries take seconds to import: --help and a wrong option do not wait for them.
     from vflow_server.app import EngineDied, StartError, run
-    from vflow_server.logging import configure
+    from vflow_server.telemetry.logging import configure
 
     configure(settings.log_format, settings.log_level)
     try:

@@ -22,40 +22,40 @@ from vflow.v1 import (
     strategies_pb2,
     strategies_pb2_grpc,
 )
-from vflow_server.access import Access
-from vflow_server.admin import Strategies
-from vflow_server.archive import Archive
-from vflow_server.calibration_request import CalibrationReader
-from vflow_server.calls import Calls
-from vflow_server.certificates import CertificateFiles
-from vflow_server.comparisons import Comparisons
-from vflow_server.compression import Compression
-from vflow_server.conversations import Conversations
-from vflow_server.draining import Draining
-from vflow_server.engine import Engine
-from vflow_server.gauges import Gauges
-from vflow_server.guard import Guard
-from vflow_server.hosts import is_loopback
-from vflow_server.ledger import Ledger
-from vflow_server.listener import Listener
-from vflow_server.live_samples import LiveSamples
-from vflow_server.metrics import Metrics
-from vflow_server.operations import OperationStore
-from vflow_server.operations_service import Operations
-from vflow_server.parked import ParkedStore
-from vflow_server.pictures import PictureStore
-from vflow_server.quotas import Quota, Quotas
-from vflow_server.retunes import Retunes
-from vflow_server.scheduler import Scheduler
-from vflow_server.sessions import SessionStore
+from vflow_server.access.access import Access
+from vflow_server.access.certificates import CertificateFiles
+from vflow_server.access.guard import Guard
+from vflow_server.caches.parked import ParkedStore
+from vflow_server.caches.pictures import PictureStore
+from vflow_server.caches.spill import SpillFolder
+from vflow_server.engine.engine import Engine
+from vflow_server.engine.scheduler import Scheduler
+from vflow_server.engine.workbench import Workbench
+from vflow_server.monitoring.gauges import Gauges
+from vflow_server.monitoring.side_port import Answer, Page, Request, SidePort
+from vflow_server.monitoring.status_page import StatusPage
+from vflow_server.rpc.draining import Draining
+from vflow_server.rpc.hosts import is_loopback
+from vflow_server.rpc.listener import Listener
+from vflow_server.servicers.admin import Strategies
+from vflow_server.servicers.calibration_request import CalibrationReader
+from vflow_server.servicers.compression import Compression
+from vflow_server.servicers.conversations import Conversations
+from vflow_server.servicers.operations_service import Operations
+from vflow_server.servicers.quotas import Quota, Quotas
+from vflow_server.sessions.live_samples import LiveSamples
+from vflow_server.sessions.sessions import SessionStore
 from vflow_server.settings import Settings
-from vflow_server.side_port import Answer, Page, Request, SidePort
-from vflow_server.spill import SpillFolder
-from vflow_server.status_page import StatusPage
-from vflow_server.strategies import StrategyStore
-from vflow_server.tracing import tracing_to
-from vflow_server.watch import Watch
-from vflow_server.workbench import Workbench
+from vflow_server.store.archive import Archive
+from vflow_server.strategies.comparisons import Comparisons
+from vflow_server.strategies.strategies import StrategyStore
+from vflow_server.telemetry.calls import Calls
+from vflow_server.telemetry.ledger import Ledger
+from vflow_server.telemetry.metrics import Metrics
+from vflow_server.telemetry.tracing import tracing_to
+from vflow_server.tuning.operations import OperationStore
+from vflow_server.tuning.retunes import Retunes
+from vflow_server.tuning.watch import Watch
 from vflowopt.picture import PictureLimits
 from vflowopt.runtime import Runtime
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from vflow_server.hosts import is_loopback
+from vflow_server.access.tokens import TokenEntry, entries_or_file
 from vflow_server.option import (
     Option,
     OptionError,
@@ -27,7 +27,7 @@ from vflow_server.option import (
     switch,
     whole,
 )
-from vflow_server.tokens import TokenEntry, entries_or_file
+from vflow_server.rpc.hosts import is_loopback
 
 ENVIRONMENT_PREFIX = "VFLOW_"
 CONFIG_VARIABLE = "VFLOW_CONFIG"

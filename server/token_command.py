@@ -7,10 +7,10 @@ import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from vflow_server.caller import Caller
+from vflow_server.access.caller import Caller
+from vflow_server.access.tenant import DEFAULT_TENANT, is_tenant
+from vflow_server.access.tokens import ROLES, new_token
 from vflow_server.option import OptionError, seconds
-from vflow_server.tenant import DEFAULT_TENANT, is_tenant
-from vflow_server.tokens import ROLES, new_token
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

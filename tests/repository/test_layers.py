@@ -1,5 +1,6 @@
-"""Imports point down only: server -> library, stubs; client -> stubs; library -> torch."""
+"""Imports point down only: server -> library, stubs; client -> stubs; library -> torch; in server/, room by room."""
 
+import ast
 import sys
 
 import pytest
@@ -7,6 +8,21 @@ import pytest
 from tests.repository.source import ROOT, imports, python_files
 
 STANDARD = set(sys.stdlib_module_names)
+
+ROOMS = (
+    "servicers",
+    "monitoring",
+    "sessions",
+    "tuning",
+    "strategies",
+    "engine",
+    "caches",
+    "store",
+    "access",
+    "telemetry",
+    "rpc",
+)
+"""The rooms of the service from top to bottom. Above them all are the files of server/ itself, the wiring."""
 
 
 def foreign(folder: str) -> dict[str, set[str]]:
@@ -39,6 +55,28 @@ def test_the_client_needs_grpc_and_protobuf_only() -> None:
 
 def test_the_service_uses_the_client_for_the_command_line_only() -> None:
     assert foreign("server")["vflow_client"] == {"server/cli.py"}
+
+
+def test_every_room_of_the_service_has_its_place() -> None:
+    assert set(ROOMS) == {path.parent.name for path in (ROOT / "server").glob("*/__init__.py")}
+    assert {path.parent.relative_to(ROOT / "server").as_posix() for path in python_files("server")} == {".", *ROOMS}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_of_the_service_imports_from_rooms_below_only(room: str) -> None:
+    allowed = ROOMS[ROOMS.index(room) :]
+    for path in python_files(f"server/{room}"):
+        for name in imports(path):
+            package, _, inside = name.partition(".")
+            if package == "vflow_server":
+                assert inside.partition(".")[0] in allowed, f"{path.relative_to(ROOT)} must not import {name}"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_runs_nothing_when_it_is_entered(room: str) -> None:
+    """Importing one file of a room imports no other, so that the order of files within a room is nobody's concern."""
+    (docstring,) = ast.parse((ROOT / "server" / room / "__init__.py").read_text()).body
+    assert isinstance(docstring, ast.Expr)
 
 
 @pytest.mark.parametrize("folder", ["client", "server", "vflowopt"])

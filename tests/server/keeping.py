@@ -9,7 +9,7 @@ from vflow_client import (
     Client,
     Session,
 )
-from vflow_server.archive import PICTURES
+from vflow_server.store.archive import PICTURES
 
 QUESTIONS = ("What is this?", "Why?", "And here?")
 

@@ -7,10 +7,10 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import vflow_client
+from vflow_server.access.tenant import DEFAULT_TENANT
 from vflow_server.service import Service
-from vflow_server.session import Session
+from vflow_server.sessions.session import Session
 from vflow_server.settings import load
-from vflow_server.tenant import DEFAULT_TENANT
 from vflowopt.runtime import Runtime
 
 T = TypeVar("T")

@@ -16,12 +16,12 @@ from tests.server.served import Served
 from vflow.v1.conversations_pb2 import ListSessionsRequest
 from vflow.v1.conversations_pb2_grpc import ConversationsStub
 from vflow_client import AdminRequired, TenantForbidden, Unauthenticated, VFlowError
-from vflow_server import watched_files
-from vflow_server.caller import Caller
+from vflow_server.access import watched_files
+from vflow_server.access.caller import Caller
+from vflow_server.access.tokens import new_token, read_tokens
 from vflow_server.cli import main
 from vflow_server.option import OptionError
 from vflow_server.settings import load
-from vflow_server.tokens import new_token, read_tokens
 
 USER, USER_ENTRY = new_token(Caller("red", admin=False))
 ADMIN, ADMIN_ENTRY = new_token(Caller("red", admin=True))

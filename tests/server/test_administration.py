@@ -10,8 +10,8 @@ from tests.server.served import Served
 from vflow.v1.conversations_pb2 import ListSessionsRequest
 from vflow.v1.conversations_pb2_grpc import ConversationsStub
 from vflow_client import Client, EtagMismatch, Strategy, StrategyExists
-from vflow_server.quarantine import FOLDER
-from vflow_server.strategies import StrategyStore
+from vflow_server.store.quarantine import FOLDER
+from vflow_server.strategies.strategies import StrategyStore
 from vflowopt import strategy as library
 
 

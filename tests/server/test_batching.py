@@ -58,11 +58,11 @@ def test_answers_stay_the_same_where_pages_run_short(
     serve: Serve, model_folder: Path, alone: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Turns are preempted and resumed, idle caches parked and restored, prompts cut in small pieces."""
-    monkeypatch.setattr("vflow_server.scheduler.PROMPT_TOKENS", 24)
+    monkeypatch.setattr("vflow_server.engine.scheduler.PROMPT_TOKENS", 24)
     cramped = Runtime.load(model_folder, kv_budget=700 << 10)
     cramped.chat.stop_ids = frozenset()
-    preempted = _counting(monkeypatch, "vflow_server.residency.Residency.preempt")
-    restored = _counting(monkeypatch, "vflow_server.residency.unpark")
+    preempted = _counting(monkeypatch, "vflow_server.caches.residency.Residency.preempt")
+    restored = _counting(monkeypatch, "vflow_server.caches.residency.unpark")
     assert together(serve(runtime=cramped).client, 6) == alone
     assert preempted() + restored() > 0, "pages never ran short: the test proves nothing"
 

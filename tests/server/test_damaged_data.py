@@ -14,9 +14,9 @@ from vflow_client import (
     SessionDamaged,
     StorageFailed,
 )
-from vflow_server.archive import JOURNAL, PICTURES
-from vflow_server.picture_folder import PictureFolder
-from vflow_server.quarantine import FOLDER
+from vflow_server.store.archive import JOURNAL, PICTURES
+from vflow_server.store.picture_folder import PictureFolder
+from vflow_server.store.quarantine import FOLDER
 
 
 def cut(file: Path) -> None:

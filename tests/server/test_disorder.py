@@ -81,7 +81,7 @@ def live(client: Client, seed: int) -> tuple[Session, Said]:
 def test_disorder_changes_no_answer_and_loses_no_page(
     serve: Serve, runtime: Runtime, scarce: Runtime, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    monkeypatch.setattr("vflow_server.scheduler.PROMPT_TOKENS", 16)
+    monkeypatch.setattr("vflow_server.engine.scheduler.PROMPT_TOKENS", 16)
     served = serve(runtime=scarce, max_running="3")
     with ThreadPoolExecutor(5) as threads:
         lives = list(threads.map(lambda number: live(served.client, 100 * seed + number), range(5)))

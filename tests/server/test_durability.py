@@ -19,8 +19,8 @@ from vflow_client import (
     Session,
     SessionNotFound,
 )
-from vflow_server import journal
-from vflow_server.archive import JOURNAL, PICTURES
+from vflow_server.store import journal
+from vflow_server.store.archive import JOURNAL, PICTURES
 from vflowopt.runtime import Runtime
 
 
@@ -166,7 +166,7 @@ def test_a_clock_that_jumps_back_changes_nothing(
     answers = [answer_of(session, QUESTIONS[0])]
     # Not for all of the process: gRPC reckons its deadlines by the same clock.
     set_back = SimpleNamespace(time=lambda: time.time() - 86_400, monotonic=time.monotonic)
-    for module in ("session", "sessions", "session_record"):
+    for module in ("sessions.session", "sessions.sessions", "store.session_record"):
         monkeypatch.setattr(f"vflow_server.{module}.time", set_back)
     session = serve_data().client.attach(session.name)
     answers += [answer_of(session, text) for text in QUESTIONS[1:]]

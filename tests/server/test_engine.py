@@ -8,9 +8,9 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from vflow_server.engine import Engine, Task, WorkCancelled
-from vflow_server.errors import ServiceError
-from vflow_server.waiting import WaitingRoom
+from vflow_server.engine.engine import Engine, Task, WorkCancelled
+from vflow_server.engine.waiting import WaitingRoom
+from vflow_server.rpc.errors import ServiceError
 
 Emit = Callable[[object], None]
 

@@ -96,7 +96,7 @@ def test_a_long_prompt_can_be_cancelled_on_the_way(
     with client.session("full") as session:
         session.ask("Hello", max_new_tokens=2).read()
         before = session.state()
-        monkeypatch.setattr("vflow_server.scheduler.PROMPT_TOKENS", 4)
+        monkeypatch.setattr("vflow_server.engine.scheduler.PROMPT_TOKENS", 4)
         monkeypatch.setattr(runtime, "advance", slow)
         with pytest.raises(DeadlineExceeded):
             if where == "a turn":

@@ -21,7 +21,7 @@ from vflow.v1.conversations_pb2_grpc import ConversationsStub
 from vflow.v1.images_pb2 import Image
 from vflow_client import Client, Session, VFlowError
 from vflow_client.errors import error_from_call
-from vflow_server.archive import JOURNAL, PICTURES
+from vflow_server.store.archive import JOURNAL, PICTURES
 from vflowopt.runtime import Runtime
 
 R = TypeVar("R")

@@ -7,8 +7,8 @@ from tests.server.conftest import Serve
 from tests.server.drawing import noise, png
 from tests.server.waiting import until
 from vflow_client import CalibrationUnavailable, Client, LiveTraffic, OptionOutOfRange
-from vflow_server.errors import ServiceError
-from vflow_server.live_samples import MOST_QUESTIONS, LiveSamples
+from vflow_server.rpc.errors import ServiceError
+from vflow_server.sessions.live_samples import MOST_QUESTIONS, LiveSamples
 from vflowopt.picture import Picture
 
 PICTURES = [Picture.from_pixels(noise(20, 20, seed)) for seed in range(4)]
@@ -107,7 +107,7 @@ def test_a_service_keeps_nothing_unless_it_was_told_to(client: Client) -> None:
 
 
 def test_a_search_takes_what_was_held_lately(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vflow_server.search.Proposer", NoProcess)
+    monkeypatch.setattr("vflow_server.tuning.search.Proposer", NoProcess)
     served = serve(calibration_samples="4")
     for _ in range(3):
         talk(served.client)

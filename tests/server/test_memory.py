@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vflow_server import app, memory
+from vflow_server import app
+from vflow_server.caches import memory
 from vflow_server.option import Share
 from vflow_server.settings import Settings
 

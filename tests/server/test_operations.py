@@ -8,9 +8,9 @@ import pytest
 from google.rpc import code_pb2
 
 from vflow.v1.strategies_pb2 import RetuneMetadata, RetuneResponse, Strategy
-from vflow_server.errors import NotFound
-from vflow_server.operations import MOST_ENDED, Operation, OperationStore
-from vflow_server.quarantine import FOLDER
+from vflow_server.rpc.errors import NotFound
+from vflow_server.store.quarantine import FOLDER
+from vflow_server.tuning.operations import MOST_ENDED, Operation, OperationStore
 
 
 async def ended(store: OperationStore, tenant: str = "red") -> Operation:

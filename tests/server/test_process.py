@@ -165,7 +165,7 @@ def test_what_cannot_be_served_ends_with_one_clear_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # In this process, because a new one takes seconds to import the model's libraries.
-    monkeypatch.setattr("vflow_server.logging.configure", lambda *settings: None)
+    monkeypatch.setattr("vflow_server.telemetry.logging.configure", lambda *settings: None)
     assert main(["serve", "--model", str(model_folder), *flags(tmp_path)]) == 2
     told = capsys.readouterr().err
     assert complaint in told and told.startswith("vflow: ") and told.count("\n") == 1

@@ -15,8 +15,10 @@ from vflow.v1.conversations_pb2 import ChatOptions, ChatRequest, Part
 from vflow.v1.conversations_pb2_grpc import ConversationsStub
 from vflow.v1.images_pb2 import Image
 from vflow_client import CapacityExhausted, Session
-from vflow_server import conversations, guard, pictures
-from vflow_server.quotas import Allowance
+from vflow_server.access import guard
+from vflow_server.caches import pictures
+from vflow_server.servicers import conversations
+from vflow_server.servicers.quotas import Allowance
 
 
 @contextmanager

@@ -42,7 +42,7 @@ from vflowopt.runtime import Runtime
 
 @pytest.fixture(autouse=True)
 def proposals_on_the_spot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vflow_server.search.Proposer", NoProcess)
+    monkeypatch.setattr("vflow_server.tuning.search.Proposer", NoProcess)
 
 
 class Gate:
@@ -129,7 +129,7 @@ def test_conversations_beside_a_search_are_answered_as_without_it(
     serve: Serve, model_folder: Path, kv_budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # So that the two meet often.
-    monkeypatch.setattr("vflow_server.scheduler.SPARE_EVERY", 2)
+    monkeypatch.setattr("vflow_server.engine.scheduler.SPARE_EVERY", 2)
     runtime = Runtime.load(model_folder, kv_budget=kv_budget)
     runtime.chat.stop_ids = frozenset()
     served = serve(runtime)

@@ -11,13 +11,13 @@ import pytest
 
 from tests.server.drawing import noise
 from vflow.v1.conversations_pb2 import Finished
-from vflow_server.dialogue import Dialogue
-from vflow_server.engine import Engine, Steps, Work
-from vflow_server.parked import ParkedStore
-from vflow_server.scheduler import Scheduler
-from vflow_server.tenant import DEFAULT_TENANT
-from vflow_server.turn import Turn, TurnRequest
-from vflow_server.workbench import Workbench
+from vflow_server.access.tenant import DEFAULT_TENANT
+from vflow_server.caches.dialogue import Dialogue
+from vflow_server.caches.parked import ParkedStore
+from vflow_server.engine.engine import Engine, Steps, Work
+from vflow_server.engine.scheduler import Scheduler
+from vflow_server.engine.workbench import Workbench
+from vflow_server.sessions.turn import Turn, TurnRequest
 from vflowopt.conversation import Conversation
 from vflowopt.picture import Picture
 from vflowopt.runtime import Runtime
@@ -163,7 +163,7 @@ def steps_to_answer(bench: Workbench, turns: Sequence[Asked], monkeypatch: pytes
 def test_thirty_long_prompts_of_a_tenant_cost_another_no_more_than_its_share(
     roomy: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vflow_server.scheduler.PROMPT_TOKENS", 64)
+    monkeypatch.setattr("vflow_server.engine.scheduler.PROMPT_TOKENS", 64)
     many = [Asked(("b" * 200,), "busy") for _ in range(30)]
     (alone,) = steps_to_answer(roomy, [Asked(("q" * 200,), "quiet")], monkeypatch)
     *busy, quiet = steps_to_answer(roomy, [*many, Asked(("q" * 200,), "quiet")], monkeypatch)
@@ -173,7 +173,7 @@ def test_thirty_long_prompts_of_a_tenant_cost_another_no_more_than_its_share(
 
 
 def test_what_a_tenant_leaves_of_its_share_is_not_lost(roomy: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vflow_server.scheduler.PROMPT_TOKENS", 64)
+    monkeypatch.setattr("vflow_server.engine.scheduler.PROMPT_TOKENS", 64)
     (alone,) = steps_to_answer(roomy, [Asked(("b" * 400,), "busy")], monkeypatch)
     *quiet, busy = steps_to_answer(
         roomy, [*[Asked(("q",), name) for name in ("one", "two")], Asked(("b" * 400,), "busy")], monkeypatch
@@ -182,7 +182,7 @@ def test_what_a_tenant_leaves_of_its_share_is_not_lost(roomy: Workbench, monkeyp
 
 
 def test_tenants_take_turns_with_their_pictures(roomy: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vflow_server.scheduler.PICTURES", 1)
+    monkeypatch.setattr("vflow_server.engine.scheduler.PICTURES", 1)
     pictures = [Picture.from_pixels(noise(40, 40, seed)) for seed in range(8)]
     owners = {picture.digest: "busy" for picture in pictures[:6]} | {
         picture.digest: "quiet" for picture in pictures[6:]

@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 
 import pytest
 
-from vflow_server.engine import Engine, Steps, Work, WorkCancelled
-from vflow_server.errors import CapacityExhausted
-from vflow_server.needs import Await, Run, Spare
-from vflow_server.parked import ParkedStore
-from vflow_server.proposer import Proposer
-from vflow_server.scheduler import SPARE_EVERY, Scheduler
-from vflow_server.spare_time import in_spare_time
-from vflow_server.workbench import Workbench
+from vflow_server.caches.parked import ParkedStore
+from vflow_server.engine.engine import Engine, Steps, Work, WorkCancelled
+from vflow_server.engine.needs import Await, Run, Spare
+from vflow_server.engine.scheduler import SPARE_EVERY, Scheduler
+from vflow_server.engine.spare_time import in_spare_time
+from vflow_server.engine.workbench import Workbench
+from vflow_server.rpc.errors import CapacityExhausted
+from vflow_server.tuning.proposer import Proposer
 from vflowopt.cache import PoolExhausted
 from vflowopt.conversation import Conversation
 from vflowopt.pause import Aside, Shortage

@@ -18,8 +18,8 @@ from PIL import Image
 
 from tests.server.conftest import Serve
 from tests.server.served import Served
-from vflow_server.caller import Caller
-from vflow_server.tokens import new_token
+from vflow_server.access.caller import Caller
+from vflow_server.access.tokens import new_token
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 

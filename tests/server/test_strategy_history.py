@@ -9,9 +9,9 @@ import pytest
 from tests.server.conftest import Serve
 from vflow.v1.strategies_pb2 import StrategyEvent
 from vflow_client import Client, EtagMismatch, NothingToRollBack
-from vflow_server.errors import ServiceError
-from vflow_server.history import MOST_BEFORE, MOST_EVENTS, History
-from vflow_server.strategies import StrategyStore
+from vflow_server.rpc.errors import ServiceError
+from vflow_server.strategies.history import MOST_BEFORE, MOST_EVENTS, History
+from vflow_server.strategies.strategies import StrategyStore
 from vflowopt.strategy import Strategy
 
 

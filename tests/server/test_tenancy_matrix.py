@@ -17,9 +17,9 @@ from tests.server.conftest import Serve
 from tests.server.served import Served
 from vflow.v1 import compression_pb2, conversations_pb2, images_pb2, strategies_pb2
 from vflow_client.errors import error_from_call
-from vflow_server.caller import Caller
-from vflow_server.operations import Operation
-from vflow_server.tokens import new_token
+from vflow_server.access.caller import Caller
+from vflow_server.access.tokens import new_token
+from vflow_server.tuning.operations import Operation
 
 SERVICES: tuple[ServiceDescriptor, ...] = (
     conversations_pb2.DESCRIPTOR.services_by_name["Conversations"],

@@ -12,7 +12,7 @@ from tests.server.conftest import Serve
 from tests.server.served import Served
 from tests.server.waiting import until
 from vflow_client import Tls, TlsSource, Unavailable
-from vflow_server import watched_files
+from vflow_server.access import watched_files
 from vflow_server.cli import main
 
 

@@ -111,7 +111,7 @@ def test_each_call_is_a_span_in_its_callers_trace_with_its_stages_below(
 
 
 def test_an_unreachable_collector_harms_nobody(serve: Serve, picture: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vflow_server.spans.PATIENCE", 0.2)
+    monkeypatch.setattr("vflow_server.telemetry.spans.PATIENCE", 0.2)
     served = serve(otlp_endpoint="http://127.0.0.1:9")
     converse(served, picture)
     served.stop()

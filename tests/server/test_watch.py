@@ -11,7 +11,7 @@ from tests.server.served import Served
 from tests.server.waiting import until
 from vflow.v1.strategies_pb2 import StrategyEvent
 from vflow_client import Client
-from vflow_server.fidelity import Fidelity, FidelityTotals
+from vflow_server.tuning.fidelity import Fidelity, FidelityTotals
 from vflowopt.cache import PoolExhausted
 from vflowopt.runtime import Runtime
 

@@ -1,0 +1,71 @@
+"""TLS: the certificate that the service shows, and whose certificates it takes from its callers."""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from vflow_server.access.watched_files import WatchedFiles
+
+
+@dataclass(frozen=True)
+class CertificateFiles:
+    """PEM files.
+
+    Attributes:
+        certificate: the service's own, followed by those between it and the root.
+        key: its private key.
+        client_ca: roots of the certificates that callers must show; None asks for none.
+    """
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """What a gRPC server listens with. Files that change hold for the connections made from then on.
+
+        Raises:
+            OSError: a file cannot be read.
+            ValueError: a file is not what it must be, or the key is not the certificate's.
+        """
+        files = [file for file in (self.certificate, self.key, self.client_ca) if file is not None]
+        watched = WatchedFiles(files, self._read)
+        return grpc.dynamic_ssl_server_credentials(
+            watched.current(), watched.current, require_client_authentication=self.client_ca is not None
+        )
+
+    def _read(self) -> grpc.ServerCertificateConfiguration:
+        self._check()  # gRPC would take anything, and refuse every caller without a word
+        return grpc.ssl_server_certificate_configuration(
+            [(self.key.read_bytes(), self.certificate.read_bytes())],
+            root_certificates=None if self.client_ca is None else self.client_ca.read_bytes(),
+        )
+
+    def _check(self) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        for file in (self.certificate, self.key, self.client_ca):
+            if file is not None:
+                _readable(file)
+        try:
+            context.load_cert_chain(self.certificate, self.key, password="")  # asks nobody at the terminal for one
+        except ssl.SSLError as error:
+            raise ValueError(
+                f"{self.certificate} and {self.key} are not a certificate and its unencrypted private key in PEM "
+                f"({error.reason})"
+            ) from None
+        if self.client_ca is not None:
+            try:
+                context.load_verify_locations(self.client_ca)
+            except ssl.SSLError as error:
+                raise ValueError(f"{self.client_ca} holds no certificates in PEM ({error.reason})") from None
+
+
+def _readable(file: Path) -> None:
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        raise OSError(f"{file} cannot be read: {error.strerror}") from None

@@ -1,0 +1,114 @@
+"""Pictures as they come in: bytes are decoded off the event loop; a digest stands for a picture still held."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+from vflow.v1 import images_pb2
+from vflow_server.caches.lru import ByteBoundedLRU
+from vflow_server.rpc.errors import CapacityExhausted, InvalidRequest, NotFound
+from vflowopt.picture import Detail, Picture, PictureError, PictureLimits
+
+MOST_WAITING = 64
+"""Pictures that may wait to be decoded. One that takes long to decode keeps others waiting, but not without end."""
+
+_DIGEST = re.compile("[0-9a-f]{64}")
+_DETAILS: dict[int, Detail] = {
+    images_pb2.Image.DETAIL_UNSPECIFIED: "high",
+    images_pb2.Image.HIGH: "high",
+    images_pb2.Image.LOW: "low",
+}
+
+
+class PictureStore:
+    """Takes in pictures and holds the latest of them for their tenants. Belongs to the event loop's thread.
+
+    Args:
+        limits: what a picture may measure (also an attribute).
+        held_bytes: bytes of decoded pictures to hold.
+        threads: pictures decoded at the same time.
+    """
+
+    def __init__(self, limits: PictureLimits, *, held_bytes: int, threads: int = 2) -> None:
+        self.limits = limits
+        self._held: ByteBoundedLRU[tuple[str, str], Picture] = ByteBoundedLRU(
+            held_bytes, lambda picture: picture.pixels.nbytes
+        )
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="vflow-picture")
+        self._waiting = 0
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of the decoded pictures that are held."""
+        return self._held.bytes_held
+
+    async def take(self, image: images_pb2.Image, field: str, tenant: str) -> Picture:
+        """The picture that ``image``, at ``field`` of a request of ``tenant``, brings or stands for.
+
+        Raises:
+            ServiceError: too many wait to be decoded, it is not a picture within the limits, its digest is malformed
+                or of none that is held, or its detail is none.
+        """
+        detail = _detail(image.detail, field)
+        if image.WhichOneof("source") == "digest":
+            return self._by_digest(image.digest, field, tenant).in_detail(detail)
+        if self._waiting >= MOST_WAITING:
+            raise CapacityExhausted("picture_decoding", f"{MOST_WAITING} pictures wait to be decoded; retry later")
+        loop = asyncio.get_running_loop()
+        self._waiting += 1
+        try:
+            if len(image.data) <= self.limits.max_bytes:
+                digest = await loop.run_in_executor(self._threads, _sha256, image.data)
+                if (held := self._held.get((tenant, digest))) is not None:
+                    return held.in_detail(detail)
+            picture = await loop.run_in_executor(self._threads, Picture.decode, image.data, self.limits)
+        except PictureError as error:
+            raise InvalidRequest(error.reason, field, str(error), metadata=error.metadata) from error
+        finally:
+            self._waiting -= 1
+        self._held.put((tenant, picture.digest), picture)
+        return picture.in_detail(detail)
+
+    def held(self, tenant: str, digest: str) -> Picture | None:
+        """The picture of ``digest`` that ``tenant`` has sent, if it is still held."""
+        return self._held.get((tenant, digest))
+
+    def close(self) -> None:
+        """End the threads."""
+        self._threads.shutdown(cancel_futures=True)
+
+    def _by_digest(self, digest: str, field: str, tenant: str) -> Picture:
+        if not _DIGEST.fullmatch(digest):
+            raise InvalidRequest(
+                "DIGEST_INVALID",
+                f"{field}.digest",
+                f"{digest[:80]!r} is not a digest; give the SHA-256 of the picture's bytes as 64 lower-case "
+                "hexadecimal digits",
+                metadata={"digest": digest[:80]},
+            )
+        if (held := self.held(tenant, digest)) is None:
+            raise NotFound(
+                "PICTURE_NOT_HELD",
+                f"the picture {digest} is not held here (any more); send its bytes",
+                metadata={"digest": digest},
+            )
+        return held
+
+
+def _detail(detail: int, field: str) -> Detail:
+    if detail not in _DETAILS:
+        known = ", ".join(images_pb2.Image.Detail.keys())
+        raise InvalidRequest(
+            "OPTION_OUT_OF_RANGE",
+            f"{field}.detail",
+            f"there is no detail {detail}; give one of {known}",
+            metadata={"value": detail},
+        )
+    return _DETAILS[detail]
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,1 @@
+"""What all methods share: errors, resource names, pages; and the gRPC servers that they are called on."""

@@ -1,0 +1,56 @@
+"""Draining: how calls come to an end when the service stops. Those under way go on, new ones are told to come back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from vflow_server.rpc.errors import server_stopping
+from vflow_server.rpc.handlers import Behaviour, Context, around
+
+_COUNTED = "/vflow.v1."
+
+
+class Draining(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
+    """Counts the calls of the contract's services that are under way; belongs within the guard."""
+
+    def __init__(self) -> None:
+        self._under_way = 0
+        self._stopping = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def intercept_service(
+        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], handler_call_details: Any
+    ) -> Any:
+        """Hand out the method's handler, counted."""
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(_COUNTED):
+            return handler
+        return around(handler, self._counted)
+
+    async def drain(self, grace: float) -> None:
+        """Refuse new calls (SERVER_STOPPING) and wait for the end of those under way, ``grace`` seconds at most."""
+        self._stopping = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), grace)
+        except TimeoutError:
+            pass  # whoever stops the server cancels what is left
+
+    def _counted(self, behaviour: Behaviour) -> Behaviour:
+        async def call(request: Any, context: Context) -> Any:
+            if self._stopping:
+                raise server_stopping()
+            self._under_way += 1
+            self._idle.clear()
+            try:
+                return await behaviour(request, context)
+            finally:
+                self._under_way -= 1
+                if not self._under_way:
+                    self._idle.set()
+
+        return call

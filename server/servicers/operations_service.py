@@ -1,0 +1,93 @@
+"""google.longrunning.Operations: following, cancelling and forgetting searches."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import Any
+
+import grpc
+from google.longrunning import operations_pb2, operations_pb2_grpc
+from google.protobuf import empty_pb2
+
+from vflow_server.access.caller import current_caller
+from vflow_server.rpc.errors import InvalidRequest
+from vflow_server.rpc.names import check_name
+from vflow_server.rpc.paging import Pager
+from vflow_server.tuning.operations import Operation, OperationStore
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+LONGEST_WAIT = 60.0
+"""Seconds for which a call may wait for the end of an operation; then it is told how far that has come."""
+
+_MARGIN = 0.2
+"""Seconds before the deadline of a call at which it is answered rather than lost."""
+
+
+class Operations(operations_pb2_grpc.OperationsServicer):  # type: ignore[misc]  # it has no stubs
+    """Between the messages of google.longrunning and the operations of the caller's tenant."""
+
+    def __init__(self, operations: OperationStore) -> None:
+        self._operations = operations
+        self._pager = Pager()
+
+    async def GetOperation(
+        self, request: operations_pb2.GetOperationRequest, context: Context
+    ) -> operations_pb2.Operation:
+        """Read an operation."""
+        return self._find(request.name).message()
+
+    async def ListOperations(
+        self, request: operations_pb2.ListOperationsRequest, context: Context
+    ) -> operations_pb2.ListOperationsResponse:
+        """List the tenant's operations, oldest first."""
+        if request.name not in ("", "operations"):
+            raise InvalidRequest(
+                "NAME_INVALID",
+                "name",
+                f"{request.name[:80]!r} holds no operations; list 'operations', or leave the name out",
+                metadata={"name": request.name[:80]},
+            )
+        if request.filter:
+            raise InvalidRequest("OPTION_OUT_OF_RANGE", "filter", "operations cannot be filtered; leave the filter out")
+        page, token = self._pager.page(
+            self._operations.of(current_caller().tenant),
+            lambda operation: operation.sequence,
+            request.page_size,
+            request.page_token,
+        )
+        return operations_pb2.ListOperationsResponse(
+            operations=[operation.message() for operation in page], next_page_token=token
+        )
+
+    async def CancelOperation(
+        self, request: operations_pb2.CancelOperationRequest, context: Context
+    ) -> empty_pb2.Empty:
+        """Ask an operation to end; one that has ended already stays as it is."""
+        self._find(request.name).cancel()
+        return empty_pb2.Empty()
+
+    async def DeleteOperation(
+        self, request: operations_pb2.DeleteOperationRequest, context: Context
+    ) -> empty_pb2.Empty:
+        """Forget an operation; one that is running goes on, and is forgotten at its end."""
+        await self._operations.delete(self._find(request.name))
+        return empty_pb2.Empty()
+
+    async def WaitOperation(
+        self, request: operations_pb2.WaitOperationRequest, context: Context
+    ) -> operations_pb2.Operation:
+        """Wait for the end of an operation, within bounds; its state by then."""
+        operation = self._find(request.name)
+        patience = [LONGEST_WAIT]
+        if request.HasField("timeout"):
+            patience.append(request.timeout.ToTimedelta().total_seconds())
+        if (left := context.time_remaining()) is not None:
+            patience.append(left - _MARGIN)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(operation.ended.wait(), max(min(patience), 0.0))
+        return operation.message()
+
+    def _find(self, name: str) -> Operation:
+        return self._operations.get(current_caller().tenant, check_name(name, "operations", "name"))

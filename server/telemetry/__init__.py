@@ -1,0 +1,1 @@
+"""What is counted, traced and logged as it happens, for any part of the service to report to."""

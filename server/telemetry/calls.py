@@ -1,0 +1,92 @@
+"""Around every method of the contract: a call is counted, timed and traced, and what is logged says whose it is.
+
+The ids go into structlog's context variables: ``request`` (the caller's ``x-request-id``, or one made up) and ``trace``
+here, ``tenant`` and ``session`` where they become known.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import grpc
+from structlog.contextvars import bind_contextvars, get_contextvars
+
+from vflow_server.rpc.handlers import Behaviour, Context, around
+from vflow_server.telemetry.metrics import Metrics
+from vflow_server.telemetry.tracing import Tracing
+
+REQUEST_ID = "x-request-id"
+"""Request metadata by which a caller names its call, for the log."""
+
+NEAR = 0.1
+"""Seconds before a call's deadline in which a cancelled call counts as late: the caller's clock runs ahead of ours by
+the time that its request took to get here."""
+
+_REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,64}")
+
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+COUNTED = ("/vflow.v1.", "/google.longrunning.Operations/")
+"""What the methods begin with that are counted: those of health and reflection are left alone."""
+
+
+class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
+    """Stands before all other interceptors, so that it sees what they refuse.
+
+    Args:
+        metrics: what it counts in.
+        tracing: what it traces by.
+    """
+
+    def __init__(self, metrics: Metrics, tracing: Tracing) -> None:
+        self._metrics = metrics
+        self._tracing = tracing
+
+    async def intercept_service(
+        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], handler_call_details: Any
+    ) -> Any:
+        """Hand out the method's handler, observed."""
+        handler = await continuation(handler_call_details)
+        method: str = handler_call_details.method
+        if handler is None or not method.startswith(COUNTED):
+            return handler
+        return around(handler, lambda behaviour: self._observed(behaviour, method.removeprefix("/")))
+
+    def _observed(self, behaviour: Behaviour, name: str) -> Behaviour:
+        short = name.rpartition(".")[2]
+
+        async def call(request: Any, context: Context) -> Any:
+            begun = time.perf_counter()
+            metadata = {str(key): value for key, value in context.invocation_metadata() or ()}
+            code = grpc.StatusCode.CANCELLED  # unless we hear otherwise
+            with self._metrics.call_in_flight(), self._tracing.call(name, metadata) as span:
+                bind_contextvars(request=_request_id(metadata), **({"trace": span.trace} if span.trace else {}))
+                try:
+                    response = await behaviour(request, context)
+                    code = grpc.StatusCode.OK
+                    return response
+                except Exception:  # the guard within has set the status
+                    code = _CODES.get(_number(context.code()), grpc.StatusCode.UNKNOWN)
+                    raise
+                finally:
+                    left = context.time_remaining()
+                    if code is grpc.StatusCode.CANCELLED and left is not None and left < NEAR:
+                        code = grpc.StatusCode.DEADLINE_EXCEEDED
+                    self._metrics.call(short, code.name, time.perf_counter() - begun)
+                    span.ended(code, get_contextvars())
+
+        return call
+
+
+def _request_id(metadata: Mapping[str, str | bytes]) -> str:
+    named = metadata.get(REQUEST_ID, "")
+    return named if isinstance(named, str) and _REQUEST_ID.fullmatch(named) else secrets.token_hex(6)
+
+
+def _number(code: Any) -> int:
+    """The status as gRPC keeps it: a number, whatever its documentation says."""
+    return int(code.value[0]) if isinstance(code, grpc.StatusCode) else int(code)
