@@ -27,11 +27,16 @@ class ChatFormat:
         tokenizer: with a chat template that takes contents as lists of parts.
         image_token: what the template writes for a picture.
         stop_ids: tokens that end an answer.
+        video_mark: what the template writes for a video, if it knows any.
     """
 
-    def __init__(self, tokenizer: Any, image_token: str, stop_ids: frozenset[int]) -> None:
+    def __init__(
+        self, tokenizer: Any, image_token: str, stop_ids: frozenset[int], video_mark: str | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.image_token = image_token
+        self.video_mark = video_mark
+        self._marks = re.compile("|".join(re.escape(mark) for mark in (image_token, video_mark) if mark))
         self.stop_ids = stop_ids
         # What a tokenizer puts before everything (Llama's and Mistral's do), unless the template itself writes it.
         self._opening: list[int] = tokenizer("")["input_ids"]
@@ -45,39 +50,48 @@ class ChatFormat:
 
         Args:
             turns_before: finished turns in the log.
-            parts: text and pictures as the user ordered them; the template may move pictures to the front.
-            generate: with the prompt for an answer. False: only up to and including the last picture, for a picture
+            parts: text, pictures and videos as the user ordered them; the template may move text behind the others.
+            generate: with the prompt for an answer. False: only up to and including the last picture, for one
                 that arrives ahead of its question; the complete turn's items begin with exactly these.
 
         Raises:
             ValueError: ``generate`` is False and there is no picture.
         """
-        rendered = self._rendered(turns_before, parts)
-        items: list[Item] = [] if turns_before or rendered.startswith(self._bos) else [*self._opening]
-        behind = _LINE_END if turns_before else ""
-        pictures = (part for part in parts if isinstance(part, CompressedImage))
-        for number, segment in enumerate(_segments(rendered, self.image_token)):
-            if number:
-                items.append(next(pictures))
-                end, behind = len(items), self.image_token
-            items += self._segment(segment, parts, behind)
-        if generate:
-            return items
-        if not any(isinstance(part, CompressedImage) for part in parts):
+        visuals = [part for part in parts if isinstance(part, CompressedImage)]
+        if not (visuals or generate):
             raise ValueError("a turn without a picture has nothing to read ahead of its question")
-        return items[:end]
+        marks = [self._mark(visual) for visual in visuals]
+        rendered = self._rendered(turns_before, parts, marks)
+        if self._marks.findall(rendered) != marks:
+            # Some templates put pictures before videos. What is read ahead of its question cannot move any more, so
+            # all stay in the order in which they came.
+            marks = [self.image_token] * len(visuals)
+            rendered = self._rendered(turns_before, parts, marks)
+        items: list[Item] = [] if turns_before or rendered.startswith(self._bos) else [*self._opening]
+        before, *behind = self._marks.split(rendered)
+        items += self._segment(before, parts, _LINE_END if turns_before else "")
+        end = 0
+        for visual, mark, text in zip(visuals, marks, behind, strict=True):
+            items.append(visual)
+            end = len(items)
+            items += self._segment(text, parts, mark)
+        return items if generate else items[:end]
+
+    def _mark(self, visual: CompressedImage) -> str:
+        return self.video_mark if visual.frames and self.video_mark else self.image_token
 
     def text(self, text: str) -> list[int]:
         """Token ids of what a user typed; special tokens in it are plain text."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return ids
 
-    def _segment(self, segment: Sequence[str | int], parts: Sequence[object], behind: str) -> list[int]:
-        """Token ids of control text and of the texts in ``parts`` that stand between it by their places.
+    def _segment(self, rendered: str, parts: Sequence[object], behind: str) -> list[int]:
+        """Token ids of rendered text: control text, and marks for the texts in ``parts``.
 
         Read in one go, as Hugging Face does, since how words fall into tokens depends on what is before them. Only
         where a user's text poses as control is every piece read by itself.
         """
+        segment = [int(piece) if place % 2 else piece for place, piece in enumerate(_MARKS.split(rendered)) if piece]
         texts = [str(parts[piece]) if isinstance(piece, int) else piece for piece in segment]
         control = [token for piece in segment if isinstance(piece, str) for token in self._read(piece)]
         whole = self._read("".join(texts), behind)
@@ -105,10 +119,14 @@ class ChatFormat:
         text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text
 
-    def _rendered(self, turns_before: int, parts: Sequence[str | CompressedImage]) -> str:
-        """The template's text of this turn, user text as marks, from the end of the previous answer on."""
+    def _rendered(self, turns_before: int, parts: Sequence[str | CompressedImage], marks: Sequence[str]) -> str:
+        """The template's text of this turn, from the end of the previous answer on.
+
+        User text is there as marks; what is shown is asked for by the kind that ``marks`` say, in turn.
+        """
+        kinds = iter("image" if mark == self.image_token else "video" for mark in marks)
         content = [
-            {"type": "text", "text": _MARK.format(index)} if isinstance(part, str) else {"type": "image"}
+            {"type": "text", "text": _MARK.format(index)} if isinstance(part, str) else {"type": next(kinds)}
             for index, part in enumerate(parts)
         ]
         messages = [{"role": "user", "content": content}]
@@ -119,11 +137,3 @@ class ChatFormat:
             messages = [{"role": "user", "content": earlier}, {"role": "assistant", "content": answer}, *messages]
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return str(text).rpartition(_MARK.format("answer"))[2] if turns_before else str(text)
-
-
-def _segments(rendered: str, image_token: str) -> list[list[str | int]]:
-    """Split at pictures, then at marks: in each segment control text, and the places of parts in the order of marks."""
-    return [
-        [int(piece) if place % 2 else piece for place, piece in enumerate(_MARKS.split(segment)) if piece]
-        for segment in rendered.split(image_token)
-    ]

@@ -24,9 +24,9 @@ from vflowopt.strategy import Strategy
 
 @dataclass(frozen=True, eq=False)
 class EncodedImage:
-    """What the vision side of a model makes of a picture; independent of any strategy.
+    """What the vision side of a model makes of a picture or a video; independent of any strategy.
 
-    T maps (tiles or frames) of P patches each become N visual tokens of the decoder.
+    T maps (tiles or frames) of P patches each become N visual tokens of the decoder. In a video each is a token grid.
 
     Attributes:
         digest: SHA-256 of the picture's bytes, in hex.
@@ -50,6 +50,7 @@ class EncodedImage:
             whose positions have several axes (M-RoPE); None: one after another.
         later: D, the decoder layers behind which further features of a token enter.
         detail: how closely the picture was looked at.
+        frames: frames of the video that this is; 0 for a picture.
     """
 
     digest: str
@@ -67,6 +68,7 @@ class EncodedImage:
     positions: Tensor | None = None
     later: int = 0
     detail: Detail = "high"
+    frames: int = 0
 
     @property
     def entering(self) -> Tensor:
@@ -122,7 +124,7 @@ class CompressionTimings:
 
 @dataclass(frozen=True, eq=False)
 class CompressedImage:
-    """A picture as the decoder will read it: what is kept in each stage of its N visual tokens.
+    """A picture or a video as the decoder will read it: what is kept in each stage of its N visual tokens.
 
     Attributes:
         digest: SHA-256 of the picture's bytes, in hex.
@@ -136,6 +138,7 @@ class CompressedImage:
         span: positions that the picture takes in its conversation.
         timings: what the compression took.
         detail: how closely the picture was looked at.
+        frames: frames of the video that this is; 0 for a picture.
     """
 
     digest: str
@@ -148,6 +151,7 @@ class CompressedImage:
     span: int
     timings: CompressionTimings
     detail: Detail = "high"
+    frames: int = 0
 
     @property
     def identity(self) -> Identity:
@@ -239,6 +243,7 @@ def choose(encoded: EncodedImage, scores: Tensor, strategy: Strategy, layers: in
         span=span,
         timings=CompressionTimings(encoded.encode_ms, 0.0, (time.perf_counter() - begun) * 1e3),
         detail=encoded.detail,
+        frames=encoded.frames,
     )
 
 

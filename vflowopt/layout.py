@@ -47,6 +47,26 @@ class TokenLayout:
         ]
 
 
+def frames_layout(frames: int, shape: tuple[int, int], size: tuple[int, int]) -> TokenLayout:
+    """The tokens of frames that are read row by row, each frame a grid; none is structural.
+
+    Args:
+        frames: how many; 1 for a picture.
+        shape: rows and columns of tokens of a frame.
+        size: height and width of a frame in pixels.
+    """
+    rows, columns = shape
+    place = torch.arange(frames * rows * columns)
+    row, column = place // columns % rows, place % columns
+    return TokenLayout(
+        grid=place // (rows * columns),
+        row=row,
+        column=column,
+        structural=torch.zeros_like(place, dtype=torch.bool),
+        boxes=boxes_of(row, column, (size[0] / rows, size[1] / columns), (0.0, 0.0)),
+    )
+
+
 def boxes_of(row: Tensor, column: Tensor, step: tuple[float, float], offset: tuple[float, float]) -> Tensor:
     """Boxes of grid cells: float32 [n, 4], left, top, right and bottom.
 

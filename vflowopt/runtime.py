@@ -24,10 +24,10 @@ from vflowopt.decode_graph import DecodeGraphs, DecodePlan, Rotary
 from vflowopt.decode_kernel import DecodeKernel, build_decode_kernel
 from vflowopt.decoder import build_decoder
 from vflowopt.models import MultimodalModel, load_model
-from vflowopt.picture import Picture
 from vflowopt.segment import Segment, joined, segment_of
 from vflowopt.strategy import Strategy
 from vflowopt.varlen_attention import Reading, VarlenPlan, readable
+from vflowopt.video import Video, Visual
 
 
 class Runtime:
@@ -49,7 +49,7 @@ class Runtime:
 
     def __init__(self, model: MultimodalModel, *, kv_budget: int, page_size: int = 16) -> None:
         self.model = model
-        self.chat = ChatFormat(model.tokenizer, model.image_token, model.stop_ids)
+        self.chat = ChatFormat(model.tokenizer, model.image_token, model.stop_ids, model.video_mark)
         self.layers = len(model.layers)
         self.context = model.context
         self.pool = PagePool(
@@ -101,15 +101,22 @@ class Runtime:
         return self.pool.token_bytes
 
     @torch.inference_mode()
-    def compress(self, pictures: Sequence[Picture], strategy: Strategy) -> list[CompressedImage]:
-        """Encode pictures in one batch, and score, prune and recycle each.
+    def compress(self, visuals: Sequence[Visual], strategy: Strategy) -> list[CompressedImage]:
+        """Encode pictures in one batch and videos one by one, and score, prune and recycle each.
 
         Raises:
-            PictureError: the model cannot take a picture of this shape.
+            PictureError: the model cannot take a picture of this shape, or takes no videos.
             StrategyError: the strategy does not fit the decoder.
         """
         strategy.check(self.layers)
-        return [compress(encoded, strategy, self.layers) for encoded in self.model.encode(pictures)]
+        pictures = [visual for visual in visuals if not isinstance(visual, Video)]
+        encoded = iter(self.model.encode(pictures) if pictures else ())
+        return [
+            compress(
+                self.model.encode_video(visual) if isinstance(visual, Video) else next(encoded), strategy, self.layers
+            )
+            for visual in visuals
+        ]
 
     def start(self, strategy: Strategy) -> Conversation:
         """An empty conversation.

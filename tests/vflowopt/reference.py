@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-Turn = Sequence[str | np.ndarray]
-"""Parts of a turn: text, or the pixels of a picture."""
+from tests.vflowopt.reference_video import VideoInputs
+from vflowopt.video import Video
+
+Turn = Sequence[str | np.ndarray | Video]
+"""Parts of a turn: text, the pixels of a picture, or a video."""
 
 
 class Reference:
@@ -28,12 +31,19 @@ class Reference:
         self.logits, self._asked = [], []
         messages: list[dict[str, object]] = []
         pictures: list[np.ndarray] = []
+        videos: list[Video] = []
         answers: list[list[int]] = []
         for turn in turns:
-            content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in turn]
+            content = [
+                {"type": "text", "text": part}
+                if isinstance(part, str)
+                else {"type": "video" if isinstance(part, Video) else "image"}
+                for part in turn
+            ]
             messages.append({"role": "user", "content": content})
-            pictures += [part for part in turn if not isinstance(part, str)]
-            answers.append(self._generate(messages, pictures, answers, new_tokens))
+            pictures += [part for part in turn if isinstance(part, np.ndarray)]
+            videos += [part for part in turn if isinstance(part, Video)]
+            answers.append(self._generate(messages, pictures, videos, answers, new_tokens))
             text = f"ANSWER{len(answers) - 1}."
             messages.append({"role": "assistant", "content": [{"type": "text", "text": text}]})
         return answers
@@ -42,10 +52,13 @@ class Reference:
         self,
         messages: list[dict[str, object]],
         pictures: list[np.ndarray],
+        videos: list[Video],
         answers: list[list[int]],
         new_tokens: int,
     ) -> list[int]:
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        moving = VideoInputs(self.network, self.tokenizer, self.processor, videos)
+        text = moving.with_single_marks(text)
         ids: list[int] = [] if text.startswith(self.tokenizer.bos_token or "") else self.tokenizer("")["input_ids"]
         # Earlier answers enter as the very tokens that were generated, not as text tokenized again, behind the very
         # words that asked for them: some templates put a space before an answer that they do not ask for.
@@ -55,12 +68,22 @@ class Reference:
         ids += self.tokenizer(text, add_special_tokens=False)["input_ids"]
         self._asked.append(len(text))
         inputs: dict[str, Tensor] = {}
+        image, video = self.network.config.image_token_id, moving.token
+        standing: Iterator[list[int]] = iter(())
         if pictures:
-            image = self.network.config.image_token_id
             inputs, standing = self._pictures(pictures)
-            ids = [token for each in ids for token in (next(standing) if each == image else [each])]
-            if "image_grid_thw" in inputs:  # families whose positions have several axes ask which tokens are pictures
-                inputs["mm_token_type_ids"] = torch.tensor([ids]).eq(image).int()
+        frames = iter(moving.standing)
+        shown = [each for each in ids if each in (image, video)]
+        ids = [
+            token
+            for each in ids
+            for token in (next(standing) if each == image else next(frames) if each == video else [each])
+        ]
+        moving.add_to(inputs, before=shown.index(video) if video in shown else 0)
+        if "image_grid_thw" in inputs or "video_grid_thw" in inputs:
+            # Families whose positions have several axes ask which tokens are pictures, and which are videos.
+            prompt = torch.tensor([ids])
+            inputs["mm_token_type_ids"] = prompt.eq(image).int() + 2 * prompt.eq(self.network.config.video_token_id)
         prompt = torch.tensor([ids])
         output = self.network.generate(
             input_ids=prompt,

@@ -11,6 +11,7 @@ from vflowopt.conversation import Conversation
 from vflowopt.picture import Detail, Picture
 from vflowopt.runtime import Runtime
 from vflowopt.strategy import Strategy
+from vflowopt.video import Video
 
 
 class Talk:
@@ -25,16 +26,16 @@ class Talk:
         self.logits: list[Tensor] = []
         self._ahead: list[object] = []
 
-    def look(self, pixels: np.ndarray) -> None:
-        """Add a picture ahead of its question."""
-        self._ahead.append(self._compressed(pixels))
+    def look(self, shown: np.ndarray | Video) -> None:
+        """Add a picture or a video ahead of its question."""
+        self._ahead.append(self._compressed(shown))
         items = self.runtime.chat.turn(self.turns, self._ahead, generate=False)
         self.runtime.extend(self.conversation, items[self._read :], want_logits=False)
         self._read = len(items)
 
     _read = 0
 
-    def ask(self, parts: Sequence[str | np.ndarray], new_tokens: int) -> list[int]:
+    def ask(self, parts: Sequence[str | np.ndarray | Video], new_tokens: int) -> list[int]:
         """One turn, greedy; returns the answer's tokens without the end token."""
         ready = [part if isinstance(part, str) else self._compressed(part) for part in parts]
         items = self.runtime.chat.turn(self.turns, [*self._ahead, *ready])[self._read :]
@@ -53,8 +54,9 @@ class Talk:
         self.turns, self._ahead, self._read = self.turns + 1, [], 0
         return answer
 
-    def _compressed(self, pixels: np.ndarray) -> CompressedImage:
-        (image,) = self.runtime.compress([Picture.from_pixels(pixels).in_detail(self.detail)], self.strategy)
+    def _compressed(self, shown: np.ndarray | Video) -> CompressedImage:
+        visual = shown if isinstance(shown, Video) else Picture.from_pixels(shown).in_detail(self.detail)
+        (image,) = self.runtime.compress([visual], self.strategy)
         return image
 
 
@@ -67,3 +69,9 @@ def picture(height: int, width: int, seed: int) -> np.ndarray:
     spot = pixels[height // 3 : height // 2, width // 3 : width // 2]
     spot[:] = torch.randint(0, 256, spot.shape, generator=generator, dtype=torch.uint8).numpy()
     return pixels
+
+
+def video(height: int, width: int, seconds: Sequence[float], seed: int) -> Video:
+    """A video whose frames are all different pictures."""
+    frames = [Picture.from_pixels(picture(height, width, seed * 100 + index)) for index in range(len(seconds))]
+    return Video.of(frames, seconds)

@@ -16,16 +16,17 @@ from transformers import (
 )
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
-SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
-"""The padding, the beginning and the end of a message, and a picture."""
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
+"""The padding, the beginning and the end of a message, a picture and a video."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'video' %}<video>{% endif %}{% endfor %}"
     "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""Pictures first, then text, as the published template has it."""
+"""Pictures first, then videos, then text, as the published template has it."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def save(shape: Shape, folder: Path, seed: int = 0) -> Path:
             tie_word_embeddings=True,
         ),
         image_token_index=tokens.convert_tokens_to_ids("<image>"),
-        video_token_index=tokens.convert_tokens_to_ids("<image>"),
+        video_token_index=tokens.convert_tokens_to_ids("<video>"),
         vision_feature_layer=shape.feature_layer,
         vision_feature_select_strategy="full",
         vision_aspect_ratio=shape.aspect,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -21,6 +21,7 @@ from vflowopt.models.quantization import is_quantized, quantized_on
 from vflowopt.models.tokenizer import load_tokenizer
 from vflowopt.picture import Picture, PictureError
 from vflowopt.strategy import Strategy, StrategyError
+from vflowopt.video import Video, VideoError
 
 LOW_DETAIL_TOKENS = 256
 """Tokens with pixels that a picture takes at most in low detail, where a family sees pictures of any size.
@@ -45,6 +46,7 @@ class MultimodalModel(ABC):
         tokenizer: its tokenizer, with the chat template.
         processor: its image processor.
         image_token: the text by which its chat template stands for a picture.
+        video_mark: the text by which it stands for a video; None: the model takes none.
         decoder: the decoder stack, with ``layers``, ``embed_tokens``, ``norm`` and ``rotary_emb``.
         head: from last hidden states to logits over the vocabulary.
         heads: key-value heads of a decoder layer.
@@ -64,6 +66,7 @@ class MultimodalModel(ABC):
     tokenizer: Any
     processor: Any
     image_token: str
+    video_mark: str | None
     decoder: Any
     head: Any
     heads: int
@@ -79,6 +82,8 @@ class MultimodalModel(ABC):
         self.tokenizer = tokenizer
         self.processor = processor
         self.image_token = tokenizer.convert_ids_to_tokens(network.config.image_token_id)
+        mark = self._video_mark()
+        self.video_mark = mark if mark and self._template_writes({"type": "video"}, mark) else None
         self.decoder = network.model.language_model
         self.head = network.lm_head
         self.heads = text.num_key_value_heads
@@ -195,6 +200,37 @@ class MultimodalModel(ABC):
             width=str(width),
             height=str(height),
         )
+
+    def _video_mark(self) -> str | None:
+        """The text by which the templates of this family stand for a video; None: the family takes none."""
+        return None
+
+    def _template_writes(self, part: Mapping[str, str], mark: str) -> bool:
+        try:
+            text = self.tokenizer.apply_chat_template([{"role": "user", "content": [part]}], tokenize=False)
+        except Exception:  # a template is a program: it raises whatever it stumbles on
+            return False
+        return mark in text
+
+    @torch.inference_mode()
+    def encode_video(self, video: Video) -> EncodedImage:
+        """Encode a video: each map is what the tower looks at by itself, a frame or some that follow each other.
+
+        Raises:
+            VideoError: the model takes no videos.
+            PictureError: its processor cannot bring the frames to its shape.
+        """
+        if self.video_mark is None:
+            raise VideoError(
+                "VIDEO_UNSUPPORTED",
+                f"this {self.family} model takes no videos; show the frames as pictures, or serve a model of another "
+                "family (docs/models.md lists those that take videos)",
+                family=self.family,
+            )
+        return self._encode_video(video)
+
+    def _encode_video(self, video: Video) -> EncodedImage:
+        raise NotImplementedError  # families with a mark for videos have it
 
     @abstractmethod
     def encode(self, pictures: Sequence[Picture]) -> list[EncodedImage]:

@@ -11,10 +11,13 @@ from torch import Tensor
 from transformers import InternVLForConditionalGeneration
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
-from vflowopt.layout import TokenLayout, boxes_of
+from vflowopt.compression import EncodedImage
+from vflowopt.layout import TokenLayout, boxes_of, frames_layout
+from vflowopt.models.frame_text import with_text
 from vflowopt.models.tiled import TiledModel
 from vflowopt.models.tower import Tower, split_heads
 from vflowopt.picture import Detail
+from vflowopt.video import Video
 
 
 class InternVLTower(Tower):
@@ -46,7 +49,8 @@ class InternVLTower(Tower):
 class InternVL(TiledModel):
     """A model of the family ``internvl``; see :class:`~vflowopt.models.tiled.TiledModel`.
 
-    A picture's tokens begin and end with the tokens that mark it (``<img>`` and ``</img>``); they are structural.
+    A picture's tokens begin and end with the tokens that mark it (``<img>`` and ``</img>``); they are structural. So
+    are those of a video's frames, and the texts between them that count the frames.
     """
 
     family = "InternVL"
@@ -123,6 +127,28 @@ class InternVL(TiledModel):
 
     def _arrange(self, size: Sequence[int], values: Tensor) -> Tensor:
         return torch.nn.functional.pad(self._shuffled(values[..., None]).mean(-1).flatten(), (1, 1))
+
+    def _video_mark(self) -> str | None:
+        return getattr(self.tokenizer, "video_token", None)
+
+    def _encode_video(self, video: Video) -> EncodedImage:
+        begin, end = self._marks
+        texts: list[list[int]] = []
+        for number in range(1, len(video.frames) + 1):
+            counted = f"Frame{number}: " if number == 1 else f"\nFrame{number}: "
+            told = self.tokenizer(counted, add_special_tokens=False)["input_ids"]
+            texts.append([*([end] if texts else []), *told, begin])
+        return with_text(super()._encode_video(video), [*texts, [end]], self.decoder.embed_tokens)
+
+    def _pack_frames(self, projected: Tensor) -> Tensor:
+        return projected.flatten(0, 1)
+
+    def _arrange_frames(self, values: Tensor) -> Tensor:
+        return self._shuffled(values[..., None]).mean(-1).flatten()
+
+    def _layout_of_frames(self, video: Video) -> TokenLayout:
+        side = self.side // self.patch // self.merge
+        return frames_layout(len(video.frames), (side, side), (video.height, video.width))
 
     def _shuffled(self, patches: Tensor) -> Tensor:
         """Squares of patches side by side: [tiles, patches, channels] to [tiles, tokens, channels * merge ** 2]."""

@@ -9,6 +9,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.vision_utils import get_vision_window_index
 
 from vflowopt.models.qwen_vl import QwenVl
+from vflowopt.video import Video
 
 
 class Qwen25Vl(QwenVl):
@@ -27,6 +28,10 @@ class Qwen25Vl(QwenVl):
         if not whole:
             raise self.unsupported("a vision tower without a layer that sees the whole picture")
         return whole
+
+    def _positions_per_step(self, video: Video) -> float:
+        per_second: float = self.network.config.vision_config.tokens_per_second
+        return per_second * self.step / video.frames_per_second
 
     def _squares(self, grids: Tensor) -> Tensor:
         tower = self.network.model.visual

@@ -7,18 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
+from transformers.image_utils import SizeDict
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 
+from vflowopt.compression import EncodedImage
+from vflowopt.models.frame_text import with_text
 from vflowopt.models.qwen_vl import QwenVl
+from vflowopt.video import Video
 
 
 class Qwen3Vl(QwenVl):
     """A model of the family ``qwen3_vl``; see :class:`~vflowopt.models.qwen_vl.QwenVl`.
 
     All features of a token lie side by side in its embedding: they are kept, dropped and averaged together.
+
+    Of a video every step of frames stands by itself, behind a text that says when it was seen.
     """
 
     family = "Qwen3-VL"
     architecture = Qwen3VLForConditionalGeneration
+    usual_video_size = SizeDict(shortest_edge=128 * 32**2, longest_edge=768 * 32**2)
 
     @property
     def _later(self) -> int:
@@ -26,3 +34,41 @@ class Qwen3Vl(QwenVl):
 
     def _features(self, output: Any) -> Tensor:
         return torch.cat((output.pooler_output, *output.deepstack_features), dim=-1)
+
+    def _video_mark(self) -> str | None:
+        # All three are written anew for each step of frames.
+        return "".join(
+            self.tokenizer.convert_ids_to_tokens([self._begin, self.network.config.video_token_id, self._end])
+        )
+
+    @property
+    def _begin(self) -> int:
+        token: int = self.network.config.vision_start_token_id
+        return token
+
+    @property
+    def _end(self) -> int:
+        token: int = self.network.config.vision_end_token_id
+        return token
+
+    def _frame_size(self, frames: int, height: int, width: int) -> tuple[int, int]:
+        """Height and width that frames are resized to, all of them together within :attr:`video_size`."""
+        size: tuple[int, int] = smart_resize(
+            max(frames, self.step),
+            height,
+            width,
+            temporal_factor=self.step,
+            factor=self.patch * self.merge,
+            min_pixels=self.video_size.shortest_edge,
+            max_pixels=self.video_size.longest_edge,
+        )
+        return size
+
+    def _encode_video(self, video: Video) -> EncodedImage:
+        encoded = super()._encode_video(video)
+        seconds = [*video.seconds, *video.seconds[-1:] * (-len(video.seconds) % self.step)]
+        texts: list[list[int]] = []
+        for first, last in zip(seconds[:: self.step], seconds[self.step - 1 :: self.step], strict=True):
+            told = self.tokenizer(f"<{(first + last) / 2:.1f} seconds>", add_special_tokens=False)["input_ids"]
+            texts.append([*([self._end] if texts else []), *told, self._begin])
+        return with_text(encoded, [*texts, [self._end]], self.decoder.embed_tokens)

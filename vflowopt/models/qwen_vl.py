@@ -12,18 +12,23 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import ChannelDimension, SizeDict
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
 from vflowopt.compression import EncodedImage
-from vflowopt.layout import TokenLayout
+from vflowopt.layout import TokenLayout, frames_layout
 from vflowopt.models.interface import LOW_DETAIL_TOKENS, MultimodalModel
+from vflowopt.models.video_size import video_size
 from vflowopt.picture import Picture
+from vflowopt.video import Video
 
 
 class QwenVl(MultimodalModel):
@@ -40,16 +45,23 @@ class QwenVl(MultimodalModel):
     Attributes:
         merge: side, in patches, of the square that becomes one token.
         patch: side of a patch in pixels.
+        step: frames of a video that the tower takes in as one.
+        video_size: fewest and most pixels that frames are resized to, see :meth:`_frame_size`.
 
     Raises:
         ModelError: the configuration uses something that is not supported, by name.
     """
+
+    usual_video_size: ClassVar[SizeDict] = SizeDict(shortest_edge=128 * 28**2, longest_edge=768 * 28**2)
+    """What Hugging Face's video processor takes where the configuration names none."""
 
     def __init__(self, network: Any, tokenizer: Any, processor: Any) -> None:
         super().__init__(network, tokenizer, processor)
         vision = network.config.vision_config
         self.merge: int = vision.spatial_merge_size
         self.patch: int = vision.patch_size
+        self.step: int = vision.temporal_patch_size
+        self.video_size = self.usual_video_size
         if (processor.patch_size, processor.merge_size) != (self.patch, self.merge):
             raise self.unsupported(
                 f"an image processor for patches of {processor.patch_size} pixels merged by {processor.merge_size} "
@@ -61,6 +73,19 @@ class QwenVl(MultimodalModel):
         self.scoring_layer = whole[-1] if chosen is None else chosen % vision.depth
         if self.scoring_layer not in whole:
             raise self.unsupported(f"vflow_scoring_layer {chosen}, a layer whose patches see no more than a window,")
+
+    @classmethod
+    def load(
+        cls, model: str | Path, config: Any, device: torch.device, dtype: torch.dtype, quantization: Any = None
+    ) -> Self:
+        """See :meth:`MultimodalModel.load`."""
+        loaded = super().load(model, config, device, dtype, quantization)
+        loaded.video_size = video_size(model, cls.usual_video_size)
+        return loaded
+
+    def _video_mark(self) -> str | None:
+        token: str | None = self.tokenizer.convert_ids_to_tokens(self.network.config.video_token_id)
+        return token
 
     def _whole_layers(self) -> Sequence[int]:
         """The layers of the tower whose patches attend to the whole picture, ascending."""
@@ -96,7 +121,7 @@ class QwenVl(MultimodalModel):
             EncodedImage(
                 digest=picture.digest,
                 embeddings=of_picture,
-                layout=self.layout(shape, picture.pixels.shape[:2]),
+                layout=self.layout(shape, (picture.height, picture.width)),
                 query=self._in_rows(query, shape),
                 key=self._in_rows(key, shape),
                 scale=self._attention.scaling,
@@ -113,6 +138,73 @@ class QwenVl(MultimodalModel):
                 pictures, seen, shapes, embeddings, queries.split(counts), keys.split(counts), strict=True
             )
         ]
+
+    def _encode_video(self, video: Video) -> EncodedImage:
+        begun = time.perf_counter()
+        frames = self.resized_frames(video)
+        steps, shape = len(frames) // self.step, (frames.shape[2] // self.patch, frames.shape[3] // self.patch)
+        grids = torch.tensor([[steps, *shape]])
+        features, query, key = self._tower(self._patches(frames).to(self.device, self.dtype), grids)
+        return EncodedImage(
+            digest=video.digest,
+            embeddings=features,
+            layout=self.layout(shape, (video.height, video.width), steps),
+            query=self._in_rows(query, shape),
+            key=self._in_rows(key, shape),
+            scale=self._attention.scaling,
+            # Of the frames that are taken in as one the first stands for all.
+            pixels=torch.from_numpy(np.ascontiguousarray(frames[:: self.step].transpose(0, 2, 3, 1))),
+            patch=self.patch,
+            arrange=partial(self._arrange, shape),
+            encode_ms=self.milliseconds_since(begun),
+            merge=self.merge,
+            positions=self.positions(shape, (torch.arange(steps) * self._positions_per_step(video)).long().tolist()),
+            later=self._later,
+            frames=len(video.frames),
+        )
+
+    def resized_frames(self, video: Video) -> np.ndarray:
+        """The 8-bit frames that the tower sees: uint8 [frames, 3, height, width], whole squares of patches.
+
+        The last frame is repeated until there are whole steps.
+
+        Raises:
+            PictureError: the processor takes no frames of this shape.
+        """
+        try:
+            height, width = self._frame_size(len(video.frames), video.height, video.width)
+        except ValueError as error:
+            raise self.too_narrow(video.frames[0]) from error
+        size = SizeDict(height=height, width=width)
+        frames = [
+            PilBackend.resize(self.processor, frame.pixels.transpose(2, 0, 1), size, self.processor.resample)
+            for frame in video.frames
+        ]
+        return np.stack([*frames, *[frames[-1]] * (-len(frames) % self.step)])
+
+    def _frame_size(self, frames: int, height: int, width: int) -> tuple[int, int]:
+        """Height and width that frames are resized to, each within :attr:`video_size`."""
+        size: tuple[int, int] = smart_resize(
+            height, width, self.patch * self.merge, self.video_size.shortest_edge, self.video_size.longest_edge
+        )
+        return size
+
+    def _patches(self, frames: np.ndarray) -> Tensor:
+        """What the tower reads of 8-bit frames: float32 [patches, channels * step * patch * patch], by squares."""
+        processor = self.processor
+        pixels = processor.rescale(frames, processor.rescale_factor)
+        pixels = np.stack([processor.normalize(frame, processor.image_mean, processor.image_std) for frame in pixels])
+        _, channels, height, width = frames.shape
+        rows, columns = (side // self.patch // self.merge for side in (height, width))
+        patches = torch.from_numpy(pixels).view(
+            -1, self.step, channels, rows, self.merge, self.patch, columns, self.merge, self.patch
+        )
+        # [steps, rows, columns, merge, merge, channels, step, patch, patch]
+        return patches.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, channels * self.step * self.patch**2)
+
+    def _positions_per_step(self, video: Video) -> float:
+        """How far apart frames that are taken in one after the other stand on the axis of time."""
+        return 1.0
 
     def resized(self, picture: Picture) -> np.ndarray:
         """The 8-bit picture that the tower sees: uint8 [3, height, width], whole squares of patches.
@@ -131,34 +223,21 @@ class QwenVl(MultimodalModel):
             raise self.too_narrow(picture) from error
         return np.asarray(resized)
 
-    def layout(self, shape: tuple[int, int], size: Sequence[int]) -> TokenLayout:
-        """Where the tokens of a picture come from.
+    def layout(self, shape: tuple[int, int], size: tuple[int, int], steps: int = 1) -> TokenLayout:
+        """Where the tokens of a picture or a video come from.
 
         Args:
             shape: rows and columns of patches.
-            size: height and width of the picture as it came, in pixels.
+            size: height and width of the picture or the frames as they came, in pixels.
+            steps: steps of a video, each a grid.
         """
-        row, column = self._cells(shape)
         rows, columns = (side // self.merge for side in shape)
-        step = torch.tensor([size[1] / columns, size[0] / rows])
-        corner = torch.stack((column, row), dim=-1) * step
-        return TokenLayout(
-            grid=torch.zeros_like(row),
-            row=row,
-            column=column,
-            structural=torch.zeros_like(row, dtype=torch.bool),
-            boxes=torch.cat((corner, corner + step), dim=-1).float(),
-        )
+        return frames_layout(steps, (rows, columns), size)
 
-    def positions(self, shape: tuple[int, int]) -> Tensor:
-        """Time, row and column of each token of a picture of ``shape`` patches: int64 [3, N]."""
-        row, column = self._cells(shape)
-        return torch.stack((torch.zeros_like(row), row, column))
-
-    def _cells(self, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def positions(self, shape: tuple[int, int], times: Sequence[int] = (0,)) -> Tensor:
+        """Time, row and column of each token of a picture, or of steps of a video, of ``shape`` patches: int64 [3, N]."""
         rows, columns = (side // self.merge for side in shape)
-        place = torch.arange(rows * columns)
-        return place // columns, place % columns
+        return torch.cartesian_prod(torch.tensor(times), torch.arange(rows), torch.arange(columns)).T
 
     @property
     def _attention(self) -> Any:
@@ -176,14 +255,14 @@ class QwenVl(MultimodalModel):
         return self._features(output), query, key
 
     def _in_rows(self, states: Tensor, shape: tuple[int, int]) -> Tensor:
-        """States of a picture's patches, from square by square to row by row: [1, heads, patches, head_dim]."""
+        """States of patches, from square by square to row by row: [steps, heads, patches, head_dim], 1 of a picture."""
         rows, columns = (side // self.merge for side in shape)
-        in_squares = states.view(rows, columns, self.merge, self.merge, *states.shape[1:])
-        return in_squares.transpose(1, 2).flatten(0, 3).transpose(0, 1)[None]
+        in_squares = states.view(-1, rows, columns, self.merge, self.merge, *states.shape[1:])
+        return in_squares.transpose(2, 3).flatten(1, 4).transpose(1, 2)
 
     def _arrange(self, shape: tuple[int, int], values: Tensor) -> Tensor:
-        """Values per patch, [1, patches], averaged over the squares that become tokens: [N]."""
-        return nn.functional.avg_pool2d(values.view(1, *shape), self.merge).flatten()
+        """Values per patch, [steps, patches], averaged over the squares that become tokens: [N]."""
+        return nn.functional.avg_pool2d(values.view(-1, *shape), self.merge).flatten()
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from vflowopt.layout import TokenLayout
 from vflowopt.models.interface import MultimodalModel
 from vflowopt.models.tower import ClipTower, Tower
 from vflowopt.picture import Detail, Picture
+from vflowopt.video import Video
 
 SCORINGS = ("mean", "cls")
 """Whose attention says what matters: that of all patches, which is the paper's way, or that of the class token."""
@@ -76,11 +77,7 @@ class TiledModel(MultimodalModel):
         """See :meth:`MultimodalModel.encode`."""
         begun = time.perf_counter()
         tiles = [self.tiles(picture) for picture in pictures]
-        features, queries, keys = self.tower(self.normalised(np.concatenate(tiles)).to(self.device))
-        class_keys: Tensor | None = None
-        if self.tower.class_token:
-            features, class_keys, keys = features[:, 1:], keys[:, :, :1], keys[:, :, 1:]
-            queries = queries[:, :, :1] if self._scoring == "cls" else queries[:, :, 1:]
+        features, queries, keys, class_keys = self._look(np.concatenate(tiles))
         counts = [len(of_picture) for of_picture in tiles]
         sizes = [picture.pixels.shape[:2] for picture in pictures]
         projected = self._project(features).split(counts)
@@ -94,7 +91,7 @@ class TiledModel(MultimodalModel):
                 query=query,
                 key=key,
                 scale=self.tower.scale,
-                pixels=torch.from_numpy(np.ascontiguousarray(seen.transpose(0, 2, 3, 1))),
+                pixels=_channels_last(seen),
                 patch=self.patch,
                 arrange=partial(self._arrange, size),
                 encode_ms=milliseconds,
@@ -113,6 +110,35 @@ class TiledModel(MultimodalModel):
                 strict=True,
             )
         ]
+
+    def _encode_video(self, video: Video) -> EncodedImage:
+        """Every frame is one tile, at which the tower looks by itself."""
+        begun = time.perf_counter()
+        frames = np.concatenate([self.tiles(frame.in_detail("low")) for frame in video.frames])
+        features, query, key, class_key = self._look(frames)
+        return EncodedImage(
+            digest=video.digest,
+            embeddings=self._pack_frames(self._project(features)),
+            layout=self._layout_of_frames(video),
+            query=query,
+            key=key,
+            scale=self.tower.scale,
+            pixels=_channels_last(frames),
+            patch=self.patch,
+            arrange=self._arrange_frames,
+            encode_ms=self.milliseconds_since(begun),
+            class_key=class_key,
+            merge=self.merge,
+            frames=len(video.frames),
+        )
+
+    def _look(self, tiles: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Features [tiles, patches, channels] of 8-bit tiles; queries, keys and the class token's key to score by."""
+        features, queries, keys = self.tower(self.normalised(tiles).to(self.device))
+        if not self.tower.class_token:
+            return features, queries, keys, None
+        queries = queries[:, :, :1] if self._scoring == "cls" else queries[:, :, 1:]
+        return features[:, 1:], queries, keys[:, :, 1:], keys[:, :, :1]
 
     def tiles(self, picture: Picture) -> np.ndarray:
         """The 8-bit tiles that the tower sees: uint8 [tiles, 3, side, side].
@@ -172,6 +198,18 @@ class TiledModel(MultimodalModel):
         projected: Tensor = self.network.model.multi_modal_projector(features)
         return projected
 
+    def _pack_frames(self, projected: Tensor) -> Tensor:
+        """A video's tokens [frames, tokens, hidden], in the order in which the decoder reads them: [N, hidden]."""
+        raise NotImplementedError  # families with a mark for videos have it
+
+    def _arrange_frames(self, values: Tensor) -> Tensor:
+        """A video's values per patch, [frames, patches], through the same: [N]."""
+        raise NotImplementedError
+
+    def _layout_of_frames(self, video: Video) -> TokenLayout:
+        """Where the tokens of a video come from; each frame is a grid."""
+        raise NotImplementedError
+
     @abstractmethod
     def _pack(self, projected: Tensor, size: Sequence[int]) -> Tensor:
         """One picture's tokens [tiles, tokens, hidden], in the order in which the decoder reads them: [N, hidden]."""
@@ -179,3 +217,8 @@ class TiledModel(MultimodalModel):
     @abstractmethod
     def _arrange(self, size: Sequence[int], values: Tensor) -> Tensor:
         """One picture's values per patch, [tiles, patches], through the same: [N]."""
+
+
+def _channels_last(tiles: np.ndarray) -> Tensor:
+    """[tiles, 3, height, width] to uint8 [tiles, height, width, 3]."""
+    return torch.from_numpy(np.ascontiguousarray(tiles.transpose(0, 2, 3, 1)))

@@ -34,6 +34,7 @@ CHAT_TEMPLATE = (
     "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "{% endif %}<|im_start|>{{ message['role'] }}\n"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -85,7 +86,8 @@ class TinyQwenVl:
         torch.manual_seed(seed)
         network = network_class(config)
         spread(network)
-        network.lm_head.weight.data[config.image_token_id] = 0.0  # what stands for a picture is no answer
+        for token in (config.image_token_id, config.video_token_id):
+            network.lm_head.weight.data[token] = 0.0  # what stands for a picture is no answer
         network.generation_config.eos_token_id = tokens.eos_token_id
         network.save_pretrained(folder)
         tokens.save_pretrained(folder)
@@ -103,7 +105,13 @@ IDS = {
     "vision_end_token_id": "vision_end",
 }
 
-_WINDOWED = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "window_size": 56}
+_WINDOWED = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "out_hidden_size": 64,
+    "window_size": 56,
+    "tokens_per_second": 2,
+}
 _STACKED = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "num_position_embeddings": 16}
 _INTERLEAVED = {
     "rope_type": "default",
