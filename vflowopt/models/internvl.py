@@ -69,7 +69,7 @@ class InternVL(TiledModel):
         marks = [getattr(tokenizer, name, None) for name in ("start_image_token_id", "end_image_token_id")]
         if None in marks:
             raise self.unsupported("a tokenizer without start_image_token and end_image_token")
-        self._marks = marks
+        self._marks = [mark for mark in marks if mark is not None]
 
     @property
     def side(self) -> int:

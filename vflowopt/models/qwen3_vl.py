@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
-from transformers.image_utils import SizeDict
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 
 from vflowopt.compression import EncodedImage
@@ -26,7 +25,7 @@ class Qwen3Vl(QwenVl):
 
     family = "Qwen3-VL"
     architecture = Qwen3VLForConditionalGeneration
-    usual_video_size = SizeDict(shortest_edge=128 * 32**2, longest_edge=768 * 32**2)
+    usual_video_size = (128 * 32**2, 768 * 32**2)
 
     @property
     def _later(self) -> int:
@@ -59,8 +58,8 @@ class Qwen3Vl(QwenVl):
             width,
             temporal_factor=self.step,
             factor=self.patch * self.merge,
-            min_pixels=self.video_size.shortest_edge,
-            max_pixels=self.video_size.longest_edge,
+            min_pixels=self.video_size[0],
+            max_pixels=self.video_size[1],
         )
         return size
 

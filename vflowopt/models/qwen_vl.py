@@ -52,7 +52,7 @@ class QwenVl(MultimodalModel):
         ModelError: the configuration uses something that is not supported, by name.
     """
 
-    usual_video_size: ClassVar[SizeDict] = SizeDict(shortest_edge=128 * 28**2, longest_edge=768 * 28**2)
+    usual_video_size: ClassVar[tuple[int, int]] = (128 * 28**2, 768 * 28**2)
     """What Hugging Face's video processor takes where the configuration names none."""
 
     def __init__(self, network: Any, tokenizer: Any, processor: Any) -> None:
@@ -184,9 +184,7 @@ class QwenVl(MultimodalModel):
 
     def _frame_size(self, frames: int, height: int, width: int) -> tuple[int, int]:
         """Height and width that frames are resized to, each within :attr:`video_size`."""
-        size: tuple[int, int] = smart_resize(
-            height, width, self.patch * self.merge, self.video_size.shortest_edge, self.video_size.longest_edge
-        )
+        size: tuple[int, int] = smart_resize(height, width, self.patch * self.merge, *self.video_size)
         return size
 
     def _patches(self, frames: np.ndarray) -> Tensor:
@@ -235,7 +233,7 @@ class QwenVl(MultimodalModel):
         return frames_layout(steps, (rows, columns), size)
 
     def positions(self, shape: tuple[int, int], times: Sequence[int] = (0,)) -> Tensor:
-        """Time, row and column of each token of a picture, or of steps of a video, of ``shape`` patches: int64 [3, N]."""
+        """Time, row and column of each token of a picture, or of a video with steps at ``times``: int64 [3, N]."""
         rows, columns = (side // self.merge for side in shape)
         return torch.cartesian_prod(torch.tensor(times), torch.arange(rows), torch.arange(columns)).T
 

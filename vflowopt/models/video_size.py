@@ -10,18 +10,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers.image_utils import SizeDict
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
 from transformers.utils.hub import cached_file
 
 
-def video_size(model: str | Path, default: SizeDict) -> SizeDict:
-    """Fewest and most pixels, as ``shortest_edge`` and ``longest_edge``; ``default`` where nothing is said of them."""
+def video_size(model: str | Path, default: tuple[int, int]) -> tuple[int, int]:
+    """Fewest and most pixels; ``default`` where the model's files say nothing of them."""
     settings = _settings(model)
     size = settings.get("size") or {}
-    return SizeDict(
-        shortest_edge=settings.get("min_pixels") or size.get("shortest_edge") or default.shortest_edge,
-        longest_edge=settings.get("max_pixels") or size.get("longest_edge") or default.longest_edge,
+    return (
+        settings.get("min_pixels") or size.get("shortest_edge") or default[0],
+        settings.get("max_pixels") or size.get("longest_edge") or default[1],
     )
 
 
