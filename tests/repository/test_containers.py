@@ -12,28 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.repository.image import DOCKERFILE, check_settings, environment, instructions
 from tests.repository.source import ROOT
 from vflow_server.settings import ENVIRONMENT_PREFIX, options
 
-DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, Any] = COMPOSE["services"]
 REPLICAS = ("vflow", "vflow-gpu")
-
-
-def instructions(name: str) -> list[str]:
-    joined = DOCKERFILE.replace("\\\n", " ")
-    return [line.removeprefix(name).strip() for line in joined.splitlines() if line.startswith(f"{name} ")]
-
-
-def environment() -> dict[str, str]:
-    return dict(pair.split("=", 1) for line in instructions("ENV") for pair in line.split())
-
-
-def check_settings(variables: dict[str, str]) -> None:
-    for name, value in variables.items():
-        if name.startswith(ENVIRONMENT_PREFIX):
-            options()[name.removeprefix(ENVIRONMENT_PREFIX).lower()].parse(value)
 
 
 def test_the_service_does_not_run_as_root() -> None:
@@ -164,6 +149,17 @@ def test_prometheus_takes_its_configuration_and_alerts() -> None:
 
 def test_alarms_are_raised_when_they_should_be() -> None:
     checked("promtool", "test", "rules", "tests/repository/alerts.test.yml")
+
+
+def test_every_alarm_is_tested() -> None:
+    raised = re.findall(r"alert: (\w+)", (ROOT / "deploy/prometheus/alerts.yml").read_text())
+    tried = yaml.safe_load((ROOT / "tests/repository/alerts.test.yml").read_text())["tests"]
+    expected = {each["alertname"] for test in tried for each in test["alert_rule_test"] if each.get("exp_alerts")}
+    assert raised and expected == set(raised)
+
+
+def test_envoy_takes_its_configuration() -> None:
+    checked("envoy", "--mode", "validate", "--log-level", "warning", "-c", "deploy/envoy/envoy.yaml")
 
 
 def test_the_shell_takes_the_scripts() -> None:

@@ -1,0 +1,24 @@
+"""What the commands say about themselves."""
+
+import contextlib
+import io
+from functools import cache
+
+from vflow_server.cli import main
+
+
+@cache
+def told_by(*command: str) -> str:
+    """What `vflow COMMAND --help` says.
+
+    Raises:
+        LookupError: there is no such command.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            main([*command, "--help"])
+    except SystemExit as ended:
+        if ended.code != 0:
+            raise LookupError(f"vflow {' '.join(command)}: {said.getvalue()}") from None
+    return said.getvalue()
