@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vflowopt.demo.questions import held_out
 from vflowopt.picture import Picture
+from vflowopt.video import Visual
 
 QUESTIONS_FILE = "questions.jsonl"
 _HELD_OUT_SEED = 7_000_000
@@ -36,9 +37,9 @@ class Asked:
 
 @dataclass(frozen=True, eq=False)
 class AskedPicture:
-    """A picture and what is asked about it, in the order of the turns of a conversation."""
+    """A picture, or a video, and what is asked about it, in the order of the turns of a conversation."""
 
-    picture: Picture
+    picture: Visual
     questions: tuple[Asked, ...]
 
 

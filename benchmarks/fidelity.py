@@ -30,11 +30,13 @@ from benchmarks.rivals import Compressed, Method, Sight, rivals
 from benchmarks.rivals.vflowopt import VFlowOpt, ablations, curves, own
 from benchmarks.table import Row, render
 from vflowopt.cache import PoolExhausted
+from vflowopt.compression import EncodedImage
 from vflowopt.demo import model_path
-from vflowopt.models import ModelError
+from vflowopt.models import ModelError, MultimodalModel
 from vflowopt.models.loading import DTYPES
 from vflowopt.runtime import Runtime
 from vflowopt.strategy import Strategy
+from vflowopt.video import Video, Visual
 
 RETENTIONS = (0.5, 0.25, 0.1, 0.05)
 FULL = "full"
@@ -91,7 +93,7 @@ def measure(
     progress = tqdm(total=options.pictures, unit="picture", disable=None)
     while batch := list(islice(pictures, options.batch)):
         # One picture at a time: all tiles of a batch at once would not fit the caches of a processor.
-        encoded = [runtime.model.encode([each.picture])[0] for each in batch]
+        encoded = [_encoded(runtime.model, each.picture) for each in batch]
         sights = [
             [Sight(each.picture, tokens, question.text) for question in each.questions]
             for each, tokens in zip(batch, encoded, strict=True)
@@ -113,6 +115,10 @@ def measure(
     if not seen:
         raise ValueError("there are no pictures to ask about: --pictures must be at least 1, and --data not empty")
     return ledger.rows(seen, contestants[0][0].name)
+
+
+def _encoded(model: MultimodalModel, shown: Visual) -> EncodedImage:
+    return model.encode_video(shown) if isinstance(shown, Video) else model.encode([shown])[0]
 
 
 def chart(rows: Sequence[Row]) -> str:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from vflowopt.compression import CompressedImage, EncodedImage, choose
 from vflowopt.models import MultimodalModel
-from vflowopt.picture import Picture
 from vflowopt.pruning import stage_targets
 from vflowopt.runtime import Runtime
 from vflowopt.strategy import Strategy
+from vflowopt.video import Visual
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,12 +22,12 @@ class Sight:
     """What a method may look at.
 
     Attributes:
-        picture: the upright picture.
+        picture: the upright picture, or the video.
         encoded: its N visual tokens, unpruned.
         question: the first question about it. Only question-aware methods read it.
     """
 
-    picture: Picture
+    picture: Visual
     encoded: EncodedImage
     question: str
 

@@ -27,7 +27,7 @@ def test_tiles_are_those_of_the_image_processor(
 
 @pytest.mark.parametrize("size", SIZES)
 def test_tokens_are_those_of_the_model(size: tuple[int, int]) -> None:
-    config = configuration(vocabulary=16, image=1, end=2, pad=3)
+    config = configuration(vocabulary=16, image=1, video=2, end=3, pad=4)
     with torch.device("meta"):
         model = LlavaOnevisionModel(config)
     plan = layout(*size)

@@ -42,7 +42,7 @@ def test_the_scoring_layer_is_named() -> None:
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     tokenizer = build_tokenizer()
-    model = initialise(configuration(len(tokenizer), 0, 1, 2), seed=0)
+    model = initialise(configuration(len(tokenizer), 0, 1, 2, 3), seed=0)
     save_folder(model, tokenizer, tmp_path)
     again = LlavaOnevisionForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
     for name, tensor in model.state_dict().items():

@@ -14,12 +14,12 @@ READ_LAYERS = 5
 """Tower layers below the features that the language model reads; one scoring layer comes on top."""
 
 
-def configuration(vocabulary: int, image: int, end: int, pad: int) -> LlavaOnevisionConfig:
+def configuration(vocabulary: int, image: int, video: int, end: int, pad: int) -> LlavaOnevisionConfig:
     """The model's configuration.
 
     Args:
         vocabulary: number of tokens.
-        image, end, pad: ids of the ``<image>``, ``<|end|>`` and ``<pad>`` tokens.
+        image, video, end, pad: ids of the ``<image>``, ``<video>``, ``<|end|>`` and ``<pad>`` tokens.
     """
     config = LlavaOnevisionConfig(
         vision_config={
@@ -48,7 +48,7 @@ def configuration(vocabulary: int, image: int, end: int, pad: int) -> LlavaOnevi
             "pad_token_id": pad,
         },
         image_token_index=image,
-        video_token_index=vocabulary,  # no videos: an id that no text can hold
+        video_token_index=video,
         image_grid_pinpoints=[[rows * TILE, columns * TILE] for rows, columns in GRIDS],
         vision_feature_layer=-2,
         vision_aspect_ratio="anyres_max_9",

@@ -33,10 +33,12 @@ CHAT_TEMPLATE = """\
         {%- for part in message['content'] -%}
             {%- if part['type'] == 'image' -%}
                 {{- '<image>' -}}
+            {%- elif part['type'] == 'video' -%}
+                {{- '<video>' -}}
             {%- elif part['type'] == 'text' -%}
                 {{- part['text'] -}}
             {%- else -%}
-                {{- raise_exception("The parts of a message are 'text' and 'image', not '" ~ part['type'] ~ "'.") -}}
+                {{- raise_exception("Parts are 'text', 'image' and 'video', not '" ~ part['type'] ~ "'.") -}}
             {%- endif -%}
         {%- endfor -%}
     {%- endif -%}

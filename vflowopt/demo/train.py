@@ -19,7 +19,7 @@ from vflowopt.demo.folder import save_folder
 from vflowopt.demo.language import train_language
 from vflowopt.demo.projector import align_with_words, sample, start_projector
 from vflowopt.demo.scoring import train_scoring
-from vflowopt.demo.tokenizer import END, IMAGE, PAD, build_tokenizer, token_id
+from vflowopt.demo.tokenizer import END, IMAGE, PAD, VIDEO, build_tokenizer, token_id
 from vflowopt.demo.tower import train_tower
 
 _HELD_OUT_PICTURES = 50
@@ -53,8 +53,8 @@ def train(
     tokenizer = build_tokenizer()
     heads = None
     if start_from is None:
-        image, end, pad = (token_id(tokenizer, token) for token in (IMAGE, END, PAD))
-        model = initialise(configuration(len(tokenizer), image, end, pad), seed)
+        ids = (token_id(tokenizer, token) for token in (IMAGE, VIDEO, END, PAD))
+        model = initialise(configuration(len(tokenizer), *ids), seed)
         tower = model.model.vision_tower
         heads = train_tower(tower, minutes=tower_minutes, checkpoint=work / "tower.pt", seed=seed)
     else:
