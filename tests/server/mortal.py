@@ -144,8 +144,8 @@ class Mortal:
             self.kill()
 
     @contextmanager
-    def client(self, retry: RetryPolicy | None = None) -> Iterator[Client]:
+    def client(self, retry: RetryPolicy | None = None, tenant: str | None = None) -> Iterator[Client]:
         """A client of what lives; waits until something does. Without ``retry`` it never tries again."""
         assert self._up.wait(60)
-        with connect(self.address, timeout=30, retry=retry or RetryPolicy(attempts=1)) as client:
+        with connect(self.address, timeout=30, retry=retry or RetryPolicy(attempts=1), tenant=tenant) as client:
             yield client

@@ -31,6 +31,7 @@ from vflowopt.runtime import Runtime
 RUNNING, WAITING = 2, 2
 TALKERS = 2 * (RUNNING + WAITING)
 STRATEGIES = ("full", "preset-50", "preset-10")
+TENANTS = ("first", "second")
 SCRIPTS = 3
 TURNS = 4
 
@@ -114,7 +115,8 @@ class Soak:
     def _talk(self, chance: random.Random) -> None:
         """One conversation, of which some turns are cancelled and said anew."""
         strategy, number = chance.choice(STRATEGIES), chance.randrange(SCRIPTS)
-        with self._mortal.client() as client, client.session(strategy) as session:
+        tenant = chance.choice(TENANTS)
+        with self._mortal.client(tenant=tenant) as client, client.session(strategy) as session:
             answers: list[str] = []
             for turn in range(TURNS):
                 if chance.random() < 0.2:
@@ -211,15 +213,19 @@ def test_soak(seconds: float, parent: Parent, model_folder: Path, tmp_path: Path
         kv_budget="2MiB",
         max_running=RUNNING,
         max_waiting=WAITING,
+        parked_memory="256KiB",
+        spill_dir=tmp_path / "spilled",
+        data=tmp_path / "data",
         metrics_port=free_port(),
     )
     try:
         soak = Soak(mortal)
         soak.wait(seconds)
         soak.stop()
-        with mortal.client() as client:
-            for state in client.sessions():
-                client.attach(state.name).delete()
+        for tenant in (None, *TENANTS):
+            with mortal.client(tenant=tenant) as client:
+                for state in client.sessions():
+                    client.attach(state.name).delete()
         until(lambda: not mortal.gauges()["vflow_running"], 20)
         gauges = mortal.gauges()
         assert gauges["vflow_engine_up"] and not gauges["vflow_queue_depth"] and not gauges["vflow_retune_running"]
@@ -229,6 +235,7 @@ def test_soak(seconds: float, parent: Parent, model_folder: Path, tmp_path: Path
     finally:
         mortal.close()
     assert not [line for line in mortal.logged() if line["level"] == "error"]
+    assert not list((tmp_path / "data").rglob("*.safetensors")), "what was deleted is still there"
     assert soak.refused, "it was never full: the test proves little"
     assert statistics.median(soak.refused) < statistics.median(soak.answered)
     check_answers(soak.heard, Runtime.load(model_folder, kv_budget=32 << 20))
