@@ -18,6 +18,7 @@ from vflow.v1.images_pb2 import Image, ImageReceipt
 from vflow.v1.strategies_pb2 import CompareStrategiesResponse, LiveTraffic, RetuneMetadata, Strategy
 from vflow_client.answer import Answer
 from vflow_client.calibration import CalibrationSource, Sample
+from vflow_client.chat_request import PartSource
 from vflow_client.client import Client, connect
 from vflow_client.errors import (
     AdminRequired,
@@ -63,6 +64,8 @@ from vflow_client.errors import (
     Unauthenticated,
     Unavailable,
     VFlowError,
+    VideoRejected,
+    VideoUnsupported,
 )
 from vflow_client.image_source import ImageSource
 from vflow_client.retry import RetryPolicy
@@ -71,6 +74,7 @@ from vflow_client.sample_folder import load_samples
 from vflow_client.session import Session
 from vflow_client.strategy_admin import StrategyAdmin
 from vflow_client.tls import Tls, TlsSource
+from vflow_client.video_source import Video
 
 __all__ = [
     "AdminRequired",
@@ -103,6 +107,7 @@ __all__ = [
     "OperationNotFound",
     "OptionOutOfRange",
     "PageTokenInvalid",
+    "PartSource",
     "PermissionDenied",
     "PictureNotHeld",
     "PictureRejected",
@@ -137,6 +142,9 @@ __all__ = [
     "Unavailable",
     "Usage",
     "VFlowError",
+    "Video",
+    "VideoRejected",
+    "VideoUnsupported",
     "connect",
     "load_samples",
 ]

@@ -2,14 +2,19 @@
 
 import uuid
 from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 from vflow.v1.conversations_pb2 import ChatOptions, ChatRequest, Part
 from vflow_client.image_source import Detail, ImageSource, to_image
+from vflow_client.video_source import Video, to_video
+
+PartSource: TypeAlias = "ImageSource | Video"
+"""A part of a turn: a `str` is text, a `Video` a video, anything else a picture."""
 
 
 def chat_request(
     session: str,
-    parts: Sequence[ImageSource],
+    parts: Sequence[PartSource],
     *,
     images: Iterable[ImageSource] = (),
     detail: Detail = "auto",
@@ -24,7 +29,7 @@ def chat_request(
 
     Args:
         session: `sessions/{session}`.
-        parts: the turn in order; a `str` is text, anything else a picture.
+        parts: the turn in order; a `str` is text, a `Video` a video, anything else a picture.
         images: pictures that come before all parts; here a `str` is a path.
         detail: how closely the model looks at the turn's pictures.
         max_new_tokens, min_new_tokens, temperature, top_p, seed, stop: see `ChatOptions`; None leaves the service's
@@ -32,11 +37,11 @@ def chat_request(
 
     Raises:
         OSError: a picture's path that cannot be read.
-        TypeError: a part that is neither text nor a picture.
+        TypeError: a part that is neither text nor a picture nor a video.
         ValueError: a number outside what its field can hold, or a detail that there is not.
     """
     pictures = [Part(image=to_image(image, detail)) for image in images]
-    said = [Part(text=part) if isinstance(part, str) else Part(image=to_image(part, detail)) for part in parts]
+    said = [_part(part, detail) for part in parts]
     options = ChatOptions(
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,
@@ -46,3 +51,12 @@ def chat_request(
         stop=[stop] if isinstance(stop, str) else list(stop),
     )
     return ChatRequest(session=session, parts=pictures + said, options=options, request_id=str(uuid.uuid4()))
+
+
+def _part(source: PartSource, detail: Detail) -> Part:
+    match source:
+        case str():
+            return Part(text=source)
+        case Video():
+            return Part(video=to_video(source))
+    return Part(image=to_image(source, detail))

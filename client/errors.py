@@ -3,6 +3,7 @@
     VFlowError                    everything below; also status codes that have no class of their own
     ├── InvalidRequest            the request is wrong: sending it again cannot help
     │   ├── PictureRejected       PICTURE_*: not a picture, damaged, too large, ... (see `reason`)
+    │   ├── VideoRejected         VIDEO_*: no frames, too many, of different sizes, ... (see `reason`)
     │   ├── EmptyTurn
     │   ├── OptionOutOfRange
     │   ├── ContextExceeded       the conversation has outgrown the model's context
@@ -25,6 +26,7 @@
     │   ├── SessionBusy           another turn of the session is running
     │   ├── SessionDeleted        the session was deleted while the turn ran
     │   ├── ModelChanged          the session was held with another model, and cannot go on with this one
+    │   ├── VideoUnsupported      the service's model takes no videos
     │   ├── ReaderStalled         this side did not read the answer for too long
     │   ├── StrategyExists
     │   ├── EtagMismatch          the active strategy changed in between
@@ -99,6 +101,10 @@ class InvalidRequest(VFlowError):
 
 class PictureRejected(InvalidRequest):
     """The picture cannot be used; `reason` (PICTURE_...) tells why."""
+
+
+class VideoRejected(InvalidRequest):
+    """The frames are no video that can be used; `reason` (VIDEO_...) tells why."""
 
 
 class EmptyTurn(InvalidRequest):
@@ -187,6 +193,10 @@ class SessionDeleted(Conflict):
 
 class ModelChanged(Conflict):
     """The session was held with another model than the service serves now; it is kept, but cannot go on."""
+
+
+class VideoUnsupported(Conflict):
+    """The service's model takes no videos: show frames as pictures."""
 
 
 class ReaderStalled(Conflict):
@@ -283,6 +293,11 @@ CLASS_OF_REASON: Mapping[str, type[VFlowError]] = {
     "PICTURE_TOO_SMALL": PictureRejected,
     "PICTURE_TOO_NARROW": PictureRejected,
     "PICTURE_UNSUPPORTED": PictureRejected,
+    "VIDEO_EMPTY": VideoRejected,
+    "VIDEO_TOO_LONG": VideoRejected,
+    "VIDEO_FRAMES_UNEQUAL": VideoRejected,
+    "VIDEO_TIMES_INVALID": VideoRejected,
+    "VIDEO_UNSUPPORTED": VideoUnsupported,
     "PICTURE_NOT_HELD": PictureNotHeld,
     "DIGEST_INVALID": NameInvalid,
     "EMPTY_TURN": EmptyTurn,

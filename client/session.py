@@ -7,6 +7,8 @@ from typing import Self
 from vflow.v1.conversations_pb2 import (
     AddImageRequest,
     AddImageResponse,
+    AddVideoRequest,
+    AddVideoResponse,
     DeleteSessionRequest,
     ForkSessionRequest,
     GetSessionRequest,
@@ -16,9 +18,10 @@ from vflow.v1.conversations_pb2_grpc import ConversationsStub
 from vflow.v1.images_pb2 import ImageReceipt
 from vflow_client.answer import Answer
 from vflow_client.caller import Caller
-from vflow_client.chat_request import chat_request
+from vflow_client.chat_request import PartSource, chat_request
 from vflow_client.errors import SessionNotFound, VFlowError
 from vflow_client.image_source import Detail, ImageSource, to_image
+from vflow_client.video_source import Video, to_video
 
 
 class Session:
@@ -50,9 +53,40 @@ class Session:
         response: AddImageResponse = self._caller.unary(self._stub.AddImage, request, timeout, repeatable=False)
         return response.receipt
 
+    def add_video(
+        self,
+        frames: Sequence[ImageSource],
+        *,
+        fps: float | None = None,
+        seconds: Sequence[float] | None = None,
+        timeout: float | None = None,
+    ) -> ImageReceipt:
+        """Shows a video ahead of any question about it, where the service's model takes videos.
+
+        Args:
+            frames: of the clip, pictures of one size in the order in which they were seen, as `add_image` takes them.
+            fps: frames in a second; or
+            seconds: when each frame was seen, from the beginning of the clip, each later than the one before.
+            timeout: seconds; None: the client's.
+
+        Returns:
+            What the video cost, and what its compression saved; `kept_by_frame` tells how the frames share it.
+
+        Raises:
+            PictureRejected: a frame is not a picture that the service takes.
+            VideoRejected: the frames are not a video that the service takes.
+            VideoUnsupported: the service's model takes no videos.
+            SessionBusy: a turn of this session is running.
+            VFlowError: any other failure.
+        """
+        video = to_video(Video(frames, fps, seconds))
+        request = AddVideoRequest(session=self.name, video=video)
+        response: AddVideoResponse = self._caller.unary(self._stub.AddVideo, request, timeout, repeatable=False)
+        return response.receipt
+
     def ask(
         self,
-        *parts: ImageSource,
+        *parts: PartSource,
         images: Iterable[ImageSource] = (),
         detail: Detail = "auto",
         max_new_tokens: int | None = None,
@@ -66,7 +100,8 @@ class Session:
         """Says one turn and returns its answer, to be iterated over while it comes.
 
         Args:
-            parts: the turn in order: a `str` is text, anything else a picture (a path as `pathlib.Path`).
+            parts: the turn in order: a `str` is text, a `Video` a video, anything else a picture (a path as
+                `pathlib.Path`).
             images: pictures that come before the parts; here a `str` is a path.
             detail: how closely the model looks at the turn's pictures; `Image(..., detail=Image.LOW)` says it of one.
             max_new_tokens: tokens to generate at most.

@@ -43,6 +43,7 @@ from vflow_server.servicers.compression import Compression
 from vflow_server.servicers.conversations import Conversations
 from vflow_server.servicers.operations_service import Operations
 from vflow_server.servicers.quotas import Quota, Quotas
+from vflow_server.servicers.video_reader import VideoReader
 from vflow_server.sessions.live_samples import LiveSamples
 from vflow_server.sessions.sessions import SessionStore
 from vflow_server.settings import Settings
@@ -239,8 +240,10 @@ class Service:
         )
 
     def _serve_users(self, server: grpc.aio.Server) -> None:
+        model, most_frames = self.bench.runtime.model, self.settings.max_video_frames
+        videos = VideoReader(self.pictures, model, most_frames=most_frames)
         conversations_pb2_grpc.add_ConversationsServicer_to_server(
-            Conversations(self.sessions, self.strategies, self.pictures, self.ledger, self.quotas), server
+            Conversations(self.sessions, self.strategies, self.pictures, videos, self.ledger, self.quotas), server
         )
         compression_pb2_grpc.add_CompressionServicer_to_server(
             Compression(

@@ -103,6 +103,7 @@ class Settings:
     )
     max_picture_bytes: int = option("20MiB", "largest picture file", size, metavar="SIZE")
     max_picture_pixels: int = option("50000000", "most pixels of a picture", whole(1), metavar="N")
+    max_video_frames: int = option("256", "most frames of the videos of one request", whole(1), metavar="N")
     max_message_bytes: int = option("64MiB", "largest request, and largest response", size, metavar="SIZE")
     picture_memory: int = option("256MiB", "decoded pictures held, to be named by digest", size, metavar="SIZE")
     compressed_memory: int = option(

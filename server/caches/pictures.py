@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 
 from vflow.v1 import images_pb2
@@ -34,6 +35,7 @@ class PictureStore:
 
     def __init__(self, limits: PictureLimits, *, held_bytes: int, threads: int = 2) -> None:
         self.limits = limits
+        self._held_bytes = held_bytes
         self._held: ByteBoundedLRU[tuple[str, str], Picture] = ByteBoundedLRU(
             held_bytes, lambda picture: picture.pixels.nbytes
         )
@@ -49,12 +51,22 @@ class PictureStore:
         """The picture that ``image``, at ``field`` of a request of ``tenant``, brings or stands for.
 
         Raises:
-            ServiceError: too many wait to be decoded, it is not a picture within the limits, its digest is malformed
-                or of none that is held, or its detail is none.
+            ServiceError: what :meth:`read` raises, or its detail is none.
         """
         detail = _detail(image.detail, field)
+        picture = await self.read(image, field, tenant)
+        self._held.put((tenant, picture.digest), picture)
+        return picture.in_detail(detail)
+
+    async def read(self, image: images_pb2.Image, field: str, tenant: str) -> Picture:
+        """The same in high detail, whatever ``image`` says of it. It is not held if it was not.
+
+        Raises:
+            ServiceError: too many wait to be decoded, it is not a picture within the limits, or its digest is
+                malformed or of none that is held.
+        """
         if image.WhichOneof("source") == "digest":
-            return self._by_digest(image.digest, field, tenant).in_detail(detail)
+            return self._by_digest(image.digest, field, tenant)
         if self._waiting >= MOST_WAITING:
             raise CapacityExhausted("picture_decoding", f"{MOST_WAITING} pictures wait to be decoded; retry later")
         loop = asyncio.get_running_loop()
@@ -63,14 +75,18 @@ class PictureStore:
             if len(image.data) <= self.limits.max_bytes:
                 digest = await loop.run_in_executor(self._threads, _sha256, image.data)
                 if (held := self._held.get((tenant, digest))) is not None:
-                    return held.in_detail(detail)
-            picture = await loop.run_in_executor(self._threads, Picture.decode, image.data, self.limits)
+                    return held
+            return await loop.run_in_executor(self._threads, Picture.decode, image.data, self.limits)
         except PictureError as error:
             raise InvalidRequest(error.reason, field, str(error), metadata=error.metadata) from error
         finally:
             self._waiting -= 1
-        self._held.put((tenant, picture.digest), picture)
-        return picture.in_detail(detail)
+
+    def hold(self, tenant: str, pictures: Collection[Picture]) -> None:
+        """Hold ``pictures`` that ``tenant`` has sent, unless there is not even room for them without all others."""
+        if sum(picture.pixels.nbytes for picture in pictures) <= self._held_bytes:
+            for picture in pictures:
+                self._held.put((tenant, picture.digest), picture)
 
     def held(self, tenant: str, digest: str) -> Picture | None:
         """The picture of ``digest`` that ``tenant`` has sent, if it is still held."""

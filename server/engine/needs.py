@@ -1,4 +1,7 @@
-"""What work asks for: a picture encoded, a conversation run, another thread, spare time. The scheduler answers."""
+"""What work asks for: a picture or a video encoded, a conversation run, another thread, spare time.
+
+The scheduler answers.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,23 @@ from typing import Any
 
 from vflow_server.caches.parked import Tier
 from vflowopt.conversation import Conversation
-from vflowopt.picture import Picture
 from vflowopt.strategy import Strategy
+from vflowopt.video import Visual
 
 
 @dataclass(frozen=True, eq=False)
 class Encode:
-    """A picture to be encoded and compressed. The answer: the ``CompressedImage``, and whether it was at hand.
+    """A picture or a video to be encoded and compressed.
+
+    The answer: the ``CompressedImage``, and whether it was at hand.
 
     Attributes:
-        picture: the picture.
+        visual: the picture or video.
         strategy: by which to compress it.
         tenant: for whom; what was compressed for others is not at hand.
     """
 
-    picture: Picture
+    visual: Visual
     strategy: Strategy
     tenant: str
 

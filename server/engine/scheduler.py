@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from vflow_server.engine.rota import Rota
 from vflow_server.engine.workbench import Workbench
 from vflowopt.cache import PoolExhausted
 from vflowopt.compression import CompressedImage
+from vflowopt.picture import Picture
 
 PROMPT_TOKENS = 512
 """Tokens of prompts that a step runs at most, over all conversations (and one of each tenant at least)."""
@@ -117,9 +119,14 @@ class Scheduler:
         return image is not None
 
     def _encode(self, tasks: Sequence[Needing], answering: bool) -> None:
-        """Begin to encode the first few pictures in one batch; the same picture of a tenant is encoded once."""
-        first = {(task.need.picture.identity, task.need.tenant): task for task in reversed(tasks)}
-        batch = [task for task in tasks if task in first.values()][: 1 if answering else PICTURES]
+        """Begin to encode the first few pictures in one batch; the same picture of a tenant is encoded once.
+
+        A video is encoded by itself, so that no picture waits for all of its frames.
+        """
+        first = {(task.need.visual.identity, task.need.tenant): task for task in reversed(tasks)}
+        batch = [task for task in tasks if task in first.values()]
+        pictures = list(takewhile(lambda task: isinstance(task.need.visual, Picture), batch))
+        batch = pictures[: 1 if answering else PICTURES] or batch[:1]
         for task in batch:
             self._pictures.served(task.tenant)
         # Answers that are under way keep a thread to themselves.

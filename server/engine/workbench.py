@@ -81,7 +81,7 @@ class Workbench:
 
     def held(self, asked: Encode) -> CompressedImage | None:
         """The compressed picture, if it is at hand for that tenant."""
-        key = (asked.picture.identity, asked.strategy, asked.tenant)
+        key = (asked.visual.identity, asked.strategy, asked.tenant)
         image = self._compressed.get(key)
         return self._in_use.get(key) if image is None else image
 
@@ -101,7 +101,7 @@ class Workbench:
         """
 
         def compressed() -> list[CompressedImage]:
-            return self.runtime.compress([each.picture for each in asked], asked[0].strategy)
+            return self.runtime.compress([each.visual for each in asked], asked[0].strategy)
 
         return self.on_encoder(compressed, threads=threads)
 
@@ -134,6 +134,6 @@ class Workbench:
     def keep(self, asked: Sequence[Encode], images: Sequence[CompressedImage]) -> None:
         """Have compressed pictures at hand for their tenants from now on."""
         for each, image in zip(asked, images, strict=True):
-            key = (each.picture.identity, each.strategy, each.tenant)
+            key = (each.visual.identity, each.strategy, each.tenant)
             self._in_use[key] = image
             self._compressed.put(key, image)

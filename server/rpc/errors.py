@@ -214,6 +214,17 @@ def session_damaged(name: str, because: object) -> ServiceError:
     )
 
 
+def video_unsupported(family: str) -> ServiceError:
+    """The model that is served, of ``family``, takes no videos."""
+    return ServiceError(
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "VIDEO_UNSUPPORTED",
+        f"the server's {family} model takes no videos; show frames as pictures, or have the server started with a "
+        "model that takes videos (docs/models.md lists them)",
+        metadata={"family": family},
+    )
+
+
 def storage_failed(because: object) -> ServiceError:
     """The data folder cannot be read or written."""
     return ServiceError(

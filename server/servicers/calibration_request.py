@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from vflow.v1 import strategies_pb2
 from vflow_server.caches.pictures import PictureStore
 from vflow_server.rpc.errors import InvalidRequest
-from vflow_server.servicers.chat_request import MOST_PIXELS_OF_LARGEST, MOST_TEXT
+from vflow_server.servicers.chat_request import MOST_TEXT
+from vflow_server.servicers.pixel_bound import PixelBound
 from vflow_server.sessions.live_samples import LiveSamples
 from vflowopt.calibration import Sample
 
@@ -54,20 +55,13 @@ class CalibrationReader:
         for index, sample in enumerate(samples):
             _check_questions(f"{path}[{index}].questions", sample.questions)
         read: list[Sample] = []
-        pixels, most_pixels = 0, MOST_PIXELS_OF_LARGEST * self._pictures.limits.max_pixels
+        pixels = PixelBound(
+            self._pictures.limits, "scale them down, which costs little as the model sees them small, or send fewer"
+        )
         for index, sample in enumerate(samples):
             field = f"{path}[{index}].image"
             picture = await self._pictures.take(sample.image, field, tenant)
-            height, width = picture.pixels.shape[:2]
-            pixels += height * width
-            if pixels > most_pixels:
-                raise InvalidRequest(
-                    "PICTURE_TOO_MANY_PIXELS",
-                    field,
-                    f"with this picture the samples have {pixels} pixels together, more than {most_pixels}; scale them "
-                    "down, which costs little as the model sees them small, or send fewer",
-                    metadata={"width": width, "height": height, "max_pixels": most_pixels},
-                )
+            pixels.count(picture, field)
             read.append(Sample(picture, tuple(sample.questions)))
         return read
 

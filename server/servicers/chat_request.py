@@ -8,9 +8,11 @@ import json
 from vflow.v1 import conversations_pb2
 from vflow_server.caches.pictures import PictureStore
 from vflow_server.rpc.errors import InvalidRequest
+from vflow_server.servicers.pixel_bound import PixelBound
+from vflow_server.servicers.video_reader import VideoReader
 from vflow_server.sessions.turn import TurnRequest
-from vflowopt.picture import Picture
 from vflowopt.sampling import SamplingOptions
+from vflowopt.video import Video, Visual
 
 MOST_PARTS = 64
 MOST_TEXT = 100_000
@@ -18,45 +20,43 @@ MOST_TEXT = 100_000
 MOST_NEW_TOKENS, DEFAULT_NEW_TOKENS = 4096, 256
 MOST_STOPS, LONGEST_STOP = 8, 64
 LONGEST_REQUEST_ID = 64
-MOST_PIXELS_OF_LARGEST = 4
-"""Pixels of a turn's pictures together, as a multiple of what one picture may have: all are decoded at a time."""
 
 
-async def read_turn(request: conversations_pb2.ChatRequest, pictures: PictureStore, tenant: str) -> TurnRequest:
-    """The turn that ``request`` of ``tenant`` asks for, with its pictures decoded.
+async def read_turn(
+    request: conversations_pb2.ChatRequest, pictures: PictureStore, videos: VideoReader, tenant: str
+) -> TurnRequest:
+    """The turn that ``request`` of ``tenant`` asks for, with its pictures and videos decoded.
 
     Raises:
-        ServiceError: a field is not as the contract says, or a picture is none.
+        ServiceError: a field is not as the contract says, a picture is none, or the model takes no videos.
     """
     _check_request_id(request.request_id)
     _check_parts(request)
     max_new_tokens, min_new_tokens = _lengths(request.options)
     sampling, stop = _options(request.options)
-    parts: list[str | Picture] = []
-    pixels, most_pixels = 0, MOST_PIXELS_OF_LARGEST * pictures.limits.max_pixels
+    videos.check({f"parts[{i}].video": part.video for i, part in enumerate(request.parts) if part.HasField("video")})
+    pixels = PixelBound(pictures.limits, "scale them down, or show some of them ahead by AddImage or AddVideo")
+    parts: list[str | Visual] = []
     for index, part in enumerate(request.parts):
-        if part.WhichOneof("content") == "text":
-            parts.append(part.text)
-            continue
-        field = f"parts[{index}].image"
-        picture = await pictures.take(part.image, field, tenant)
-        height, width = picture.pixels.shape[:2]
-        pixels += height * width
-        if pixels > most_pixels:
-            raise InvalidRequest(
-                "PICTURE_TOO_MANY_PIXELS",
-                field,
-                f"with this picture the turn's pictures have {pixels} pixels together, more than {most_pixels}; "
-                "scale them down, or show some of them ahead by AddImage",
-                metadata={"width": width, "height": height, "max_pixels": most_pixels},
-            )
-        parts.append(picture)
+        match part.WhichOneof("content"):
+            case "image":
+                field = f"parts[{index}].image"
+                picture = await pictures.take(part.image, field, tenant)
+                pixels.count(picture, field)
+                parts.append(picture)
+            case "video":
+                parts.append(await videos.read(part.video, f"parts[{index}].video", tenant, pixels))
+            case _:
+                parts.append(part.text)
     return TurnRequest(tuple(parts), max_new_tokens, sampling, stop, min_new_tokens)
 
 
 def fingerprint(turn: TurnRequest) -> str:
     """Digest of a turn's content: equal for requests that say, show and ask for the same."""
-    parts = [["text", part] if isinstance(part, str) else ["image", *part.identity] for part in turn.parts]
+    parts = [
+        ["text", part] if isinstance(part, str) else ["video" if isinstance(part, Video) else "image", *part.identity]
+        for part in turn.parts
+    ]
     sampling = turn.sampling
     lengths = [turn.min_new_tokens, turn.max_new_tokens]
     content = [parts, lengths, sampling.temperature, sampling.top_p, sampling.seed, turn.stop]
@@ -84,7 +84,7 @@ def _check_parts(request: conversations_pb2.ChatRequest) -> None:
     for index, part in enumerate(request.parts):
         kind = part.WhichOneof("content")
         if kind is None or (kind == "text" and not part.text.strip()):
-            what = "neither text nor an image" if kind is None else "no text but white space"
+            what = "no text, image or video" if kind is None else "no text but white space"
             raise InvalidRequest(
                 "EMPTY_TURN",
                 f"parts[{index}]",
@@ -100,7 +100,9 @@ def _check_parts(request: conversations_pb2.ChatRequest) -> None:
             )
     if not any(part.text for part in request.parts):
         raise InvalidRequest(
-            "EMPTY_TURN", "parts", "a turn needs a text; to show a picture ahead of its question use AddImage"
+            "EMPTY_TURN",
+            "parts",
+            "a turn needs a text; to show a picture or a video ahead of its question use AddImage or AddVideo",
         )
 
 

@@ -10,19 +10,21 @@ import grpc
 from google.protobuf import empty_pb2
 from structlog.contextvars import bind_contextvars
 
-from vflow.v1 import conversations_pb2, conversations_pb2_grpc
+from vflow.v1 import conversations_pb2, conversations_pb2_grpc, images_pb2
 from vflow_server.access.caller import current_caller
 from vflow_server.caches.pictures import PictureStore
 from vflow_server.rpc.errors import reader_stalled
 from vflow_server.rpc.names import check_name
 from vflow_server.rpc.paging import Pager
 from vflow_server.servicers.chat_request import fingerprint, read_turn
+from vflow_server.servicers.pixel_bound import PixelBound
 from vflow_server.servicers.quotas import Quotas, Work
+from vflow_server.servicers.video_reader import VideoReader
 from vflow_server.sessions.session import Session
 from vflow_server.sessions.sessions import SessionStore
 from vflow_server.strategies.strategies import StrategyStore
 from vflow_server.telemetry.ledger import Ledger
-from vflowopt.picture import Picture
+from vflowopt.video import Visual
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -38,6 +40,7 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         sessions: that live.
         strategies: that a new session may begin with.
         pictures: takes in what requests bring.
+        videos: takes in what they bring of these.
         ledger: hears what became of them.
         quotas: of the tenants.
     """
@@ -47,12 +50,14 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         sessions: SessionStore,
         strategies: StrategyStore,
         pictures: PictureStore,
+        videos: VideoReader,
         ledger: Ledger,
         quotas: Quotas,
     ) -> None:
         self._sessions = sessions
         self._strategies = strategies
         self._pictures = pictures
+        self._videos = videos
         self._ledger = ledger
         self._quotas = quotas
         self._pager = Pager()
@@ -105,11 +110,25 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         session = self._find(request.session, "session")
         async with self._quotas.work(session.tenant) as work:
             picture = await self._pictures.take(request.image, "image", session.tenant)
-            self._quotas.show(session.tenant, work, 1)
-            receipt = await session.show(picture)
-            work.tokens = receipt.kept_tokens[0]
+            return conversations_pb2.AddImageResponse(receipt=await self._show(picture, session, work))
+
+    async def AddVideo(
+        self, request: conversations_pb2.AddVideoRequest, context: Context
+    ) -> conversations_pb2.AddVideoResponse:
+        """Show a video ahead of its question."""
+        session = self._find(request.session, "session")
+        async with self._quotas.work(session.tenant) as work:
+            self._videos.check({"video": request.video})
+            pixels = PixelBound(self._pictures.limits, "scale them down, or send fewer")
+            video = await self._videos.read(request.video, "video", session.tenant, pixels)
+            return conversations_pb2.AddVideoResponse(receipt=await self._show(video, session, work))
+
+    async def _show(self, visual: Visual, session: Session, work: Work) -> images_pb2.ImageReceipt:
+        self._quotas.show(session.tenant, work, 1)
+        receipt = await session.show(visual)
+        work.tokens = receipt.kept_tokens[0]
         self._ledger.picture(session.tenant, receipt)
-        return conversations_pb2.AddImageResponse(receipt=receipt)
+        return receipt
 
     async def Chat(self, request: conversations_pb2.ChatRequest, context: Context) -> None:
         """Say a turn and stream the answer.
@@ -125,8 +144,8 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
     async def _answer(
         self, request: conversations_pb2.ChatRequest, context: Context, session: Session, work: Work, accepted: float
     ) -> None:
-        turn = await read_turn(request, self._pictures, session.tenant)
-        pictures = sum(isinstance(part, Picture) for part in turn.parts)
+        turn = await read_turn(request, self._pictures, self._videos, session.tenant)
+        pictures = sum(not isinstance(part, str) for part in turn.parts)
         answer = await session.answer(
             turn,
             accepted=accepted,

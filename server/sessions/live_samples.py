@@ -1,6 +1,6 @@
 """Pictures and questions of conversations that were held lately, kept in memory for whoever calibrates on them.
 
-Only where the operator opted in. Belongs to the event loop's thread.
+Only where the operator opted in; videos are not kept. Belongs to the event loop's thread.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import grpc
 from vflow_server.rpc.errors import ServiceError
 from vflowopt.calibration import Sample
 from vflowopt.picture import Picture
+from vflowopt.video import Visual
 
 MOST_QUESTIONS = 8
 """Questions that are kept of a conversation."""
@@ -29,7 +30,7 @@ class _Heard:
 
 
 class LiveSamples:
-    """The latest conversations about one picture, by tenant; each counts up to the moment when a second one is shown.
+    """The latest conversations about one picture, by tenant; each counts up to the moment when more is shown.
 
     Args:
         most: conversations to keep; 0 keeps none.
@@ -46,14 +47,14 @@ class LiveSamples:
         """How many conversations are kept, of all tenants."""
         return len(self._heard)
 
-    def showed(self, tenant: str, session: str, picture: Picture, *, images: int) -> None:
-        """Hear that ``picture`` was shown ahead of a turn of ``session``, in which there are ``images`` by now."""
-        if images == 1:
-            self._keep((tenant, session), _Heard(picture))
+    def showed(self, tenant: str, session: str, visual: Visual, *, images: int) -> None:
+        """Hear that ``visual`` was shown ahead of a turn of ``session``, in which there are ``images`` by now."""
+        if images == 1 and isinstance(visual, Picture):
+            self._keep((tenant, session), _Heard(visual))
         elif (heard := self._heard.get((tenant, session))) is not None:
             heard.over = True
 
-    def asked(self, tenant: str, session: str, parts: Sequence[str | Picture], *, turns: int, images: int) -> None:
+    def asked(self, tenant: str, session: str, parts: Sequence[str | Visual], *, turns: int, images: int) -> None:
         """Hear of a finished turn of ``session``, in which there are so many ``turns`` and ``images`` by now."""
         key = (tenant, session)
         pictures = [part for part in parts if isinstance(part, Picture)]

@@ -1,16 +1,16 @@
-"""Receipts: what a picture cost and what compression saved, read off what is really held."""
+"""Receipts: what a picture or a video cost and what compression saved, read off what is really held."""
 
 from __future__ import annotations
 
 from vflow.v1 import images_pb2
 from vflowopt.compression import CompressedImage
-from vflowopt.picture import Picture
 from vflowopt.runtime import Runtime
 from vflowopt.strategy import Strategy
+from vflowopt.video import Visual
 
 
 def image_receipt(
-    picture: Picture,
+    visual: Visual,
     image: CompressedImage,
     runtime: Runtime,
     strategy: Strategy,
@@ -20,26 +20,25 @@ def image_receipt(
     name: str = "",
     prefill_ms: float = 0.0,
 ) -> images_pb2.ImageReceipt:
-    """The receipt of one picture.
+    """The receipt of one picture or video.
 
     Args:
-        picture: as it came.
+        visual: as it came.
         image: as the decoder reads it.
         runtime: the model that reads it.
         strategy: which compressed it.
         strategy_name: that strategy's resource name.
-        cache_hit: whether the compressed picture was at hand already.
-        name: the picture's resource name, where it belongs to a session.
+        cache_hit: whether it was at hand, compressed already.
+        name: its resource name, where it belongs to a session.
         prefill_ms: milliseconds of its prefill, where it had one of its own.
     """
     kept = [len(indices) for indices in image.kept]
     token_layers = sum(count * span for count, span in zip(kept, strategy.spans(runtime.layers), strict=True))
-    height, width = picture.pixels.shape[:2]
     receipt = images_pb2.ImageReceipt(
         image=name,
         digest=image.digest,
-        width=width,
-        height=height,
+        width=visual.width,
+        height=visual.height,
         strategy=strategy_name,
         visual_tokens=image.tokens,
         kept_tokens=kept,
@@ -49,9 +48,18 @@ def image_receipt(
         cache_hit=cache_hit,
         prefill_ms=prefill_ms,
         detail=images_pb2.Image.LOW if image.detail == "low" else images_pb2.Image.HIGH,
+        frames=image.frames,
+        kept_by_frame=_kept_by_frame(image) if image.frames else (),
     )
     if not cache_hit:
         receipt.encode_ms = image.timings.encode_ms
         receipt.score_ms = image.timings.score_ms
         receipt.prune_ms = image.timings.prune_ms
     return receipt
+
+
+def _kept_by_frame(image: CompressedImage) -> list[int]:
+    """Tokens in the first stage of each frame, or of frames that the model takes in as one: each is a token grid."""
+    grid = image.layout.grid
+    kept: list[int] = grid[image.kept[0]].bincount(minlength=int(grid.max()) + 1).tolist()
+    return kept

@@ -22,7 +22,7 @@ from vflow_server.store.replays import Answer, Replays
 from vflow_server.store.session_record import SessionRecord
 from vflow_server.strategies.strategies import StrategyRevision
 from vflow_server.tuning.watch import Watch
-from vflowopt.picture import Picture
+from vflowopt.video import Visual
 
 R = TypeVar("R")
 
@@ -106,16 +106,16 @@ class Session:
         self._replays = None
         self.dialogue.resume(found.turns, found.images)
 
-    async def show(self, picture: Picture) -> images_pb2.ImageReceipt:
-        """Show ``picture`` ahead of the next turn.
+    async def show(self, visual: Visual) -> images_pb2.ImageReceipt:
+        """Show ``visual`` ahead of the next turn.
 
         Raises:
             ServiceError: SESSION_BUSY, SESSION_NOT_FOUND, SESSION_DELETED, MODEL_CHANGED, or what the work was refused
                 for.
         """
         await self._until_free()
-        ticket = self._begin(Showing(self._bench, self.dialogue, self.name, self.revision.name, picture))
-        ticket.on_result(lambda _: self._showed(picture))
+        ticket = self._begin(Showing(self._bench, self.dialogue, self.name, self.revision.name, visual))
+        ticket.on_result(lambda _: self._showed(visual))
         try:
             return await self.outcome(ticket)
         finally:
@@ -210,8 +210,8 @@ class Session:
         ticket.on_end(self._ended)
         return ticket
 
-    def _showed(self, picture: Picture) -> None:
-        self._live_samples.showed(self.tenant, self.name, picture, images=self.dialogue.state.images)
+    def _showed(self, visual: Visual) -> None:
+        self._live_samples.showed(self.tenant, self.name, visual, images=self.dialogue.state.images)
 
     def _answered(self, request: TurnRequest) -> None:
         state = self.dialogue.state

@@ -1,4 +1,4 @@
-"""A showing: a picture that comes ahead of its question, as work for the engine.
+"""A showing: a picture or a video that comes ahead of its question, as work for the engine.
 
 One step encodes it, the next ones prefill it. It is committed as a whole or not at all.
 """
@@ -18,28 +18,28 @@ from vflow_server.sessions.receipts import image_receipt
 from vflow_server.sessions.recording import recall, write_down
 from vflow_server.sessions.turn import check_context
 from vflow_server.store.session_record import Entry
-from vflowopt.picture import Picture
+from vflowopt.video import Visual
 
 
 class Showing:
-    """The work of adding one picture to a dialogue. Emits nothing; its result is the picture's receipt.
+    """The work of adding one picture or video to a dialogue. Emits nothing; its result is the receipt.
 
     Args:
         bench: the engine's things.
-        dialogue: who is shown the picture; nothing else may be under way in it.
+        dialogue: who is shown it; nothing else may be under way in it.
         session_name: the session's resource name.
         strategy_name: resource name of the dialogue's strategy.
-        picture: the picture.
+        visual: the picture or video.
     """
 
     def __init__(
-        self, bench: Workbench, dialogue: Dialogue, session_name: str, strategy_name: str, picture: Picture
+        self, bench: Workbench, dialogue: Dialogue, session_name: str, strategy_name: str, visual: Visual
     ) -> None:
         self._bench = bench
         self._dialogue = dialogue
         self._session_name = session_name
         self._strategy_name = strategy_name
-        self._picture = picture
+        self._visual = visual
 
     def __call__(self, emit: Callable[[object], None]) -> Steps[images_pb2.ImageReceipt]:
         """The steps of the showing."""
@@ -49,7 +49,7 @@ class Showing:
             conversation = self._dialogue.conversation(runtime)
             checkpoint = conversation.checkpoint()
             try:
-                image, hit = yield Encode(self._picture, self._dialogue.strategy, self._dialogue.tenant)
+                image, hit = yield Encode(self._visual, self._dialogue.strategy, self._dialogue.tenant)
                 items = self._dialogue.picture(runtime.chat, image)
                 check_context(conversation, items, 0, runtime.context)
                 self._bench.residency.check_room(conversation, items)
@@ -62,7 +62,7 @@ class Showing:
                 raise
             self._dialogue.commit_picture(image, len(items))
         return image_receipt(
-            self._picture,
+            self._visual,
             image,
             runtime,
             self._dialogue.strategy,

@@ -1,7 +1,7 @@
 """A turn: what a user says and shows, and the answer, as work for the engine.
 
-One step encodes a picture, runs a piece of the prompt, or generates a token. Until the last step is done nothing is
-committed: a turn that fails or is cancelled leaves the conversation as it was.
+One step encodes a picture or a video, runs a piece of the prompt, or generates a token. Until the last step is done
+nothing is committed: a turn that fails or is cancelled leaves the conversation as it was.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from vflow_server.tuning.rereading import AnsweredTurn
 from vflow_server.tuning.watch import Watch
 from vflowopt.compression import CompressedImage
 from vflowopt.conversation import Conversation, Item, span, tokens_per_stage
-from vflowopt.picture import Picture
 from vflowopt.sampling import Sampler, SamplingOptions
 from vflowopt.text_stream import TextStream
+from vflowopt.video import Visual
 
 Finished = conversations_pb2.Finished
 
@@ -41,14 +41,14 @@ class TurnRequest:
     """A user turn, checked.
 
     Attributes:
-        parts: text and pictures in the order given.
+        parts: text, pictures and videos in the order given.
         max_new_tokens: tokens of the answer at most.
         sampling: how its tokens are drawn.
         stop: the answer ends before any of these.
         min_new_tokens: tokens before which the model cannot end the answer.
     """
 
-    parts: tuple[str | Picture, ...]
+    parts: tuple[str | Visual, ...]
     max_new_tokens: int
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     stop: tuple[str, ...] = ()
@@ -115,7 +115,7 @@ class Turn:
     def _compressed(
         self,
     ) -> Steps[tuple[list[images_pb2.ImageReceipt], list[str | CompressedImage]]]:
-        """Compress the turn's pictures, one a step."""
+        """Compress the turn's pictures and videos, one a step."""
         receipts: list[images_pb2.ImageReceipt] = []
         parts: list[str | CompressedImage] = []
         for part in self._request.parts:

@@ -106,6 +106,7 @@ class Watch:
         for digest, detail in turn.pictures:
             if (picture := self._pictures.held(turn.tenant, digest)) is not None:
                 pictures[digest, detail] = picture.in_detail(detail)
+        # Of a video only the frames are held: turns about one are skipped.
         if len(pictures) < len(turn.pictures) or self._waiting.full():
             self.totals[turn.strategy_name].skipped += 1
         else:

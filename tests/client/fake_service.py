@@ -16,6 +16,7 @@ from vflow.v1 import compression_pb2_grpc, conversations_pb2_grpc, strategies_pb
 from vflow.v1.compression_pb2 import CompressImageResponse
 from vflow.v1.conversations_pb2 import (
     AddImageResponse,
+    AddVideoResponse,
     ChatResponse,
     Finished,
     ListSessionsResponse,
@@ -144,6 +145,17 @@ class FakeService(
                 recycled_tokens=4,
                 kv_bytes=2048,
                 kv_bytes_full=20480,
+            )
+        )
+
+    def AddVideo(self, request: Any, context: Any) -> AddVideoResponse:
+        self._note("AddVideo", request, context)
+        return AddVideoResponse(
+            receipt=ImageReceipt(
+                image=f"{request.session}/images/2",
+                frames=len(request.video.frames),
+                kept_tokens=[9, 5, 2],
+                kept_by_frame=[6, 3],
             )
         )
 

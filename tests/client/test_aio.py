@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -36,6 +37,21 @@ def test_a_conversation(address: str, service: FakeService) -> None:
     assert service.requests["DeleteSession"][0].name == "sessions/one"
     assert service.tenants == ["red"] * 6
     assert not service.cancelled.is_set()
+
+
+def test_videos(address: str, service: FakeService, tmp_path: Path) -> None:
+    (tmp_path / "frame.png").write_bytes(b"from a path")
+
+    async def show() -> None:
+        async with connect(address) as client:
+            session = client.attach("sessions/x")
+            assert (await session.add_video([tmp_path / "frame.png", b"two"], seconds=[0.5, 3])).frames == 2
+            await (await session.ask(vflow_client.Video([b"three"], fps=1), "What happens?")).read()
+
+    asyncio.run(show())
+    sent = service.requests["AddVideo"][0].video.frames
+    assert [(frame.image.data, frame.seconds) for frame in sent] == [(b"from a path", 0.5), (b"two", 3.0)]
+    assert service.requests["Chat"][0].parts[0].video.frames[0].image.data == b"three"
 
 
 @pytest.mark.parametrize("way", ["close", "cancel the task"])

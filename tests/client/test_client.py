@@ -49,6 +49,19 @@ def test_parts_keep_their_order_and_a_string_among_them_is_text(
     ]
 
 
+def test_videos(client: vflow_client.Client, service: FakeService) -> None:
+    session = client.attach("sessions/x")
+    receipt = session.add_video([b"one", b"two"], fps=4)
+    assert receipt.frames == 2 and sum(receipt.kept_by_frame) == receipt.kept_tokens[0]
+    session.ask("Before", vflow_client.Video([b"three"], seconds=[1.5]), "after", detail="low").read()
+    (added,), (asked,) = service.requests["AddVideo"], service.requests["Chat"]
+    assert added.session == "sessions/x"
+    assert [(frame.image.data, frame.seconds) for frame in added.video.frames] == [(b"one", 0.0), (b"two", 0.25)]
+    assert [part.WhichOneof("content") for part in asked.parts] == ["text", "video", "text"]
+    (frame,) = asked.parts[1].video.frames
+    assert (frame.image.data, frame.image.detail, frame.seconds) == (b"three", 0, 1.5)
+
+
 def test_a_fork_is_a_session_of_its_own(client: vflow_client.Client, service: FakeService) -> None:
     service.refusals["ForkSession"] = [GONE]
     with client.attach("sessions/one") as session, session.fork() as twin:

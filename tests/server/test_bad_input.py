@@ -17,7 +17,7 @@ from vflow.v1 import strategies_pb2 as admin
 from vflow.v1.compression_pb2 import CompressImageRequest
 from vflow.v1.compression_pb2_grpc import CompressionStub
 from vflow.v1.conversations_pb2_grpc import ConversationsStub
-from vflow.v1.images_pb2 import Image
+from vflow.v1.images_pb2 import Frame, Image, Video
 from vflow.v1.strategies_pb2_grpc import StrategiesStub
 from vflow_client import ContextExceeded, Session
 
@@ -91,13 +91,19 @@ PICTURES = {
 }
 
 
-@pytest.mark.parametrize("way", ["AddImage", "Chat", "CompressImage"])
+@pytest.mark.parametrize("way", ["AddImage", "AddVideo", "Chat", "CompressImage"])
 @pytest.mark.parametrize(("image", "reason"), PICTURES.values(), ids=PICTURES)
 def test_what_is_no_picture(small: Served, stubs: Stubs, image: Image, reason: str, way: str) -> None:
     with small.client.session() as session:
         before = session.state()
         ways: dict[str, tuple[str, Callable[[], Any]]] = {
             "AddImage": ("image", lambda: stubs.talk.AddImage(talk.AddImageRequest(session=session.name, image=image))),
+            "AddVideo": (
+                "video.frames[0].image",
+                lambda: stubs.talk.AddVideo(
+                    talk.AddVideoRequest(session=session.name, video=Video(frames=[Frame(image=image)]))
+                ),
+            ),
             "Chat": (
                 "parts[1].image",
                 lambda: stubs.talk.Chat(

@@ -10,6 +10,7 @@ from vflow_client import CalibrationUnavailable, Client, LiveTraffic, OptionOutO
 from vflow_server.rpc.errors import ServiceError
 from vflow_server.sessions.live_samples import MOST_QUESTIONS, LiveSamples
 from vflowopt.picture import Picture
+from vflowopt.video import Video
 
 PICTURES = [Picture.from_pixels(noise(20, 20, seed)) for seed in range(4)]
 
@@ -44,6 +45,11 @@ def test_what_makes_no_sample() -> None:
     live.showed("red", "no picture", PICTURES[0], images=1)  # too late: there was a turn without it
     asked(live, "no picture", "And now?", after=1)
     live.asked("red", "two at once", [PICTURES[0], PICTURES[1], "Which?"], turns=1, images=2)
+    clip = Video.of(PICTURES, range(4))
+    live.showed("red", "a video ahead", clip, images=1)
+    asked(live, "a video ahead", "What happens?")
+    live.asked("red", "a video within", [clip, "What happens?"], turns=1, images=1)
+    live.asked("red", "a video beside it", [PICTURES[0], clip, "Which?"], turns=1, images=2)
     asked(live, "a fork", "What else?", after=1)
     with pytest.raises(ServiceError):
         live.take("red", 0)

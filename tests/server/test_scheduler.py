@@ -22,6 +22,7 @@ from vflowopt.conversation import Conversation
 from vflowopt.picture import Picture
 from vflowopt.runtime import Runtime
 from vflowopt.strategy import Strategy
+from vflowopt.video import Video, Visual
 
 
 def new_bench(model_folder: Path, kv_budget: int) -> Workbench:
@@ -50,7 +51,7 @@ def roomy(model_folder: Path) -> Iterator[Workbench]:
 class Asked:
     """A turn to be played in a dialogue of its own."""
 
-    parts: tuple[str | Picture, ...]
+    parts: tuple[str | Visual, ...]
     tenant: str = DEFAULT_TENANT
     tokens: int = 1
 
@@ -179,6 +180,21 @@ def test_what_a_tenant_leaves_of_its_share_is_not_lost(roomy: Workbench, monkeyp
         roomy, [*[Asked(("q",), name) for name in ("one", "two")], Asked(("b" * 400,), "busy")], monkeypatch
     )
     assert max(quiet) <= 2 and busy <= alone + 2
+
+
+def test_a_video_is_encoded_by_itself(roomy: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two, three, *frames = (Picture.from_pixels(noise(40, 40, seed)) for seed in range(6))
+    clip, other = Video.of(frames, range(3)), Video.of(frames, range(1, 4))
+    compress, encoded = roomy.runtime.compress, []
+
+    def noted(shown: Sequence[Visual], strategy: Strategy) -> object:
+        encoded.append([{one: 1, two: 2, three: 3, clip: "clip", other: "other"}[each] for each in shown])
+        return compress(shown, strategy)
+
+    monkeypatch.setattr(roomy.runtime, "compress", noted)
+    turns = [Asked((visual, "?")) for visual in (one, two, clip, other, three)]
+    assert all(isinstance(end, Finished) for end in play(roomy, turns))
+    assert encoded == [[1, 2], ["clip"], ["other"], [3]]
 
 
 def test_tenants_take_turns_with_their_pictures(roomy: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:

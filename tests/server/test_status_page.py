@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from tests.server.conftest import Serve
+from tests.server.drawing import png
 from tests.server.served import Served
 from vflow_server.access.caller import Caller
 from vflow_server.access.tokens import new_token
@@ -103,6 +104,16 @@ def test_a_picture_is_drawn_with_what_was_made_of_it(served: Served, picture: by
             with Image.open(BytesIO(drawn)) as image, Image.open(BytesIO(picture)) as original:
                 assert image.size == original.size
                 assert np.any(np.asarray(image) != np.asarray(original.convert("RGB")))
+
+
+def test_a_video_is_listed_and_not_drawn(served: Served) -> None:
+    with served.client.session() as session:
+        receipt = session.add_video([png(30, 40, seed) for seed in range(3)], fps=1)
+        page = Reader(fetched(served, "/")[1])
+        assert "40×30, 3 frames" in page.text and not page.links
+        asked = {"tenant": "default", "digest": receipt.digest, "strategy": receipt.strategy}
+        for path in ("picture", "overlay.png"):
+            assert refused(served, f"/{path}?{urllib.parse.urlencode(asked)}")[0] == 404
 
 
 def test_what_is_not_held_is_not_found(served: Served, picture: bytes) -> None:

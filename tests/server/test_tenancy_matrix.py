@@ -68,6 +68,12 @@ CASES: Mapping[str, Case] = {
     "vflow.v1.Conversations.AddImage": Case(
         lambda red: conversations_pb2.AddImageRequest(session=red.session, image=red.picture), **HIDDEN_SESSION
     ),
+    "vflow.v1.Conversations.AddVideo": Case(
+        lambda red: conversations_pb2.AddVideoRequest(
+            session=red.session, video=images_pb2.Video(frames=[images_pb2.Frame(image=red.picture)])
+        ),
+        **HIDDEN_SESSION,
+    ),
     "vflow.v1.Conversations.Chat": Case(
         lambda red: conversations_pb2.ChatRequest(
             session=red.session,
