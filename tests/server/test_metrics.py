@@ -131,7 +131,8 @@ def test_a_search_and_what_the_watch_sees_are_told(serve: Serve, picture: bytes)
         session.ask("What is that?", max_new_tokens=4).read()
         name = "strategies/preset-10"
         until(lambda: value(served, "vflow_watch_turns_total", strategy=name) == 1)
-        assert 0 < value(served, "vflow_watch_cosine_sum_total", strategy=name) <= 1.0001
+        # Of random weights nobody knows which way it points.
+        assert 0 < abs(value(served, "vflow_watch_cosine_sum_total", strategy=name)) <= 1.0001
         assert value(served, "vflow_watch_tokens_total", strategy=name) == 4
     assert value(served, "vflow_retune_running") == 0
     search = served.client.strategies.retune(0.3, samples(2), trials=1000)
