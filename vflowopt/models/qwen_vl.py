@@ -30,6 +30,9 @@ from vflowopt.models.video_size import video_size
 from vflowopt.picture import Picture
 from vflowopt.video import Video
 
+_MOST_PATCHES = 1 << 14
+"""Patches of a video that the tower looks at together, where a step has no more: it sees each step by itself."""
+
 
 class QwenVl(MultimodalModel):
     """A model of the Qwen-VL families.
@@ -143,8 +146,14 @@ class QwenVl(MultimodalModel):
         begun = time.perf_counter()
         frames = self.resized_frames(video)
         steps, shape = len(frames) // self.step, (frames.shape[2] // self.patch, frames.shape[3] // self.patch)
-        grids = torch.tensor([[steps, *shape]])
-        features, query, key = self._tower(self._patches(frames).to(self.device, self.dtype), grids)
+        together = max(_MOST_PATCHES // (shape[0] * shape[1]), 1)
+        seen = [
+            self._tower(
+                self._patches(part).to(self.device, self.dtype), torch.tensor([[len(part) // self.step, *shape]])
+            )
+            for part in np.split(frames, range(together * self.step, len(frames), together * self.step))
+        ]
+        features, query, key = (torch.cat(states) for states in zip(*seen, strict=True))
         return EncodedImage(
             digest=video.digest,
             embeddings=features,

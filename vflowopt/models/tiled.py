@@ -22,10 +22,13 @@ from vflowopt.layout import TokenLayout
 from vflowopt.models.interface import MultimodalModel
 from vflowopt.models.tower import ClipTower, Tower
 from vflowopt.picture import Detail, Picture
-from vflowopt.video import Video
+from vflowopt.video import Video, VideoError
 
 SCORINGS = ("mean", "cls")
 """Whose attention says what matters: that of all patches, which is the paper's way, or that of the class token."""
+
+_MOST_FRAMES = 16
+"""Frames of a video that the tower looks at together: states of hundreds would take gigabytes."""
 
 
 class TiledModel(MultimodalModel):
@@ -114,20 +117,36 @@ class TiledModel(MultimodalModel):
     def _encode_video(self, video: Video) -> EncodedImage:
         """Every frame is one tile, at which the tower looks by itself."""
         begun = time.perf_counter()
+        layout = self._layout_of_frames(video)
+        if len(layout) > self.context:  # known before the tower has looked at any
+            per_frame = len(layout) // len(video.frames)
+            raise VideoError(
+                "VIDEO_TOO_LONG",
+                f"the {len(video.frames)} frames take {len(layout)} positions, {per_frame} each, and the model has "
+                f"{self.context} for the whole conversation; send fewer",
+                frames=len(video.frames),
+                max_frames=self.context // per_frame,
+            )
         frames = np.concatenate([self.tiles(frame.in_detail("low")) for frame in video.frames])
-        features, query, key, class_key = self._look(frames)
+        projected, queries, keys, class_keys = [], [], [], []
+        for first in range(0, len(frames), _MOST_FRAMES):
+            features, query, key, class_key = self._look(frames[first : first + _MOST_FRAMES])
+            projected.append(self._project(features))
+            queries.append(query)
+            keys.append(key)
+            class_keys += [] if class_key is None else [class_key]
         return EncodedImage(
             digest=video.digest,
-            embeddings=self._pack_frames(self._project(features)),
-            layout=self._layout_of_frames(video),
-            query=query,
-            key=key,
+            embeddings=self._pack_frames(torch.cat(projected)),
+            layout=layout,
+            query=torch.cat(queries),
+            key=torch.cat(keys),
             scale=self.tower.scale,
             pixels=_channels_last(frames),
             patch=self.patch,
             arrange=self._arrange_frames,
             encode_ms=self.milliseconds_since(begun),
-            class_key=class_key,
+            class_key=torch.cat(class_keys) if class_keys else None,
             merge=self.merge,
             frames=len(video.frames),
         )

@@ -24,7 +24,7 @@ from vflowopt.packing import pack, unpack
 from vflowopt.picture import Picture
 from vflowopt.runtime import Runtime
 from vflowopt.strategy import Strategy
-from vflowopt.video import Video, VideoError
+from vflowopt.video import Video, VideoError, VideoLimits
 
 TINY: tuple[TinyModel, ...] = (SHAPES[0], SHAPES[3], *INTERNVL, *QWEN2_VL, *QWEN2_5_VL, *QWEN3_VL)
 
@@ -254,3 +254,26 @@ def test_what_importance_says_of_a_video_is_compressed(runtime: Runtime) -> None
     assert ends == sorted(ends, reverse=True) and ends[0] > structural
     assert image.importance.shape == (len(encoded.layout),)
     assert (image.importance[encoded.layout.structural] == 0).all()
+
+
+def test_many_frames_are_looked_at_a_few_at_a_time(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = video(84, 112, (0.0, 1.0, 2.0, 3.0, 4.0), seed=10)
+    together = runtime.model.encode_video(clip)
+    monkeypatch.setattr("vflowopt.models.tiled._MOST_FRAMES", 2)
+    monkeypatch.setattr("vflowopt.models.qwen_vl._MOST_PATCHES", 1)
+    apart = runtime.model.encode_video(clip)
+    for name in ("embeddings", "query", "key"):
+        torch.testing.assert_close(getattr(apart, name), getattr(together, name), atol=1e-4, rtol=1e-4)
+    assert torch.equal(apart.pixels, together.pixels)
+    assert (apart.class_key is None) == (together.class_key is None)
+
+
+def test_more_frames_than_the_model_has_positions_are_refused_unseen(tmp_path: Path) -> None:
+    model = load_model(SHAPES[0].save(tmp_path))
+    frame = Picture.from_pixels(picture(20, 20, 1))
+    most = model.context // 4  # pooled to 2 x 2 tokens
+    clip = Video.of([frame] * (most + 1), range(most + 1), VideoLimits(max_frames=most + 1))
+    with pytest.raises(VideoError, match=f"{most + 1} frames take .* positions, 4 each") as refused:
+        model.encode_video(clip)
+    assert refused.value.reason == "VIDEO_TOO_LONG"
+    assert refused.value.metadata == {"frames": str(most + 1), "max_frames": str(most)}
