@@ -26,6 +26,7 @@ from vflowopt.calibration import CalibrationError
 from vflowopt.picture import PictureError
 from vflowopt.sampling import SamplingError
 from vflowopt.strategy import StrategyError
+from vflowopt.video import VideoError
 
 log = structlog.get_logger(__name__)
 
@@ -289,7 +290,8 @@ def foreseen(error: BaseException) -> ServiceError | None:
         case ServiceError():
             return error
         case PictureError():
-            return InvalidRequest(error.reason, "image", str(error), metadata=error.metadata)
+            field = "video" if isinstance(error, VideoError) else "image"
+            return InvalidRequest(error.reason, field, str(error), metadata=error.metadata)
         case CalibrationError():  # only a sample that is too long gets as far as that
             return InvalidRequest("CONTEXT_EXCEEDED", "calibration", str(error))
         case StrategyError():

@@ -28,6 +28,7 @@ from vflow_client import (
     RequestIdReused,
     Session,
     Video,
+    VideoRejected,
     VideoUnsupported,
 )
 from vflow_client.errors import error_from_call
@@ -269,3 +270,15 @@ def test_what_is_no_video(serve: Serve) -> None:
         with pytest.raises(grpc.RpcError, match="the request has 8 frames, at most 6"):
             together = [talk.Part(video=video_of(*[(FRAME, at) for at in range(4)]))] * 2
             list(stub.Chat(talk.ChatRequest(session=session.name, parts=[*together, talk.Part(text="see")])))
+
+
+def test_a_video_that_the_model_has_no_positions_for(serve: Serve, tmp_path: Path) -> None:
+    runtime = Runtime.load(SHAPES[0].save(tmp_path), kv_budget=16 << 20)
+    runtime.model.context = 12  # frames take four positions each
+    served = serve(runtime=runtime)
+    with served.client.session() as session:
+        with pytest.raises(VideoRejected, match="4 frames take 17 positions, 4 each") as refused:
+            session.add_video(sent(clip()).frames, seconds=SECONDS)
+        assert refused.value.reason == "VIDEO_TOO_LONG" and set(refused.value.fields) == {"video"}
+        assert session.state().image_count == 0
+        session.add_video(sent(clip()).frames[:2], fps=1)
