@@ -90,11 +90,12 @@ class Service:
         self.metrics = Metrics()
         self.tracing = tracing_to(settings.otlp_endpoint)
         self.ledger = Ledger(self.metrics, self.tracing)
-        spill = SpillFolder(settings.spill_dir, settings.spill_bytes) if settings.spill_dir else None
+        stored = settings.data if not settings.ephemeral else None
+        self.archive = Archive(stored, settings.data_bytes, self.metrics) if stored else None
         self.bench = Workbench(
             runtime,
             compressed_bytes=settings.compressed_memory,
-            parked=ParkedStore(settings.parked_memory, spill),
+            parked=ParkedStore(settings.parked_memory, self._spill_folder()),
             metrics=self.metrics,
         )
         self._draining = Draining()
@@ -121,8 +122,6 @@ class Service:
             strategies=self.strategies,
             pictures=self.pictures,
         )
-        stored = settings.data if not settings.ephemeral else None
-        self.archive = Archive(stored, settings.data_bytes, self.metrics) if stored else None
         self.sessions = SessionStore(
             self.engine,
             self.bench,
@@ -190,21 +189,39 @@ class Service:
         await self.retunes.close()  # before the calls that wait for it
         grace = self.settings.grace if grace is None else grace
         begun = time.monotonic()
-        await self._draining.drain(grace)
-        # What has just ended still has its last words to send.
-        left = max(grace - (time.monotonic() - begun), _LAST_WORDS)
-        await asyncio.gather(*(listener.stop(left) for listener in self._listeners))
+        drained = await self._draining.drain(grace)
         for task in self._forever:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
-        await asyncio.to_thread(self.engine.stop)
-        self.bench.close()
+        # What has just ended still has its last words to send.
+        left = max(grace - (time.monotonic() - begun), _LAST_WORDS)
+        hung_up = asyncio.gather(*(listener.stop(left) for listener in self._listeners))
+        if not drained:
+            await hung_up
+        # Else beside it: whoever watches the health stays on until the time is up, and KV caches are to be kept in it.
+        await asyncio.to_thread(self._stop_engine, begun + grace)
+        await hung_up
         if self.archive is not None:
             await asyncio.to_thread(self.archive.close)
         self.pictures.close()
         await self._side_port.stop()
         await asyncio.to_thread(self.tracing.close)
+
+    def _stop_engine(self, keep_until: float) -> None:
+        """End the engine and give back what it held; until then put KV caches where the next process finds them."""
+        self.engine.stop()
+        keeps = self.archive is not None and not self.failed.is_set()
+        self.bench.close(keep_until if keeps else None)
+
+    def _spill_folder(self) -> SpillFolder | None:
+        """The folder of KV caches; in the data folder they have the room that sessions leave."""
+        settings, archive = self.settings, self.archive
+        if (folder := settings.spill_folder) is None:
+            return None
+        if archive is None or settings.spill_dir is not None:
+            return SpillFolder(folder, lambda: settings.spill_bytes)
+        return SpillFolder(folder, lambda: min(settings.spill_bytes, archive.room))
 
     def _listen(self) -> Sequence[Listener]:
         """The listener for users and, where it is to be another, that for administrators; nobody is served yet."""

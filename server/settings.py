@@ -111,7 +111,11 @@ class Settings:
     )
     parked_memory: int = option("1GiB", "KV caches of idle sessions held outside the KV budget", size, metavar="SIZE")
     spill_dir: Path | None = option(
-        None, "folder for KV caches beyond parked_memory (unset: they are rebuilt when needed)", Path, metavar="PATH"
+        None,
+        "folder for KV caches beyond parked_memory, and of idle sessions when the service stops (unset: kv in the data "
+        "folder; without one they are rebuilt when needed)",
+        Path,
+        metavar="PATH",
     )
     spill_bytes: int = option("8GiB", "KV caches in that folder", size, metavar="SIZE")
     data: Path | None = option(
@@ -120,7 +124,12 @@ class Settings:
         Path,
         metavar="PATH",
     )
-    data_bytes: int = option("8GiB", "sessions and their compressed pictures in that folder", size, metavar="SIZE")
+    data_bytes: int = option(
+        "8GiB",
+        "sessions and their compressed pictures in that folder; KV caches in it have what these leave",
+        size,
+        metavar="SIZE",
+    )
     ephemeral: bool = option(
         "off", "keep sessions in memory only, though there is such a folder", switch, metavar="on|off"
     )
@@ -191,6 +200,11 @@ class Settings:
     def stored(self, file: str) -> Path | None:
         """Where a file of the data folder is; None where there is no such folder."""
         return None if self.data is None else self.data / file
+
+    @property
+    def spill_folder(self) -> Path | None:
+        """Where KV caches go beyond memory, and when the service stops; None: they do not."""
+        return self.spill_dir if self.spill_dir is not None or self.ephemeral else self.stored("kv")
 
 
 def options() -> dict[str, Option]:

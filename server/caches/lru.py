@@ -51,6 +51,11 @@ class ByteBoundedLRU(Generic[K, V]):
             return
         self._values[key] = value
         self.bytes_held += self._size(value)
+        self.limit(self._most_bytes)
+
+    def limit(self, most_bytes: int) -> None:
+        """Have another bound; what is beyond it goes."""
+        self._most_bytes = most_bytes
         while self.bytes_held > self._most_bytes:
             oldest, dropped = self._values.popitem(last=False)
             self.bytes_held -= self._size(dropped)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from concurrent.futures import Future
 from enum import Enum, auto
 
@@ -50,6 +52,14 @@ class ParkedStore:
         """Bytes held in files."""
         return 0 if self._spill is None else self._spill.bytes_held
 
+    def recover(self, owners: Mapping[str, Conversation]) -> list[str]:
+        """Take over what an earlier process kept; see :meth:`SpillFolder.recover`."""
+        return [] if self._spill is None else self._spill.recover(owners)
+
+    def fit(self) -> int:
+        """Have the files keep to their bound as it is now, which is returned: bytes."""
+        return 0 if self._spill is None else self._spill.fit()
+
     def put(self, conversation: Conversation, parked: ParkedCache) -> None:
         """Hold the cache of ``conversation``, in the place of an earlier one."""
         self.forget(conversation)
@@ -58,6 +68,12 @@ class ParkedStore:
     def holds(self, conversation: Conversation) -> bool:
         """Whether a cache of ``conversation`` is held anywhere."""
         return self.find(conversation) is not None or self._in_file(conversation)
+
+    def size(self, conversation: Conversation) -> int:
+        """Bytes of the cache of ``conversation``; 0 where none is held."""
+        if (found := self.find(conversation)) is not None:
+            return found[0].nbytes
+        return 0 if self._spill is None else self._spill.size(conversation)
 
     def find(self, conversation: Conversation) -> tuple[ParkedCache, Tier] | None:
         """The cache of ``conversation``, if it is in memory or was read ahead, and where it comes from."""
@@ -92,10 +108,26 @@ class ParkedStore:
         if self._spill is not None:
             self._spill.forget(conversation)
 
-    def close(self) -> None:
-        """Remove the files."""
+    def file(self, conversation: Conversation, parked: ParkedCache | None, until: float) -> bool:
+        """Have the cache of ``conversation`` in a file: ``parked``, or what is held.
+
+        It waits for that, but no longer than ``until``, by the monotonic clock.
+
+        Returns:
+            Whether there is one.
+        """
+        if self._spill is None:
+            return False
+        in_memory = self._memory.take(conversation)
+        if (cache := parked or in_memory) is not None and time.monotonic() < until:
+            self._spill.put(conversation, cache)
+        return self._spill.is_written(conversation, until)
+
+    def close(self, keep: Mapping[str, Conversation]) -> None:
+        """Remove the files, but leave those of ``keep``, by session, to the next process; see
+        :meth:`SpillFolder.close`."""
         if self._spill is not None:
-            self._spill.close()
+            self._spill.close(keep)
 
     def _in_file(self, conversation: Conversation) -> bool:
         return self._spill is not None and self._spill.holds(conversation)

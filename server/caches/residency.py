@@ -5,6 +5,7 @@ Belongs to the engine's thread.
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -59,6 +60,13 @@ class Residency:
         self._idle: OrderedDict[Dialogue, None] = OrderedDict()
         self._loans: list[Loan] = []
 
+    def recover(self, dialogues: Iterable[Dialogue]) -> None:
+        """Take over what an earlier process kept of ``dialogues``, the most recently used last."""
+        owners = {_session(dialogue): dialogue for dialogue in dialogues}
+        found = self._parked.recover({name: owner.conversation(self._runtime) for name, owner in owners.items()})
+        self._idle.update((owners[name], None) for name in found)
+        log.info("KV caches recovered", sessions=len(found), bytes=self._parked.file_bytes)
+
     @contextmanager
     def using(self, dialogue: Dialogue) -> Iterator[None]:
         """Count ``dialogue`` as in use while work on it is under way."""
@@ -71,6 +79,7 @@ class Residency:
             self._idle[dialogue] = None
             conversation = dialogue.conversation(self._runtime)
             self._parked.put_down(conversation)
+            self._parked.fit()
             self._pictures.note(dialogue, conversation.log)
             dialogue.publish()
 
@@ -168,6 +177,31 @@ class Residency:
         dialogue.release()
         self._idle.pop(dialogue, None)
 
+    def keep(self, until: float) -> dict[str, Conversation]:
+        """Have what idle dialogues hold in files, for the next process, once no work is done any more.
+
+        Those used last come first, as many as the files have room for, and until the monotonic clock says ``until``.
+
+        Returns:
+            The conversations in files, by session.
+        """
+        room, worth = self._parked.fit(), list[tuple[str, Conversation]]()
+        for dialogue in reversed(self._idle):
+            conversation = dialogue.conversation(self._runtime)
+            size = conversation.kv_bytes or self._parked.size(conversation)
+            if dialogue.record is not None and 0 < size <= room:
+                room -= size
+                worth.append((_session(dialogue), conversation))
+            else:
+                self._parked.forget(conversation)  # gives its room to others
+        kept: dict[str, Conversation] = {}
+        for session, conversation in worth:
+            parked = park(conversation) if conversation.resident and time.monotonic() < until else None
+            if self._parked.file(conversation, parked, until):
+                kept[session] = conversation
+        log.info("kept KV caches for the next process", sessions=len(kept), without=len(self._idle) - len(kept))
+        return kept
+
     def release_all(self) -> None:
         """Give back all pages, once no work is done any more."""
         for dialogue in (*self._idle, *self._in_use):
@@ -212,3 +246,9 @@ class Residency:
             metadata={"kv_budget": pool.bytes_total, "kv_bytes_needed": pages * pool.page_bytes},
             retry_after=None,
         )
+
+
+def _session(dialogue: Dialogue) -> str:
+    """Under which the files of a dialogue that has a record are known: the last part of its session's name."""
+    assert dialogue.record is not None
+    return dialogue.record.facts.name.rpartition("/")[2]

@@ -62,12 +62,18 @@ class Workbench:
         self._in_use: WeakValueDictionary[_Key, CompressedImage] = WeakValueDictionary()
         self._encoder = ThreadPoolExecutor(1, "encoder")
 
-    def close(self) -> None:
-        """Give back all pages, and remove the files of parked caches, once the engine has ended."""
+    def close(self, keep_until: float | None = None) -> None:
+        """Give back all pages, once the engine has ended.
+
+        Args:
+            keep_until: by the monotonic clock, until when to put KV caches into files for the next process; None: for
+                none.
+        """
         self._encoder.shutdown(cancel_futures=True)
+        kept = {} if keep_until is None else self.residency.keep(keep_until)
         self.prefixes.clear()
         self.residency.release_all()
-        self.parked.close()
+        self.parked.close(kept)
 
     @property
     def compressed_bytes(self) -> int:

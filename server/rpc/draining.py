@@ -32,13 +32,17 @@ class Draining(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic
             return handler
         return around(handler, self._counted)
 
-    async def drain(self, grace: float) -> None:
-        """Refuse new calls (SERVER_STOPPING) and wait for the end of those under way, ``grace`` seconds at most."""
+    async def drain(self, grace: float) -> bool:
+        """Refuse new calls (SERVER_STOPPING) and wait for the end of those under way, ``grace`` seconds at most.
+
+        Returns:
+            Whether they have ended; whoever stops the server cancels what is left.
+        """
         self._stopping = True
         try:
-            await asyncio.wait_for(self._idle.wait(), grace)
+            return await asyncio.wait_for(self._idle.wait(), grace)
         except TimeoutError:
-            pass  # whoever stops the server cancels what is left
+            return False
 
     def _counted(self, behaviour: Behaviour) -> Behaviour:
         async def call(request: Any, context: Context) -> Any:

@@ -67,6 +67,8 @@ class SessionStore:
         self._archive = archive
         self._sessions: dict[str, Session] = {}
         self._sequence = count(self._recover(archive) if archive is not None else 0)
+        by_use = sorted(self, key=lambda session: session.used)
+        bench.residency.recover([session.dialogue for session in by_use if session.goes_on])
 
     async def create(self, tenant: str, revision: StrategyRevision) -> Session:
         """A new session of ``tenant`` under ``revision``.

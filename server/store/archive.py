@@ -31,11 +31,12 @@ class Archive:
 
     Args:
         folder: made if it does not exist; no other process may use it meanwhile.
-        most_bytes: bytes of the journal and the pictures at most.
+        most_bytes: bytes of the journal and the pictures at most; beyond that nothing new is taken in.
         metrics: counts what is written; None: nobody looks.
 
     Attributes:
         pictures: the files of pictures, for the archive's thread alone.
+        room: bytes that were left of the bound at the last look, for what can be made again; read by any thread.
 
     Raises:
         WrittenByNewerRelease: the journal is left as it is.
@@ -45,6 +46,7 @@ class Archive:
     def __init__(self, folder: Path, most_bytes: int, metrics: Metrics | None = None) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._most_bytes = most_bytes
+        self.room = 0
         # What the transaction under way has left to do once it is committed.
         self._deleted = False
         self._unwanted: set[str] = set()
@@ -91,11 +93,7 @@ class Archive:
         Raises:
             CapacityExhausted: it is as large as it may become.
         """
-        (pictures,) = connection.execute("SELECT coalesce(sum(bytes), 0) FROM pictures").fetchone()
-        (pages,) = connection.execute("PRAGMA page_count").fetchone()
-        (free,) = connection.execute("PRAGMA freelist_count").fetchone()
-        (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
-        if (held := pictures + (pages - free) * page_bytes) > self._most_bytes:
+        if (held := self._measure(connection)) > self._most_bytes:
             raise CapacityExhausted(
                 "data",
                 f"the data folder holds {held} bytes of sessions, and may hold {self._most_bytes}; delete sessions, "
@@ -119,5 +117,16 @@ class Archive:
             if connection.execute("SELECT 1 FROM pictures WHERE key = ?", (key,)).fetchone() is None:
                 self.pictures.remove(key)
 
+    def _measure(self, connection: sqlite3.Connection) -> int:
+        """Bytes of the journal and the pictures."""
+        (pictures,) = connection.execute("SELECT coalesce(sum(bytes), 0) FROM pictures").fetchone()
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        (free,) = connection.execute("PRAGMA freelist_count").fetchone()
+        (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
+        held: int = pictures + (pages - free) * page_bytes
+        self.room = max(self._most_bytes - held, 0)
+        return held
+
     def _sweep(self, connection: sqlite3.Connection) -> None:
+        self._measure(connection)
         self.pictures.sweep({key for (key,) in connection.execute("SELECT key FROM pictures")})

@@ -46,7 +46,7 @@ def test_a_session_goes_on_after_a_restart(serve_data: Serve, picture: bytes, ex
     asked = session.ask(QUESTIONS[turns], max_new_tokens=8)
     answers.append(asked.read())
     if turns:
-        assert asked.receipt.RestoredFrom.Name(asked.receipt.restored_from) == "LOG"
+        assert asked.receipt.RestoredFrom.Name(asked.receipt.restored_from) == "DISK"
     answers += [answer_of(session, text) for text in QUESTIONS[turns + 1 :]]
     assert answers == expected
     assert session.add_image(png(40, 50)).image == f"{session.name}/images/2"
@@ -185,7 +185,7 @@ def test_ephemeral_sessions_leave_nothing(serve_data: Serve, data: Path, picture
 
 
 def test_a_session_of_another_model_is_kept_and_says_so(
-    serve_data: Serve, picture: bytes, expected: list[str], tmp_path: Path
+    serve_data: Serve, data: Path, picture: bytes, expected: list[str], tmp_path: Path
 ) -> None:
     other = Runtime.load(save(SHAPES[1], tmp_path / "other"), kv_budget=32 << 20)
     served = serve_data()
@@ -200,6 +200,7 @@ def test_a_session_of_another_model_is_kept_and_says_so(
         assert refused.value.metadata["served"] == other.revision
     fresh = served.client.session()
     until(lambda: [each.name for each in served.client.sessions()] == [session.name])
+    assert not list((data / "kv").glob("*.safetensors")), "what the other model computed is of no use"
     with pytest.raises(SessionNotFound):
         fresh.state()
     assert not stranded.state().HasField("expire_time")
