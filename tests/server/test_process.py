@@ -18,7 +18,7 @@ from vflow_client import CapacityExhausted, Client, RetryPolicy, VFlowError, con
 from vflow_server.cli import main
 
 LONG_ANSWER = 11
-"""A seed with which the model goes on talking for thousands of tokens."""
+"""A seed for answers that are told to be long."""
 
 
 class Process:
@@ -87,7 +87,7 @@ def test_it_serves_and_a_stop_lets_a_running_turn_end(process: Process, client: 
     assert main(["health", "--address", process.address]) == 0
 
     session = client.session()
-    answer = session.ask("Go on", max_new_tokens=60, temperature=1.0, seed=LONG_ANSWER)
+    answer = session.ask("Go on", max_new_tokens=60, min_new_tokens=60, temperature=1.0, seed=LONG_ANSWER)
     next(answer)
     process.popen.send_signal(signal.SIGTERM)
     answer.read()
