@@ -1,12 +1,14 @@
 """What it costs to keep sessions in a data folder: each turn waits for its commit, the first after a restart for more.
 
 The same conversations are held with a service that keeps them in memory alone and with one that has a folder; then
-that one is stopped and started again, and each conversation goes on by one turn.
+that one is stopped and started again, twice, and each conversation goes on by one turn: first from the KV caches that
+the service left in the folder, then without them, as after a crash.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
 import time
@@ -38,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     rows: list[Row] = []
     for at_once in options.at_once:
-        talks = draw_talks(at_once * options.rounds, turns=options.turns + 1, seed=3_000_000)
+        talks = draw_talks(at_once * options.rounds, turns=options.turns + 2, seed=3_000_000)
         with tempfile.TemporaryDirectory(prefix="vflow-durability-", dir=options.data) as folder:
             rows += measure(talks, at_once, options.new_tokens, Path(folder))
     publish(rows, options.json)
@@ -52,16 +54,18 @@ def measure(talks: Sequence[Talk], at_once: int, new_tokens: int, folder: Path) 
         with running_service(*wanted) as address:
             names, seconds, took = _hold(address, talks, at_once, new_tokens)
         yield _row(at_once, name, seconds, took)
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    with running_service(*flags["folder"]) as address:
-        begun = time.perf_counter()
-        with ThreadPoolExecutor(at_once) as threads, vflow_client.connect(address, timeout=None) as client:
-
-            def go_on(name: str, talk: Talk) -> float:
-                return _say(client.attach(name), talk.questions[-1], new_tokens)
-
-            seconds = list(threads.map(go_on, names, talks))
-        row = _row(at_once, "folder, after a restart", seconds, time.perf_counter() - begun)
+    for kept_in, question in (("folder, after a stop", -2), ("folder, after a crash", -1)):
+        if kept_in == "folder, after a crash":
+            shutil.rmtree(folder / "kv")
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        with running_service(*flags["folder"]) as address:
+            begun = time.perf_counter()
+            with ThreadPoolExecutor(at_once) as threads, vflow_client.connect(address, timeout=None) as client:
+                asked = [
+                    (client.attach(name), talk.questions[question]) for name, talk in zip(names, talks, strict=True)
+                ]
+                seconds = list(threads.map(lambda ask: _say(*ask, new_tokens), asked))
+            row = _row(at_once, kept_in, seconds, time.perf_counter() - begun)
         yield {**row, "bytes_per_conversation": size // len(talks)}
 
 
@@ -72,7 +76,7 @@ def _hold(address: str, talks: Sequence[Talk], at_once: int, new_tokens: int) ->
         def converse(talk: Talk) -> tuple[str, list[float]]:
             session = client.session(STRATEGY)
             session.add_image(talk.picture)
-            return session.name, [_say(session, question, new_tokens) for question in talk.questions[:-1]]
+            return session.name, [_say(session, question, new_tokens) for question in talk.questions[:-2]]
 
         begun = time.perf_counter()
         held = list(tqdm(threads.map(converse, talks), total=len(talks), unit="talk", leave=False, disable=None))
