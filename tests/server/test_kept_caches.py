@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.server.conftest import Serve
 from tests.server.drawing import png
@@ -300,6 +302,18 @@ def test_what_cannot_be_written_in_time_is_not_kept(
     client = serve_data().client
     for session in sessions:
         assert restored_from(client.attach(session.name), QUESTIONS[1], expected[1]) == "LOG"
+
+
+def test_whoever_watches_the_health_takes_no_time_from_it(
+    serve_data: Serve, kv: Path, picture: bytes, expected: list[str]
+) -> None:
+    served = serve_data(grace="1s")
+    asked_once(served.client, picture, expected)
+    with grpc.insecure_channel(served.address) as channel:
+        states = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(states).status == health_pb2.HealthCheckResponse.SERVING
+        served.stop()
+    assert len(caches(kv)) == 1
 
 
 def test_a_full_disk_does_not_keep_the_service_from_stopping(
