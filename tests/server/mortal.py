@@ -135,8 +135,8 @@ class Mortal:
                     words //= 2
 
     def logged(self) -> list[dict[str, object]]:
-        """What was logged in all lives."""
-        return [json.loads(line) for line in self._log.read_text().splitlines()]
+        """What was logged in all lives. Death may come between a line and its end, which are written apart."""
+        return [json.loads(line) for line in self._log.read_text().replace("}{", "}\n{").splitlines()]
 
     def close(self) -> None:
         """Have it dead."""
