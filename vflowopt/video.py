@@ -18,9 +18,10 @@ from vflowopt.picture import Identity, Picture, PictureError
 class VideoError(PictureError):
     """Frames that are no usable video.
 
-    ``reason`` is one of VIDEO_EMPTY, VIDEO_TOO_LONG (frames), VIDEO_FRAMES_UNEQUAL (of different sizes),
-    VIDEO_TIMES_INVALID (not ascending from 0 on) and VIDEO_UNSUPPORTED (the model takes none); ``metadata`` holds the
-    figures that the message speaks of.
+    ``reason`` is one of VIDEO_EMPTY, VIDEO_TOO_LONG (frames), PICTURE_TOO_MANY_PIXELS (of all frames together),
+    VIDEO_FRAMES_UNEQUAL (of different sizes), VIDEO_TIMES_INVALID (not ascending from 0 on, or farther apart than the
+    model has positions for) and VIDEO_UNSUPPORTED (the model takes none); ``metadata`` holds the figures that the
+    message speaks of.
     """
 
 

@@ -9,7 +9,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.vision_utils import get_vision_window_index
 
 from vflowopt.models.qwen_vl import QwenVl
-from vflowopt.video import Video
+from vflowopt.video import Video, VideoError
 
 
 class Qwen25Vl(QwenVl):
@@ -31,6 +31,15 @@ class Qwen25Vl(QwenVl):
 
     def _positions_per_step(self, video: Video) -> float:
         per_second: float = self.network.config.vision_config.tokens_per_second
+        lasts = video.seconds[-1] - video.seconds[0]
+        if lasts * per_second >= self.context:
+            raise VideoError(
+                "VIDEO_TIMES_INVALID",
+                f"the clip lasts {lasts:g} s, and the model has {self.context} positions, {per_second:g} for each "
+                "second; show a shorter part of it",
+                frame=len(video.seconds) - 1,
+                seconds=video.seconds[-1],
+            )
         return per_second * self.step / video.frames_per_second
 
     def _squares(self, grids: Tensor) -> Tensor:

@@ -144,6 +144,7 @@ class QwenVl(MultimodalModel):
 
     def _encode_video(self, video: Video) -> EncodedImage:
         begun = time.perf_counter()
+        apart = self._positions_per_step(video)
         frames = self.resized_frames(video)
         steps, shape = len(frames) // self.step, (frames.shape[2] // self.patch, frames.shape[3] // self.patch)
         together = max(_MOST_PATCHES // (shape[0] * shape[1]), 1)
@@ -167,7 +168,7 @@ class QwenVl(MultimodalModel):
             arrange=partial(self._arrange, shape),
             encode_ms=self.milliseconds_since(begun),
             merge=self.merge,
-            positions=self.positions(shape, (torch.arange(steps) * self._positions_per_step(video)).long().tolist()),
+            positions=self.positions(shape, (torch.arange(steps) * apart).long().tolist()),
             later=self._later,
             frames=len(video.frames),
         )
@@ -210,7 +211,11 @@ class QwenVl(MultimodalModel):
         return patches.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, channels * self.step * self.patch**2)
 
     def _positions_per_step(self, video: Video) -> float:
-        """How far apart frames that are taken in one after the other stand on the axis of time."""
+        """How far apart frames that are taken in one after the other stand on the axis of time.
+
+        Raises:
+            VideoError: the model has too few positions for that.
+        """
         return 1.0
 
     def resized(self, picture: Picture) -> np.ndarray:
