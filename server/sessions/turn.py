@@ -29,9 +29,10 @@ from vflow_server.tuning.rereading import AnsweredTurn
 from vflow_server.tuning.watch import Watch
 from vflowopt.compression import CompressedImage
 from vflowopt.conversation import Conversation, Item, span, tokens_per_stage
+from vflowopt.picture import PictureError
 from vflowopt.sampling import Sampler, SamplingOptions
 from vflowopt.text_stream import TextStream
-from vflowopt.video import Visual
+from vflowopt.video import Video, Visual
 
 Finished = conversations_pb2.Finished
 
@@ -115,14 +116,22 @@ class Turn:
     def _compressed(
         self,
     ) -> Steps[tuple[list[images_pb2.ImageReceipt], list[str | CompressedImage]]]:
-        """Compress the turn's pictures and videos, one a step."""
+        """Compress the turn's pictures and videos, one a step.
+
+        Raises:
+            InvalidRequest: the model does not take one of them.
+        """
         receipts: list[images_pb2.ImageReceipt] = []
         parts: list[str | CompressedImage] = []
-        for part in self._request.parts:
+        for index, part in enumerate(self._request.parts):
             if isinstance(part, str):
                 parts.append(part)
                 continue
-            image, hit = yield Encode(part, self._dialogue.strategy, self._dialogue.tenant)
+            try:
+                image, hit = yield Encode(part, self._dialogue.strategy, self._dialogue.tenant)
+            except PictureError as error:
+                field = f"parts[{index}].{'video' if isinstance(part, Video) else 'image'}"
+                raise InvalidRequest(error.reason, field, str(error), metadata=error.metadata) from error
             parts.append(image)
             number = self._dialogue.images + len(receipts) + 1
             receipts.append(

@@ -280,5 +280,19 @@ def test_a_video_that_the_model_has_no_positions_for(serve: Serve, tmp_path: Pat
         with pytest.raises(VideoRejected, match="4 frames take 17 positions, 4 each") as refused:
             session.add_video(sent(clip()).frames, seconds=SECONDS)
         assert refused.value.reason == "VIDEO_TOO_LONG" and set(refused.value.fields) == {"video"}
+        with pytest.raises(VideoRejected) as refused:
+            session.ask("see", sent(clip()), "what?").read()
+        assert refused.value.reason == "VIDEO_TOO_LONG" and set(refused.value.fields) == {"parts[1].video"}
         assert session.state().image_count == 0
         session.add_video(sent(clip()).frames[:2], fps=1)
+
+
+def test_a_video_that_lasts_longer_than_the_model_has_positions_for(serve: Serve, tmp_path: Path) -> None:
+    served = serve(runtime=Runtime.load(QWEN2_5_VL[0].save(tmp_path), kv_budget=16 << 20))
+    frames = sent(clip()).frames
+    with served.client.session() as session:
+        for last in (1e5, 1e30, 1e308):
+            with pytest.raises(VideoRejected, match="the model has 8192 positions, 2 for each second") as refused:
+                session.add_video(frames, seconds=[0.0, 1.0, 2.0, last])
+            assert refused.value.reason == "VIDEO_TIMES_INVALID" and refused.value.metadata["frame"] == "3"
+        session.add_video(frames, seconds=[0.0, 1.0, 2.0, 4000.0])

@@ -55,6 +55,14 @@ def test_equal_pictures_have_equal_bytes(image: CompressedImage) -> None:
     assert pack(replace(image, span=7)) != pack(image)
 
 
+def test_what_was_packed_before_videos_were_is_a_picture(image: CompressedImage) -> None:
+    older = pack(image).replace(rb", \"frames\": 0", b"")
+    header = len(pack(image)) - len(older)
+    assert header > 0
+    older = (int.from_bytes(older[:8], "little") - header).to_bytes(8, "little") + older[8:]
+    assert unpack(older).frames == 0 and unpack(older).identity == image.identity
+
+
 @pytest.mark.parametrize("length", [0, 7, 8, 100, -1])
 def test_what_is_cut_off_is_refused(image: CompressedImage, length: int) -> None:
     with pytest.raises(PackingError, match="not a compressed picture"):

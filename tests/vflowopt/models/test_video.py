@@ -277,3 +277,27 @@ def test_more_frames_than_the_model_has_positions_are_refused_unseen(tmp_path: P
         model.encode_video(clip)
     assert refused.value.reason == "VIDEO_TOO_LONG"
     assert refused.value.metadata == {"frames": str(most + 1), "max_frames": str(most)}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_videos_in_half_precision(folder: Path, dtype: str) -> None:
+    runtime = Runtime.load(folder, dtype=dtype, kv_budget=16 << 20)
+    (whole,) = runtime.compress([video(84, 112, (0.0, 1.0, 2.0), seed=11)], Strategy.full())
+    assert whole.embeddings.dtype == runtime.model.dtype
+    talk = Talk(runtime, TENTH)
+    assert len(talk.ask([video(84, 112, (0.0, 1.0, 2.0), seed=11), "what?"], 2)) > 0
+    assert all(torch.isfinite(logits).all() for logits in talk.logits)
+    talk.conversation.release()
+
+
+@pytest.mark.parametrize("tiny", INTERNVL, ids=lambda tiny: tiny.name)
+def test_class_tokens_score_the_frames_that_they_belong_to(tiny: TinyModel, tmp_path: Path) -> None:
+    folder = tiny.save(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vflow_scoring": "cls"}))
+    model = load_model(folder)
+    clip = video(84, 112, (0.0, 1.0, 2.0), seed=12)
+    of_clip = model.encode_video(clip).context_relevance(1.0)
+    alone = [each.context_relevance(1.0) for each in model.encode([frame.in_detail("low") for frame in clip.frames])]
+    torch.testing.assert_close(of_clip, torch.cat(alone), atol=1e-6, rtol=1e-4)
+    assert not torch.allclose(of_clip[0], of_clip[1])
