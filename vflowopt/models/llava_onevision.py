@@ -34,9 +34,12 @@ class LlavaOnevision(AnyResModel):
         token: str | None = self.tokenizer.convert_ids_to_tokens(self.network.config.video_token_id)
         return None if token == self.image_token else token
 
+    def _project_frames(self, features: Tensor) -> Tensor:
+        pooled: Tensor = self.network.model.apply_pooling(self._project(features))
+        return pooled
+
     def _pack_frames(self, projected: Tensor) -> Tensor:
-        pooled: Tensor = self.network.model.apply_pooling(projected)
-        return torch.cat((pooled.flatten(0, 1), self.network.model.image_newline[None].to(pooled)))
+        return torch.cat((projected.flatten(0, 1), self.network.model.image_newline[None].to(projected)))
 
     def _arrange_frames(self, values: Tensor) -> Tensor:
         return nn.functional.pad(self.network.model.apply_pooling(values[..., None]).flatten(), (0, 1))

@@ -148,19 +148,19 @@ class QwenVl(MultimodalModel):
         frames = self.resized_frames(video)
         steps, shape = len(frames) // self.step, (frames.shape[2] // self.patch, frames.shape[3] // self.patch)
         together = max(_MOST_PATCHES // (shape[0] * shape[1]), 1)
-        seen = [
-            self._tower(
-                self._patches(part).to(self.device, self.dtype), torch.tensor([[len(part) // self.step, *shape]])
-            )
-            for part in np.split(frames, range(together * self.step, len(frames), together * self.step))
-        ]
-        features, query, key = (torch.cat(states) for states in zip(*seen, strict=True))
+        features, queries, keys = [], [], []
+        for part in np.split(frames, range(together * self.step, len(frames), together * self.step)):
+            patches = self._patches(part).to(self.device, self.dtype)
+            of_part, query, key = self._tower(patches, torch.tensor([[len(part) // self.step, *shape]]))
+            features.append(of_part)
+            queries.append(self._in_rows(query, shape))
+            keys.append(self._in_rows(key, shape))
         return EncodedImage(
             digest=video.digest,
-            embeddings=features,
+            embeddings=torch.cat(features),
             layout=self.layout(shape, (video.height, video.width), steps),
-            query=self._in_rows(query, shape),
-            key=self._in_rows(key, shape),
+            query=torch.cat(queries),
+            key=torch.cat(keys),
             scale=self._attention.scaling,
             # Of the frames that are taken in as one the first stands for all.
             pixels=torch.from_numpy(np.ascontiguousarray(frames[:: self.step].transpose(0, 2, 3, 1))),

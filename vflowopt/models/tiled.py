@@ -131,7 +131,7 @@ class TiledModel(MultimodalModel):
         projected, queries, keys, class_keys = [], [], [], []
         for first in range(0, len(frames), _MOST_FRAMES):
             features, query, key, class_key = self._look(frames[first : first + _MOST_FRAMES])
-            projected.append(self._project(features))
+            projected.append(self._project_frames(features))
             queries.append(query)
             keys.append(key)
             class_keys += [] if class_key is None else [class_key]
@@ -216,6 +216,10 @@ class TiledModel(MultimodalModel):
         """The tower's features of patches [tiles, patches, channels] to tokens [tiles, tokens, hidden]."""
         projected: Tensor = self.network.model.multi_modal_projector(features)
         return projected
+
+    def _project_frames(self, features: Tensor) -> Tensor:
+        """The same for some frames of a video; a family that pools them does it here, before more are looked at."""
+        return self._project(features)
 
     def _pack_frames(self, projected: Tensor) -> Tensor:
         """A video's tokens [frames, tokens, hidden], in the order in which the decoder reads them: [N, hidden]."""
