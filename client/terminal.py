@@ -5,17 +5,20 @@ Ctrl-D ends the conversation.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, get_args
 
 from vflow.v1.conversations_pb2 import TurnReceipt, Usage
 from vflow.v1.images_pb2 import ImageReceipt
 from vflow_client.commands.connection import add_connection_arguments, connected
 from vflow_client.commands.exit_code import DONE, FAILED, exit_code_of
+from vflow_client.commands.whole_number import at_least
 from vflow_client.errors import VFlowError
+from vflow_client.image_source import Detail
 from vflow_client.quantities import size
 from vflow_client.retry import DEFAULT_TIMEOUT
 from vflow_client.session import Session
@@ -37,10 +40,24 @@ class Terminal:
         self._err = err
         self._read = read
 
-    def converse(self, session: Session, pictures: Sequence[Path], *, max_new_tokens: int | None = None) -> bool:
-        """Shows `pictures`, then asks for questions until there are no more. Returns whether all went well."""
+    def converse(
+        self,
+        session: Session,
+        pictures: Sequence[Path],
+        *,
+        detail: Detail = "auto",
+        max_new_tokens: int | None = None,
+    ) -> bool:
+        """Shows `pictures`, then asks for questions until there are no more. Returns whether all went well.
+
+        Args:
+            session: what is talked to.
+            pictures: what is shown before the first question; one that cannot be shown ends the conversation.
+            detail: how closely the model looks at all pictures.
+            max_new_tokens: tokens of an answer at most.
+        """
         for picture in pictures:
-            if not self._show(session, picture):
+            if not self._show(session, picture, detail):
                 return False
         self._print(HELP)
         went_well = True
@@ -54,14 +71,16 @@ class Terminal:
                 self._print("")
                 continue
             command, _, argument = line.partition(" ")
-            if command == "/image":
-                went_well &= self._show(session, Path(argument.strip()))
+            if command == "/image" and (path := argument.strip()):
+                went_well &= self._show(session, Path(os.path.expanduser(path)), detail)  # no shell has seen it
+            elif command.startswith("/"):
+                went_well = self._complain(f"{line!r} is no command; {HELP}")
             elif line:
                 went_well &= self._ask(session, line, max_new_tokens)
 
-    def _show(self, session: Session, picture: Path) -> bool:
+    def _show(self, session: Session, picture: Path, detail: Detail) -> bool:
         try:
-            receipt = session.add_image(picture)
+            receipt = session.add_image(picture, detail=detail)
         except OSError as error:
             return self._complain(f"{picture}: {error.strerror or error}")
         except VFlowError as error:
@@ -127,7 +146,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE", help="pictures to talk about")
     add_connection_arguments(parser, timeout=DEFAULT_TIMEOUT, limits="per answer")
     parser.add_argument("--strategy", help="strategy that compresses the pictures, such as preset-25 (default: active)")
-    parser.add_argument("--max-new-tokens", type=int, help="tokens per answer at most (default: the service's)")
+    parser.add_argument(
+        "--detail",
+        choices=get_args(Detail),
+        default="auto",
+        help="how closely the model looks at the pictures: low costs fewer tokens (default: auto, the service's)",
+    )
+    parser.add_argument("--max-new-tokens", type=at_least(1), help="tokens per answer at most (default: the service's)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -141,7 +166,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _converse(arguments: argparse.Namespace) -> int:
     terminal = Terminal(sys.stdout, sys.stderr)
     with connected(arguments) as client, client.session(arguments.strategy) as session:
-        went_well = terminal.converse(session, arguments.pictures, max_new_tokens=arguments.max_new_tokens)
+        went_well = terminal.converse(
+            session, arguments.pictures, detail=arguments.detail, max_new_tokens=arguments.max_new_tokens
+        )
     return DONE if went_well else FAILED
 
 

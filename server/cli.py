@@ -75,7 +75,14 @@ def _parser() -> argparse.ArgumentParser:
             "service keeps its hash alone; a line that is taken out of the file, or has expired, lets nobody in.",
         )
     )
-    terminal.add_arguments(commands.add_parser("chat", help="a conversation in the terminal with a running service"))
+    terminal.add_arguments(
+        commands.add_parser(
+            "chat",
+            help="a conversation in the terminal with a running service",
+            description="Ask a running service about pictures. Answers stream as they come, each with a line that says "
+            f"what it cost. {terminal.HELP}.",
+        )
+    )
     strategies.add_arguments(commands.add_parser("strategies", help="look at strategies, compare and activate them"))
     retune.add_arguments(
         commands.add_parser(

@@ -25,8 +25,19 @@ def add_connection_arguments(parser: argparse.ArgumentParser, *, timeout: float,
     )
     add_tls_arguments(parser)
     parser.add_argument(
-        "--timeout", type=float, default=timeout, help=f"seconds {limits} at most (default: %(default)g)"
+        "--timeout", type=_seconds, default=timeout, help=f"seconds {limits} at most (default: %(default)g)"
     )
+
+
+def _seconds(text: str) -> float:
+    """Reads a time that can pass."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
+    return number
 
 
 def add_tls_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import grpc
 
-from vflow_client.errors import RetuneRunning, Unauthenticated, Unavailable, VFlowError
+from vflow_client.errors import RetuneRunning, StrategyNotFound, Unauthenticated, Unavailable, VFlowError
 
 DONE = 0
 """It did what it was asked for."""
@@ -49,8 +49,13 @@ def complain_of(error: VFlowError, address: str) -> None:
         complain(f"{error} (--token, or VFLOW_TOKEN)")
     elif error.code is grpc.StatusCode.UNIMPLEMENTED:
         complain(f"{error} (the services for administrators may have a port of their own: --address)")
-    elif isinstance(error, Unavailable):
-        complain(f"no service at {address} ({error}); start one with `vflow serve`")
+    elif isinstance(error, Unavailable) and error.reason is None:  # a service that is there gives its reason
+        complain(
+            f"no service answers at {address} ({error}); start one with `vflow serve`, or mend --address or the "
+            "options of TLS"
+        )
+    elif isinstance(error, StrategyNotFound):
+        complain(f"{error} (vflow strategies list)")
     elif isinstance(error, RetuneRunning) and (operation := error.metadata.get("operation")):
         complain(f"{error} (vflow retune --follow {operation})")
     else:

@@ -136,7 +136,7 @@ def test_a_reader_that_leaves_early_is_no_mistake_of_ours(address: str) -> None:
 
 def test_without_a_service(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["strategies", "activate", "mine", "--etag", "e1", "--address", "127.0.0.1:1"]) == 1
-    assert "no service at 127.0.0.1:1" in capsys.readouterr().err
+    assert "no service answers at 127.0.0.1:1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,24 @@ def test_a_first_picture_that_cannot_be_shown_ends_it(client: vflow_client.Clien
     assert not went_well and "No such file" in err and "Chat" not in service.requests
 
 
+@pytest.mark.parametrize("line", ["/quit", "/image", "/images a.png"])
+def test_what_is_no_command_is_not_asked_of_the_model(
+    client: vflow_client.Client, service: FakeService, line: str
+) -> None:
+    went_well, _, err = converse(client, [line, "How many?"])
+    assert not went_well and f"error: '{line}' is no command; /image PATH shows another picture" in err
+    assert [request.parts[0].text for request in service.requests["Chat"]] == ["How many?"]
+
+
+def test_a_picture_may_be_named_from_home(
+    client: vflow_client.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a b.png").write_bytes(b"picture")
+    went_well, out, _ = converse(client, ["/image ~/a b.png"])
+    assert went_well and f"{tmp_path}/a b.png: [30 x 20" in out
+
+
 def test_interrupting_at_the_prompt_does_nothing(client: vflow_client.Client) -> None:
     went_well, out, _ = converse(client, [KeyboardInterrupt, "How many?"])
     assert went_well and "two red stars" in out
@@ -91,11 +109,12 @@ def test_the_command_line(
 ) -> None:
     picture = tmp_path / "a.png"
     picture.write_bytes(b"picture")
-    monkeypatch.setattr("sys.stdin", io.StringIO("How many?\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {picture}\nHow many?\n"))
     options = ["--address", address, "--strategy", "preset-25", "--max-new-tokens", "7", "--tenant", "red"]
-    assert main([str(picture), *options]) == 0
+    assert main([str(picture), *options, "--detail", "low"]) == 0
     assert "two red stars" in capsys.readouterr().out
     assert service.requests["CreateSession"][0].session.strategy == "strategies/preset-25"
+    assert [request.image.detail for request in service.requests["AddImage"]] == [vflow_client.Image.LOW] * 2
     assert service.requests["Chat"][0].options.max_new_tokens == 7
     assert set(service.tenants) == {"red"}
     assert len(service.requests["DeleteSession"]) == 1
@@ -103,4 +122,29 @@ def test_the_command_line(
 
 def test_the_command_line_without_a_service(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--address", "127.0.0.1:1"]) == 1
-    assert "no service at 127.0.0.1:1" in capsys.readouterr().err
+    assert "no service answers at 127.0.0.1:1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options", [["--detail", "medium"], ["--max-new-tokens", "0"], ["--timeout", "-3"], ["--timeout", "soon"]]
+)
+def test_options_that_cannot_be(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(options)
+    assert caught.value.code == 2 and options[1] in capsys.readouterr().err
+
+
+def test_a_service_that_gives_its_reason_is_there(
+    address: str, service: FakeService, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service.refusals["CreateSession"] = [Refusal(grpc.StatusCode.UNAVAILABLE, "ENGINE_FAILED")]
+    assert main(["--address", address]) == 1
+    assert capsys.readouterr().err == "error: ENGINE_FAILED: refused on purpose\n"
+
+
+def test_an_unknown_strategy_leads_to_the_list(
+    address: str, service: FakeService, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service.refusals["CreateSession"] = [Refusal(grpc.StatusCode.NOT_FOUND, "STRATEGY_NOT_FOUND")]
+    assert main(["--address", address, "--strategy", "nope"]) == 1
+    assert "(vflow strategies list)" in capsys.readouterr().err
