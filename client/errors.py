@@ -379,6 +379,9 @@ def _error(code: grpc.StatusCode, message: str | None, details: Iterable[any_pb2
             detail.Unpack(retry)
             retry_after = retry.retry_delay.ToNanoseconds() / 1e9
     reason = info.reason if info is not None else None
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and info is None and "message larger than max" in (message or ""):
+        # gRPC itself refuses it, before the service could say what may be done.
+        message = f"{message}: send fewer or smaller pictures at once, or raise the service's --max-message-bytes"
     kind = CLASS_OF_REASON.get(reason or "", CLASS_OF_CODE.get(code, VFlowError))
     return kind(
         message or f"the call failed with status {code.name}",

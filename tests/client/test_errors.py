@@ -86,3 +86,8 @@ def test_a_reason_of_a_newer_service_falls_back_to_its_status_code(
 def test_reasons_of_another_domain_are_not_ours(client: vflow_client.Client, service: FakeService) -> None:
     error = fail(client, service, Refusal(grpc.StatusCode.NOT_FOUND, "SESSION_NOT_FOUND", domain="proxy.example"))
     assert type(error) is vflow_client.NotFound and error.reason is None
+
+
+def test_a_message_that_grpc_refuses_is_explained(client: vflow_client.Client) -> None:
+    with pytest.raises(vflow_client.ResourceExhausted, match=r"larger than max.*--max-message-bytes"):
+        client.attach("sessions/one").add_image(bytes(5 << 20))  # gRPC takes 4 MiB where nobody says otherwise
