@@ -77,7 +77,13 @@ async def _serve(runtime: Runtime, settings: Settings) -> None:
     try:
         service = Service(runtime, settings)
         port = await service.start()
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        if error.filename is None:  # our own words
+            raise StartError(str(error)) from error
+        raise StartError(
+            f"{error.filename} cannot be used ({error.strerror}); choose another path, or mend its rights"
+        ) from error
+    except ValueError as error:
         raise StartError(str(error)) from error
     # Standard output carries this line alone: whoever started the process reads from it where to call.
     print(f"VFlow is ready on {settings.host}:{port}", flush=True)

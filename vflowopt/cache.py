@@ -70,7 +70,9 @@ class PagePool:
         self.page_bytes = page_size * self.token_bytes
         self.pages = budget // self.page_bytes
         if self.pages < 1:
-            raise ValueError(f"a KV budget of {budget} bytes does not hold one page of {self.page_bytes} bytes")
+            raise ValueError(
+                f"a KV budget of {budget} bytes does not hold one page of {self.page_bytes} bytes; give it more"
+            )
         shape = (self.pages * page_size, heads, head_dim)
         # Not zeroed as a whole: a page is when it is taken, so memory is touched only as it is used.
         self.keys = torch.empty(shape, dtype=dtype, device=device)

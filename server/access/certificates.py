@@ -55,7 +55,7 @@ class CertificateFiles:
         except ssl.SSLError as error:
             raise ValueError(
                 f"{self.certificate} and {self.key} are not a certificate and its unencrypted private key in PEM "
-                f"({error.reason})"
+                f"({error.reason or error})"
             ) from None
         if self.client_ca is not None:
             try:

@@ -143,6 +143,11 @@ def unknown_family(folder: Path) -> Path:
     return folder
 
 
+def a_file(folder: Path) -> Path:
+    (folder / "file").write_text("some text")
+    return folder / "file"
+
+
 UNSERVABLE: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "a folder that is not there": (lambda folder: ["--model", str(folder / "none")], "existing folder"),
     "an empty folder": (lambda folder: ["--model", str(folder)], "no config.json"),
@@ -151,6 +156,11 @@ UNSERVABLE: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "an unknown quantization": (lambda folder: ["--quantization", "2bit"], "choose one of 8bit, 4bit"),
     "no room": (lambda folder: ["--kv-budget", "10"], "does not hold one page"),
     "a port that cannot be": (lambda folder: ["--port", "99999"], "--port is '99999'"),
+    "a data folder that is a file": (lambda folder: ["--data", str(a_file(folder))], "cannot be used (File exists)"),
+    "a certificate that is none": (
+        lambda folder: ["--tls-cert", str(a_file(folder)), "--tls-key", str(a_file(folder))],
+        "private key in PEM ([SSL]",
+    ),
     "a settings file that is not there": (lambda folder: ["--config", str(folder / "none")], "cannot be read"),
 }
 

@@ -101,7 +101,7 @@ TEXT_ONLY = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + 
 """A template of a language model: contents are strings."""
 
 
-def with_strategies(plain_folder: Path, folder: Path, strategies: dict[str, object]) -> Path:
+def with_strategies(plain_folder: Path, folder: Path, strategies: object) -> Path:
     shutil.copytree(plain_folder, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vflow_strategies": strategies}))
@@ -119,6 +119,12 @@ def test_a_strategy_that_does_not_fit_the_model_it_came_with(plain_folder: Path,
     too_deep = json.loads(Strategy((0, 9), (0.5, 0.5)).to_json())
     folder = with_strategies(plain_folder, tmp_path / "model", {"tuned-25": too_deep})
     with pytest.raises(ModelError, match="'tuned-25' under vflow_strategies"):
+        load_model(folder)
+
+
+def test_strategies_that_are_not_an_object(plain_folder: Path, tmp_path: Path) -> None:
+    folder = with_strategies(plain_folder, tmp_path / "model", [json.loads(Strategy.preset(0.25, 6).to_json())])
+    with pytest.raises(ModelError, match="not an object of strategies by name; mend it"):
         load_model(folder)
 
 

@@ -171,8 +171,15 @@ class MultimodalModel(ABC):
         Raises:
             ModelError: one of them cannot be read, or does not fit the decoder.
         """
+        documents = getattr(self.network.config, "vflow_strategies", None) or {}
+        if not isinstance(documents, dict):
+            raise ModelError(
+                "MODEL_UNSUPPORTED",
+                "vflow_strategies in the model's config.json is not an object of strategies by name; mend it, or "
+                "remove it",
+            )
         found = {}
-        for name, document in (getattr(self.network.config, "vflow_strategies", None) or {}).items():
+        for name, document in documents.items():
             try:
                 found[name] = Strategy.from_json(json.dumps(document))
                 found[name].check(len(self.layers))
