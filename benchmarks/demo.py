@@ -23,7 +23,7 @@ from vflowopt.demo import picture_path
 FULL = "strategies/full"
 GENERIC_QUESTIONS = (
     "What colour is the background?",
-    "How many circles are there?",
+    "What colour is the circle?",
     "Where is the star?",
     "What shape is the red object?",
     "Is there a blue square?",
