@@ -141,6 +141,30 @@ def test_scores_are_of_the_frames_that_they_stand_for(runtime: Runtime) -> None:
     assert (layout.boxes[layout.structural] == 0).all()
 
 
+def test_what_is_said_of_patches_is_said_of_the_pixels_that_tokens_cover(runtime: Runtime) -> None:
+    clip = video(84, 112, (0.0, 1.0, 2.0), seed=6)
+    encoded = runtime.model.encode_video(clip)
+    steps, rows, columns = patch_entropy(encoded.pixels, encoded.patch).shape
+    content = ~encoded.layout.structural
+    left, top, right, bottom = encoded.layout.boxes[content].unbind(-1)
+    down = (torch.arange(rows) + 0.5)[:, None].expand(steps, -1, columns) * clip.height / rows
+    across = (torch.arange(columns) + 0.5).expand(steps, rows, -1) * clip.width / columns
+    for values, begin, end in ((down, top, bottom), (across, left, right)):
+        arranged = encoded.arrange(values.reshape(steps, -1))[content]
+        assert ((arranged - (begin + end) / 2).abs() < (end - begin) / 8).all()
+
+
+def test_structural_tokens_are_of_the_frame_that_they_mark(runtime: Runtime) -> None:
+    layout = runtime.model.encode_video(video(84, 112, (0.0, 1.0, 2.0, 3.0), seed=6)).layout
+    content = ~layout.structural
+    rows, columns = layout.shapes()[0]
+    last = int(content.nonzero()[-1])
+    for token in layout.structural.nonzero().flatten().tolist():
+        behind = token + int(content[token:].nonzero()[0]) if token < last else last
+        at = [int(each[token]) for each in (layout.grid, layout.row, layout.column)]
+        assert at == [int(layout.grid[behind]), 0 if token < last else rows - 1, columns]
+
+
 def test_a_packed_video_is_the_same_video(runtime: Runtime) -> None:
     (image,) = runtime.compress([video(84, 112, (0.0, 1.0), seed=7)], TENTH)
     again = unpack(pack(image))
