@@ -121,7 +121,7 @@ class Scheduler:
     def _encode(self, tasks: Sequence[Needing], answering: bool) -> None:
         """Begin to encode the first few pictures in one batch; the same picture of a tenant is encoded once.
 
-        A video is encoded by itself, so that no picture waits for all of its frames.
+        A video is encoded by itself: no picture of the same batch waits for its frames. What comes later does.
         """
         first = {(task.need.visual.identity, task.need.tenant): task for task in reversed(tasks)}
         batch = [task for task in tasks if task in first.values()]

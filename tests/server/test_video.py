@@ -272,12 +272,12 @@ def test_what_is_no_video(serve: Serve) -> None:
             list(stub.Chat(talk.ChatRequest(session=session.name, parts=[*together, talk.Part(text="see")])))
 
 
-def test_a_video_that_the_model_has_no_positions_for(serve: Serve, tmp_path: Path) -> None:
+def test_a_video_of_more_tokens_than_the_model_was_made_for(serve: Serve, tmp_path: Path) -> None:
     runtime = Runtime.load(SHAPES[0].save(tmp_path), kv_budget=16 << 20)
-    runtime.model.context = 12  # frames take four positions each
+    runtime.model.context = 12  # frames take four tokens each
     served = serve(runtime=runtime)
     with served.client.session() as session:
-        with pytest.raises(VideoRejected, match="4 frames take 17 positions, 4 each") as refused:
+        with pytest.raises(VideoRejected, match="4 frames take 17 tokens, some 4 each") as refused:
             session.add_video(sent(clip()).frames, seconds=SECONDS)
         assert refused.value.reason == "VIDEO_TOO_LONG" and set(refused.value.fields) == {"video"}
         with pytest.raises(VideoRejected) as refused:

@@ -236,6 +236,24 @@ class MultimodalModel(ABC):
             )
         return self._encode_video(video)
 
+    def check_length(self, video: Video, tokens: int) -> None:
+        """Refuse a video of so many ``tokens``, before the tower looks at it, where the decoder was made for fewer.
+
+        Positions of several axes may be fewer than tokens; then it is memory that such a video is refused for.
+
+        Raises:
+            VideoError: VIDEO_TOO_LONG.
+        """
+        if tokens > self.context:
+            frames = len(video.frames)
+            raise VideoError(
+                "VIDEO_TOO_LONG",
+                f"the {frames} frames take {tokens} tokens, some {tokens // frames} each, and the model was made for "
+                f"{self.context} in a whole conversation; send fewer or smaller ones",
+                frames=frames,
+                max_frames=self.context * frames // tokens,
+            )
+
     def _encode_video(self, video: Video) -> EncodedImage:
         raise NotImplementedError  # families with a mark for videos have it
 

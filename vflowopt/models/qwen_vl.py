@@ -147,6 +147,7 @@ class QwenVl(MultimodalModel):
         apart = self._positions_per_step(video)
         frames = self.resized_frames(video)
         steps, shape = len(frames) // self.step, (frames.shape[2] // self.patch, frames.shape[3] // self.patch)
+        self.check_length(video, steps * shape[0] * shape[1] // self.merge**2)
         together = max(_MOST_PATCHES // (shape[0] * shape[1]), 1)
         features, queries, keys = [], [], []
         for part in np.split(frames, range(together * self.step, len(frames), together * self.step)):

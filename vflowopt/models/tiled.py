@@ -22,7 +22,7 @@ from vflowopt.layout import TokenLayout
 from vflowopt.models.interface import MultimodalModel
 from vflowopt.models.tower import ClipTower, Tower
 from vflowopt.picture import Detail, Picture
-from vflowopt.video import Video, VideoError
+from vflowopt.video import Video
 
 SCORINGS = ("mean", "cls")
 """Whose attention says what matters: that of all patches, which is the paper's way, or that of the class token."""
@@ -118,15 +118,7 @@ class TiledModel(MultimodalModel):
         """Every frame is one tile, at which the tower looks by itself."""
         begun = time.perf_counter()
         layout = self._layout_of_frames(video)
-        if len(layout) > self.context:  # known before the tower has looked at any
-            per_frame = len(layout) // len(video.frames)
-            raise VideoError(
-                "VIDEO_TOO_LONG",
-                f"the {len(video.frames)} frames take {len(layout)} positions, {per_frame} each, and the model has "
-                f"{self.context} for the whole conversation; send fewer",
-                frames=len(video.frames),
-                max_frames=self.context // per_frame,
-            )
+        self.check_length(video, len(layout))
         frames = np.concatenate([self.tiles(frame.in_detail("low")) for frame in video.frames])
         projected, queries, keys, class_keys = [], [], [], []
         for first in range(0, len(frames), _MOST_FRAMES):

@@ -24,7 +24,7 @@ from vflowopt.packing import pack, unpack
 from vflowopt.picture import Picture
 from vflowopt.runtime import Runtime
 from vflowopt.strategy import Strategy
-from vflowopt.video import Video, VideoError, VideoLimits
+from vflowopt.video import Video, VideoError
 
 TINY: tuple[TinyModel, ...] = (SHAPES[0], SHAPES[3], *INTERNVL, *QWEN2_VL, *QWEN2_5_VL, *QWEN3_VL)
 
@@ -292,15 +292,18 @@ def test_many_frames_are_looked_at_a_few_at_a_time(runtime: Runtime, monkeypatch
     assert (apart.class_key is None) == (together.class_key is None)
 
 
-def test_more_frames_than_the_model_has_positions_are_refused_unseen(tmp_path: Path) -> None:
-    model = load_model(SHAPES[0].save(tmp_path))
-    frame = Picture.from_pixels(picture(20, 20, 1))
-    most = model.context // 4  # pooled to 2 x 2 tokens
-    clip = Video.of([frame] * (most + 1), range(most + 1), VideoLimits(max_frames=most + 1))
-    with pytest.raises(VideoError, match=f"{most + 1} frames take .* positions, 4 each") as refused:
+@pytest.mark.parametrize("tiny", [SHAPES[0], QWEN2_VL[0]], ids=lambda tiny: tiny.name)
+def test_more_tokens_than_the_model_was_made_for_are_refused_unseen(tiny: TinyModel, tmp_path: Path) -> None:
+    model = load_model(tiny.save(tmp_path))
+    clip = video(56, 56, (0.0, 1.0, 2.0, 3.0), seed=1)
+    tokens = len(model.encode_video(clip).layout)
+    model.context = tokens
+    model.encode_video(clip)
+    model.context = tokens - 1
+    with pytest.raises(VideoError, match=f"4 frames take {tokens} tokens, some {tokens // 4} each") as refused:
         model.encode_video(clip)
     assert refused.value.reason == "VIDEO_TOO_LONG"
-    assert refused.value.metadata == {"frames": str(most + 1), "max_frames": str(most)}
+    assert refused.value.metadata == {"frames": "4", "max_frames": "3"}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
