@@ -1,13 +1,19 @@
 """What a command measures strategies on."""
 
 import argparse
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from vflow.v1.strategies_pb2 import LiveTraffic
 from vflow_client.calibration import Sample
 from vflow_client.commands.whole_number import at_least
+from vflow_client.errors import PictureRejected
 from vflow_client.quantities import counted
 from vflow_client.sample_folder import QUESTIONS_FILE, load_samples
+
+_FIELD_OF_SAMPLE = re.compile(r"calibration\.samples\.samples\[(\d+)\]")
 
 
 def add_calibration_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -50,6 +56,22 @@ def calibration_of(arguments: argparse.Namespace) -> list[Sample] | LiveTraffic 
     if arguments.data is not None:
         return load_samples(arguments.data, pictures=arguments.pictures, questions=arguments.questions)
     return None if arguments.live is None else LiveTraffic(max_samples=arguments.live)
+
+
+@contextmanager
+def pictures_named(source: list[Sample] | LiveTraffic) -> Iterator[None]:
+    """Around a call that sends `source`: the service knows its pictures by their places, a person by their files.
+
+    Raises:
+        ValueError: the service takes one of the pictures for none; its file is named.
+    """
+    try:
+        yield
+    except PictureRejected as error:
+        sample = _FIELD_OF_SAMPLE.match(next(iter(error.fields), ""))
+        if sample is None or isinstance(source, LiveTraffic):
+            raise
+        raise ValueError(f"{source[int(sample[1])].image!s}: {error}") from error
 
 
 def describe_calibration(source: list[Sample] | LiveTraffic) -> str:

@@ -14,6 +14,7 @@ from vflow_client.commands.calibration_arguments import (
     add_calibration_arguments,
     calibration_of,
     describe_calibration,
+    pictures_named,
 )
 from vflow_client.commands.connection import add_connection_arguments, connected
 from vflow_client.commands.exit_code import DONE, FAILED, USAGE, complain, exit_code_of
@@ -99,14 +100,15 @@ def _search(client: Client, source: list[Sample] | LiveTraffic | None, arguments
     if arguments.follow is not None:
         return client.strategies.operation(arguments.follow)
     assert source is not None, "a search without data was refused"
-    search = client.strategies.retune(
-        arguments.budget,
-        source,
-        trials=arguments.trials,
-        seed=arguments.seed or 0,
-        base=arguments.base,
-        strategy_id=arguments.id or "",
-    )
+    with pictures_named(source):
+        search = client.strategies.retune(
+            arguments.budget,
+            source,
+            trials=arguments.trials,
+            seed=arguments.seed or 0,
+            base=arguments.base,
+            strategy_id=arguments.id or "",
+        )
     _say(f"{search.name}: budget {arguments.budget:.1%}, measured on {describe_calibration(source)}")
     return search
 

@@ -8,7 +8,7 @@ from google.protobuf.message import Message
 
 from vflow.v1.strategies_pb2 import Strategy
 from vflow_client.client import Client
-from vflow_client.commands.calibration_arguments import add_calibration_arguments, calibration_of
+from vflow_client.commands.calibration_arguments import add_calibration_arguments, calibration_of, pictures_named
 from vflow_client.commands.connection import add_connection_arguments, connected
 from vflow_client.commands.exit_code import DONE, exit_code_of
 from vflow_client.commands.message_json import as_json, print_json
@@ -78,7 +78,8 @@ def _rollback(client: Client, arguments: argparse.Namespace) -> None:
 def _compare(client: Client, arguments: argparse.Namespace) -> None:
     source = calibration_of(arguments)
     assert source is not None, "the parser requires one"
-    comparison = client.strategies.compare(arguments.first, arguments.second, source)
+    with pictures_named(source):
+        comparison = client.strategies.compare(arguments.first, arguments.second, source)
     _tell(comparison, describe_comparison, arguments)
 
 

@@ -126,6 +126,27 @@ def test_a_refusal_is_told_and_the_exit_code_is_1(vflow: Vflow, service: FakeSer
     assert (code, out) == (1, "") and "vflow retune --follow operations/other" in err
 
 
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [("Retune", ["retune", "--budget", 0.1]), ("CompareStrategies", ["strategies", "compare", "a", "b"])],
+)
+def test_a_picture_that_is_none_is_named(
+    vflow: Vflow, service: FakeService, data: Path, method: str, arguments: list[object]
+) -> None:
+    (data / "b.png").write_bytes(b"no picture")
+    with (data / "questions.jsonl").open("a") as questions:
+        questions.write('\n{"image": "b.png", "question": "What?"}')
+    service.refusals[method] = [
+        Refusal(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "PICTURE_NOT_AN_IMAGE",
+            fields={"calibration.samples.samples[1].image": "refused on purpose"},
+        )
+    ]
+    told = f"error: {data / 'b.png'}: PICTURE_NOT_AN_IMAGE: refused on purpose\n"
+    assert vflow(*arguments, "--data", data) == (2, "", told)
+
+
 def test_a_reader_that_leaves_early_is_no_mistake_of_ours(address: str) -> None:
     command = [sys.executable, "-m", "vflow_server", "strategies", "list", "--json", "--address", address]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
