@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
+import threading
+import weakref
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,6 +17,10 @@ from vflowopt.picture import Detail, Picture, PictureError, PictureLimits
 
 MOST_WAITING = 64
 """Pictures that may wait to be decoded. One that takes long to decode keeps others waiting, but not without end."""
+
+_LARGEST_IN_USE = 8
+"""Pixels decoded for all requests under way, as a multiple of what one picture may have; one request brings half of
+that at most."""
 
 _DIGEST = re.compile("[0-9a-f]{64}")
 _DETAILS: dict[int, Detail] = {
@@ -41,11 +47,19 @@ class PictureStore:
         )
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="vflow-picture")
         self._waiting = 0
+        self._decoded = _BytesAlive()
+        # What is held here, what live samples hold, and what requests do.
+        self._most_decoded = 2 * held_bytes + _LARGEST_IN_USE * 3 * limits.max_pixels
 
     @property
     def bytes_held(self) -> int:
         """Bytes of the decoded pictures that are held."""
         return self._held.bytes_held
+
+    @property
+    def bytes_decoded(self) -> int:
+        """Bytes of all decoded pictures that anything still has: requests under way, samples, and what is held."""
+        return self._decoded.total
 
     async def take(self, image: images_pb2.Image, field: str, tenant: str) -> Picture:
         """The picture that ``image``, at ``field`` of a request of ``tenant``, brings or stands for.
@@ -62,13 +76,19 @@ class PictureStore:
         """The same in high detail, whatever ``image`` says of it. It is not held if it was not.
 
         Raises:
-            ServiceError: too many wait to be decoded, it is not a picture within the limits, or its digest is
-                malformed or of none that is held.
+            ServiceError: too many wait to be decoded or are decoded already, it is not a picture within the limits, or
+                its digest is malformed or of none that is held.
         """
         if image.WhichOneof("source") == "digest":
             return self._by_digest(image.digest, field, tenant)
         if self._waiting >= MOST_WAITING:
             raise CapacityExhausted("picture_decoding", f"{MOST_WAITING} pictures wait to be decoded; retry later")
+        if (decoded := self.bytes_decoded) >= self._most_decoded:
+            raise CapacityExhausted(
+                "picture_decoding",
+                f"the pictures of the requests under way take {decoded} bytes; retry when some have ended",
+                metadata={"bytes": decoded, "max_bytes": self._most_decoded},
+            )
         loop = asyncio.get_running_loop()
         self._waiting += 1
         try:
@@ -76,11 +96,13 @@ class PictureStore:
                 digest = await loop.run_in_executor(self._threads, _sha256, image.data)
                 if (held := self._held.get((tenant, digest))) is not None:
                     return held
-            return await loop.run_in_executor(self._threads, Picture.decode, image.data, self.limits)
+            picture = await loop.run_in_executor(self._threads, Picture.decode, image.data, self.limits)
         except PictureError as error:
             raise InvalidRequest(error.reason, field, str(error), metadata=error.metadata) from error
         finally:
             self._waiting -= 1
+        self._decoded.add(picture)
+        return picture
 
     def hold(self, tenant: str, pictures: Collection[Picture]) -> None:
         """Hold ``pictures`` that ``tenant`` has sent, unless there is not even room for them without all others."""
@@ -128,3 +150,21 @@ def _detail(detail: int, field: str) -> Detail:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+class _BytesAlive:
+    """Bytes of the pixels of all pictures that anybody still has, whichever request, cache or thread that is."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._lock = threading.Lock()
+
+    def add(self, picture: Picture) -> None:
+        """Count ``picture``, until nobody has its pixels any more."""
+        nbytes = picture.pixels.nbytes
+        self._change(nbytes)
+        weakref.finalize(picture.pixels, self._change, -nbytes).atexit = False
+
+    def _change(self, nbytes: int) -> None:
+        with self._lock:
+            self.total += nbytes

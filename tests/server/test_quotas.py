@@ -169,6 +169,21 @@ def test_pictures_that_wait_to_be_decoded_are_bounded(served: Served, monkeypatc
     assert served.client.compress(png(60, 60)).receipt.digest
 
 
+def test_decoded_pictures_of_requests_under_way_are_bounded(serve: Serve) -> None:
+    served = serve(max_picture_pixels="2500", picture_memory="1")
+    store = served.service.pictures
+    in_use = [served.run(store.read(Image(data=png(50, 50, seed)), "image", "tenant")) for seed in range(9)]
+    with pytest.raises(CapacityExhausted, match="take 67500 bytes; retry") as refused:
+        served.client.compress(png(50, 50))
+    assert refused.value.metadata["resource"] == "picture_decoding" and refused.value.retry_after
+    overview = in_use[0].in_detail("low")  # another picture of the same pixels
+    in_use.clear()
+    assert served.client.compress(png(50, 50)).receipt.digest
+    assert store.bytes_decoded >= overview.pixels.nbytes
+    del overview
+    until(lambda: store.bytes_decoded == 0)
+
+
 def test_metadata_is_bounded(served: Served) -> None:
     call = "/grpc.health.v1.Health/Check"
     with grpc.insecure_channel(served.address) as channel:
