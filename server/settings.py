@@ -188,6 +188,13 @@ class Settings:
         for given, needed in (("tls_cert", "tls_key"), ("tls_key", "tls_cert"), ("tls_client_ca", "tls_cert")):
             if getattr(self, given) and not getattr(self, needed):
                 raise OptionError(f"{given} is set without {needed}; TLS needs a certificate and its key: set both")
+        if self.status_page and self.metrics_port is None:
+            raise OptionError("status_page is on without metrics_port, where the page would be: set that, too")
+        if self.status_page and not is_loopback(self.metrics_host):
+            raise OptionError(
+                f"status_page shows what users sent to whoever reaches metrics_host, which is {self.metrics_host!r}; "
+                "make that 127.0.0.1, or leave the page out"
+            )
         hosts = {"host": self.host, **({} if self.admin_port is None else {"admin_host": self.admin_host})}
         for name, host in hosts.items():
             if self.tokens is None and not self.insecure and not is_loopback(host):

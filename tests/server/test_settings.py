@@ -85,6 +85,21 @@ def test_a_file_that_cannot_be_used(tmp_path: Path, text: str, complaint: str) -
         load({}, {}, file)
 
 
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ({"status_page": "on"}, "status_page is on without metrics_port"),
+        ({"status_page": "on", "metrics_port": "0", "metrics_host": "0.0.0.0"}, "status_page shows what users sent"),
+        ({"tls_cert": "a.pem"}, "tls_cert is set without tls_key"),
+        ({"host": "0.0.0.0"}, "without tokens whoever reaches it"),
+    ],
+    ids=["no-port", "shown-to-all", "no-key", "open"],
+)
+def test_settings_that_do_not_go_together(flags: dict[str, str], complaint: str) -> None:
+    with pytest.raises(OptionError, match=complaint):
+        load(flags, {})
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="cannot be read"):
         load({}, {}, tmp_path / "none.toml")

@@ -179,7 +179,7 @@ def test_with_tokens_an_administrator_sees_its_own_tenant_alone(serve: Serve, pi
 
 def test_it_is_off_unless_asked_for_and_only_for_this_machine(serve: Serve) -> None:
     assert refused(serve(metrics_port="0"), "/")[0] == 404
-    with pytest.raises(ValueError, match="--status-page shows what users sent"):
+    with pytest.raises(ValueError, match="status_page shows what users sent"):
         serve(metrics_port="0", metrics_host="0.0.0.0", status_page="on")
 
 
