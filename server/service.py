@@ -87,6 +87,10 @@ class Service:
 
     def __init__(self, runtime: Runtime, settings: Settings) -> None:
         self.settings = settings
+        # What may be unusable is read before folders are taken that others could want.
+        self.access = Access(settings.tokens)
+        self.strategies = StrategyStore(runtime.layers, runtime.model.strategies, settings.stored("strategies.json"))
+        self.operations = OperationStore(settings.stored("operations.json"))
         self.metrics = Metrics()
         self.tracing = tracing_to(settings.otlp_endpoint)
         self.ledger = Ledger(self.metrics, self.tracing)
@@ -105,8 +109,6 @@ class Service:
             schedule=Scheduler(self.bench),
             on_death=self._engine_died,
         )
-        self.strategies = StrategyStore(runtime.layers, runtime.model.strategies, settings.stored("strategies.json"))
-        self.operations = OperationStore(settings.stored("operations.json"))
         self.retunes = Retunes(self.engine, self.bench, self.strategies, self.operations)
         self.live_samples = LiveSamples(settings.calibration_samples, settings.picture_memory)
         self.pictures = PictureStore(
@@ -154,7 +156,6 @@ class Service:
         """Set when the engine has died: nothing can be served any more."""
         self._loop = asyncio.get_running_loop()
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing from the stubs
-        self.access = Access(settings.tokens)
         self._listeners = self._listen()
         self.admin_port: int | None = None
         """Where the services for administrators listen, once they do, if that is a port of their own."""
