@@ -113,7 +113,7 @@ def measure(
         progress.update(len(batch))
     progress.close()
     if not seen:
-        raise ValueError("there are no pictures to ask about: --pictures must be at least 1, and --data not empty")
+        raise ValueError("there are no pictures to ask about: ask for one at least, and of a folder that is not empty")
     return ledger.rows(seen, contestants[0][0].name)
 
 
@@ -205,8 +205,7 @@ def _contestants(options: argparse.Namespace, runtime: Runtime) -> list[Contesta
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fidelity", description=__doc__.split("\n\n")[0])
     parser.add_argument("--pictures", type=int, default=400, help="how many, several questions each")
-    parser.add_argument("--turns", type=int, default=5, help="questions about each picture, at most")
-    parser.add_argument("--retention", type=_share, nargs="+", default=list(RETENTIONS), help="shares kept, 0 to 1")
+    add_asking_options(parser, RETENTIONS)
     parser.add_argument(
         "--compare",
         nargs="+",
@@ -225,14 +224,20 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default=model_path(), help="folder or hub id (default: the embedded model)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="number type")
+    parser.add_argument("--plot", type=Path, help="draw accuracy against retention here, as SVG")
+    return parser.parse_args(arguments)
+
+
+def add_asking_options(parser: argparse.ArgumentParser, retentions: Sequence[float]) -> None:
+    """Add the options that :func:`measure` reads, but for how many pictures, and those of every such comparison."""
+    parser.add_argument("--turns", type=int, default=5, help="questions about each picture, at most")
+    parser.add_argument("--retention", type=_share, nargs="+", default=list(retentions), help="shares kept, 0 to 1")
     parser.add_argument("--kv-budget", type=int, default=512, help="MiB for the KV cache")
     parser.add_argument("--batch", type=int, default=16, help="pictures that are talked about at the same time")
     parser.add_argument("--new-tokens", type=int, default=8, help="of an answer, at most")
     parser.add_argument("--seed", type=int, default=0, help="of generated pictures and of random pruning")
     parser.add_argument("--threads", type=int, help="threads of a CPU (default: torch decides)")
     parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--plot", type=Path, help="draw accuracy against retention here, as SVG")
-    return parser.parse_args(arguments)
 
 
 def _share(text: str) -> float:

@@ -12,20 +12,20 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.asked_pictures import AskedPicture, generated
-from benchmarks.fidelity import Contestant, measure
+from benchmarks.fidelity import Contestant, add_asking_options, measure
 from benchmarks.fidelity_rows import summary
 from benchmarks.rivals.divprune import DivPrune
 from benchmarks.rivals.method import Compressed, Method, Sight, keep_best
 from benchmarks.rivals.random_choice import RandomChoice
 from benchmarks.rivals.vflowopt import VFlowOpt, own
 from benchmarks.table import Row, render
+from vflowopt.cache import PoolExhausted
 from vflowopt.compression import EncodedImage, score
 from vflowopt.demo import model_path
 from vflowopt.diversity import diversified
@@ -102,12 +102,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     contestants = _contestants(options, runtime)
     rows: list[Row] = []
     for kind in KINDS:
-        of_kind = measure(
-            runtime,
-            clips(kind, options.seed, options.pictures, options.turns, options.frames),
-            contestants,
-            options,
-        )
+        shown = clips(kind, options.seed, options.pictures, options.turns, options.frames)
+        try:
+            of_kind = measure(runtime, shown, contestants, options)
+        except (PoolExhausted, ValueError) as error:
+            print(f"video: {error}", file=sys.stderr)
+            return 2
         print(f"\n{kind}: {options.pictures} clips of {options.frames} frames")
         print(render(summary(of_kind)), flush=True)
         rows += [{"clips": kind, **row} for row in of_kind]
@@ -131,14 +131,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="video", description=__doc__.split("\n\n")[0])
     parser.add_argument("--clips", dest="pictures", type=int, default=100, help="how many of each kind")
     parser.add_argument("--frames", type=int, default=8, help="of a clip")
-    parser.add_argument("--turns", type=int, default=5, help="questions about each clip, at most")
-    parser.add_argument("--retention", type=float, nargs="+", default=list(RETENTIONS), help="shares kept, 0 to 1")
-    parser.add_argument("--kv-budget", type=int, default=512, help="MiB for the KV cache")
-    parser.add_argument("--batch", type=int, default=16, help="clips that are talked about at the same time")
-    parser.add_argument("--new-tokens", type=int, default=8, help="of an answer, at most")
-    parser.add_argument("--seed", type=int, default=0, help="of the scenes, and of random pruning")
-    parser.add_argument("--threads", type=int, help="threads of a CPU (default: torch decides)")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    add_asking_options(parser, RETENTIONS)
     return parser.parse_args(arguments)
 
 

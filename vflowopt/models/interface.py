@@ -228,12 +228,7 @@ class MultimodalModel(ABC):
             PictureError: its processor cannot bring the frames to its shape.
         """
         if self.video_mark is None:
-            raise VideoError(
-                "VIDEO_UNSUPPORTED",
-                f"this {self.family} model takes no videos; show the frames as pictures, or serve a model of another "
-                "family (docs/models.md lists those that take videos)",
-                family=self.family,
-            )
+            raise self._takes_no_videos()
         return self._encode_video(video)
 
     def check_length(self, video: Video, tokens: int) -> None:
@@ -255,7 +250,16 @@ class MultimodalModel(ABC):
             )
 
     def _encode_video(self, video: Video) -> EncodedImage:
-        raise NotImplementedError  # families with a mark for videos have it
+        """What :meth:`encode_video` does, in families that have a mark for videos."""
+        raise self._takes_no_videos()
+
+    def _takes_no_videos(self) -> VideoError:
+        return VideoError(
+            "VIDEO_UNSUPPORTED",
+            f"this {self.family} model takes no videos; show the frames as pictures, or serve a model of another "
+            "family (docs/models.md lists those that take videos)",
+            family=self.family,
+        )
 
     @abstractmethod
     def encode(self, pictures: Sequence[Picture]) -> list[EncodedImage]:

@@ -14,7 +14,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optim
 from vflowopt.compression import EncodedImage
 from vflowopt.layout import TokenLayout, boxes_of, frames_layout
 from vflowopt.models.frame_text import with_text
-from vflowopt.models.tiled import TiledModel
+from vflowopt.models.tiled_video import TiledVideoModel
 from vflowopt.models.tower import Tower, split_heads
 from vflowopt.picture import Detail
 from vflowopt.video import Video
@@ -46,7 +46,7 @@ class InternVLTower(Tower):
         )
 
 
-class InternVL(TiledModel):
+class InternVL(TiledVideoModel):
     """A model of the family ``internvl``; see :class:`~vflowopt.models.tiled.TiledModel`.
 
     A picture's tokens begin and end with the tokens that mark it (``<img>`` and ``</img>``); they are structural. So

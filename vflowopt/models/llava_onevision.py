@@ -11,10 +11,11 @@ from transformers import LlavaOnevisionForConditionalGeneration
 
 from vflowopt.layout import TokenLayout, frames_layout
 from vflowopt.models.anyres import AnyResModel
+from vflowopt.models.tiled_video import TiledVideoModel
 from vflowopt.video import Video
 
 
-class LlavaOnevision(AnyResModel):
+class LlavaOnevision(TiledVideoModel, AnyResModel):
     """A model of the family ``llava_onevision``; see :class:`~vflowopt.models.tiled.TiledModel`.
 
     The tokens of a video's frames are pooled to half as many rows and columns; one newline ends them all.

@@ -22,13 +22,9 @@ from vflowopt.layout import TokenLayout
 from vflowopt.models.interface import MultimodalModel
 from vflowopt.models.tower import ClipTower, Tower
 from vflowopt.picture import Detail, Picture
-from vflowopt.video import Video
 
 SCORINGS = ("mean", "cls")
 """Whose attention says what matters: that of all patches, which is the paper's way, or that of the class token."""
-
-_MOST_FRAMES = 16
-"""Frames of a video that the tower looks at together: states of hundreds would take gigabytes."""
 
 
 class TiledModel(MultimodalModel):
@@ -94,7 +90,7 @@ class TiledModel(MultimodalModel):
                 query=query,
                 key=key,
                 scale=self.tower.scale,
-                pixels=_channels_last(seen),
+                pixels=channels_last(seen),
                 patch=self.patch,
                 arrange=partial(self._arrange, size),
                 encode_ms=milliseconds,
@@ -113,35 +109,6 @@ class TiledModel(MultimodalModel):
                 strict=True,
             )
         ]
-
-    def _encode_video(self, video: Video) -> EncodedImage:
-        """Every frame is one tile, at which the tower looks by itself."""
-        begun = time.perf_counter()
-        layout = self._layout_of_frames(video)
-        self.check_length(video, len(layout))
-        frames = np.concatenate([self.tiles(frame.in_detail("low")) for frame in video.frames])
-        projected, queries, keys, class_keys = [], [], [], []
-        for first in range(0, len(frames), _MOST_FRAMES):
-            features, query, key, class_key = self._look(frames[first : first + _MOST_FRAMES])
-            projected.append(self._project_frames(features))
-            queries.append(query)
-            keys.append(key)
-            class_keys += [] if class_key is None else [class_key]
-        return EncodedImage(
-            digest=video.digest,
-            embeddings=self._pack_frames(torch.cat(projected)),
-            layout=layout,
-            query=torch.cat(queries),
-            key=torch.cat(keys),
-            scale=self.tower.scale,
-            pixels=_channels_last(frames),
-            patch=self.patch,
-            arrange=self._arrange_frames,
-            encode_ms=self.milliseconds_since(begun),
-            class_key=torch.cat(class_keys) if class_keys else None,
-            merge=self.merge,
-            frames=len(video.frames),
-        )
 
     def _look(self, tiles: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Features [tiles, patches, channels] of 8-bit tiles; queries, keys and the class token's key to score by."""
@@ -209,22 +176,6 @@ class TiledModel(MultimodalModel):
         projected: Tensor = self.network.model.multi_modal_projector(features)
         return projected
 
-    def _project_frames(self, features: Tensor) -> Tensor:
-        """The same for some frames of a video; a family that pools them does it here, before more are looked at."""
-        return self._project(features)
-
-    def _pack_frames(self, projected: Tensor) -> Tensor:
-        """A video's tokens [frames, tokens, hidden], in the order in which the decoder reads them: [N, hidden]."""
-        raise NotImplementedError  # families with a mark for videos have it
-
-    def _arrange_frames(self, values: Tensor) -> Tensor:
-        """A video's values per patch, [frames, patches], through the same: [N]."""
-        raise NotImplementedError
-
-    def _layout_of_frames(self, video: Video) -> TokenLayout:
-        """Where the tokens of a video come from; each frame is a grid."""
-        raise NotImplementedError
-
     @abstractmethod
     def _pack(self, projected: Tensor, size: Sequence[int]) -> Tensor:
         """One picture's tokens [tiles, tokens, hidden], in the order in which the decoder reads them: [N, hidden]."""
@@ -234,6 +185,6 @@ class TiledModel(MultimodalModel):
         """One picture's values per patch, [tiles, patches], through the same: [N]."""
 
 
-def _channels_last(tiles: np.ndarray) -> Tensor:
+def channels_last(tiles: np.ndarray) -> Tensor:
     """[tiles, 3, height, width] to uint8 [tiles, height, width, 3]."""
     return torch.from_numpy(np.ascontiguousarray(tiles.transpose(0, 2, 3, 1)))

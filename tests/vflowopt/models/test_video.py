@@ -283,7 +283,7 @@ def test_what_importance_says_of_a_video_is_compressed(runtime: Runtime) -> None
 def test_many_frames_are_looked_at_a_few_at_a_time(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     clip = video(84, 112, (0.0, 1.0, 2.0, 3.0, 4.0), seed=10)
     together = runtime.model.encode_video(clip)
-    monkeypatch.setattr("vflowopt.models.tiled._MOST_FRAMES", 2)
+    monkeypatch.setattr("vflowopt.models.tiled_video._MOST_FRAMES", 2)
     monkeypatch.setattr("vflowopt.models.qwen_vl._MOST_PATCHES", 1)
     apart = runtime.model.encode_video(clip)
     for name in ("embeddings", "query", "key"):
