@@ -83,12 +83,6 @@ class PictureStore:
             return self._by_digest(image.digest, field, tenant)
         if self._waiting >= MOST_WAITING:
             raise CapacityExhausted("picture_decoding", f"{MOST_WAITING} pictures wait to be decoded; retry later")
-        if (decoded := self.bytes_decoded) >= self._most_decoded:
-            raise CapacityExhausted(
-                "picture_decoding",
-                f"the pictures of the requests under way take {decoded} bytes; retry when some have ended",
-                metadata={"bytes": decoded, "max_bytes": self._most_decoded},
-            )
         loop = asyncio.get_running_loop()
         self._waiting += 1
         try:
@@ -96,13 +90,11 @@ class PictureStore:
                 digest = await loop.run_in_executor(self._threads, _sha256, image.data)
                 if (held := self._held.get((tenant, digest))) is not None:
                     return held
-            picture = await loop.run_in_executor(self._threads, Picture.decode, image.data, self.limits)
+            return await loop.run_in_executor(self._threads, self._decode, image.data)
         except PictureError as error:
             raise InvalidRequest(error.reason, field, str(error), metadata=error.metadata) from error
         finally:
             self._waiting -= 1
-        self._decoded.add(picture)
-        return picture
 
     def hold(self, tenant: str, pictures: Collection[Picture]) -> None:
         """Hold ``pictures`` that ``tenant`` has sent, unless there is not even room for them without all others."""
@@ -117,6 +109,18 @@ class PictureStore:
     def close(self) -> None:
         """End the threads."""
         self._threads.shutdown(cancel_futures=True)
+
+    def _decode(self, data: bytes) -> Picture:
+        """Decode in one of the threads, where all that was decoded before is counted already."""
+        if (decoded := self.bytes_decoded) >= self._most_decoded:
+            raise CapacityExhausted(
+                "picture_decoding",
+                f"the pictures of the requests under way take {decoded} bytes; retry when some have ended",
+                metadata={"bytes": decoded, "max_bytes": self._most_decoded},
+            )
+        picture = Picture.decode(data, self.limits)
+        self._decoded.add(picture)
+        return picture
 
     def _by_digest(self, digest: str, field: str, tenant: str) -> Picture:
         if not _DIGEST.fullmatch(digest):

@@ -1,5 +1,6 @@
 """Quotas over a real channel: what one tenant may have and do, whatever room there is, and what others notice of it."""
 
+import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from vflow_server.access import guard
 from vflow_server.caches import pictures
 from vflow_server.servicers import conversations
 from vflow_server.servicers.quotas import Allowance
+from vflowopt.picture import Picture
 
 
 @contextmanager
@@ -182,6 +184,21 @@ def test_decoded_pictures_of_requests_under_way_are_bounded(serve: Serve) -> Non
     assert store.bytes_decoded >= overview.pixels.nbytes
     del overview
     until(lambda: store.bytes_decoded == 0)
+
+
+def test_requests_that_come_together_are_bounded_together(serve: Serve) -> None:
+    served = serve(max_picture_pixels="2500", picture_memory="1")
+    store = served.service.pictures
+
+    async def all_at_once() -> list[object]:
+        reads = [store.read(Image(data=png(50, 50, seed)), "image", "tenant") for seed in range(20)]
+        return list(await asyncio.gather(*reads, return_exceptions=True))
+
+    outcomes = served.run(all_at_once())
+    taken = [each for each in outcomes if isinstance(each, Picture)]
+    # Eight of the largest, and what the second thread began while the first was at the last of them.
+    assert 9 <= len(taken) <= 10
+    assert all(getattr(each, "reason", "") == "CAPACITY_EXHAUSTED" for each in outcomes if each not in taken)
 
 
 def test_metadata_is_bounded(served: Served) -> None:
