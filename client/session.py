@@ -73,6 +73,7 @@ class Session:
             What the video cost, and what its compression saved; `kept_by_frame` tells how the frames share it.
 
         Raises:
+            TypeError, ValueError: it is not clear what the frames are, or when they were seen.
             PictureRejected: a frame is not a picture that the service takes.
             VideoRejected: the frames are not a video that the service takes.
             VideoUnsupported: the service's model takes no videos.
