@@ -33,7 +33,7 @@ test: lint ## lint, type-check and run all tests but the long ones
 test-long: setup ## run the long tests
 	$(BIN)/python -m pytest -m long
 
-lint: setup build/modules ## ruff and mypy
+lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
@@ -41,13 +41,6 @@ lint: setup build/modules ## ruff and mypy
 format: setup ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-
-# The folders whose import names differ, under those, for mypy.
-build/modules:
-	mkdir -p $@
-	ln -sfn ../../client $@/vflow_client
-	ln -sfn ../../client/generated/vflow $@/vflow
-	ln -sfn ../../server $@/vflow_server
 
 serve: setup ## run the service with the embedded model in the foreground
 	$(BIN)/vflow serve
@@ -68,13 +61,13 @@ fidelity: setup ## ask 2,000 questions of VFlowOpt, its rivals and itself withou
 	$(BIN)/python -m benchmarks.video --clips 150 --json build/fidelity/video.json
 
 demo-model: setup ## train the embedded model anew
-	$(BIN)/python -m vflowopt.demo.train
+	$(BIN)/python -m demo_model.train
 
 demo-eval: setup ## evaluate the embedded model on held-out pictures
-	$(BIN)/python -m vflowopt.demo.evaluate
+	$(BIN)/python -m demo_model.evaluate
 
 image-check: ## build the container image without Docker and hold a conversation with it (root, buildah, debootstrap)
 	deploy/image-check.sh
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) build client/generated client/build *.egg-info client/*.egg-info
+	rm -rf $(VENV) build client/vflow_client/v1 client/build *.egg-info client/*.egg-info

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vflowopt.conversation import Conversation, Item
-from vflowopt.runtime import Runtime
+from vflowopt.runtime.model_runner import Runtime
+from vflowopt.runtime.sequence import Conversation, Item
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vflowopt.demo.questions import held_out
-from vflowopt.picture import Picture
-from vflowopt.video import Visual
+from demo_model.questions import held_out
+from vflowopt.media.picture import Picture
+from vflowopt.media.video import Visual
 
 QUESTIONS_FILE = "questions.jsonl"
 _HELD_OUT_SEED = 7_000_000

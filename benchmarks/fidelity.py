@@ -29,14 +29,14 @@ from benchmarks.line_chart import line_chart
 from benchmarks.rivals import Compressed, Method, Sight, rivals
 from benchmarks.rivals.vflowopt import VFlowOpt, ablations, curves, own
 from benchmarks.table import Row, render
-from vflowopt.cache import PoolExhausted
-from vflowopt.compression import EncodedImage
+from vflowopt.compression.pipeline import EncodedImage
+from vflowopt.compression.strategy import Strategy
 from vflowopt.demo import model_path
+from vflowopt.media.video import Video, Visual
 from vflowopt.models import ModelError, MultimodalModel
 from vflowopt.models.loading import DTYPES
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
-from vflowopt.video import Video, Visual
+from vflowopt.runtime.cache import PoolExhausted
+from vflowopt.runtime.model_runner import Runtime
 
 RETENTIONS = (0.5, 0.25, 0.1, 0.05)
 FULL = "full"

@@ -22,12 +22,12 @@ from benchmarks.device import DevicePeak, measure_peak, median_ms, seconds
 from benchmarks.random_model import GEOMETRIES, write_random_model
 from benchmarks.table import Row, publish
 from benchmarks.workload import decoder_weights, prefill_flops, tower_flops
-from vflowopt.compression import EncodedImage, choose, score
-from vflowopt.conversation import Conversation
+from vflowopt.compression.pipeline import EncodedImage, choose, score
+from vflowopt.compression.strategy import Strategy
+from vflowopt.media.picture import Picture
 from vflowopt.models.loading import DTYPES
-from vflowopt.picture import Picture
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
+from vflowopt.runtime.model_runner import Runtime
+from vflowopt.runtime.sequence import Conversation
 
 BUDGETS = (1.0, 0.5, 0.25, 0.1)
 QUESTION_TOKENS = 32

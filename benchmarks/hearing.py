@@ -9,8 +9,8 @@ from itertools import zip_longest
 from benchmarks.answering import Reply, reply
 from benchmarks.asked_pictures import Asked
 from benchmarks.rivals import Compressed
-from vflowopt.conversation import Conversation
-from vflowopt.runtime import Runtime
+from vflowopt.runtime.model_runner import Runtime
+from vflowopt.runtime.sequence import Conversation
 
 SINGLE = "single"
 """The turn of a question that is asked alone."""

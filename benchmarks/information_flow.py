@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vflowopt.attention import Plan
-from vflowopt.calibration import Calibration
-from vflowopt.compression import compress
-from vflowopt.conversation import Item
-from vflowopt.decoder import Decoder
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
+from vflowopt.compression.pipeline import compress
+from vflowopt.compression.strategy import Strategy
+from vflowopt.runtime.attention import Plan
+from vflowopt.runtime.decoder import Decoder
+from vflowopt.runtime.model_runner import Runtime
+from vflowopt.runtime.sequence import Item
+from vflowopt.search.calibration import Calibration
 
 
 def information_flow(

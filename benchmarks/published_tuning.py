@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vflowopt.calibration import Sample
-from vflowopt.compression import EncodedImage, compress
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
+from vflowopt.compression.pipeline import EncodedImage, compress
+from vflowopt.compression.strategy import Strategy
+from vflowopt.runtime.model_runner import Runtime
+from vflowopt.search.calibration import Sample
 
 
 @torch.inference_mode()

@@ -16,11 +16,11 @@ from benchmarks.device import median_ms
 from benchmarks.geometry import PICTURE_SIDE, random_picture
 from benchmarks.random_model import GEOMETRIES, write_random_model
 from benchmarks.table import Row, publish
-from vflowopt.compression import EncodedImage, choose, score
+from vflowopt.compression.pipeline import EncodedImage, choose, score
+from vflowopt.compression.strategy import Strategy
+from vflowopt.media.picture import Picture
 from vflowopt.models.interface import MultimodalModel
 from vflowopt.models.loading import DTYPES, load_model
-from vflowopt.picture import Picture
-from vflowopt.strategy import Strategy
 
 BUDGETS = (0.5, 0.25, 0.1)
 

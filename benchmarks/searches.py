@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.table import Row
-from vflowopt.calibration import Calibration, Comparison
-from vflowopt.proposal import Sampler
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
-from vflowopt.tuning import Trial, Tuner
+from vflowopt.compression.strategy import Strategy
+from vflowopt.runtime.model_runner import Runtime
+from vflowopt.search.calibration import Calibration, Comparison
+from vflowopt.search.proposal import Sampler
+from vflowopt.search.tuner import Trial, Tuner
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from vflowopt.demo.questions import ask
-from vflowopt.demo.scene import generate
+from demo_model.questions import ask
+from demo_model.scene import generate
 
 SIDE = 448
 """Pixels of a picture's sides."""

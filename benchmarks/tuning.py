@@ -26,16 +26,16 @@ from benchmarks.line_chart import line_chart
 from benchmarks.published_tuning import published_cosine
 from benchmarks.searches import Search, objective, row, search
 from benchmarks.table import Row, render
-from vflowopt.cache import PoolExhausted
-from vflowopt.calibration import Calibration, Sample
+from demo_model.questions import held_out
+from vflowopt.compression.strategy import PUBLISHED, Strategy
 from vflowopt.demo import model_path
-from vflowopt.demo.questions import held_out
+from vflowopt.media.picture import Picture
 from vflowopt.models import ModelError
 from vflowopt.models.loading import DTYPES
-from vflowopt.picture import Picture
-from vflowopt.proposal import Sampler
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import PUBLISHED, Strategy
+from vflowopt.runtime.cache import PoolExhausted
+from vflowopt.runtime.model_runner import Runtime
+from vflowopt.search.calibration import Calibration, Sample
+from vflowopt.search.proposal import Sampler
 
 SAMPLERS: tuple[Sampler, ...] = ("gp", "tpe", "random")
 

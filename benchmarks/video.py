@@ -25,14 +25,14 @@ from benchmarks.rivals.method import Compressed, Method, Sight, keep_best
 from benchmarks.rivals.random_choice import RandomChoice
 from benchmarks.rivals.vflowopt import VFlowOpt, own
 from benchmarks.table import Row, render
-from vflowopt.cache import PoolExhausted
-from vflowopt.compression import EncodedImage, score
+from vflowopt.compression.diversity import diversified
+from vflowopt.compression.pipeline import EncodedImage, score
+from vflowopt.compression.strategy import Strategy
 from vflowopt.demo import model_path
-from vflowopt.diversity import diversified
-from vflowopt.picture import Picture
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
-from vflowopt.video import Video
+from vflowopt.media.picture import Picture
+from vflowopt.media.video import Video
+from vflowopt.runtime.cache import PoolExhausted
+from vflowopt.runtime.model_runner import Runtime
 
 KINDS = ("once", "still")
 RETENTIONS = (0.25, 0.1, 0.05)

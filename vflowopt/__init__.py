@@ -1,7 +1,7 @@
 """Visual token compression for large multimodal models, chosen without looking at the question (VFlowOpt)."""
 
-from vflowopt.picture import Picture, PictureError, PictureLimits
-from vflowopt.strategy import Strategy, StrategyError
+from vflowopt.compression.strategy import Strategy, StrategyError
+from vflowopt.media.picture import Picture, PictureError, PictureLimits
 
 __version__ = "0.1.0"
 

@@ -11,17 +11,17 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.rivals.method import Compressed, Method, Sight, single_stage, tokens_kept
-from vflowopt.compression import CompressedImage, CompressionTimings, choose
-from vflowopt.layout import TokenLayout
+from vflowopt.compression.layout import TokenLayout
+from vflowopt.compression.pipeline import CompressedImage, CompressionTimings, choose
+from vflowopt.compression.strategy import Strategy
+from vflowopt.media.picture import Picture
 from vflowopt.models import MultimodalModel
 from vflowopt.models.anyres import AnyResModel
 from vflowopt.models.llava import Llava
 from vflowopt.models.mistral3 import Mistral3
 from vflowopt.models.qwen_vl import QwenVl
 from vflowopt.models.tiled import TiledModel
-from vflowopt.picture import Picture
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
+from vflowopt.runtime.model_runner import Runtime
 
 _DISTORTION = 1.2
 """How far the shape of the small picture may be from the picture's own: sides are whole numbers of patches."""

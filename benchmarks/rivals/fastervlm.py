@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.rivals.method import ScoringMethod, Sight
-from vflowopt.compression import EncodedImage
-from vflowopt.importance import received_attention
-from vflowopt.runtime import Runtime
+from vflowopt.compression.importance import received_attention
+from vflowopt.compression.pipeline import EncodedImage
+from vflowopt.runtime.model_runner import Runtime
 
 
 class FasterVlm(ScoringMethod):

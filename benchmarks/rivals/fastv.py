@@ -9,8 +9,8 @@ from torch import Tensor
 
 from benchmarks.rivals.method import Compressed, Method, Sight, keep_best, single_stage
 from benchmarks.rivals.prompt_pass import PromptPass
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
+from vflowopt.compression.strategy import Strategy
+from vflowopt.runtime.model_runner import Runtime
 
 FILTER_LAYER = 2
 """Layers that run on all tokens, K in the paper."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vflowopt.compression import EncodedImage
+from vflowopt.compression.pipeline import EncodedImage
 
 
 def content_similarity(encoded: EncodedImage) -> tuple[Tensor, Tensor]:

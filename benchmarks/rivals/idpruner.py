@@ -6,8 +6,8 @@ from torch import Tensor
 
 from benchmarks.rivals.fastervlm import attention_received
 from benchmarks.rivals.method import ScoringMethod, Sight
-from vflowopt.diversity import diversified
-from vflowopt.runtime import Runtime
+from vflowopt.compression.diversity import diversified
+from vflowopt.runtime.model_runner import Runtime
 
 
 class IdPruner(ScoringMethod):

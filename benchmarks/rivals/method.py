@@ -9,12 +9,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vflowopt.compression import CompressedImage, EncodedImage, choose
+from vflowopt.compression.pipeline import CompressedImage, EncodedImage, choose
+from vflowopt.compression.pruning import stage_targets
+from vflowopt.compression.strategy import Strategy
+from vflowopt.media.video import Visual
 from vflowopt.models import MultimodalModel
-from vflowopt.pruning import stage_targets
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
-from vflowopt.video import Visual
+from vflowopt.runtime.model_runner import Runtime
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vflowopt.attention import AttentionPlan
-from vflowopt.compression import CompressedImage, EncodedImage, choose
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
+from vflowopt.compression.pipeline import CompressedImage, EncodedImage, choose
+from vflowopt.compression.strategy import Strategy
+from vflowopt.runtime.attention import AttentionPlan
+from vflowopt.runtime.model_runner import Runtime
 
 
 class PromptPass:

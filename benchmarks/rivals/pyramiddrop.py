@@ -9,9 +9,9 @@ import torch
 
 from benchmarks.rivals.method import Compressed, Method, Sight, keep_best
 from benchmarks.rivals.prompt_pass import PromptPass
-from vflowopt.pruning import stage_targets
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy, thirds
+from vflowopt.compression.pruning import stage_targets
+from vflowopt.compression.strategy import Strategy, thirds
+from vflowopt.runtime.model_runner import Runtime
 
 STAGES = 4
 RATIO = 0.5

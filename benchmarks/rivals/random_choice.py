@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.rivals.method import ScoringMethod, Sight
-from vflowopt.runtime import Runtime
+from vflowopt.runtime.model_runner import Runtime
 
 
 class RandomChoice(ScoringMethod):

@@ -8,7 +8,7 @@ from torch import Tensor
 from benchmarks.rivals.fastervlm import attention_received
 from benchmarks.rivals.greedy import content_similarity, scores_of_order
 from benchmarks.rivals.method import ScoringMethod, Sight
-from vflowopt.runtime import Runtime
+from vflowopt.runtime.model_runner import Runtime
 
 
 class Scope(ScoringMethod):

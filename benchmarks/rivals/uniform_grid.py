@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.rivals.method import Compressed, Method, Sight, content_kept, keep_best, single_stage
-from vflowopt.layout import TokenLayout
-from vflowopt.runtime import Runtime
+from vflowopt.compression.layout import TokenLayout
+from vflowopt.runtime.model_runner import Runtime
 
 
 class UniformGrid(Method):

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.rivals.method import Compressed, Method, Sight
-from vflowopt.compression import CompressedImage, CompressionTimings, EncodedImage, compress, score
-from vflowopt.diversity import diversified
-from vflowopt.pruning import stage_targets
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import PUBLISHED, Strategy
+from vflowopt.compression.diversity import diversified
+from vflowopt.compression.pipeline import CompressedImage, CompressionTimings, EncodedImage, compress, score
+from vflowopt.compression.pruning import stage_targets
+from vflowopt.compression.strategy import PUBLISHED, Strategy
+from vflowopt.runtime.model_runner import Runtime
 
 Change = Callable[[Strategy], Strategy]
 

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from benchmarks.rivals.fastervlm import attention_received
 from benchmarks.rivals.method import Compressed, Method, Sight, content_kept, keep_best, single_stage
-from vflowopt.compression import EncodedImage
-from vflowopt.runtime import Runtime
+from vflowopt.compression.pipeline import EncodedImage
+from vflowopt.runtime.model_runner import Runtime
 
 CONTEXTUAL = 10 / 64
 """Share of contextual tokens: 54 dominant and 10 contextual of 64 in the paper."""

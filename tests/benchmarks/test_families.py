@@ -12,12 +12,12 @@ from benchmarks.rivals.pyramiddrop import PyramidDrop
 from benchmarks.rivals.vflowopt import VFlowOpt, ablations
 from tests.vflowopt.models.matrix import ONE_EACH, TinyModel
 from tests.vflowopt.talk import picture
-from vflowopt.calibration import Calibration, Comparison, Sample
+from vflowopt.compression.strategy import Strategy
+from vflowopt.media.picture import Picture
 from vflowopt.models import FAMILIES
-from vflowopt.picture import Picture
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
-from vflowopt.tuning import Trial, Tuner
+from vflowopt.runtime.model_runner import Runtime
+from vflowopt.search.calibration import Calibration, Comparison, Sample
+from vflowopt.search.tuner import Trial, Tuner
 
 QUESTION = "What is in the picture?"
 OVERSHOOTING = {"vflowopt-published-reserve", "vflowopt-lean-rows"}

@@ -14,7 +14,7 @@ from benchmarks.asked_pictures import Asked, from_folder, generated
 from benchmarks.bootstrap import Bootstrap, interval, verdict
 from benchmarks.fidelity_rows import Ledger, Mark, compare, summary
 from benchmarks.line_chart import line_chart
-from vflowopt.strategy import Strategy
+from vflowopt.compression.strategy import Strategy
 
 KEYS = {"method", "retention", "turn", "accuracy", "low", "high", "agreement", "kv_bytes", "cosine", "kl_divergence"}
 

@@ -13,8 +13,8 @@ from benchmarks import geometry, scoring
 from benchmarks.device import DevicePeak, best_seconds, median_ms
 from benchmarks.random_model import GEOMETRIES
 from benchmarks.workload import decoder_weights, prefill_flops, tower_flops
+from vflowopt.compression.strategy import Strategy
 from vflowopt.demo import model_path
-from vflowopt.strategy import Strategy
 
 
 def on_meta(config: LlavaOnevisionConfig) -> Any:

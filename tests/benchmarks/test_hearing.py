@@ -13,8 +13,8 @@ from benchmarks.rivals.fastv import FastV
 from benchmarks.rivals.vflowopt import VFlowOpt
 from tests.vflowopt.talk import picture
 from tests.vflowopt.tiny_models import SHAPES, save
-from vflowopt.picture import Picture
-from vflowopt.runtime import Runtime
+from vflowopt.media.picture import Picture
+from vflowopt.runtime.model_runner import Runtime
 
 LONGEST = 3
 ASKED = [(Asked("What is it?", "a"), Asked("Where?", "b"), Asked("7 x 8", "c")), (Asked("How many are there?", "d"),)]

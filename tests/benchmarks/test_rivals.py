@@ -23,10 +23,10 @@ from benchmarks.rivals.vflowopt import LeanRows, VFlowOpt, ablations, curves, ow
 from benchmarks.rivals.visionzip import CONTEXTUAL, VisionZip
 from tests.vflowopt.talk import picture
 from tests.vflowopt.tiny_models import SHAPES, save
+from vflowopt.compression.strategy import Strategy
+from vflowopt.media.picture import Picture
 from vflowopt.models.llava_onevision import LlavaOnevision
-from vflowopt.picture import Picture
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
+from vflowopt.runtime.model_runner import Runtime
 
 RETENTIONS = (1.0, 0.5, 0.25, 0.3, 0.15)
 METHODS = [*rivals(0), VFlowOpt(), *ablations(VFlowOpt(), 6)]

@@ -11,13 +11,13 @@ from benchmarks.information_flow import information_flow
 from benchmarks.line_chart import line_chart
 from benchmarks.published_tuning import published_cosine
 from benchmarks.searches import Search
-from vflowopt.calibration import Calibration, Sample
+from demo_model.questions import held_out
+from vflowopt.compression.strategy import Strategy
 from vflowopt.demo import model_path
-from vflowopt.demo.questions import held_out
-from vflowopt.picture import Picture
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
-from vflowopt.tuning import Trial
+from vflowopt.media.picture import Picture
+from vflowopt.runtime.model_runner import Runtime
+from vflowopt.search.calibration import Calibration, Sample
+from vflowopt.search.tuner import Trial
 
 
 @pytest.fixture(scope="module")

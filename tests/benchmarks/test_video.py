@@ -10,8 +10,8 @@ from benchmarks import video
 from benchmarks.rivals import Sight
 from benchmarks.rivals.vflowopt import own
 from vflowopt.demo import model_path
-from vflowopt.runtime import Runtime
-from vflowopt.video import Video
+from vflowopt.media.video import Video
+from vflowopt.runtime.model_runner import Runtime
 
 
 def test_rows_at_the_smallest_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

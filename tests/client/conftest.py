@@ -9,9 +9,9 @@ from google.longrunning import operations_pb2_grpc
 
 import vflow_client
 from tests.client.fake_service import FakeService
-from vflow.v1 import compression_pb2_grpc, conversations_pb2_grpc, strategies_pb2_grpc
 from vflow_client import retune
 from vflow_client.aio import retune as aio_retune
+from vflow_client.v1 import compression_pb2_grpc, conversations_pb2_grpc, strategies_pb2_grpc
 
 QUICK = vflow_client.RetryPolicy(attempts=3, first_delay=0.01, longest_delay=0.02)
 

@@ -3,7 +3,7 @@
 from google.longrunning.operations_pb2 import Operation
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
-from vflow.v1.strategies_pb2 import Provenance, RetuneMetadata, RetuneResponse, Strategy, Trial
+from vflow_client.v1.strategies_pb2 import Provenance, RetuneMetadata, RetuneResponse, Strategy, Trial
 
 OBJECTIVES = (0.91, 0.88, 0.95, 0.93)
 STOPPED_EARLY = 1

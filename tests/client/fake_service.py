@@ -12,9 +12,9 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from tests.client.fake_search import FakeSearch, found_strategy
-from vflow.v1 import compression_pb2_grpc, conversations_pb2_grpc, strategies_pb2_grpc
-from vflow.v1.compression_pb2 import CompressImageResponse
-from vflow.v1.conversations_pb2 import (
+from vflow_client.v1 import compression_pb2_grpc, conversations_pb2_grpc, strategies_pb2_grpc
+from vflow_client.v1.compression_pb2 import CompressImageResponse
+from vflow_client.v1.conversations_pb2 import (
     AddImageResponse,
     AddVideoResponse,
     ChatResponse,
@@ -25,8 +25,8 @@ from vflow.v1.conversations_pb2 import (
     TurnReceipt,
     Usage,
 )
-from vflow.v1.images_pb2 import ImageReceipt
-from vflow.v1.strategies_pb2 import (
+from vflow_client.v1.images_pb2 import ImageReceipt
+from vflow_client.v1.strategies_pb2 import (
     ComparedStrategy,
     CompareStrategiesResponse,
     ListStrategiesResponse,

@@ -13,8 +13,8 @@ import pytest
 from google.rpc import code_pb2
 
 from tests.client.fake_service import FakeService, Refusal
-from vflow.v1.strategies_pb2 import RetuneMetadata
 from vflow_client.commands import progress
+from vflow_client.v1.strategies_pb2 import RetuneMetadata
 from vflow_server.cli import main
 
 Vflow = Callable[..., tuple[int, str, str]]

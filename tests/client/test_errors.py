@@ -8,8 +8,8 @@ import pytest
 
 import vflow_client
 from tests.client.fake_service import FakeService, Refusal
-from vflow.v1.errors_pb2 import ErrorReason
 from vflow_client import errors
+from vflow_client.v1.errors_pb2 import ErrorReason
 
 
 def fail(client: vflow_client.Client, service: FakeService, refusal: Refusal) -> vflow_client.VFlowError:

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vflow.v1.strategies_pb2 import Trial
 from vflow_client.commands.objective_chart import best_until, objective_chart
+from vflow_client.v1.strategies_pb2 import Trial
 
 OBJECTIVES = st.floats(-1, 1)
 

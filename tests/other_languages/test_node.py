@@ -12,7 +12,7 @@ from tests.repository.source import ROOT
 from tests.server.drawing import png
 from tests.server.served import Served
 from tests.vflowopt.tiny_models import SHAPES, save
-from vflowopt.runtime import Runtime
+from vflowopt.runtime.model_runner import Runtime
 
 HERE = Path(__file__).parent
 QUESTIONS = ("What is this?", "Why?")

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def python_files(folder: str) -> list[Path]:
     """The Python files of a folder that are written by hand."""
-    return [path for path in sorted((ROOT / folder).rglob("*.py")) if not {"generated", "build"} & set(path.parts)]
+    return [path for path in sorted((ROOT / folder).rglob("*.py")) if not {"v1", "build"} & set(path.parts)]
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -28,7 +28,7 @@ def test_targets_are_phony() -> None:
 
 
 def test_the_scripts_that_targets_run_exist() -> None:
-    modules = re.findall(r"python -m ((?:vflowopt|benchmarks)\S+)", MAKEFILE)
+    modules = re.findall(r"python -m ((?:demo_model|benchmarks)\S+)", MAKEFILE)
     assert modules
     for module in modules:
         assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module

@@ -7,7 +7,7 @@ import pytest
 from google.protobuf.descriptor import FileDescriptor
 
 from tests.repository.source import ROOT
-from vflow.v1 import compression_pb2, conversations_pb2, errors_pb2, images_pb2, strategies_pb2
+from vflow_client.v1 import compression_pb2, conversations_pb2, errors_pb2, images_pb2, strategies_pb2
 
 FILES = sorted((ROOT / "proto" / "vflow" / "v1").glob("*.proto"))
 STUBS = [compression_pb2, conversations_pb2, errors_pb2, images_pb2, strategies_pb2]

@@ -1,4 +1,4 @@
-"""Imports point down only: server -> library, stubs; client -> stubs; library -> torch; in server/, room by room."""
+"""Imports point down only: service -> library, stubs; client -> stubs; library -> torch; and package by package."""
 
 import ast
 import sys
@@ -9,20 +9,30 @@ from tests.repository.source import ROOT, imports, python_files
 
 STANDARD = set(sys.stdlib_module_names)
 
-ROOMS = (
+SERVICE = (
     "servicers",
     "monitoring",
     "sessions",
     "tuning",
     "strategies",
+    "images",
     "engine",
-    "caches",
+    "kv",
     "store",
+    "interceptors",
     "access",
     "telemetry",
     "rpc",
 )
-"""The rooms of the service from top to bottom. Above them all are the files of server/ itself, the wiring."""
+"""The packages of the service from top to bottom. Above them all are the files of vflow_server itself, the wiring."""
+
+LIBRARY = ("demo", "search", "runtime", "models", "compression", "media")
+"""The packages of the library from top to bottom. Above them all is its front door, vflowopt/__init__.py."""
+
+PACKAGES = [
+    *(("server/vflow_server", package, SERVICE) for package in SERVICE),
+    *(("vflowopt", package, LIBRARY) for package in LIBRARY),
+]
 
 
 def foreign(folder: str) -> dict[str, set[str]]:
@@ -38,52 +48,57 @@ def foreign(folder: str) -> dict[str, set[str]]:
 def test_the_library_knows_no_service() -> None:
     found = foreign("vflowopt")
     assert {"torch", "vflowopt"} <= set(found), "the scan finds what is certainly there"
-    for name in ("vflow", "vflow_server", "vflow_client", "grpc", "google", "structlog", "uvloop"):
+    for name in ("vflow_server", "vflow_client", "grpc", "google", "structlog", "uvloop"):
         assert name not in found, f"{found.get(name)} must not import {name}"
     for path in python_files("vflowopt"):
         assert "asyncio" not in set(imports(path)), f"{path} must not import asyncio"
 
 
 def test_the_client_needs_grpc_and_protobuf_only() -> None:
-    found = foreign("client")
-    build_only = found.pop("setuptools") | found.pop("grpc_tools")
-    assert build_only == {"client/setup.py"}
+    found = foreign("client/vflow_client")
     # Pillow is imported only once a caller hands over one of its images.
-    assert found.pop("PIL") == {"client/image_source.py"}
-    assert set(found) == {"google", "grpc", "vflow", "vflow_client"}
+    assert found.pop("PIL") == {"client/vflow_client/image_source.py"}
+    assert set(found) == {"google", "grpc", "vflow_client"}
 
 
-def test_the_service_uses_the_client_for_the_command_line_only() -> None:
-    assert foreign("server")["vflow_client"] == {"server/cli.py"}
+def test_the_service_uses_the_client_for_its_stubs_and_the_command_line_only() -> None:
+    users = {
+        str(path.relative_to(ROOT))
+        for path in python_files("server")
+        for name in imports(path)
+        if name.startswith("vflow_client") and not name.startswith("vflow_client.v1")
+    }
+    assert users == {"server/vflow_server/cli.py"}
 
 
-def test_every_room_of_the_service_has_its_place() -> None:
-    assert set(ROOMS) == {path.parent.name for path in (ROOT / "server").glob("*/__init__.py")}
-    assert {path.parent.relative_to(ROOT / "server").as_posix() for path in python_files("server")} == {".", *ROOMS}
+@pytest.mark.parametrize(("root", "packages"), [("server/vflow_server", SERVICE), ("vflowopt", LIBRARY)])
+def test_every_package_is_named(root: str, packages: tuple[str, ...]) -> None:
+    assert set(packages) == {path.parent.name for path in (ROOT / root).glob("*/__init__.py")}
+    assert {path.parent.relative_to(ROOT / root).as_posix() for path in python_files(root)} == {".", *packages}
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_of_the_service_imports_from_rooms_below_only(room: str) -> None:
-    allowed = ROOMS[ROOMS.index(room) :]
-    for path in python_files(f"server/{room}"):
+@pytest.mark.parametrize(("root", "package", "order"), PACKAGES)
+def test_a_package_imports_from_packages_below_only(root: str, package: str, order: tuple[str, ...]) -> None:
+    allowed = order[order.index(package) :]
+    for path in python_files(f"{root}/{package}"):
         for name in imports(path):
-            package, _, inside = name.partition(".")
-            if package == "vflow_server":
+            top, _, inside = name.partition(".")
+            if top == root.rpartition("/")[2]:
                 assert inside.partition(".")[0] in allowed, f"{path.relative_to(ROOT)} must not import {name}"
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_runs_nothing_when_it_is_entered(room: str) -> None:
-    """Importing one file of a room imports no other, so that the order of files within a room is nobody's concern."""
-    (docstring,) = ast.parse((ROOT / "server" / room / "__init__.py").read_text()).body
+@pytest.mark.parametrize("package", SERVICE)
+def test_a_package_of_the_service_runs_nothing_when_it_is_imported(package: str) -> None:
+    """Importing one file of a package imports no other, so that the order within a package is nobody's concern."""
+    (docstring,) = ast.parse((ROOT / "server" / "vflow_server" / package / "__init__.py").read_text()).body
     assert isinstance(docstring, ast.Expr)
 
 
 @pytest.mark.parametrize("folder", ["client", "server", "vflowopt"])
-def test_no_layer_imports_tests_or_benchmarks(folder: str) -> None:
-    assert not {"tests", "benchmarks"} & set(foreign(folder))
+def test_no_layer_imports_tests_benchmarks_or_the_training(folder: str) -> None:
+    assert not {"tests", "benchmarks", "demo_model"} & set(foreign(folder))
 
 
-@pytest.mark.parametrize("folder", ["client", "server", "vflowopt"])
+@pytest.mark.parametrize("folder", ["client", "server", "vflowopt", "demo_model"])
 def test_no_module_is_called_utils(folder: str) -> None:
     assert not [path for path in python_files(folder) if path.stem in {"utils", "util", "helpers", "misc", "common"}]

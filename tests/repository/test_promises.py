@@ -6,11 +6,11 @@ import re
 import pytest
 
 from tests.repository.source import ROOT, imports, python_files
-from vflowopt.picture import FORMATS
+from vflowopt.media.picture import FORMATS
 
 SECURITY = (ROOT / "SECURITY.md").read_text()
-SERVED = [path for path in (*python_files("server"), *python_files("vflowopt")) if "demo" not in path.parts]
-"""What the service runs; vflowopt/demo trains the embedded model, and asks about it."""
+SERVED = [*python_files("server"), *python_files("vflowopt")]
+"""What the service runs."""
 
 DESERIALIZERS = ("pickle", "marshal", "shelve", "dill", "joblib")
 FETCHERS = ("urllib.request", "http.client", "requests", "httpx", "aiohttp", "ftplib")

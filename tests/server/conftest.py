@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from tests.server.drawing import png
-from tests.server.keeping import QUESTIONS, answer_of, begun
-from tests.server.mortal import Parent
+from tests.server.persistence import QUESTIONS, answer_of, begun
+from tests.server.restartable_server import Parent
 from tests.server.served import Served
 from tests.vflowopt.tiny_models import SHAPES, save
 from vflow_client import Client
-from vflowopt.runtime import Runtime
+from vflowopt.runtime.model_runner import Runtime
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,11 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import vflow_client
-from vflow_server.access.tenant import DEFAULT_TENANT
+from vflow_server.access.caller import DEFAULT_TENANT
 from vflow_server.service import Service
 from vflow_server.sessions.session import Session
 from vflow_server.settings import load
-from vflowopt.runtime import Runtime
+from vflowopt.runtime.model_runner import Runtime
 
 T = TypeVar("T")
 

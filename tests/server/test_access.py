@@ -13,9 +13,9 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 import vflow_client
 from tests.server.conftest import Serve
 from tests.server.served import Served
-from vflow.v1.conversations_pb2 import ListSessionsRequest
-from vflow.v1.conversations_pb2_grpc import ConversationsStub
 from vflow_client import AdminRequired, TenantForbidden, Unauthenticated, VFlowError
+from vflow_client.v1.conversations_pb2 import ListSessionsRequest
+from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
 from vflow_server.access import watched_files
 from vflow_server.access.caller import Caller
 from vflow_server.access.tokens import new_token, read_tokens

@@ -7,12 +7,12 @@ import pytest
 
 from tests.server.conftest import Serve
 from tests.server.served import Served
-from vflow.v1.conversations_pb2 import ListSessionsRequest
-from vflow.v1.conversations_pb2_grpc import ConversationsStub
 from vflow_client import Client, EtagMismatch, Strategy, StrategyExists
-from vflow_server.store.quarantine import FOLDER
+from vflow_client.v1.conversations_pb2 import ListSessionsRequest
+from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
+from vflow_server.store.files import FOLDER
 from vflow_server.strategies.strategies import StrategyStore
-from vflowopt import strategy as library
+from vflowopt.compression import strategy as library
 
 
 def test_the_presets_are_there_and_ten_percent_is_active(client: Client) -> None:

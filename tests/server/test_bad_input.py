@@ -12,14 +12,14 @@ from PIL import Image as Pillow
 
 from tests.server.drawing import png
 from tests.server.served import Served
-from vflow.v1 import conversations_pb2 as talk
-from vflow.v1 import strategies_pb2 as admin
-from vflow.v1.compression_pb2 import CompressImageRequest
-from vflow.v1.compression_pb2_grpc import CompressionStub
-from vflow.v1.conversations_pb2_grpc import ConversationsStub
-from vflow.v1.images_pb2 import Frame, Image, Video
-from vflow.v1.strategies_pb2_grpc import StrategiesStub
 from vflow_client import ContextExceeded, Session
+from vflow_client.v1 import conversations_pb2 as talk
+from vflow_client.v1 import strategies_pb2 as admin
+from vflow_client.v1.compression_pb2 import CompressImageRequest
+from vflow_client.v1.compression_pb2_grpc import CompressionStub
+from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
+from vflow_client.v1.images_pb2 import Frame, Image, Video
+from vflow_client.v1.strategies_pb2_grpc import StrategiesStub
 
 INVALID, NOT_FOUND = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
 NAN = float("nan")

@@ -11,7 +11,7 @@ from tests.server.conftest import Serve
 from tests.server.drawing import png
 from tests.server.served import Served
 from vflow_client import Client, Session
-from vflowopt.runtime import Runtime
+from vflowopt.runtime.model_runner import Runtime
 
 
 def converse(session: Session, number: int) -> list[str]:
@@ -61,8 +61,8 @@ def test_answers_stay_the_same_where_pages_run_short(
     monkeypatch.setattr("vflow_server.engine.scheduler.PROMPT_TOKENS", 24)
     cramped = Runtime.load(model_folder, kv_budget=700 << 10)
     cramped.chat.stop_ids = frozenset()
-    preempted = _counting(monkeypatch, "vflow_server.caches.residency.Residency.preempt")
-    restored = _counting(monkeypatch, "vflow_server.caches.residency.unpark")
+    preempted = _counting(monkeypatch, "vflow_server.kv.manager.Residency.preempt")
+    restored = _counting(monkeypatch, "vflow_server.kv.manager.unpark")
     assert together(serve(runtime=cramped).client, 6) == alone
     assert preempted() + restored() > 0, "pages never ran short: the test proves nothing"
 

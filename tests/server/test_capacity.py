@@ -9,7 +9,7 @@ from tests.server.conftest import Serve
 from tests.server.drawing import png
 from tests.server.waiting import until
 from vflow_client import CapacityExhausted, Session, SessionNotFound
-from vflowopt.runtime import Runtime
+from vflowopt.runtime.model_runner import Runtime
 
 
 @pytest.fixture(scope="session")

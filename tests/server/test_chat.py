@@ -9,10 +9,10 @@ from tests.server.conftest import Serve
 from tests.server.drawing import encoded, noise, png
 from tests.server.served import Served
 from tests.vflowopt.talk import Talk
-from vflow.v1.conversations_pb2 import ChatOptions, ChatRequest, ChatResponse, Finished, Part
-from vflow.v1.conversations_pb2_grpc import ConversationsStub
-from vflow.v1.images_pb2 import Image
 from vflow_client import Client, PictureNotHeld, Session
+from vflow_client.v1.conversations_pb2 import ChatOptions, ChatRequest, ChatResponse, Finished, Part
+from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
+from vflow_client.v1.images_pb2 import Image
 
 
 def test_an_answer_comes_in_pieces_and_then_as_a_whole(client: Client, picture: bytes) -> None:

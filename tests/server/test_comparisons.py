@@ -12,11 +12,11 @@ from tests.server.conftest import Serve
 from tests.server.drawing import png
 from tests.server.served import Served
 from tests.server.waiting import until
-from vflow.v1.strategies_pb2 import CompareStrategiesRequest
-from vflow.v1.strategies_pb2_grpc import StrategiesStub
 from vflow_client import CapacityExhausted, Client, StrategyNotFound
 from vflow_client.calibration import to_calibration
-from vflowopt.runtime import Runtime
+from vflow_client.v1.strategies_pb2 import CompareStrategiesRequest
+from vflow_client.v1.strategies_pb2_grpc import StrategiesStub
+from vflowopt.runtime.model_runner import Runtime
 
 
 def test_the_unpruned_model_agrees_with_itself_and_costs_what_it_costs(client: Client) -> None:

@@ -8,15 +8,15 @@ import pytest
 
 from tests.server.conftest import Serve
 from tests.server.drawing import png
-from tests.server.keeping import QUESTIONS, answer_of, begun, files, said
+from tests.server.persistence import QUESTIONS, answer_of, begun, files, said
 from tests.server.served import Served
 from vflow_client import (
     SessionDamaged,
     StorageFailed,
 )
 from vflow_server.store.archive import JOURNAL, PICTURES
+from vflow_server.store.files import FOLDER
 from vflow_server.store.picture_folder import PictureFolder
-from vflow_server.store.quarantine import FOLDER
 
 
 def cut(file: Path) -> None:

@@ -8,11 +8,11 @@ from tests.server.drawing import encoded, noise, png
 from tests.server.served import Served
 from tests.server.waiting import until
 from tests.vflowopt.talk import Talk
-from vflow.v1.conversations_pb2 import ChatOptions, ChatRequest, Part
-from vflow.v1.conversations_pb2_grpc import ConversationsStub
 from vflow_client import Client, Image, InvalidRequest
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
+from vflow_client.v1.conversations_pb2 import ChatOptions, ChatRequest, Part
+from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
+from vflowopt.compression.strategy import Strategy
+from vflowopt.runtime.model_runner import Runtime
 
 
 def test_a_picture_in_low_detail_is_answered_as_the_library_does(client: Client, runtime: Runtime) -> None:

@@ -15,7 +15,7 @@ from tests.server.conftest import Serve
 from tests.server.drawing import png
 from tests.server.waiting import until
 from vflow_client import CapacityExhausted, Client, DeadlineExceeded, Session
-from vflowopt.runtime import Runtime
+from vflowopt.runtime.model_runner import Runtime
 
 STRATEGIES = ("full", "preset-50", "preset-10")
 PICTURES = [png(60, 60, seed) for seed in range(3)] + [png(50, 150), png(120, 40)]

@@ -10,7 +10,7 @@ import pytest
 
 from tests.server.conftest import Serve
 from tests.server.drawing import png
-from tests.server.keeping import QUESTIONS, answer_of, begun, files, said
+from tests.server.persistence import QUESTIONS, answer_of, begun, files, said
 from tests.server.waiting import until
 from tests.vflowopt.tiny_models import SHAPES, save
 from vflow_client import (
@@ -21,7 +21,7 @@ from vflow_client import (
 )
 from vflow_server.store import journal
 from vflow_server.store.archive import JOURNAL, PICTURES
-from vflowopt.runtime import Runtime
+from vflowopt.runtime.model_runner import Runtime
 
 
 @pytest.mark.parametrize("turns", [0, 1, 2])

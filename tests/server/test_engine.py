@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from vflow_server.engine.engine import Engine, Task, WorkCancelled
-from vflow_server.engine.waiting import WaitingRoom
+from vflow_server.engine.fair_queue import WaitingRoom
 from vflow_server.rpc.errors import ServiceError
 
 Emit = Callable[[object], None]

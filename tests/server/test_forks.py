@@ -8,7 +8,7 @@ from tests.server.conftest import Serve
 from tests.server.served import Served
 from tests.server.waiting import until
 from vflow_client import CapacityExhausted, Client, Session, SessionBusy, SessionNotFound
-from vflowopt.runtime import Runtime
+from vflowopt.runtime.model_runner import Runtime
 
 PAST = ("What is this?", "And what else?")
 NEXT, OTHER = ("And now?", "Why?"), ("No, before that?", "Really?")

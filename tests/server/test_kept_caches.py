@@ -12,14 +12,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.server.conftest import Serve
 from tests.server.drawing import png
-from tests.server.keeping import QUESTIONS, answer_of, begun
-from tests.server.mortal import Mortal, Parent
+from tests.server.persistence import QUESTIONS, answer_of, begun
+from tests.server.restartable_server import Mortal, Parent
 from tests.server.served import Served
 from tests.server.waiting import until
 from vflow_client import Client, Session
 from vflow_server.store.archive import JOURNAL
-from vflow_server.store.quarantine import FOLDER
-from vflowopt.parking import ParkedCache
+from vflow_server.store.files import FOLDER
+from vflowopt.runtime.offload import ParkedCache
 
 NOTHING = "RESTORED_FROM_UNSPECIFIED"
 

@@ -14,15 +14,15 @@ import grpc
 import pytest
 
 from tests.server.drawing import png
-from tests.server.mortal import Mortal, Parent
+from tests.server.restartable_server import Mortal, Parent
 from tests.server.served import Served
-from vflow.v1.conversations_pb2 import ChatRequest, Part
-from vflow.v1.conversations_pb2_grpc import ConversationsStub
-from vflow.v1.images_pb2 import Image
 from vflow_client import Client, Session, VFlowError
 from vflow_client.errors import error_from_call
+from vflow_client.v1.conversations_pb2 import ChatRequest, Part
+from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
+from vflow_client.v1.images_pb2 import Image
 from vflow_server.store.archive import JOURNAL, PICTURES
-from vflowopt.runtime import Runtime
+from vflowopt.runtime.model_runner import Runtime
 
 R = TypeVar("R")
 

@@ -9,8 +9,8 @@ from tests.server.waiting import until
 from vflow_client import CalibrationUnavailable, Client, LiveTraffic, OptionOutOfRange
 from vflow_server.rpc.errors import ServiceError
 from vflow_server.sessions.live_samples import MOST_QUESTIONS, LiveSamples
-from vflowopt.picture import Picture
-from vflowopt.video import Video
+from vflowopt.media.picture import Picture
+from vflowopt.media.video import Video
 
 PICTURES = [Picture.from_pixels(noise(20, 20, seed)) for seed in range(4)]
 

@@ -17,12 +17,12 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from tests.server.malforming import METHODS, SESSION, Call, calls
-from tests.server.mortal import Mortal, Parent, free_port
+from tests.server.fuzz import METHODS, SESSION, Call, calls
+from tests.server.restartable_server import Mortal, Parent, free_port
 from tests.server.waiting import until
-from vflow.v1 import conversations_pb2 as talk
-from vflow.v1.conversations_pb2_grpc import ConversationsStub
-from vflow.v1.errors_pb2 import ErrorReason
+from vflow_client.v1 import conversations_pb2 as talk
+from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
+from vflow_client.v1.errors_pb2 import ErrorReason
 
 CHAT = talk.DESCRIPTOR.services_by_name["Conversations"].methods_by_name["Chat"]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vflow_server import app
-from vflow_server.caches import memory
+from vflow_server.kv import memory
 from vflow_server.option import Share
 from vflow_server.settings import Settings
 

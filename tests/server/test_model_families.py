@@ -8,9 +8,9 @@ from tests.server.conftest import Serve
 from tests.server.drawing import encoded, noise
 from tests.vflowopt.models.matrix import ONE_EACH, TinyModel
 from tests.vflowopt.talk import Talk
-from vflowopt.picture import Picture
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
+from vflowopt.compression.strategy import Strategy
+from vflowopt.media.picture import Picture
+from vflowopt.runtime.model_runner import Runtime
 
 
 @pytest.fixture(scope="module", params=ONE_EACH, ids=lambda model: model.name)

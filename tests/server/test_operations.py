@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from google.rpc import code_pb2
 
-from vflow.v1.strategies_pb2 import RetuneMetadata, RetuneResponse, Strategy
+from vflow_client.v1.strategies_pb2 import RetuneMetadata, RetuneResponse, Strategy
 from vflow_server.rpc.errors import NotFound
-from vflow_server.store.quarantine import FOLDER
+from vflow_server.store.files import FOLDER
 from vflow_server.tuning.operations import MOST_ENDED, Operation, OperationStore
 
 

@@ -12,15 +12,15 @@ from tests.server.conftest import Serve
 from tests.server.drawing import png
 from tests.server.served import Served
 from tests.server.waiting import until
-from vflow.v1.conversations_pb2 import ChatOptions, ChatRequest, Part
-from vflow.v1.conversations_pb2_grpc import ConversationsStub
-from vflow.v1.images_pb2 import Image
 from vflow_client import CapacityExhausted, Session
-from vflow_server.access import guard
-from vflow_server.caches import pictures
+from vflow_client.v1.conversations_pb2 import ChatOptions, ChatRequest, Part
+from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
+from vflow_client.v1.images_pb2 import Image
+from vflow_server.images import store as pictures
+from vflow_server.interceptors import guard
 from vflow_server.servicers import conversations
 from vflow_server.servicers.quotas import Allowance
-from vflowopt.picture import Picture
+from vflowopt.media.picture import Picture
 
 
 @contextmanager

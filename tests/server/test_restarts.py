@@ -12,11 +12,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.server.drawing import png
-from tests.server.mortal import Mortal, Parent
+from tests.server.restartable_server import Mortal, Parent
 from tests.server.served import Served
 from tests.server.waiting import until
 from vflow_client import Client, RetryPolicy, ServerStopping, VFlowError
-from vflowopt.runtime import Runtime
+from vflowopt.runtime.model_runner import Runtime
 
 PATIENT = RetryPolicy(attempts=100, longest_delay=0.3)
 QUESTIONS = ("What is this?", "Why?", "And here?")

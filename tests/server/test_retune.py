@@ -22,7 +22,6 @@ from tests.server.conftest import Serve
 from tests.server.drawing import png
 from tests.server.served import Served
 from tests.server.waiting import until
-from vflow.v1.strategies_pb2 import RetuneMetadata
 from vflow_client import (
     Client,
     ContextExceeded,
@@ -37,7 +36,8 @@ from vflow_client import (
     StrategyNotFound,
     VFlowError,
 )
-from vflowopt.runtime import Runtime
+from vflow_client.v1.strategies_pb2 import RetuneMetadata
+from vflowopt.runtime.model_runner import Runtime
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vflow_server.engine.rota import Rota
+from vflow_server.engine.fair_queue import Rota
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 
 from tests.server.drawing import noise
-from vflow.v1.conversations_pb2 import Finished
-from vflow_server.access.tenant import DEFAULT_TENANT
-from vflow_server.caches.dialogue import Dialogue
-from vflow_server.caches.parked import ParkedStore
+from vflow_client.v1.conversations_pb2 import Finished
+from vflow_server.access.caller import DEFAULT_TENANT
 from vflow_server.engine.engine import Engine, Steps, Work
 from vflow_server.engine.scheduler import Scheduler
 from vflow_server.engine.workbench import Workbench
+from vflow_server.kv.offload import ParkedStore
+from vflow_server.kv.session_log import Dialogue
 from vflow_server.sessions.turn import Turn, TurnRequest
-from vflowopt.conversation import Conversation
-from vflowopt.picture import Picture
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
-from vflowopt.video import Video, Visual
+from vflowopt.compression.strategy import Strategy
+from vflowopt.media.picture import Picture
+from vflowopt.media.video import Video, Visual
+from vflowopt.runtime.model_runner import Runtime
+from vflowopt.runtime.sequence import Conversation
 
 
 def new_bench(model_folder: Path, kv_budget: int) -> Workbench:

@@ -4,8 +4,8 @@ import grpc
 
 from tests.server.conftest import Serve
 from tests.server.waiting import until
-from vflow.v1.conversations_pb2 import ChatOptions, ChatRequest, Part
-from vflow.v1.conversations_pb2_grpc import ConversationsStub
+from vflow_client.v1.conversations_pb2 import ChatOptions, ChatRequest, Part
+from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
 
 NARROW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1)]
 """Has the client take from the network only what is read."""

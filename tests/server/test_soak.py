@@ -19,14 +19,14 @@ import pytest
 
 from tests.server.calibrating import samples
 from tests.server.drawing import png
-from tests.server.mortal import Mortal, Parent, free_port
 from tests.server.relay import Relay
+from tests.server.restartable_server import Mortal, Parent, free_port
 from tests.server.served import Served
 from tests.server.waiting import until
-from vflow.v1.conversations_pb2 import ChatOptions, ChatRequest, Part
-from vflow.v1.conversations_pb2_grpc import ConversationsStub
 from vflow_client import CapacityExhausted, NothingToRollBack, Session, SessionBusy
-from vflowopt.runtime import Runtime
+from vflow_client.v1.conversations_pb2 import ChatOptions, ChatRequest, Part
+from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
+from vflowopt.runtime.model_runner import Runtime
 
 RUNNING, WAITING = 2, 2
 TALKERS = 2 * (RUNNING + WAITING)

@@ -12,19 +12,19 @@ from typing import Any, TypeVar
 
 import pytest
 
-from vflow_server.caches.parked import ParkedStore
 from vflow_server.engine.engine import Engine, Steps, Work, WorkCancelled
-from vflow_server.engine.needs import Await, Run, Spare
+from vflow_server.engine.ops import Await, Run, Spare
 from vflow_server.engine.scheduler import SPARE_EVERY, Scheduler
 from vflow_server.engine.spare_time import in_spare_time
 from vflow_server.engine.workbench import Workbench
+from vflow_server.kv.offload import ParkedStore
 from vflow_server.rpc.errors import CapacityExhausted
 from vflow_server.tuning.proposer import Proposer
-from vflowopt.cache import PoolExhausted
-from vflowopt.conversation import Conversation
-from vflowopt.pause import Aside, Shortage
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
+from vflowopt.compression.strategy import Strategy
+from vflowopt.runtime.cache import PoolExhausted
+from vflowopt.runtime.model_runner import Runtime
+from vflowopt.runtime.sequence import Conversation
+from vflowopt.search.pause import Aside, Shortage
 
 T = TypeVar("T")
 

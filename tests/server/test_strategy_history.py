@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from tests.server.conftest import Serve
-from vflow.v1.strategies_pb2 import StrategyEvent
 from vflow_client import Client, EtagMismatch, NothingToRollBack
+from vflow_client.v1.strategies_pb2 import StrategyEvent
 from vflow_server.rpc.errors import ServiceError
 from vflow_server.strategies.history import MOST_BEFORE, MOST_EVENTS, History
 from vflow_server.strategies.strategies import StrategyStore
-from vflowopt.strategy import Strategy
+from vflowopt.compression.strategy import Strategy
 
 
 def events(client: Client, name: str) -> list[str]:

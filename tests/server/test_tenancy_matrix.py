@@ -15,8 +15,8 @@ from google.protobuf.message import Message
 
 from tests.server.conftest import Serve
 from tests.server.served import Served
-from vflow.v1 import compression_pb2, conversations_pb2, images_pb2, strategies_pb2
 from vflow_client.errors import error_from_call
+from vflow_client.v1 import compression_pb2, conversations_pb2, images_pb2, strategies_pb2
 from vflow_server.access.caller import Caller
 from vflow_server.access.tokens import new_token
 from vflow_server.tuning.operations import Operation

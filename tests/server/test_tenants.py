@@ -12,11 +12,11 @@ from tests.server.conftest import Serve
 from tests.server.drawing import png
 from tests.server.served import Served
 from tests.server.waiting import until
-from vflow.v1.conversations_pb2 import ChatRequest, ListSessionsRequest, Part
-from vflow.v1.conversations_pb2_grpc import ConversationsStub
-from vflow.v1.strategies_pb2 import ListStrategiesRequest
-from vflow.v1.strategies_pb2_grpc import StrategiesStub
 from vflow_client import CapacityExhausted, Client, Image, PictureNotHeld, Session, SessionNotFound, TenantInvalid
+from vflow_client.v1.conversations_pb2 import ChatRequest, ListSessionsRequest, Part
+from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
+from vflow_client.v1.strategies_pb2 import ListStrategiesRequest
+from vflow_client.v1.strategies_pb2_grpc import StrategiesStub
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from tests.server.conftest import Serve
 from tests.server.served import Served
 from tests.server.waiting import until
 from vflow_client import Client, Session
-from vflow_server.caches.spill import LOCK
-from vflowopt.parking import ParkedCache
-from vflowopt.runtime import Runtime
+from vflow_server.kv.disk import LOCK
+from vflowopt.runtime.model_runner import Runtime
+from vflowopt.runtime.offload import ParkedCache
 
 NO_MEMORY = {"parked_memory": "1"}
 
@@ -252,7 +252,7 @@ def test_a_disk_that_cannot_keep_up_is_not_waited_for(
         save(cache, path)
 
     monkeypatch.setattr(ParkedCache, "save", slow)
-    monkeypatch.setattr("vflow_server.caches.spill._MOST_UNWRITTEN", 2)
+    monkeypatch.setattr("vflow_server.kv.disk._MOST_UNWRITTEN", 2)
     served = serve(spill_dir=str(tmp_path), **NO_MEMORY)
     sessions = [begun(served.client, picture) for _ in range(3)]
     put_aside(served)

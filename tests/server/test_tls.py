@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import vflow_client.aio
-from tests.server.certifying import Authority, Pair
+from tests.server.certificates import Authority, Pair
 from tests.server.conftest import Serve
 from tests.server.served import Served
 from tests.server.waiting import until

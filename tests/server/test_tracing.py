@@ -12,9 +12,9 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from tests.server.conftest import Serve
 from tests.server.served import Served
-from vflow.v1 import conversations_pb2 as pb
-from vflow.v1.conversations_pb2_grpc import ConversationsStub
-from vflow.v1.images_pb2 import Image
+from vflow_client.v1 import conversations_pb2 as pb
+from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
+from vflow_client.v1.images_pb2 import Image
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 CALLER = "00f067aa0ba902b7"

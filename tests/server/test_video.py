@@ -17,9 +17,6 @@ from tests.vflowopt.models.tiny_llava import LLAVA
 from tests.vflowopt.models.tiny_qwen_vl import QWEN2_5_VL, QWEN3_VL
 from tests.vflowopt.talk import Talk
 from tests.vflowopt.tiny_models import SHAPES
-from vflow.v1 import conversations_pb2 as talk
-from vflow.v1 import images_pb2
-from vflow.v1.conversations_pb2_grpc import ConversationsStub
 from vflow_client import (
     CapacityExhausted,
     Client,
@@ -32,11 +29,14 @@ from vflow_client import (
     VideoUnsupported,
 )
 from vflow_client.errors import error_from_call
+from vflow_client.v1 import conversations_pb2 as talk
+from vflow_client.v1 import images_pb2
+from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
 from vflow_client.video_source import to_video
-from vflowopt import video
-from vflowopt.picture import Picture
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
+from vflowopt.compression.strategy import Strategy
+from vflowopt.media import video
+from vflowopt.media.picture import Picture
+from vflowopt.runtime.model_runner import Runtime
 
 TAKE_VIDEOS: tuple[TinyModel, ...] = (SHAPES[0], QWEN2_5_VL[0], QWEN3_VL[0])
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.vflowopt.tiny_models import SHAPES, save
-from vflowopt.runtime import Runtime
+from vflowopt.runtime.model_runner import Runtime
 
 
 @pytest.fixture(scope="session")

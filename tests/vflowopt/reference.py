@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from tests.vflowopt.reference_video import VideoInputs
-from vflowopt.video import Video
+from vflowopt.media.video import Video
 
 Turn = Sequence[str | np.ndarray | Video]
 """Parts of a turn: text, the pixels of a picture, or a video."""

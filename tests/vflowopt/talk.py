@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vflowopt.compression import CompressedImage
-from vflowopt.conversation import Conversation
-from vflowopt.picture import Detail, Picture
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
-from vflowopt.video import Video
+from vflowopt.compression.pipeline import CompressedImage
+from vflowopt.compression.strategy import Strategy
+from vflowopt.media.picture import Detail, Picture
+from vflowopt.media.video import Video
+from vflowopt.runtime.model_runner import Runtime
+from vflowopt.runtime.sequence import Conversation
 
 
 class Talk:

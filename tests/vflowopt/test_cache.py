@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vflowopt.cache import PagePool, PoolExhausted, StagedCache, reserve
+from vflowopt.runtime.cache import PagePool, PoolExhausted, StagedCache, reserve
 
 PAGE = 4
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from tests.vflowopt.talk import Talk, picture
-from vflowopt.cache import PoolExhausted
-from vflowopt.calibration import PATIENCE, Calibration, CalibrationError, Comparison, Sample
-from vflowopt.compression import compress
-from vflowopt.pause import Aside, Shortage
-from vflowopt.picture import Picture
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
+from vflowopt.compression.pipeline import compress
+from vflowopt.compression.strategy import Strategy
+from vflowopt.media.picture import Picture
+from vflowopt.runtime.cache import PoolExhausted
+from vflowopt.runtime.model_runner import Runtime
+from vflowopt.search.calibration import PATIENCE, Calibration, CalibrationError, Comparison, Sample
+from vflowopt.search.pause import Aside, Shortage
 
 STRATEGY = Strategy.from_budget(0.3, 6, [0.4, 0.8], threshold=1.0, alpha=0.3, grid=3.0)
 NEW_TOKENS = 5

@@ -10,11 +10,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.vflowopt.models.tiny_llava import SPECIALS, VICUNA, opening
 from tests.vflowopt.talk import picture
-from vflowopt.chat import ChatFormat
-from vflowopt.compression import CompressedImage
-from vflowopt.picture import Picture
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
+from vflowopt.compression.pipeline import CompressedImage
+from vflowopt.compression.strategy import Strategy
+from vflowopt.media.picture import Picture
+from vflowopt.runtime.chat import ChatFormat
+from vflowopt.runtime.model_runner import Runtime
 
 
 @pytest.fixture(scope="module")

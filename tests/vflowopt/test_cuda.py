@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from tests.vflowopt.talk import Talk, picture
-from tests.vflowopt.test_decode_graph import conversations, decode, graphs
+from tests.vflowopt.test_cuda_graph import conversations, decode, graphs
 from tests.vflowopt.test_varlen_attention import HEADS, compare, pool
-from vflowopt.cache import StagedCache
-from vflowopt.decode_graph import DecodeGraphs
-from vflowopt.parking import park, unpark
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
-from vflowopt.varlen_attention import VarlenPlan, readable
+from vflowopt.compression.strategy import Strategy
+from vflowopt.runtime.cache import StagedCache
+from vflowopt.runtime.cuda_graph import DecodeGraphs
+from vflowopt.runtime.model_runner import Runtime
+from vflowopt.runtime.offload import park, unpark
+from vflowopt.runtime.varlen_attention import VarlenPlan, readable
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from vflowopt import decode_kernel
-from vflowopt.decode_kernel import build_decode_kernel
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
+from vflowopt.compression.strategy import Strategy
+from vflowopt.runtime import decode_kernel
+from vflowopt.runtime.decode_kernel import build_decode_kernel
+from vflowopt.runtime.model_runner import Runtime
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 

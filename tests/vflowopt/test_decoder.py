@@ -9,11 +9,11 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
 from tests.vflowopt.talk import picture
 from tests.vflowopt.tiny_models import SHAPES, Shape, save
-from vflowopt.decoder import FusedDecoder, ModuleDecoder
+from vflowopt.compression.strategy import Strategy
 from vflowopt.demo import model_path
-from vflowopt.picture import Picture
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
+from vflowopt.media.picture import Picture
+from vflowopt.runtime.decoder import FusedDecoder, ModuleDecoder
+from vflowopt.runtime.model_runner import Runtime
 
 
 @pytest.fixture(scope="module", params=(*SHAPES, None), ids=lambda shape: shape.name if shape else "embedded")

@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.vflowopt.talk import picture
-from vflowopt.compression import CompressedImage
-from vflowopt.diversity import diversified
-from vflowopt.picture import Picture
-from vflowopt.pruning import stage_targets
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
+from vflowopt.compression.diversity import diversified
+from vflowopt.compression.pipeline import CompressedImage
+from vflowopt.compression.pruning import stage_targets
+from vflowopt.compression.strategy import Strategy
+from vflowopt.media.picture import Picture
+from vflowopt.runtime.model_runner import Runtime
 
 
 def plainly(importance: np.ndarray, features: np.ndarray, content: list[int], count: int, weight: float) -> list[int]:

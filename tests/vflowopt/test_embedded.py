@@ -5,11 +5,11 @@ from collections.abc import Iterator
 import pytest
 
 from tests.vflowopt.talk import picture
-from vflowopt.conversation import Conversation
+from vflowopt.compression.strategy import Strategy
 from vflowopt.demo import model_path
-from vflowopt.picture import Picture
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
+from vflowopt.media.picture import Picture
+from vflowopt.runtime.model_runner import Runtime
+from vflowopt.runtime.sequence import Conversation
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import torch
 from tests.vflowopt.models.matrix import MODELS, TinyModel
 from tests.vflowopt.reference import Reference
 from tests.vflowopt.talk import Talk, picture
+from vflowopt.compression.strategy import Strategy
 from vflowopt.demo import model_path
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
+from vflowopt.runtime.model_runner import Runtime
 
 NEW_TOKENS = 8
 

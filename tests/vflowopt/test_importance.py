@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vflowopt import importance as importance_module
-from vflowopt.importance import (
+from vflowopt.compression import importance as importance_module
+from vflowopt.compression.importance import (
     context_relevance,
     context_relevance_of,
     head_averaged_attention,

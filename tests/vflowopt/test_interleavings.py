@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from tests.vflowopt.talk import picture
-from vflowopt.cache import PagePool, PoolExhausted
-from vflowopt.compression import CompressedImage
-from vflowopt.conversation import Checkpoint, Conversation, Item, tokens_in
-from vflowopt.parking import ParkedCache, park, unpark
-from vflowopt.picture import Picture
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
+from vflowopt.compression.pipeline import CompressedImage
+from vflowopt.compression.strategy import Strategy
+from vflowopt.media.picture import Picture
+from vflowopt.runtime.cache import PagePool, PoolExhausted
+from vflowopt.runtime.model_runner import Runtime
+from vflowopt.runtime.offload import ParkedCache, park, unpark
+from vflowopt.runtime.sequence import Checkpoint, Conversation, Item, tokens_in
 
 STRATEGIES = (
     Strategy.full(),

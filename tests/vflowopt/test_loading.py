@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.vflowopt.talk import Talk, picture
+from vflowopt.compression.strategy import Strategy
 from vflowopt.models import FAMILIES, ModelError, load_model
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
+from vflowopt.runtime.model_runner import Runtime
 
 
 def test_a_missing_folder(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vflowopt.pause import Aside
+from vflowopt.search.pause import Aside
 
 
 def test_work_is_done_once() -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import optuna
 import pytest
 
-from vflowopt.proposal import Sampler, propose
-from vflowopt.search_space import Point
+from vflowopt.search.proposal import Sampler, propose
+from vflowopt.search.space import Point
 
 PEAK = np.array([0.3, 0.8])
 SAMPLERS: tuple[Sampler, ...] = ("gp", "tpe", "random")

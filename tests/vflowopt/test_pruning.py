@@ -3,8 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vflowopt.pruning import keep_most_important, stage_targets
-from vflowopt.strategy import Strategy, StrategyError, thirds
+from vflowopt.compression.pruning import keep_most_important, stage_targets
+from vflowopt.compression.strategy import Strategy, StrategyError, thirds
 
 ratios = st.floats(0.01, 1.0)
 

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vflowopt.recycling import Recycled, recycle
-from vflowopt.strategy import Reserve
+from vflowopt.compression.recycling import Recycled, recycle
+from vflowopt.compression.strategy import Reserve
 
 
 @dataclass

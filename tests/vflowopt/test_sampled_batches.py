@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from tests.vflowopt.talk import picture
-from vflowopt.conversation import Conversation, Item
-from vflowopt.picture import Picture
-from vflowopt.runtime import Runtime
-from vflowopt.sampling import Sampler, SamplingOptions
-from vflowopt.strategy import Strategy
+from vflowopt.compression.strategy import Strategy
+from vflowopt.media.picture import Picture
+from vflowopt.runtime.model_runner import Runtime
+from vflowopt.runtime.sampling import Sampler, SamplingOptions
+from vflowopt.runtime.sequence import Conversation, Item
 
 TENTH = Strategy.from_budget(0.1, 6, (0.12, 0.9), threshold=1.0, alpha=0.1, grid=3.0)
 LENGTHS = (9, 4, 12, 7)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vflowopt.sampling import Sampler, SamplingError, SamplingOptions
+from vflowopt.runtime.sampling import Sampler, SamplingError, SamplingOptions
 
 
 def test_zero_temperature_takes_the_likeliest() -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from vflowopt.strategy import PUBLISHED, Strategy, StrategyError, thirds
+from vflowopt.compression.strategy import PUBLISHED, Strategy, StrategyError, thirds
 
 ratios = st.floats(0.01, 1.0)
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from tests.vflowopt.varlen_stand_in import VarlenAttention, stand_in
-from vflowopt import varlen_attention
-from vflowopt.attention import AttentionPlan
-from vflowopt.cache import PagePool, StagedCache
-from vflowopt.varlen_attention import Reading, VarlenPlan, readable
+from vflowopt.runtime import varlen_attention
+from vflowopt.runtime.attention import AttentionPlan
+from vflowopt.runtime.cache import PagePool, StagedCache
+from vflowopt.runtime.varlen_attention import Reading, VarlenPlan, readable
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 6, 2, 8, 4
 STARTS: tuple[tuple[int, ...], ...] = ((0,), (0, 2, 4), (0, 3))

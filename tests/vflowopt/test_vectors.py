@@ -7,8 +7,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from vflowopt.importance import context_relevance, importance, patch_entropy
-from vflowopt.recycling import recycle
+from vflowopt.compression.importance import context_relevance, importance, patch_entropy
+from vflowopt.compression.recycling import recycle
 
 VECTORS = np.load(Path(__file__).parent / "vectors" / "importance_and_recycling.npz")
 TOLERANCE = 1e-5

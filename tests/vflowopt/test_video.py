@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from vflowopt.picture import Picture
-from vflowopt.video import Video, VideoError, VideoLimits
+from vflowopt.media.picture import Picture
+from vflowopt.media.video import Video, VideoError, VideoLimits
 
 
 def frame(seed: int, height: int = 20, width: int = 30) -> Picture:

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 from transformers.image_utils import ChannelDimension
 
-from vflowopt.layout import TokenLayout, boxes_of
+from vflowopt.compression.layout import TokenLayout, boxes_of
+from vflowopt.media.picture import Detail
 from vflowopt.models.tiled import TiledModel
-from vflowopt.picture import Detail
 
 
 class AnyResModel(TiledModel):

@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from vflowopt.compression import EncodedImage
-from vflowopt.layout import TokenLayout
+from vflowopt.compression.layout import TokenLayout
+from vflowopt.compression.pipeline import EncodedImage
 
 
 def with_text(encoded: EncodedImage, texts: Sequence[Sequence[int]], embed: Callable[[Tensor], Tensor]) -> EncodedImage:

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
-from vflowopt.attention import PAGED
-from vflowopt.compression import EncodedImage
+from vflowopt.compression.pipeline import EncodedImage
+from vflowopt.compression.strategy import Strategy, StrategyError
+from vflowopt.media.picture import Picture, PictureError
+from vflowopt.media.video import Video, VideoError
 from vflowopt.models.backbone import unservable
 from vflowopt.models.error import ModelError
 from vflowopt.models.quantization import is_quantized, quantized_on
 from vflowopt.models.tokenizer import load_tokenizer
-from vflowopt.picture import Picture, PictureError
-from vflowopt.strategy import Strategy, StrategyError
-from vflowopt.video import Video, VideoError
 
 LOW_DETAIL_TOKENS = 256
 """Tokens with pixels that a picture takes at most in low detail, where a family sees pictures of any size.
@@ -33,8 +32,7 @@ class MultimodalModel(ABC):
     """One large multimodal model: a vision side that encodes pictures, a decoder that the runtime steps through.
 
     Args:
-        network: the whole model, as Hugging Face defines it; its decoder must have been built with this package's paged
-            attention.
+        network: the whole model, as Hugging Face defines it.
         tokenizer: its tokenizer, with the chat template.
         processor: its image processor, in the variant that needs no torchvision.
 
@@ -126,7 +124,7 @@ class MultimodalModel(ABC):
             model,
             config=config,
             dtype=dtype,
-            attn_implementation={"text_config": PAGED, "vision_config": "sdpa"},
+            attn_implementation="sdpa",
             output_loading_info=True,
             **quantizing,
         )

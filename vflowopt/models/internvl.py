@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import InternVLForConditionalGeneration
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
-from vflowopt.compression import EncodedImage
-from vflowopt.layout import TokenLayout, boxes_of, frames_layout
+from vflowopt.compression.layout import TokenLayout, boxes_of, frames_layout
+from vflowopt.compression.pipeline import EncodedImage
+from vflowopt.media.picture import Detail
+from vflowopt.media.video import Video
 from vflowopt.models.frame_text import with_text
 from vflowopt.models.tiled_video import TiledVideoModel
 from vflowopt.models.tower import Tower, split_heads
-from vflowopt.picture import Detail
-from vflowopt.video import Video
 
 
 class InternVLTower(Tower):

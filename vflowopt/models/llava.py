@@ -11,9 +11,9 @@ from transformers import LlavaForConditionalGeneration
 from transformers.image_transforms import get_resize_output_image_size
 from transformers.image_utils import ChannelDimension
 
-from vflowopt.layout import TokenLayout, boxes_of
+from vflowopt.compression.layout import TokenLayout, boxes_of
+from vflowopt.media.picture import Detail
 from vflowopt.models.tiled import TiledModel
-from vflowopt.picture import Detail
 
 
 class Llava(TiledModel):

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from vflowopt.layout import TokenLayout, frames_layout
+from vflowopt.compression.layout import TokenLayout, frames_layout
+from vflowopt.media.video import Video
 from vflowopt.models.anyres import AnyResModel
 from vflowopt.models.tiled_video import TiledVideoModel
-from vflowopt.video import Video
 
 
 class LlavaOnevision(TiledVideoModel, AnyResModel):

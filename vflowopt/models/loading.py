@@ -86,7 +86,7 @@ def load_model(
         raise ModelError(
             "MODEL_UNSUPPORTED",
             f"what quantizes the weights of {model!s} is not installed: {_first_line(error)}; "
-            "pip install 'vflow[quantization]' has bitsandbytes",
+            "pip install 'vflowopt[quantization]' has bitsandbytes",
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, ModelError):

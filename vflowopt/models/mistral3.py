@@ -15,11 +15,11 @@ from transformers import Mistral3ForConditionalGeneration
 from transformers.image_utils import ChannelDimension, SizeDict
 from transformers.models.pixtral.modeling_pixtral import apply_rotary_pos_emb
 
-from vflowopt.compression import EncodedImage
-from vflowopt.layout import TokenLayout, boxes_of
+from vflowopt.compression.layout import TokenLayout, boxes_of
+from vflowopt.compression.pipeline import EncodedImage
+from vflowopt.media.picture import Picture
 from vflowopt.models.interface import LOW_DETAIL_TOKENS, MultimodalModel
 from vflowopt.models.tower import Tower, split_heads
-from vflowopt.picture import Picture
 
 
 class PixtralTower(Tower):

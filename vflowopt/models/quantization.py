@@ -50,7 +50,7 @@ def quantized_on(device: torch.device, config: Any, quantization: BitsAndBytesCo
     if not is_accelerate_available():
         raise ModelError(
             "MODEL_UNSUPPORTED",
-            "quantized weights need accelerate, which is not installed; pip install 'vflow[quantization]'",
+            "quantized weights need accelerate, which is not installed; pip install 'vflowopt[quantization]'",
         )
     asked = {} if quantization is None else {"quantization_config": quantization}
     return {"device_map": {"": device}, **asked}

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.vision_utils import get_vision_window_index
 
+from vflowopt.media.video import Video, VideoError
 from vflowopt.models.qwen_vl import QwenVl
-from vflowopt.video import Video, VideoError
 
 
 class Qwen25Vl(QwenVl):

@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 
-from vflowopt.compression import EncodedImage
+from vflowopt.compression.pipeline import EncodedImage
+from vflowopt.media.video import Video
 from vflowopt.models.frame_text import with_text
 from vflowopt.models.qwen_vl import QwenVl
-from vflowopt.video import Video
 
 
 class Qwen3Vl(QwenVl):

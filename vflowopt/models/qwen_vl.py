@@ -23,12 +23,12 @@ from transformers.image_utils import ChannelDimension, SizeDict
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
-from vflowopt.compression import EncodedImage
-from vflowopt.layout import TokenLayout, frames_layout
+from vflowopt.compression.layout import TokenLayout, frames_layout
+from vflowopt.compression.pipeline import EncodedImage
+from vflowopt.media.picture import Picture
+from vflowopt.media.video import Video
 from vflowopt.models.interface import LOW_DETAIL_TOKENS, MultimodalModel
 from vflowopt.models.video_size import video_size
-from vflowopt.picture import Picture
-from vflowopt.video import Video
 
 _MOST_PATCHES = 1 << 14
 """Patches of a video that the tower looks at together, where a step has no more: it sees each step by itself."""

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from transformers.image_utils import ChannelDimension
 
-from vflowopt.compression import EncodedImage
-from vflowopt.layout import TokenLayout
+from vflowopt.compression.layout import TokenLayout
+from vflowopt.compression.pipeline import EncodedImage
+from vflowopt.media.picture import Detail, Picture
 from vflowopt.models.interface import MultimodalModel
 from vflowopt.models.tower import ClipTower, Tower
-from vflowopt.picture import Detail, Picture
 
 SCORINGS = ("mean", "cls")
 """Whose attention says what matters: that of all patches, which is the paper's way, or that of the class token."""

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vflowopt.compression import EncodedImage
-from vflowopt.layout import TokenLayout
+from vflowopt.compression.layout import TokenLayout
+from vflowopt.compression.pipeline import EncodedImage
+from vflowopt.media.video import Video
 from vflowopt.models.tiled import TiledModel, channels_last
-from vflowopt.video import Video
 
 _MOST_FRAMES = 16
 """Frames of a video that the tower looks at together: states of hundreds would take gigabytes."""

@@ -18,11 +18,11 @@ from tests.vflowopt.models.tiny_qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
 from tests.vflowopt.reference import Reference
 from tests.vflowopt.talk import Talk, picture
 from tests.vflowopt.tiny_models import SHAPES
-from vflowopt.importance import patch_entropy
+from vflowopt.compression.importance import patch_entropy
+from vflowopt.compression.strategy import Strategy
+from vflowopt.media.picture import Picture
 from vflowopt.models import FAMILIES, MultimodalModel, load_model
-from vflowopt.picture import Picture
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
+from vflowopt.runtime.model_runner import Runtime
 
 LARGE = (640, 560)
 """Height and width of a picture of which every family sees less in low detail, but LLaVA-1.5, which sees one tile."""

@@ -14,12 +14,12 @@ from torch import Tensor
 from tests.vflowopt.models.matrix import MODELS, TinyModel
 from tests.vflowopt.reference import Reference
 from tests.vflowopt.talk import Talk, picture
-from vflowopt.compression import CompressedImage, EncodedImage, compress
-from vflowopt.conversation import Item
+from vflowopt.compression.pipeline import CompressedImage, EncodedImage, compress
+from vflowopt.compression.strategy import Strategy
+from vflowopt.media.picture import Picture
 from vflowopt.models import MultimodalModel, load_model
-from vflowopt.picture import Picture
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
+from vflowopt.runtime.model_runner import Runtime
+from vflowopt.runtime.sequence import Item
 
 SIZE = (112, 196)
 """Height and width in whole patches and squares of most families."""

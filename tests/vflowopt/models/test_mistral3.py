@@ -10,9 +10,9 @@ from torch import Tensor
 from tests.vflowopt.models.tiny_mistral3 import MISTRAL3, TinyMistral3
 from tests.vflowopt.reference import Reference
 from tests.vflowopt.talk import picture
+from vflowopt.media.picture import Picture, PictureError, PictureLimits
 from vflowopt.models import load_model
 from vflowopt.models.mistral3 import Mistral3
-from vflowopt.picture import Picture, PictureError, PictureLimits
 
 SIZES = [(112, 196), (300, 90), (61, 61), (10, 14), (513, 511)]
 

@@ -18,9 +18,8 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from vflowopt.attention import PAGED
+from vflowopt.compression.strategy import Strategy
 from vflowopt.models import FAMILIES, MultimodalModel
-from vflowopt.strategy import Strategy
 
 FOLDER = Path(__file__).parent / "published"
 
@@ -61,7 +60,7 @@ def build(path: Path, processor: Any) -> MultimodalModel:
     config = AutoConfig.from_pretrained(path)
     family = FAMILIES[config.model_type]
     with torch.device("meta"):
-        network = family.architecture._from_config(config, dtype=torch.bfloat16, attn_implementation=PAGED)
+        network = family.architecture._from_config(config, dtype=torch.bfloat16)
     tokenizer = SimpleNamespace(
         convert_ids_to_tokens=str,
         convert_tokens_to_ids=len,

@@ -14,10 +14,10 @@ from tests.vflowopt.models.tiny_qwen_vl import QWEN2_5_VL
 from tests.vflowopt.reference import Reference
 from tests.vflowopt.talk import Talk, picture
 from tests.vflowopt.tiny_models import Shape
-from vflowopt.decoder import ModuleDecoder
+from vflowopt.compression.strategy import Strategy
 from vflowopt.models import ModelError, load_model
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
+from vflowopt.runtime.decoder import ModuleDecoder
+from vflowopt.runtime.model_runner import Runtime
 
 TURN = [picture(70, 150, 1), "what is this?"]
 # bitsandbytes has kernels for some widths only, which all published models have.

@@ -16,14 +16,14 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 from tests.vflowopt.models.tiny_qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL, TinyQwenVl
 from tests.vflowopt.reference import Reference
 from tests.vflowopt.talk import picture
-from vflowopt.compression import choose, score
-from vflowopt.decoder import FusedDecoder, ModuleDecoder
-from vflowopt.importance import context_relevance, patch_entropy
+from vflowopt.compression.importance import context_relevance, patch_entropy
+from vflowopt.compression.pipeline import choose, score
+from vflowopt.compression.strategy import Strategy
+from vflowopt.media.picture import Picture, PictureError, PictureLimits
 from vflowopt.models import ModelError, load_model
 from vflowopt.models.qwen_vl import QwenVl
-from vflowopt.picture import Picture, PictureError, PictureLimits
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
+from vflowopt.runtime.decoder import FusedDecoder, ModuleDecoder
+from vflowopt.runtime.model_runner import Runtime
 
 TINY = (*QWEN2_VL, *QWEN2_5_VL, *QWEN3_VL)
 SIZES = [(112, 196), (300, 90), (61, 61), (10, 14), (400, 3), (513, 511)]

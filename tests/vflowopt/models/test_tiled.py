@@ -18,11 +18,11 @@ from tests.vflowopt.models.tiny_internvl import INTERNVL, NAMES, TinyInternVL
 from tests.vflowopt.models.tiny_llava import LLAVA, LLAVA_NEXT, TinyLlava
 from tests.vflowopt.talk import picture
 from tests.vflowopt.tiny_models import SHAPES, Shape
-from vflowopt.importance import context_relevance, patch_entropy
+from vflowopt.compression.importance import context_relevance, patch_entropy
+from vflowopt.media.picture import Picture
 from vflowopt.models import FAMILIES, ModelError, load_model
 from vflowopt.models.tiled import TiledModel
 from vflowopt.models.tokenizer import load_tokenizer
-from vflowopt.picture import Picture
 
 TILED = (SHAPES[0], SHAPES[-1], *LLAVA, *LLAVA_NEXT, *INTERNVL)
 AREAS = [(0.0, 0.0, 0.5, 0.4), (0.2, 0.3, 0.65, 0.7), (0.5, 0.6, 1.0, 1.0)]

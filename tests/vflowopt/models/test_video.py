@@ -16,15 +16,15 @@ from tests.vflowopt.models.tiny_qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
 from tests.vflowopt.reference import Reference
 from tests.vflowopt.talk import Talk, picture, video
 from tests.vflowopt.tiny_models import SHAPES
-from vflowopt.compression import choose, compress
-from vflowopt.importance import patch_entropy
+from vflowopt.compression.importance import patch_entropy
+from vflowopt.compression.pipeline import choose, compress
+from vflowopt.compression.serialize import pack, unpack
+from vflowopt.compression.strategy import Strategy
+from vflowopt.media.picture import Picture
+from vflowopt.media.video import Video, VideoError
 from vflowopt.models import load_model
 from vflowopt.models.qwen_vl import QwenVl
-from vflowopt.packing import pack, unpack
-from vflowopt.picture import Picture
-from vflowopt.runtime import Runtime
-from vflowopt.strategy import Strategy
-from vflowopt.video import Video, VideoError
+from vflowopt.runtime.model_runner import Runtime
 
 TINY: tuple[TinyModel, ...] = (SHAPES[0], SHAPES[3], *INTERNVL, *QWEN2_VL, *QWEN2_5_VL, *QWEN3_VL)
 

@@ -1,0 +1,175 @@
+"""The asyncio client."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Self
+
+import grpc
+
+from vflow_client.aio.caller import AsyncCaller
+from vflow_client.aio.session import AsyncSession
+from vflow_client.aio.strategy_admin import AsyncStrategyAdmin
+from vflow_client.channel import CHANNEL_OPTIONS
+from vflow_client.errors import Unavailable
+from vflow_client.image_source import Detail, ImageSource, to_image
+from vflow_client.names import strategy_name
+from vflow_client.retry import DEFAULT_TIMEOUT, RetryPolicy
+from vflow_client.tls import TlsSource, to_tls
+from vflow_client.v1.compression_pb2 import CompressImageRequest, CompressImageResponse
+from vflow_client.v1.compression_pb2_grpc import CompressionStub
+from vflow_client.v1.conversations_pb2 import CreateSessionRequest, ListSessionsRequest, ListSessionsResponse
+from vflow_client.v1.conversations_pb2 import Session as SessionState
+from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
+
+
+class AsyncClient:
+    """A connection to a VFlow service. Belongs to one event loop; close it, or use it as an async context manager.
+
+    Attributes:
+        strategies: the administration of strategies.
+    """
+
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        *,
+        timeout: float | None = DEFAULT_TIMEOUT,
+        retry: RetryPolicy | None = None,
+        token: str | None = None,
+        tenant: str | None = None,
+    ) -> None:
+        """Takes over `channel`, which `close()` closes; `connect()` makes one from an address.
+
+        Args:
+            channel: where the service is.
+            timeout: seconds that each call may take, its retries included; None: no limit.
+            retry: when failed calls are tried again; None: the defaults of `RetryPolicy`.
+            token: says whose calls these are, where the service asks.
+            tenant: whose calls these are; None: the token's tenant or, without one, the service's default.
+        """
+        self._channel = channel
+        self._caller = AsyncCaller(timeout, retry or RetryPolicy(), token=token, tenant=tenant)
+        self._conversations = ConversationsStub(channel)
+        self._compression = CompressionStub(channel)
+        self.strategies = AsyncStrategyAdmin(channel, self._caller)
+
+    async def session(self, strategy: str | None = None, *, timeout: float | None = None) -> AsyncSession:
+        """Opens a session; `strategy` (None: the active one) compresses its pictures for as long as it lives.
+
+        Raises:
+            StrategyNotFound: there is no such strategy.
+            CapacityExhausted: the service holds as many sessions as it can.
+        """
+        request = CreateSessionRequest(session=SessionState(strategy=strategy_name(strategy)))
+        # Repeatable: a session that was opened, but never heard of, expires.
+        state: SessionState = await self._caller.unary(
+            self._conversations.CreateSession, request, timeout, repeatable=True
+        )
+        return self.attach(state.name)
+
+    def attach(self, name: str) -> AsyncSession:
+        """A session that exists already, by its resource name `sessions/{session}`. Makes no call."""
+        return AsyncSession(name, self._conversations, self._caller)
+
+    async def sessions(self, *, timeout: float | None = None) -> AsyncIterator[SessionState]:
+        """All sessions that live, oldest first, read page by page; `timeout` is for each page."""
+        request = ListSessionsRequest()
+        while True:
+            page: ListSessionsResponse = await self._caller.unary(
+                self._conversations.ListSessions, request, timeout, repeatable=True
+            )
+            for state in page.sessions:
+                yield state
+            if not page.next_page_token:
+                return
+            request = ListSessionsRequest(page_token=page.next_page_token)
+
+    async def compress(
+        self,
+        image: ImageSource,
+        *,
+        strategy: str | None = None,
+        embeddings: bool = False,
+        detail: Detail = "auto",
+        timeout: float | None = None,
+    ) -> CompressImageResponse:
+        """Compresses a picture without any session, for use with another engine.
+
+        Args:
+            image: a path, the bytes of a picture file, a PIL image, or `Image(digest=...)`.
+            strategy: None: the active one.
+            embeddings: whether to return the embeddings of the kept tokens, as the bytes of a safetensors file.
+            detail: how closely the model looks at the picture.
+            timeout: seconds; None: the client's.
+
+        Raises:
+            PictureRejected: it is not a picture that the service takes.
+            StrategyNotFound: there is no such strategy.
+        """
+        request = CompressImageRequest(
+            image=await asyncio.to_thread(to_image, image, detail),
+            strategy=strategy_name(strategy),
+            include_embeddings=embeddings,
+        )
+        response: CompressImageResponse = await self._caller.unary(
+            self._compression.CompressImage, request, timeout, repeatable=True
+        )
+        return response
+
+    async def wait_until_reachable(self, timeout: float) -> None:
+        """Waits until the service accepts connections; raises Unavailable if `timeout` seconds pass first."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._channel.channel_ready()
+        except TimeoutError:
+            raise Unavailable(
+                f"the service could not be reached within {timeout:g} s", code=grpc.StatusCode.UNAVAILABLE
+            ) from None
+
+    async def close(self) -> None:
+        """Closes the connection; calls that still run are cancelled. Sessions stay in the service until they expire."""
+        await self._channel.close(None)
+
+    async def __aenter__(self) -> Self:
+        """The client itself."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes the connection."""
+        await self.close()
+
+
+def connect(
+    address: str,
+    *,
+    timeout: float | None = DEFAULT_TIMEOUT,
+    retry: RetryPolicy | None = None,
+    token: str | None = None,
+    tls: TlsSource = False,
+    tenant: str | None = None,
+) -> AsyncClient:
+    """A client of the service at `address`, such as `"localhost:50051"`. The connection is made with the first call.
+
+    Args:
+        address: host and port, or any gRPC target (`dns:///...`, `unix:...`).
+        timeout: seconds that each call may take, its retries included; None: no limit.
+        retry: when failed calls are tried again; None: the defaults of `RetryPolicy`.
+        token: says whose calls these are, where the service asks. Whoever listens can read it unless `tls` is used.
+        tls: whether to encrypt the connection, or how: the path of a file (PEM) with the roots of the service's
+            certificate, or a `Tls`.
+        tenant: whose sessions and pictures these calls see and share, 1 to 63 lower-case letters, digits and hyphens;
+            None: those of the token's tenant or, without a token, of the service's default one.
+
+    Raises:
+        OSError: a file of `tls` cannot be read.
+    """
+    how = to_tls(tls)
+    channel = (
+        grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        if how is None
+        else grpc.aio.secure_channel(address, how.credentials(), options=(*CHANNEL_OPTIONS, *how.options()))
+    )
+    return AsyncClient(channel, timeout=timeout, retry=retry, token=token, tenant=tenant)

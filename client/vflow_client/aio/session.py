@@ -1,0 +1,177 @@
+"""A session, for asyncio."""
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Self
+
+from vflow_client.aio.answer import AsyncAnswer
+from vflow_client.aio.caller import AsyncCaller
+from vflow_client.chat_request import PartSource, chat_request
+from vflow_client.errors import SessionNotFound, VFlowError
+from vflow_client.image_source import Detail, ImageSource, to_image
+from vflow_client.v1.conversations_pb2 import (
+    AddImageRequest,
+    AddImageResponse,
+    AddVideoRequest,
+    AddVideoResponse,
+    DeleteSessionRequest,
+    ForkSessionRequest,
+    GetSessionRequest,
+)
+from vflow_client.v1.conversations_pb2 import Session as SessionState
+from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
+from vflow_client.v1.images_pb2 import ImageReceipt
+from vflow_client.video_source import Video, to_video
+
+
+class AsyncSession:
+    """A conversation that the service holds. Leaving it as an async context manager deletes it there."""
+
+    def __init__(self, name: str, stub: ConversationsStub, caller: AsyncCaller) -> None:
+        """For `AsyncClient.session()` and `AsyncClient.attach()`."""
+        self.name = name
+        self._stub = stub
+        self._caller = caller
+
+    async def add_image(
+        self, image: ImageSource, *, detail: Detail = "auto", timeout: float | None = None
+    ) -> ImageReceipt:
+        """Shows a picture ahead of any question about it, so that the question will be answered sooner.
+
+        Args:
+            image: a path, the bytes of a picture file, a PIL image, or `Image(digest=...)`.
+            detail: how closely the model looks at it: "low" costs fewer tokens.
+            timeout: seconds; None: the client's.
+
+        Returns:
+            What the picture cost, and what its compression saved.
+
+        Raises:
+            PictureRejected: it is not a picture that the service takes.
+            SessionBusy: a turn of this session is running.
+            VFlowError: any other failure.
+        """
+        request = AddImageRequest(session=self.name, image=await asyncio.to_thread(to_image, image, detail))
+        response: AddImageResponse = await self._caller.unary(self._stub.AddImage, request, timeout, repeatable=False)
+        return response.receipt
+
+    async def add_video(
+        self,
+        frames: Sequence[ImageSource],
+        *,
+        fps: float | None = None,
+        seconds: Sequence[float] | None = None,
+        timeout: float | None = None,
+    ) -> ImageReceipt:
+        """Shows a video ahead of any question about it, where the service's model takes videos.
+
+        Args:
+            frames: of the clip, pictures of one size in the order in which they were seen, as `add_image` takes them.
+            fps: frames in a second; or
+            seconds: when each frame was seen, from the beginning of the clip, each later than the one before.
+            timeout: seconds; None: the client's.
+
+        Returns:
+            What the video cost, and what its compression saved; `kept_by_frame` tells how the frames share it.
+
+        Raises:
+            TypeError, ValueError: it is not clear what the frames are, or when they were seen.
+            PictureRejected: a frame is not a picture that the service takes.
+            VideoRejected: the frames are not a video that the service takes.
+            VideoUnsupported: the service's model takes no videos.
+            SessionBusy: a turn of this session is running.
+            VFlowError: any other failure.
+        """
+        video = await asyncio.to_thread(to_video, Video(frames, fps, seconds))
+        request = AddVideoRequest(session=self.name, video=video)
+        response: AddVideoResponse = await self._caller.unary(self._stub.AddVideo, request, timeout, repeatable=False)
+        return response.receipt
+
+    async def ask(
+        self,
+        *parts: PartSource,
+        images: Iterable[ImageSource] = (),
+        detail: Detail = "auto",
+        max_new_tokens: int | None = None,
+        min_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        timeout: float | None = None,
+    ) -> AsyncAnswer:
+        """Says one turn and returns its answer, to be iterated over while it comes.
+
+        Args:
+            parts: the turn in order: a `str` is text, a `Video` a video, anything else a picture (a path as
+                `pathlib.Path`).
+            images: pictures that come before the parts; here a `str` is a path.
+            detail: how closely the model looks at the turn's pictures; `Image(..., detail=Image.LOW)` says it of one.
+            max_new_tokens: tokens to generate at most.
+            min_new_tokens: the model cannot end its answer before it has so many tokens.
+            temperature: 0 for greedy; None: the service's default, which is greedy.
+            top_p: sample from the most probable tokens that together have this probability.
+            seed: the same seed on the same conversation gives the same answer.
+            stop: the answer ends before the first of these texts.
+            timeout: seconds for the whole turn; None: the client's.
+
+        A turn is sent under a random request_id, so that it is never said twice. Failures are raised by the answer.
+        """
+        request = await asyncio.to_thread(
+            chat_request,
+            self.name,
+            parts,
+            images=images,
+            detail=detail,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+        )
+        return AsyncAnswer(
+            self._caller.streaming(self._stub.Chat), request, self._caller.attempts(timeout, repeatable=True)
+        )
+
+    async def fork(self, *, timeout: float | None = None) -> "AsyncSession":
+        """Opens a second session with the same past. From then on, what is said in one is not heard in the other.
+
+        Raises:
+            SessionBusy: a turn of this session is running.
+            CapacityExhausted: the service holds as many sessions as it can.
+        """
+        request = ForkSessionRequest(name=self.name)
+        # Repeatable: a session that was opened, but never heard of, expires.
+        state: SessionState = await self._caller.unary(self._stub.ForkSession, request, timeout, repeatable=True)
+        return AsyncSession(state.name, self._stub, self._caller)
+
+    async def state(self, *, timeout: float | None = None) -> SessionState:
+        """Reads what the service knows of the session: turns, pictures, KV bytes, when it expires."""
+        request = GetSessionRequest(name=self.name)
+        state: SessionState = await self._caller.unary(self._stub.GetSession, request, timeout, repeatable=True)
+        return state
+
+    async def delete(self, *, timeout: float | None = None) -> None:
+        """Deletes the session in the service. No error if it is gone already."""
+        try:
+            await self._caller.unary(
+                self._stub.DeleteSession, DeleteSessionRequest(name=self.name), timeout, repeatable=True
+            )
+        except SessionNotFound:
+            pass  # Expired, or deleted by an attempt whose response was lost.
+
+    async def __aenter__(self) -> Self:
+        """The session itself."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Deletes the session; a failure to do so does not hide the error that ended the block."""
+        try:
+            await self.delete()
+        except VFlowError:
+            if error is None:
+                raise

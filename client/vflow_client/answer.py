@@ -1,0 +1,95 @@
+"""An answer as it comes, synchronously."""
+
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from vflow_client.errors import error_from_call
+from vflow_client.retry import Attempts
+from vflow_client.transcript import Transcript
+from vflow_client.v1.conversations_pb2 import ChatRequest, ChatResponse
+
+
+class Answer(Transcript, Iterator[str]):
+    """Iterate over it for the pieces of text as they come; `usage` and `receipt` are there after the last one.
+
+    Closing an answer before its end (`close()`, or leaving it as a context manager) cancels the turn: the session is
+    then as if it had not been asked, unless the service, which may be ahead of the reader, had finished the turn
+    already (`Session.state().turn_count` tells). One answer is read by one thread.
+    """
+
+    def __init__(self, method: Any, request: ChatRequest, attempts: Attempts) -> None:
+        """Sends `request` to the streaming `method` at once."""
+        super().__init__()
+        self._method = method
+        self._request = request
+        self._attempts = attempts
+        self._call = self._send()
+
+    def __next__(self) -> str:
+        """The next piece of text, never empty.
+
+        Raises:
+            VFlowError: the turn failed, and the session is as it was before.
+        """
+        while not self.finished:
+            if piece := self._take(self._next_event()):
+                return piece
+        raise StopIteration
+
+    def read(self) -> str:
+        """Reads the rest of the answer and returns all of its text."""
+        for _ in self:
+            pass
+        return self.text
+
+    def __str__(self) -> str:
+        """The same as `read()`."""
+        return self.read()
+
+    def close(self) -> None:
+        """Cancels the turn if the answer is not finished yet. May be called more than once."""
+        if not self.finished:
+            self._closed = True
+            self._call.cancel()
+
+    def __enter__(self) -> Self:
+        """The answer itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes the answer."""
+        self.close()
+
+    def _send(self) -> Any:
+        return self._method(self._request, timeout=self._attempts.remaining())
+
+    def _next_event(self) -> ChatResponse:
+        while True:
+            self._refuse_if_closed()
+            try:
+                event: ChatResponse = next(self._call)
+            except StopIteration:
+                raise self._broken_off() from None
+            except grpc.RpcError as failure:
+                self._refuse_if_closed()
+                error = error_from_call(failure)
+                # Text that the caller has seen cannot be taken back: only an answer that has not begun starts over.
+                delay = None if self.text else self._attempts.delay_after(error)
+                if delay is None:
+                    raise error from failure
+            else:
+                if event.HasField("finished"):
+                    # Let the call end by itself; dropping it would cancel it. The turn counts whatever comes now.
+                    with suppress(grpc.RpcError):
+                        next(self._call, None)
+                return event
+            time.sleep(delay)
+            self._refuse_if_closed()
+            self._call = self._send()

@@ -1,0 +1,62 @@
+"""Building the request of a turn: pure, shared by the synchronous and the asyncio face."""
+
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+from vflow_client.image_source import Detail, ImageSource, to_image
+from vflow_client.v1.conversations_pb2 import ChatOptions, ChatRequest, Part
+from vflow_client.video_source import Video, to_video
+
+PartSource: TypeAlias = "ImageSource | Video"
+"""A part of a turn: a `str` is text, a `Video` a video, anything else a picture."""
+
+
+def chat_request(
+    session: str,
+    parts: Sequence[PartSource],
+    *,
+    images: Iterable[ImageSource] = (),
+    detail: Detail = "auto",
+    max_new_tokens: int | None = None,
+    min_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop: str | Sequence[str] = (),
+) -> ChatRequest:
+    """The request for one turn, under a fresh random request_id, so that it can be sent again safely.
+
+    Args:
+        session: `sessions/{session}`.
+        parts: the turn in order; a `str` is text, a `Video` a video, anything else a picture.
+        images: pictures that come before all parts; here a `str` is a path.
+        detail: how closely the model looks at the turn's pictures.
+        max_new_tokens, min_new_tokens, temperature, top_p, seed, stop: see `ChatOptions`; None leaves the service's
+            default.
+
+    Raises:
+        OSError: a picture's path that cannot be read.
+        TypeError: a part that is neither text nor a picture nor a video.
+        ValueError: a number outside what its field can hold, or a detail that there is not.
+    """
+    pictures = [Part(image=to_image(image, detail)) for image in images]
+    said = [_part(part, detail) for part in parts]
+    options = ChatOptions(
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop=[stop] if isinstance(stop, str) else list(stop),
+    )
+    return ChatRequest(session=session, parts=pictures + said, options=options, request_id=str(uuid.uuid4()))
+
+
+def _part(source: PartSource, detail: Detail) -> Part:
+    match source:
+        case str():
+            return Part(text=source)
+        case Video():
+            return Part(video=to_video(source))
+    return Part(image=to_image(source, detail))

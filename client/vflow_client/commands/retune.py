@@ -1,0 +1,228 @@
+"""`vflow retune`: has a running service search for a better strategy, and follows the search.
+
+Progress and errors go to the error stream, what was found to the standard output.
+"""
+
+import argparse
+import shutil
+import sys
+
+from vflow_client.calibration import Sample
+from vflow_client.client import Client
+from vflow_client.commands.calibration_arguments import (
+    add_calibration_arguments,
+    calibration_of,
+    describe_calibration,
+    pictures_named,
+)
+from vflow_client.commands.connection import add_connection_arguments, connected
+from vflow_client.commands.exit_code import DONE, FAILED, USAGE, complain, exit_code_of
+from vflow_client.commands.message_json import as_json, print_json
+from vflow_client.commands.objective_chart import LEGEND, objective_chart
+from vflow_client.commands.progress import progress_on
+from vflow_client.commands.strategy_text import announce_active, describe_change, describe_comparison, short
+from vflow_client.commands.whole_number import at_least
+from vflow_client.errors import Unavailable, VFlowError
+from vflow_client.retune import Retune
+from vflow_client.v1.strategies_pb2 import CompareStrategiesResponse, LiveTraffic, RetuneMetadata, Strategy
+
+CALL_TIMEOUT = 600.0
+"""Seconds for one call: to send many pictures, or for the comparison at the end."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of the search on `parser`."""
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="SHARE",
+        help="of a picture's tokens to keep, such as 0.1; required for a search",
+    )
+    add_calibration_arguments(parser, required=False)
+    parser.add_argument("--trials", type=at_least(1), metavar="N", help="strategies to try (default: the service's)")
+    parser.add_argument(
+        "--seed", type=at_least(0), metavar="N", help="the same search with the same seed finds the same (default: 0)"
+    )
+    parser.add_argument("--base", metavar="NAME", help="strategy to begin with (default: the active one)")
+    parser.add_argument(
+        "--id", metavar="ID", help="last part of the new strategy's name (default: the service's choice)"
+    )
+    parser.add_argument("--activate", action="store_true", help="activate the strategy that is found")
+    parser.add_argument("--detach", action="store_true", help="print the operation's name and leave the search alone")
+    parser.add_argument(
+        "--follow",
+        metavar="OPERATION",
+        help="take up a search that runs or has ended; --data here is only for the comparison at the end",
+    )
+    parser.add_argument("--json", action="store_true", help="for programs: what was found as JSON")
+    add_connection_arguments(parser, timeout=CALL_TIMEOUT, limits="per call")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Does what the parsed `arguments` ask for; returns the exit code. Ctrl-C has the service cancel the search."""
+    if problem := _contradiction(arguments):
+        complain(problem)
+        return USAGE
+    return exit_code_of(lambda: _retune(arguments), arguments.address)
+
+
+def _retune(arguments: argparse.Namespace) -> int:
+    source = calibration_of(arguments)
+    with connected(arguments) as client:
+        search = _search(client, source, arguments)
+        if not arguments.detach:
+            return _follow(client, search, source, arguments)
+        if arguments.json:
+            print_json({"operation": search.name})
+        else:
+            print(search.name)
+        return DONE
+
+
+def _contradiction(arguments: argparse.Namespace) -> str | None:
+    """What is wrong with the options together, if anything."""
+    if arguments.detach and arguments.activate:
+        return "--activate has to wait for the end, --detach does not: give one of them"
+    if arguments.follow is None:
+        if arguments.budget is None:
+            return "a search needs --budget, such as --budget 0.1 (or take one up with --follow OPERATION)"
+        if arguments.data is None and arguments.live is None:
+            return "a search needs --data DIR or --live to measure strategies on"
+        return None
+    for option in ("budget", "live", "trials", "seed", "base", "id"):
+        if getattr(arguments, option) is not None:
+            return f"--{option} is for a new search, --follow takes up one that was begun: give one of them"
+    return "--detach and --follow contradict each other: give one of them" if arguments.detach else None
+
+
+def _search(client: Client, source: list[Sample] | LiveTraffic | None, arguments: argparse.Namespace) -> Retune:
+    """The search to follow, begun now unless it was before."""
+    if arguments.follow is not None:
+        return client.strategies.operation(arguments.follow)
+    assert source is not None, "a search without data was refused"
+    with pictures_named(source):
+        search = client.strategies.retune(
+            arguments.budget,
+            source,
+            trials=arguments.trials,
+            seed=arguments.seed or 0,
+            base=arguments.base,
+            strategy_id=arguments.id or "",
+        )
+    _say(f"{search.name}: budget {arguments.budget:.1%}, measured on {describe_calibration(source)}")
+    return search
+
+
+def _follow(
+    client: Client, search: Retune, source: list[Sample] | LiveTraffic | None, arguments: argparse.Namespace
+) -> int:
+    """Shows the progress until the end, then what was found."""
+    uninterrupted = _watch(search)
+    if not search.done:
+        return FAILED
+    try:
+        strategy = search.result()
+    except VFlowError as error:
+        return _tell_failure(search, error, arguments)
+    if not uninterrupted:
+        complain(f"the search had ended already: {strategy.name} is there, and was not activated")
+        return FAILED
+    _tell_success(client, search, strategy, source, arguments)
+    return DONE
+
+
+def _watch(search: Retune) -> bool:
+    """Shows the progress; returns whether nobody interrupted it. Then the search has ended, or was left to end."""
+    try:
+        _show_progress(search)
+        return True
+    except Unavailable:
+        _say(f"the service is out of reach; the search may go on there: vflow retune --follow {search.name}")
+        raise
+    except KeyboardInterrupt:
+        _say("cancelling; the best so far is kept as a draft (Ctrl-C again: leave at once)")
+    try:
+        search.cancel()
+        search.wait()
+    except KeyboardInterrupt:
+        _say(f"left; how it ended tells: vflow retune --follow {search.name}")
+    return False
+
+
+def _show_progress(search: Retune) -> None:
+    progress = progress_on(sys.stderr)
+    try:
+        for metadata in search:
+            progress.show(metadata)
+    finally:
+        progress.close()
+
+
+def _tell_failure(search: Retune, error: VFlowError, arguments: argparse.Namespace) -> int:
+    """Tells why a search came to nothing, and what it left."""
+    metadata = search.metadata
+    if arguments.json:
+        failure = {"reason": error.reason or error.code.name, "message": error.message}
+        print_json({"operation": search.name, "metadata": as_json(metadata), "error": failure})
+    complain(str(error))
+    if metadata.best.name:
+        _say(
+            f"the best of {len(metadata.tried)} trials, objective {metadata.best_objective:.4f}, is kept as the draft "
+            f"{metadata.best.name}"
+        )
+    return FAILED
+
+
+def _tell_success(
+    client: Client,
+    search: Retune,
+    strategy: Strategy,
+    source: list[Sample] | LiveTraffic | None,
+    arguments: argparse.Namespace,
+) -> None:
+    """Tells what was found and what it would change, and activates it where that was asked for."""
+    base, metadata = search.metadata.base, search.metadata
+    if not arguments.json:
+        print(_describe_search(metadata, strategy))
+    comparison = _compare(client, base, strategy, source)
+    if not arguments.json:
+        change = (
+            describe_comparison(comparison) if comparison else describe_change(client.strategies.get(base), strategy)
+        )
+        print(f"\n{change}\n")
+    if arguments.activate:
+        strategy = client.strategies.activate(strategy.name)
+    if arguments.json:
+        found = {"strategy": as_json(strategy), "comparison": as_json(comparison) if comparison else None}
+        print_json({"operation": search.name, "metadata": as_json(metadata), **found})
+    elif arguments.activate:
+        print(announce_active(strategy))
+    else:
+        print(f"activate it with: vflow strategies activate {short(strategy.name)}")
+
+
+def _compare(
+    client: Client, base: str, strategy: Strategy, source: list[Sample] | LiveTraffic | None
+) -> CompareStrategiesResponse | None:
+    """The strategy against the one that the search began with; None where there is nothing to measure them on."""
+    if not isinstance(source, list):
+        return None  # Live traffic was used up by the search.
+    _say(f"comparing with {short(base)} on the same samples")
+    try:
+        return client.strategies.compare(base, strategy.name, source)
+    except VFlowError as error:
+        complain(f"no comparison: {error}")
+        return None
+
+
+def _describe_search(metadata: RetuneMetadata, strategy: Strategy) -> str:
+    found = strategy.provenance
+    chart = objective_chart(metadata.tried, width=min(shutil.get_terminal_size().columns, 100))
+    return (
+        f"{strategy.name} found: objective {found.objective:.4f} at a budget of {strategy.budget:.1%}, "
+        f"{short(found.base)} has {found.base_objective:.4f}\n\n{LEGEND}\n{chart}"
+    )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,74 @@
+"""The forms in which a caller may hand over a picture, and how each becomes the contract's `Image`.
+
+Knows no picture format: whether bytes are a picture is for the service to say.
+"""
+
+import io
+import os
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from vflow_client.v1.images_pb2 import Image
+
+ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Image | Any"
+"""A path, the bytes of a picture file, a `PIL.Image.Image`, or an `Image` of the contract (`Image(digest=...)` for a
+picture that the service still holds). `Any` stands for the PIL class, which this package does not import."""
+
+
+Detail: TypeAlias = Literal["auto", "low", "high"]
+"""How closely the model looks at a picture: at an overview alone, as closely as it can, or as the service chooses."""
+
+_DETAILS = {"low": Image.LOW, "high": Image.HIGH}
+
+
+def to_image(source: ImageSource, detail: Detail = "auto") -> Image:
+    """Reads `source` into an `Image` message. A PIL image is sent as PNG, so that no pixel changes.
+
+    Args:
+        source: the picture.
+        detail: how closely to look at it; "auto" leaves that to the service, or to what an `Image` says of itself.
+
+    Raises:
+        OSError: a path that cannot be read.
+        TypeError: something that is none of the forms of `ImageSource`.
+        ValueError: another detail.
+    """
+    if detail == "auto":
+        return _read(source)
+    if detail not in _DETAILS:
+        raise ValueError(f"detail is {detail!r}; give 'auto', 'low' or 'high'")
+    image = Image()
+    image.CopyFrom(_read(source))  # what a caller handed over stays as it is
+    image.detail = _DETAILS[detail]
+    return image
+
+
+def _read(source: ImageSource) -> Image:
+    match source:
+        case Image():
+            return source
+        case str() | os.PathLike():
+            return Image(data=Path(source).read_bytes())
+        case bytes() | bytearray() | memoryview():
+            return Image(data=bytes(source))
+    if _is_pil_image(source):
+        return Image(data=_to_png(source))
+    raise TypeError(f"expected a path, bytes, a PIL image or vflow_client.Image, got {type(source).__name__}")
+
+
+def _is_pil_image(source: object) -> bool:
+    """Whether `source` is a PIL image, without importing PIL: a caller who has one has imported it already."""
+    return any(cls.__module__ == "PIL.Image" and cls.__name__ == "Image" for cls in type(source).__mro__)
+
+
+def _to_png(picture: Any) -> bytes:
+    """Encodes a PIL image upright (Pillow's PNG would lose its orientation), without loss where PNG can hold it."""
+    from PIL import ImageOps
+
+    upright = ImageOps.exif_transpose(picture)
+    if upright.mode not in {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}:
+        upright = upright.convert("RGB")
+    buffer = io.BytesIO()
+    # Level 1: the bytes are sent only once, and the default level takes seconds on a photograph.
+    upright.save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()

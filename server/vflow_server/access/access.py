@@ -1,0 +1,129 @@
+"""Access: who is let in, and to what.
+
+Where there are tokens, one of them must come with every call, and says whose it is. Without any, whoever reaches the
+service may do everything, for the tenant that the call names: then the service listens to its own machine only, unless
+it was told otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import grpc
+
+from vflow_server.access.caller import DEFAULT_TENANT, METADATA_KEY, Caller, is_tenant
+from vflow_server.access.tokens import TokenEntry, find_token, read_tokens
+from vflow_server.access.watched_files import WatchedFiles
+from vflow_server.rpc.errors import InvalidRequest, ServiceError, unauthenticated
+
+AUTHORIZATION = "authorization"
+"""Request metadata that brings the token."""
+
+ADMINISTRATION = ("/vflow.v1.Strategies/", "/google.longrunning.Operations/")
+"""What the methods begin with that are for administrators only."""
+
+Metadata = Sequence[tuple[str, str | bytes]]
+
+
+class Access:
+    """Lets calls in, or refuses them.
+
+    Args:
+        tokens: those that are known, or the file that lists them, which may change; None lets everybody in.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it does not list tokens.
+    """
+
+    def __init__(self, tokens: Sequence[TokenEntry] | Path | None) -> None:
+        self._entries: Sequence[TokenEntry] = ()
+        self._file: WatchedFiles[Sequence[TokenEntry]] | None = None
+        self.open = tokens is None
+        """Whether everybody is let in."""
+        if isinstance(tokens, Path):
+            self._file = WatchedFiles([tokens], lambda: _read(tokens))
+        elif tokens is not None:
+            self._entries = tokens
+
+    def caller(self, method: str, metadata: Metadata) -> Caller:
+        """Who calls ``method`` (``/package.Service/Method``) with this request metadata.
+
+        Raises:
+            ServiceError: TOKEN_MISSING, TOKEN_INVALID, TOKEN_EXPIRED, TENANT_INVALID, TENANT_FORBIDDEN, ADMIN_REQUIRED.
+        """
+        if self.open:
+            return Caller(named_tenant(metadata) or DEFAULT_TENANT, admin=True)
+        caller = self.bearer(_token(metadata))
+        if (named := named_tenant(metadata)) not in (None, caller.tenant):
+            raise ServiceError(
+                grpc.StatusCode.PERMISSION_DENIED,
+                "TENANT_FORBIDDEN",
+                f"the token is of another tenant than {named!r}; leave {METADATA_KEY} out, or use a token of {named!r}",
+                metadata={"tenant": named},
+            )
+        if method.startswith(ADMINISTRATION) and not caller.admin:
+            raise ServiceError(
+                grpc.StatusCode.PERMISSION_DENIED,
+                "ADMIN_REQUIRED",
+                f"{method[1:]} is for administrators and the token is of a user; use one with role=admin",
+                metadata={"method": method[1:]},
+            )
+        return caller
+
+    def bearer(self, token: str) -> Caller:
+        """Who comes with ``token``.
+
+        Raises:
+            ServiceError: TOKEN_INVALID, TOKEN_EXPIRED.
+        """
+        entry = find_token(self._entries if self._file is None else self._file.current(), token)
+        if entry is None:
+            raise unauthenticated("TOKEN_INVALID", "the token is not known here; ask the operator for a valid one")
+        if entry.expired(datetime.now(UTC)):
+            raise unauthenticated("TOKEN_EXPIRED", "the token is valid no longer; ask the operator for a new one")
+        return entry.caller
+
+
+def named_tenant(metadata: Metadata) -> str | None:
+    """The tenant that request ``metadata`` names; None if it names none.
+
+    Raises:
+        InvalidRequest: TENANT_INVALID.
+    """
+    named = [str(value) for key, value in metadata if key == METADATA_KEY]
+    if not named:
+        return None
+    if len(named) > 1 or not is_tenant(named[0]):
+        raise InvalidRequest(
+            "TENANT_INVALID",
+            METADATA_KEY,
+            f"the request metadata {METADATA_KEY} is {', '.join(map(repr, named))[:160]}; name one tenant by 1 to 63 "
+            "lower-case letters, digits and hyphens, or leave it out",
+            metadata={"tenant": named[0][:80]},
+        )
+    return named[0]
+
+
+def _token(metadata: Metadata) -> str:
+    brought = [str(value) for key, value in metadata if key == AUTHORIZATION]
+    if not brought:
+        raise unauthenticated(
+            "TOKEN_MISSING",
+            f"this service asks who calls; send the request metadata {AUTHORIZATION}: Bearer TOKEN",
+        )
+    scheme, _, token = brought[0].partition(" ")
+    if len(brought) > 1 or scheme.lower() != "bearer" or not token:
+        raise unauthenticated("TOKEN_INVALID", f"the request metadata {AUTHORIZATION} must be one 'Bearer TOKEN'")
+    return token
+
+
+def _read(file: Path) -> Sequence[TokenEntry]:
+    try:
+        return read_tokens(file.read_text())
+    except OSError as error:
+        raise OSError(f"the tokens file {file} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a file that is no text is one, too
+        raise ValueError(f"the tokens file {file} cannot be used: {error}") from None

@@ -1,0 +1,124 @@
+"""Bearer tokens: what is kept of each is a line with its hash, whose it is, what it may do and until when.
+
+    sha256=9f86d0... tenant=acme role=admin expires=2027-01-31T00:00:00+00:00  # the nightly search
+
+A token is 32 random bytes, so that its plain SHA-256 gives nothing away: there is no list of likely tokens to try.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from vflow_server.access.caller import Caller, is_tenant
+
+ROLES = ("user", "admin")
+"""What a token may do: hold conversations, or administrate the service as well."""
+
+_HASH = re.compile("[0-9a-f]{64}")
+_PREFIX = "vflow_"  # by which scanners of repositories and logs know a token that was left lying about
+
+
+@dataclass(frozen=True)
+class TokenEntry:
+    """What is kept of a token.
+
+    Attributes:
+        digest: SHA-256 of the token.
+        caller: who comes with it.
+        expires: when it ends to be valid; None: never.
+    """
+
+    digest: bytes
+    caller: Caller
+    expires: datetime | None = None
+
+    def expired(self, now: datetime) -> bool:
+        """Whether it is valid no longer at ``now``."""
+        return self.expires is not None and now >= self.expires
+
+    def line(self) -> str:
+        """The entry as :func:`read_tokens` reads it."""
+        expires = f" expires={self.expires.isoformat(timespec='seconds')}" if self.expires else ""
+        role = "admin" if self.caller.admin else "user"
+        return f"sha256={self.digest.hex()} tenant={self.caller.tenant} role={role}{expires}"
+
+
+def new_token(caller: Caller, expires: datetime | None = None) -> tuple[str, TokenEntry]:
+    """A new token for ``caller``, which is told here and never again, and what is kept of it."""
+    token = _PREFIX + secrets.token_urlsafe(32)
+    return token, TokenEntry(_digest(token), caller, expires)
+
+
+def find_token(entries: Sequence[TokenEntry], token: str) -> TokenEntry | None:
+    """The entry of ``token``, valid or expired. Takes the same time whichever it is, and whether there is any."""
+    digest, found = _digest(token), None
+    for entry in entries:
+        if hmac.compare_digest(entry.digest, digest):
+            found = entry
+    return found
+
+
+def entries_or_file(text: str) -> tuple[TokenEntry, ...] | Path:
+    """The value of an option: the entries themselves, line by line, or the file that they are in.
+
+    Raises:
+        ValueError: an entry is wrong.
+    """
+    return read_tokens(text) if text.lstrip().startswith("sha256=") else Path(text)
+
+
+def read_tokens(text: str) -> tuple[TokenEntry, ...]:
+    """The entries that ``text`` lists, one a line; empty lines and what follows a # are for people.
+
+    Raises:
+        ValueError: a line is not as it must be, a token is listed twice, or there is none.
+    """
+    entries = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if written := line.partition("#")[0].strip():
+            try:
+                entries.append(_entry(written))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+    if not entries:
+        raise ValueError("no token is listed; `vflow token` makes one")
+    if len({entry.digest for entry in entries}) < len(entries):
+        raise ValueError("a token is listed twice")
+    return tuple(entries)
+
+
+def _entry(line: str) -> TokenEntry:
+    pairs = [word.partition("=") for word in line.split()]
+    values = {key: value for key, _, value in pairs}
+    missing = {"sha256", "tenant", "role"} - values.keys()
+    unknown = values.keys() - {"sha256", "tenant", "role", "expires"}
+    if missing or unknown or len(pairs) > len(values):
+        raise ValueError("expected sha256=... tenant=... role=user|admin, and perhaps expires=..., each once")
+    if not _HASH.fullmatch(values["sha256"]):
+        raise ValueError("sha256 must be 64 lower-case hexadecimal digits, as `vflow token` prints them")
+    if not is_tenant(values["tenant"]):
+        raise ValueError(f"tenant is {values['tenant']!r}; expected 1 to 63 lower-case letters, digits and hyphens")
+    if values["role"] not in ROLES:
+        raise ValueError(f"role is {values['role']!r}; expected one of {', '.join(ROLES)}")
+    expires = _time(values["expires"]) if "expires" in values else None
+    caller = Caller(values["tenant"], admin=values["role"] == "admin")
+    return TokenEntry(bytes.fromhex(values["sha256"]), caller, expires)
+
+
+def _time(text: str) -> datetime:
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"expires is {text!r}; expected a date such as 2027-01-31, or one with a time") from None
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()

@@ -1,0 +1,1 @@
+"""Pictures and videos as requests bring them: decoded within bounds, held for their tenant."""

@@ -1,0 +1,84 @@
+"""The compressed pictures that dialogues were shown: their logs need them, because caches are rebuilt from logs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from vflow_server.kv.session_log import Dialogue
+from vflow_server.rpc.errors import CapacityExhausted
+from vflowopt.compression.pipeline import CompressedImage
+from vflowopt.runtime.sequence import Item
+
+
+class LoggedPictures:
+    """Counts them within a bound, each once however many dialogues share it. Belongs to the engine's thread.
+
+    Args:
+        most_bytes: the bound; it is checked before a picture is taken in, so work under way may exceed it by little.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._of: dict[Dialogue, list[CompressedImage]] = {}
+        # By identity: what is held here keeps its id.
+        self._dialogues_with: Counter[int] = Counter()
+        self.bytes_held = 0
+
+    def note(self, dialogue: Dialogue, log: Sequence[Item]) -> None:
+        """Count what is in the log of ``dialogue`` now."""
+        self.forget(dialogue)
+        self._of[dialogue] = _distinct(log)
+        for image in self._of[dialogue]:
+            self._dialogues_with[id(image)] += 1
+            if self._dialogues_with[id(image)] == 1:
+                self.bytes_held += picture_bytes(image)
+
+    def forget(self, dialogue: Dialogue) -> None:
+        """Count nothing for ``dialogue`` any more."""
+        for image in self._of.pop(dialogue, ()):
+            self._dialogues_with[id(image)] -= 1
+            if not self._dialogues_with[id(image)]:
+                del self._dialogues_with[id(image)]
+                self.bytes_held -= picture_bytes(image)
+
+    def check_room(self, items: Iterable[Item]) -> None:
+        """Refuse pictures that are too many.
+
+        Raises:
+            CapacityExhausted: with those of ``items`` that are new the bound is exceeded.
+        """
+        new = sum(picture_bytes(image) for image in _distinct(items) if id(image) not in self._dialogues_with)
+        if new and self.bytes_held + new > self._most_bytes:
+            raise CapacityExhausted(
+                "session_pictures",
+                f"the pictures of all sessions take {self.bytes_held} of the {self._most_bytes} bytes allowed, and "
+                f"{new} more are needed; delete sessions, retry when idle ones have expired, or start the server with "
+                "a larger --compressed-memory",
+                metadata={"bytes": self.bytes_held + new, "max_bytes": self._most_bytes},
+                retry_after=10.0 if new <= self._most_bytes else None,
+            )
+
+
+def picture_bytes(image: CompressedImage) -> int:
+    """Bytes of the tensors of a compressed picture."""
+    layout = image.layout
+    tensors: tuple[Tensor, ...] = (
+        image.embeddings,
+        image.positions,
+        image.importance,
+        image.recycled,
+        *image.kept,
+        layout.grid,
+        layout.row,
+        layout.column,
+        layout.structural,
+        layout.boxes,
+    )
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _distinct(items: Iterable[Item]) -> list[CompressedImage]:
+    return list({id(item): item for item in items if isinstance(item, CompressedImage)}.values())

@@ -1,0 +1,122 @@
+"""A dialogue: the engine's side of a session, its conversation and where its turns begin and end.
+
+Changed in the engine's thread only. The event loop reads :attr:`Dialogue.state`, which is replaced as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from vflow_server.store.session_record import Entry, SessionRecord
+from vflowopt.compression.pipeline import CompressedImage
+from vflowopt.compression.strategy import Strategy
+from vflowopt.runtime.chat import ChatFormat
+from vflowopt.runtime.model_runner import Runtime
+from vflowopt.runtime.sequence import Conversation, Item
+
+
+@dataclass(frozen=True)
+class DialogueState:
+    """What a session shows of its dialogue: counts of finished turns and pictures, bytes of KV cache."""
+
+    turns: int = 0
+    images: int = 0
+    kv_bytes: int = 0
+    kv_bytes_full: int = 0
+    resident: bool = False
+
+
+class Dialogue:
+    """A conversation in turns; pictures may be shown ahead of the turn that they belong to.
+
+    Args:
+        strategy: compresses every picture of this dialogue.
+        tenant: whose it is; it shares what is computed for it with that tenant's other dialogues alone.
+        record: what the data folder holds of it; None: nothing.
+
+    Attributes:
+        recalled: whether the log is in memory; that of an earlier process is read when it is needed.
+    """
+
+    def __init__(self, strategy: Strategy, tenant: str, record: SessionRecord | None = None) -> None:
+        self.strategy = strategy
+        self.tenant = tenant
+        self.record = record
+        self.recalled = True
+        self.state = DialogueState()
+        self.turns = 0
+        self.images = 0
+        self._conversation: Conversation | None = None
+        self._ahead: list[CompressedImage] = []
+        self._items_ahead = 0
+
+    def conversation(self, runtime: Runtime) -> Conversation:
+        """The conversation on ``runtime``, begun when first asked for."""
+        if self._conversation is None:
+            self._conversation = runtime.start(self.strategy)
+        return self._conversation
+
+    def picture(self, chat: ChatFormat, image: CompressedImage) -> list[Item]:
+        """The items that showing ``image`` ahead of the next turn adds to the log."""
+        return chat.turn(self.turns, [*self._ahead, image], generate=False)[self._items_ahead :]
+
+    def turn(self, chat: ChatFormat, parts: Sequence[str | CompressedImage]) -> list[Item]:
+        """The items that the next turn adds to the log, without those of the pictures that were shown ahead of it."""
+        return chat.turn(self.turns, [*self._ahead, *parts])[self._items_ahead :]
+
+    def commit_picture(self, image: CompressedImage, items: int) -> None:
+        """Count ``image``, whose ``items`` items are in the log now, as shown ahead of the next turn."""
+        self._ahead.append(image)
+        self._items_ahead += items
+        self.images += 1
+
+    def commit_turn(self, images: int) -> None:
+        """Count a finished turn that brought ``images`` pictures of its own."""
+        self._ahead.clear()
+        self._items_ahead = 0
+        self.images += images
+        self.turns += 1
+
+    def continue_from(self, origin: Dialogue, runtime: Runtime) -> None:
+        """Take over all that was said and shown in ``origin``, sharing its pages; nothing may have been said here."""
+        self._conversation = origin.conversation(runtime).fork()
+        self._ahead = list(origin._ahead)
+        self._items_ahead = origin._items_ahead
+        self.turns, self.images = origin.turns, origin.images
+
+    def resume(self, turns: int, images: int) -> None:
+        """Count what an earlier process finished; :meth:`recall` brings the log of it."""
+        self.turns, self.images, self.recalled = turns, images, False
+        self.publish()
+
+    def recall(self, runtime: Runtime, entries: Iterable[Entry]) -> None:
+        """Take over the log of an earlier process."""
+        log = self.conversation(runtime).log
+        self.turns = self.images = 0
+        for entry in entries:
+            log.extend(entry.items)
+            if entry.answered:
+                self.commit_turn(entry.images)
+            else:
+                for image in entry.items:
+                    if isinstance(image, CompressedImage):
+                        self.commit_picture(image, len(entry.items))
+        self.recalled = True
+
+    def release(self) -> None:
+        """Give back the KV pages; the log stays, and the next turn rebuilds them."""
+        if self._conversation is not None:
+            self._conversation.release()
+        self.publish()
+
+    def publish(self) -> None:
+        """Let the event loop see the present state."""
+        held = self._conversation
+        self.state = DialogueState(
+            turns=self.turns,
+            images=self.images,
+            kv_bytes=held.kv_bytes if held else 0,
+            kv_bytes_full=held.kv_bytes_full if held else 0,
+            resident=held.resident if held else False,
+        )

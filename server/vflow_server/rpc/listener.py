@@ -1,0 +1,112 @@
+"""A listener: one gRPC server on one port, and the bounds of what a caller can send to it or hold open."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+
+import grpc
+
+MOST_CALLS = 4096
+"""Calls at the same time. A fuse against runaway clients only: it counts health checks too, and refuses without saying
+why."""
+
+MOST_METADATA = 16 * 1024
+"""Bytes of a call's metadata. gRPC would begin to refuse some calls by chance at half of it; here it is all or none."""
+
+LONGEST_CALL = 1800
+"""Seconds that a call may last beyond the age of its connection: longer than any turn takes, but for one whose caller
+does not read it."""
+
+
+class Listener:
+    """A gRPC server on one port. Made, started and stopped on one event loop.
+
+    Args:
+        host: address to listen on.
+        port: port to listen on; 0 takes a free one.
+        option: the setting that the port comes from, for the error.
+        credentials: for TLS; None: unencrypted.
+        interceptors: around each method.
+        most_bytes: of a message, sent or received.
+        longest_idle: seconds without a call after which a connection is closed.
+        longest_age: seconds after which a connection takes no more calls, which then go over a new one.
+
+    Attributes:
+        server: takes the services, until it is started.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        option: str,
+        *,
+        credentials: grpc.ServerCredentials | None,
+        interceptors: Sequence[grpc.aio.ServerInterceptor],  # type: ignore[type-arg]  # generic in the stubs only
+        most_bytes: int,
+        longest_idle: float,
+        longest_age: float,
+    ) -> None:
+        self._address = address(host, port)
+        self._option = option
+        self._credentials = credentials  # gRPC's core calls into it as long as the server lives, and holds it not
+        self.server = grpc.aio.server(
+            interceptors=interceptors,
+            maximum_concurrent_rpcs=MOST_CALLS,
+            options=[
+                ("grpc.max_receive_message_length", most_bytes),
+                ("grpc.max_send_message_length", most_bytes),
+                ("grpc.max_metadata_size", MOST_METADATA),
+                ("grpc.absolute_max_metadata_size", MOST_METADATA),
+                ("grpc.max_connection_idle_ms", round(longest_idle * 1000)),
+                ("grpc.max_connection_age_ms", round(longest_age * 1000)),
+                ("grpc.max_connection_age_grace_ms", LONGEST_CALL * 1000),
+                # Two processes on one port would share the calls but not the sessions.
+                ("grpc.so_reuseport", 0),
+                # Find clients that died without a word, and bear with those that ping often.
+                ("grpc.keepalive_time_ms", 30_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+                ("grpc.http2.max_ping_strikes", 0),
+            ],
+        )
+
+    def bind(self) -> int:
+        """Take the port, and return it; nobody is served yet.
+
+        Raises:
+            OSError: the address cannot be listened on.
+        """
+        try:
+            return (
+                self.server.add_insecure_port(self._address)
+                if self._credentials is None
+                else self.server.add_secure_port(self._address, self._credentials)
+            )
+        except RuntimeError as error:
+            raise OSError(
+                f"cannot listen on {self._address}; is the port taken? choose another with {self._option}"
+            ) from error
+
+    async def start(self) -> None:
+        """Serve."""
+        await self.server.start()
+
+    async def stop(self, grace: float) -> None:
+        """Take no more calls, and give those that run ``grace`` seconds."""
+        await self.server.stop(grace)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on ``host``, an address or a name."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def address(host: str, port: int) -> str:
+    """``host:port``, as gRPC and people write it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,317 @@
+"""The service, wired: engine, stores and servicers behind one gRPC server."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+import grpc
+import structlog
+from google.longrunning import operations_pb2, operations_pb2_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from vflow_client.v1 import (
+    compression_pb2,
+    compression_pb2_grpc,
+    conversations_pb2,
+    conversations_pb2_grpc,
+    strategies_pb2,
+    strategies_pb2_grpc,
+)
+from vflow_server.access.access import Access
+from vflow_server.access.certificates import CertificateFiles
+from vflow_server.engine.engine import Engine
+from vflow_server.engine.scheduler import Scheduler
+from vflow_server.engine.workbench import Workbench
+from vflow_server.images.store import PictureStore
+from vflow_server.images.video_reader import VideoReader
+from vflow_server.interceptors.calls import Calls
+from vflow_server.interceptors.draining import Draining
+from vflow_server.interceptors.guard import Guard
+from vflow_server.kv.disk import SpillFolder
+from vflow_server.kv.offload import ParkedStore
+from vflow_server.monitoring.gauges import Gauges
+from vflow_server.monitoring.side_port import Answer, Page, Request, SidePort
+from vflow_server.monitoring.status_page import StatusPage
+from vflow_server.rpc.listener import Listener, is_loopback
+from vflow_server.servicers.admin import Strategies
+from vflow_server.servicers.calibration_request import CalibrationReader
+from vflow_server.servicers.compression import Compression
+from vflow_server.servicers.conversations import Conversations
+from vflow_server.servicers.operations_service import Operations
+from vflow_server.servicers.quotas import Quota, Quotas
+from vflow_server.sessions.live_samples import LiveSamples
+from vflow_server.sessions.sessions import SessionStore
+from vflow_server.settings import Settings
+from vflow_server.store.archive import Archive
+from vflow_server.strategies.comparisons import Comparisons
+from vflow_server.strategies.strategies import StrategyStore
+from vflow_server.telemetry.metrics import Metrics
+from vflow_server.telemetry.receipt_log import Ledger
+from vflow_server.telemetry.tracing import tracing_to
+from vflow_server.tuning.fidelity_monitor import Watch
+from vflow_server.tuning.operations import OperationStore
+from vflow_server.tuning.retune import Retunes
+from vflowopt.media.picture import PictureLimits
+from vflowopt.runtime.model_runner import Runtime
+
+_FOR_USERS = tuple(
+    file.DESCRIPTOR.services_by_name[name].full_name
+    for file, name in ((conversations_pb2, "Conversations"), (compression_pb2, "Compression"))
+)
+_FOR_ADMINISTRATORS = tuple(
+    file.DESCRIPTOR.services_by_name[name].full_name
+    for file, name in ((strategies_pb2, "Strategies"), (operations_pb2, "Operations"))
+)
+NAMES = (*_FOR_USERS, *_FOR_ADMINISTRATORS)
+"""Full names of the services, as health checks ask for them."""
+
+_LAST_WORDS = 0.2
+"""Seconds, at least, between the end of a call and the end of its connection."""
+
+log = structlog.get_logger(__name__)
+
+
+class Service:
+    """One service on one loaded model. Made, started and stopped on one event loop.
+
+    Args:
+        runtime: the model; handed over for good, nobody else may use it while the service runs.
+        settings: how to serve it.
+    """
+
+    def __init__(self, runtime: Runtime, settings: Settings) -> None:
+        self.settings = settings
+        # What may be unusable is read before folders are taken that others could want.
+        self.access = Access(settings.tokens)
+        self.strategies = StrategyStore(runtime.layers, runtime.model.strategies, settings.stored("strategies.json"))
+        self.operations = OperationStore(settings.stored("operations.json"))
+        self.metrics = Metrics()
+        self.tracing = tracing_to(settings.otlp_endpoint)
+        self.ledger = Ledger(self.metrics, self.tracing)
+        stored = settings.data if not settings.ephemeral else None
+        self.archive = Archive(stored, settings.data_bytes, self.metrics) if stored else None
+        self.bench = Workbench(
+            runtime,
+            compressed_bytes=settings.compressed_memory,
+            parked=ParkedStore(settings.parked_memory, self._spill_folder()),
+            metrics=self.metrics,
+        )
+        self._draining = Draining()
+        self.engine = Engine(
+            waiting=settings.max_waiting,
+            running=settings.max_running,
+            schedule=Scheduler(self.bench),
+            on_death=self._engine_died,
+        )
+        self.retunes = Retunes(self.engine, self.bench, self.strategies, self.operations)
+        self.live_samples = LiveSamples(settings.calibration_samples, settings.picture_memory)
+        self.pictures = PictureStore(
+            PictureLimits(max_bytes=settings.max_picture_bytes, max_pixels=settings.max_picture_pixels),
+            held_bytes=settings.picture_memory,
+        )
+        self.watch = Watch(
+            share=settings.watch_share,
+            floor=settings.watch_floor,
+            window=settings.watch_window,
+            engine=self.engine,
+            bench=self.bench,
+            strategies=self.strategies,
+            pictures=self.pictures,
+        )
+        self.sessions = SessionStore(
+            self.engine,
+            self.bench,
+            self.live_samples,
+            self.watch,
+            most=settings.max_sessions,
+            idle_timeout=settings.idle_timeout,
+            archive=self.archive,
+        )
+        quota = Quota(
+            sessions=settings.tenant_sessions,
+            pictures=settings.tenant_pictures,
+            kv_bytes=settings.tenant_kv,
+            turns=settings.tenant_turns,
+            tokens_per_minute=settings.tenant_tokens,
+        )
+        self.quotas = Quotas(quota, self.sessions, self.engine, self.bench.residency)
+        self.metrics.registry.register(
+            Gauges(
+                engine=self.engine,
+                bench=self.bench,
+                sessions=self.sessions,
+                strategies=self.strategies,
+                pictures=self.pictures,
+                watch=self.watch,
+                retunes=self.retunes,
+            )
+        )
+        self.failed = asyncio.Event()
+        """Set when the engine has died: nothing can be served any more."""
+        self._loop = asyncio.get_running_loop()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing from the stubs
+        self._listeners = self._listen()
+        self.admin_port: int | None = None
+        """Where the services for administrators listen, once they do, if that is a port of their own."""
+        self._side_port = SidePort({"/metrics": self._told_metrics, **self._status_pages()})
+        self.side_port: int | None = None
+        """Where the side port listens, once it does."""
+
+    async def start(self) -> int:
+        """Listen and serve; returns the port.
+
+        Raises:
+            OSError: an address cannot be listened on.
+        """
+        port, *further = [listener.bind() for listener in self._listeners]
+        self.admin_port = next(iter(further), None)
+        if self.settings.metrics_port is not None:
+            self.side_port = await self._side_port.start(self.settings.metrics_host, self.settings.metrics_port)
+        self.engine.start()
+        for name in ("", *NAMES):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        for listener in self._listeners:
+            await listener.start()
+        self._forever = [
+            asyncio.create_task(self.sessions.expire_forever()),
+            asyncio.create_task(self.watch.watch_forever()),
+        ]
+        return port
+
+    async def stop(self, grace: float | None = None) -> None:
+        """Take no more calls, give those that run ``grace`` seconds (default: as set), and give everything back."""
+        await self._health.enter_graceful_shutdown()
+        await self.retunes.close()  # before the calls that wait for it
+        grace = self.settings.grace if grace is None else grace
+        begun = time.monotonic()
+        drained = await self._draining.drain(grace)
+        for task in self._forever:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        # What has just ended still has its last words to send.
+        left = max(grace - (time.monotonic() - begun), _LAST_WORDS)
+        hung_up = asyncio.gather(*(listener.stop(left) for listener in self._listeners))
+        if not drained:
+            await hung_up
+        # Else beside it: whoever watches the health stays on until the time is up, and KV caches are to be kept in it.
+        await asyncio.to_thread(self._stop_engine, begun + grace)
+        await hung_up
+        if self.archive is not None:
+            await asyncio.to_thread(self.archive.close)
+        self.pictures.close()
+        await self._side_port.stop()
+        await asyncio.to_thread(self.tracing.close)
+
+    def _stop_engine(self, keep_until: float) -> None:
+        """End the engine and give back what it held; until then put KV caches where the next process finds them."""
+        self.engine.stop()
+        keeps = self.archive is not None and not self.failed.is_set()
+        self.bench.close(keep_until if keeps else None)
+
+    def _spill_folder(self) -> SpillFolder | None:
+        """The folder of KV caches; in the data folder they have the room that sessions leave."""
+        settings, archive = self.settings, self.archive
+        if (folder := settings.spill_folder) is None:
+            return None
+        if archive is None or settings.spill_dir is not None:
+            return SpillFolder(folder, lambda: settings.spill_bytes)
+        return SpillFolder(folder, lambda: min(settings.spill_bytes, archive.room))
+
+    def _listen(self) -> Sequence[Listener]:
+        """The listener for users and, where it is to be another, that for administrators; nobody is served yet."""
+        settings = self.settings
+        public = self._listener(settings.host, settings.port, "--port")
+        self._serve_users(public.server)
+        if settings.admin_port is None:
+            self._serve_administrators(public.server)
+            self._serve_all(public.server, NAMES)
+            return [public]
+        private = self._listener(settings.admin_host, settings.admin_port, "--admin-port")
+        self._serve_administrators(private.server)
+        self._serve_all(public.server, _FOR_USERS)
+        self._serve_all(private.server, _FOR_ADMINISTRATORS)
+        return [public, private]
+
+    def _listener(self, host: str, port: int, option: str) -> Listener:
+        settings = self.settings
+        files = None
+        if settings.tls_cert and settings.tls_key:
+            files = CertificateFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+        elif not self.access.open and not is_loopback(host):
+            log.warning("callers' tokens are readable on the way here, unless something before it ends TLS", host=host)
+        return Listener(
+            host,
+            port,
+            option,
+            credentials=files.credentials() if files else None,
+            interceptors=[Calls(self.metrics, self.tracing), Guard(self.access), self._draining],
+            most_bytes=settings.max_message_bytes,
+            longest_idle=settings.connection_idle,
+            longest_age=settings.connection_age,
+        )
+
+    def _serve_users(self, server: grpc.aio.Server) -> None:
+        model, most_frames = self.bench.runtime.model, self.settings.max_video_frames
+        videos = VideoReader(self.pictures, model, most_frames=most_frames)
+        conversations_pb2_grpc.add_ConversationsServicer_to_server(
+            Conversations(self.sessions, self.strategies, self.pictures, videos, self.ledger, self.quotas), server
+        )
+        compression_pb2_grpc.add_CompressionServicer_to_server(
+            Compression(
+                self.engine,
+                self.bench,
+                self.strategies,
+                self.pictures,
+                self.ledger,
+                self.quotas,
+                most_bytes=self.settings.max_message_bytes,
+            ),
+            server,
+        )
+
+    def _serve_administrators(self, server: grpc.aio.Server) -> None:
+        strategies_pb2_grpc.add_StrategiesServicer_to_server(
+            Strategies(
+                self.strategies,
+                self.retunes,
+                Comparisons(self.engine, self.bench),
+                CalibrationReader(self.pictures, self.live_samples),
+                self.bench.runtime,
+            ),
+            server,
+        )
+        operations_pb2_grpc.add_OperationsServicer_to_server(Operations(self.operations), server)
+
+    def _serve_all(self, server: grpc.aio.Server, names: Sequence[str]) -> None:
+        """What is open to everybody: the state of the services called ``names``, and their contract."""
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+
+    def _status_pages(self) -> Mapping[str, Page]:
+        if not self.settings.status_page:
+            return {}
+        return StatusPage(
+            engine=self.engine,
+            bench=self.bench,
+            sessions=self.sessions,
+            strategies=self.strategies,
+            pictures=self.pictures,
+            watch=self.watch,
+            retunes=self.retunes,
+            ledger=self.ledger,
+            access=self.access,
+        ).pages
+
+    async def _told_metrics(self, request: Request) -> Answer:
+        return Answer(generate_latest(self.metrics.registry), CONTENT_TYPE_LATEST)
+
+    def _engine_died(self) -> None:
+        """Called in the engine's thread: say on the event loop that nothing is served any more."""
+        asyncio.run_coroutine_threadsafe(self._health.enter_graceful_shutdown(), self._loop)
+        self._loop.call_soon_threadsafe(self.failed.set)

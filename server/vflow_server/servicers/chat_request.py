@@ -1,0 +1,143 @@
+"""A ChatRequest, checked: what the contract allows in parts, options and request_id."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from vflow_client.v1 import conversations_pb2
+from vflow_server.images.pixel_bound import PixelBound
+from vflow_server.images.store import PictureStore
+from vflow_server.images.video_reader import VideoReader
+from vflow_server.rpc.errors import InvalidRequest
+from vflow_server.sessions.turn import TurnRequest
+from vflowopt.media.video import Video, Visual
+from vflowopt.runtime.sampling import SamplingOptions
+
+MOST_PARTS = 64
+MOST_TEXT = 100_000
+"""Characters of one text part; what fits the model's context is far less."""
+MOST_NEW_TOKENS, DEFAULT_NEW_TOKENS = 4096, 256
+MOST_STOPS, LONGEST_STOP = 8, 64
+LONGEST_REQUEST_ID = 64
+
+
+async def read_turn(
+    request: conversations_pb2.ChatRequest, pictures: PictureStore, videos: VideoReader, tenant: str
+) -> TurnRequest:
+    """The turn that ``request`` of ``tenant`` asks for, with its pictures and videos decoded.
+
+    Raises:
+        ServiceError: a field is not as the contract says, a picture is none, or the model takes no videos.
+    """
+    _check_request_id(request.request_id)
+    _check_parts(request)
+    max_new_tokens, min_new_tokens = _lengths(request.options)
+    sampling, stop = _options(request.options)
+    videos.check({f"parts[{i}].video": part.video for i, part in enumerate(request.parts) if part.HasField("video")})
+    pixels = PixelBound(pictures.limits, "scale them down, or show some of them ahead by AddImage or AddVideo")
+    parts: list[str | Visual] = []
+    for index, part in enumerate(request.parts):
+        match part.WhichOneof("content"):
+            case "image":
+                field = f"parts[{index}].image"
+                picture = await pictures.take(part.image, field, tenant)
+                pixels.count(picture, field)
+                parts.append(picture)
+            case "video":
+                parts.append(await videos.read(part.video, f"parts[{index}].video", tenant, pixels))
+            case _:
+                parts.append(part.text)
+    return TurnRequest(tuple(parts), max_new_tokens, sampling, stop, min_new_tokens)
+
+
+def fingerprint(turn: TurnRequest) -> str:
+    """Digest of a turn's content: equal for requests that say, show and ask for the same."""
+    parts = [
+        ["text", part] if isinstance(part, str) else ["video" if isinstance(part, Video) else "image", *part.identity]
+        for part in turn.parts
+    ]
+    sampling = turn.sampling
+    lengths = [turn.min_new_tokens, turn.max_new_tokens]
+    content = [parts, lengths, sampling.temperature, sampling.top_p, sampling.seed, turn.stop]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _check_request_id(request_id: str) -> None:
+    if len(request_id) > LONGEST_REQUEST_ID or not (request_id.isascii() and request_id.isprintable()):
+        raise InvalidRequest(
+            "OPTION_OUT_OF_RANGE",
+            "request_id",
+            f"request_id must be at most {LONGEST_REQUEST_ID} printable ASCII characters; a random UUID does well",
+            metadata={"max": LONGEST_REQUEST_ID},
+        )
+
+
+def _check_parts(request: conversations_pb2.ChatRequest) -> None:
+    if not 1 <= len(request.parts) <= MOST_PARTS:
+        raise InvalidRequest(
+            "OPTION_OUT_OF_RANGE" if request.parts else "EMPTY_TURN",
+            "parts",
+            f"a turn has 1 to {MOST_PARTS} parts, this one has {len(request.parts)}",
+            metadata={"value": len(request.parts), "min": 1, "max": MOST_PARTS},
+        )
+    for index, part in enumerate(request.parts):
+        kind = part.WhichOneof("content")
+        if kind is None or (kind == "text" and not part.text.strip()):
+            what = "no text, image or video" if kind is None else "no text but white space"
+            raise InvalidRequest(
+                "EMPTY_TURN",
+                f"parts[{index}]",
+                f"part {index} has {what}; say something or leave it out",
+                metadata={"part": index},
+            )
+        if len(part.text) > MOST_TEXT:
+            raise InvalidRequest(
+                "OPTION_OUT_OF_RANGE",
+                f"parts[{index}].text",
+                f"part {index} has {len(part.text)} characters; send at most {MOST_TEXT}",
+                metadata={"value": len(part.text), "max": MOST_TEXT},
+            )
+    if not any(part.text for part in request.parts):
+        raise InvalidRequest(
+            "EMPTY_TURN",
+            "parts",
+            "a turn needs a text; to show a picture or a video ahead of its question use AddImage or AddVideo",
+        )
+
+
+def _lengths(options: conversations_pb2.ChatOptions) -> tuple[int, int]:
+    """The most and the fewest tokens of the answer."""
+    max_new_tokens = options.max_new_tokens if options.HasField("max_new_tokens") else DEFAULT_NEW_TOKENS
+    if not 1 <= max_new_tokens <= MOST_NEW_TOKENS:
+        raise InvalidRequest(
+            "OPTION_OUT_OF_RANGE",
+            "options.max_new_tokens",
+            f"max_new_tokens is {max_new_tokens}; give 1 to {MOST_NEW_TOKENS}",
+            metadata={"value": max_new_tokens, "min": 1, "max": MOST_NEW_TOKENS},
+        )
+    min_new_tokens = options.min_new_tokens
+    if not 0 <= min_new_tokens <= max_new_tokens:
+        raise InvalidRequest(
+            "OPTION_OUT_OF_RANGE",
+            "options.min_new_tokens",
+            f"min_new_tokens is {min_new_tokens}; give 0 to max_new_tokens, which is {max_new_tokens}",
+            metadata={"value": min_new_tokens, "min": 0, "max": max_new_tokens},
+        )
+    return max_new_tokens, min_new_tokens
+
+
+def _options(options: conversations_pb2.ChatOptions) -> tuple[SamplingOptions, tuple[str, ...]]:
+    if len(options.stop) > MOST_STOPS or not all(1 <= len(stop) <= LONGEST_STOP for stop in options.stop):
+        raise InvalidRequest(
+            "OPTION_OUT_OF_RANGE",
+            "options.stop",
+            f"give at most {MOST_STOPS} stop texts of 1 to {LONGEST_STOP} characters each",
+            metadata={"max": MOST_STOPS},
+        )
+    sampling = SamplingOptions(
+        temperature=options.temperature if options.HasField("temperature") else 0.0,
+        top_p=options.top_p if options.HasField("top_p") else 1.0,
+        seed=options.seed if options.HasField("seed") else None,
+    )
+    return sampling, tuple(options.stop)

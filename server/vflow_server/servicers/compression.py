@@ -1,0 +1,133 @@
+"""The contract's ``Compression`` service: compressed pictures for backends that feed another engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+from safetensors.torch import save
+
+from vflow_client.v1 import compression_pb2, compression_pb2_grpc
+from vflow_server.access.caller import current_caller
+from vflow_server.engine.engine import Engine, Steps
+from vflow_server.engine.ops import Encode
+from vflow_server.engine.workbench import Workbench
+from vflow_server.images.store import PictureStore
+from vflow_server.rpc.errors import CapacityExhausted
+from vflow_server.rpc.names import check_name
+from vflow_server.servicers.quotas import Quotas
+from vflow_server.sessions.receipts import image_receipt
+from vflow_server.strategies.strategies import StrategyRevision, StrategyStore
+from vflow_server.telemetry.receipt_log import Ledger
+from vflowopt.compression.pipeline import CompressedImage
+from vflowopt.media.picture import Picture
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Response = compression_pb2.CompressImageResponse
+
+
+class Compression(compression_pb2_grpc.CompressionServicer):
+    """Compresses pictures and keeps no session.
+
+    Args:
+        engine: does the work.
+        bench: what the work is done with.
+        strategies: that a request may ask for.
+        pictures: takes in what requests bring.
+        ledger: hears what became of them.
+        quotas: of the tenants.
+        most_bytes: size of a response at most.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        bench: Workbench,
+        strategies: StrategyStore,
+        pictures: PictureStore,
+        ledger: Ledger,
+        quotas: Quotas,
+        *,
+        most_bytes: int,
+    ) -> None:
+        self._engine = engine
+        self._bench = bench
+        self._strategies = strategies
+        self._pictures = pictures
+        self._ledger = ledger
+        self._quotas = quotas
+        self._most_bytes = most_bytes
+
+    async def CompressImage(self, request: compression_pb2.CompressImageRequest, context: Context) -> Response:
+        """Compress one picture."""
+        if request.strategy:
+            check_name(request.strategy, "strategies", "strategy")
+        revision = self._strategies.get(request.strategy)
+        tenant = current_caller().tenant
+        async with self._quotas.work(tenant):
+            picture = await self._pictures.take(request.image, "image", tenant)
+            return await self._compress(picture, revision, tenant, embeddings=request.include_embeddings)
+
+    async def _compress(
+        self, picture: Picture, revision: StrategyRevision, tenant: str, *, embeddings: bool
+    ) -> Response:
+        def work(emit: Callable[[None], None]) -> Steps[Response]:
+            image, hit = yield Encode(picture, revision.strategy, tenant)
+            return self._response(picture, image, revision, cache_hit=hit, embeddings=embeddings)
+
+        ticket = self._engine.submit(work, tenant)
+        try:
+            response = await ticket.result()
+        finally:
+            ticket.cancel()
+        self._ledger.picture(tenant, response.receipt)
+        return response
+
+    def _response(
+        self,
+        picture: Picture,
+        image: CompressedImage,
+        revision: StrategyRevision,
+        *,
+        cache_hit: bool,
+        embeddings: bool,
+    ) -> Response:
+        layout = image.layout
+        runtime = self._bench.runtime
+        response = Response(
+            grids=[compression_pb2.TokenGrid(rows=rows, columns=columns) for rows, columns in layout.shapes()],
+            tokens=compression_pb2.VisualTokens(
+                importance=image.importance.tolist(),
+                grid=layout.grid.tolist(),
+                row=layout.row.tolist(),
+                column=layout.column.tolist(),
+                structural=layout.structural.tolist(),
+                box=layout.boxes.flatten().tolist(),
+            ),
+            stages=[
+                compression_pb2.Stage(first_layer=start, kept=kept.tolist())
+                for start, kept in zip(revision.strategy.starts, image.kept, strict=True)
+            ],
+            recycled=image.recycled.tolist(),
+            positions=image.positions.flatten().tolist(),
+            position_span=image.span,
+            receipt=image_receipt(picture, image, runtime, revision.strategy, revision.name, cache_hit=cache_hit),
+        )
+        if embeddings:
+            response.embeddings = save(
+                {
+                    "embeddings": image.embeddings.cpu().contiguous(),
+                    "positions": image.positions.clone(),  # safetensors takes no two tensors of one memory
+                    "kept": image.kept[0].contiguous(),
+                }
+            )
+        if (size := response.ByteSize()) > self._most_bytes:
+            raise CapacityExhausted(
+                "message",
+                f"the response would take {size} bytes and the server sends at most {self._most_bytes}; leave out the "
+                "embeddings, choose a strategy that keeps less, or start the server with a larger --max-message-bytes",
+                metadata={"bytes": size, "max_bytes": self._most_bytes},
+                retry_after=None,
+            )
+        return response

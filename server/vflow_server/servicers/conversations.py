@@ -1,0 +1,206 @@
+"""The contract's ``Conversations`` service: sessions and their turns."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import grpc
+from google.protobuf import empty_pb2
+from structlog.contextvars import bind_contextvars
+
+from vflow_client.v1 import conversations_pb2, conversations_pb2_grpc, images_pb2
+from vflow_server.access.caller import current_caller
+from vflow_server.images.pixel_bound import PixelBound
+from vflow_server.images.store import PictureStore
+from vflow_server.images.video_reader import VideoReader
+from vflow_server.rpc.errors import reader_stalled
+from vflow_server.rpc.names import check_name
+from vflow_server.rpc.paging import Pager
+from vflow_server.servicers.chat_request import fingerprint, read_turn
+from vflow_server.servicers.quotas import Quotas, Work
+from vflow_server.sessions.session import Session
+from vflow_server.sessions.sessions import SessionStore
+from vflow_server.strategies.strategies import StrategyStore
+from vflow_server.telemetry.receipt_log import Ledger
+from vflowopt.media.video import Visual
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+SLOWEST_READER = 60.0
+"""Seconds in which a caller must take a part of an answer, once what is under way to it fills its window."""
+
+
+class Conversations(conversations_pb2_grpc.ConversationsServicer):
+    """Between the contract's messages and the sessions.
+
+    Args:
+        sessions: that live.
+        strategies: that a new session may begin with.
+        pictures: takes in what requests bring.
+        videos: takes in what they bring of these.
+        ledger: hears what became of them.
+        quotas: of the tenants.
+    """
+
+    def __init__(
+        self,
+        sessions: SessionStore,
+        strategies: StrategyStore,
+        pictures: PictureStore,
+        videos: VideoReader,
+        ledger: Ledger,
+        quotas: Quotas,
+    ) -> None:
+        self._sessions = sessions
+        self._strategies = strategies
+        self._pictures = pictures
+        self._videos = videos
+        self._ledger = ledger
+        self._quotas = quotas
+        self._pager = Pager()
+
+    async def CreateSession(
+        self, request: conversations_pb2.CreateSessionRequest, context: Context
+    ) -> conversations_pb2.Session:
+        """Open a session."""
+        strategy = request.session.strategy
+        if strategy:
+            check_name(strategy, "strategies", "session.strategy")
+        self._quotas.check_session(current_caller().tenant)
+        return self._message(await self._sessions.create(current_caller().tenant, self._strategies.get(strategy)))
+
+    async def GetSession(
+        self, request: conversations_pb2.GetSessionRequest, context: Context
+    ) -> conversations_pb2.Session:
+        """Read a session."""
+        return self._message(self._find(request.name, "name"))
+
+    async def ListSessions(
+        self, request: conversations_pb2.ListSessionsRequest, context: Context
+    ) -> conversations_pb2.ListSessionsResponse:
+        """List the tenant's sessions, oldest first."""
+        page, token = self._pager.page(
+            self._sessions.of(current_caller().tenant),
+            lambda session: session.sequence,
+            request.page_size,
+            request.page_token,
+        )
+        return conversations_pb2.ListSessionsResponse(sessions=map(self._message, page), next_page_token=token)
+
+    async def ForkSession(
+        self, request: conversations_pb2.ForkSessionRequest, context: Context
+    ) -> conversations_pb2.Session:
+        """Open a second session with the same past."""
+        origin = self._find(request.name, "name")
+        self._quotas.check_session(origin.tenant, origin.dialogue.state.images)
+        return self._message(await self._sessions.fork(origin))
+
+    async def DeleteSession(self, request: conversations_pb2.DeleteSessionRequest, context: Context) -> empty_pb2.Empty:
+        """End a session and free what it holds."""
+        await self._sessions.delete(self._find(request.name, "name"))
+        return empty_pb2.Empty()
+
+    async def AddImage(
+        self, request: conversations_pb2.AddImageRequest, context: Context
+    ) -> conversations_pb2.AddImageResponse:
+        """Show a picture ahead of its question."""
+        session = self._find(request.session, "session")
+        async with self._quotas.work(session.tenant) as work:
+            picture = await self._pictures.take(request.image, "image", session.tenant)
+            return conversations_pb2.AddImageResponse(receipt=await self._show(picture, session, work))
+
+    async def AddVideo(
+        self, request: conversations_pb2.AddVideoRequest, context: Context
+    ) -> conversations_pb2.AddVideoResponse:
+        """Show a video ahead of its question."""
+        session = self._find(request.session, "session")
+        async with self._quotas.work(session.tenant) as work:
+            self._videos.check({"video": request.video})
+            pixels = PixelBound(self._pictures.limits, "scale them down, or send fewer")
+            video = await self._videos.read(request.video, "video", session.tenant, pixels)
+            return conversations_pb2.AddVideoResponse(receipt=await self._show(video, session, work))
+
+    async def _show(self, visual: Visual, session: Session, work: Work) -> images_pb2.ImageReceipt:
+        self._quotas.show(session.tenant, work, 1)
+        receipt = await session.show(visual)
+        work.tokens = receipt.kept_tokens[0]
+        self._ledger.picture(session.tenant, receipt)
+        return receipt
+
+    async def Chat(self, request: conversations_pb2.ChatRequest, context: Context) -> None:
+        """Say a turn and stream the answer.
+
+        Writes to the context instead of yielding: when the client is gone, gRPC cancels this coroutine wherever it
+        waits, whereas it may leave a suspended generator to the garbage collector with the turn still running.
+        """
+        accepted = time.perf_counter()
+        session = self._find(request.session, "session")
+        async with self._quotas.work(session.tenant) as work:
+            await self._answer(request, context, session, work, accepted)
+
+    async def _answer(
+        self, request: conversations_pb2.ChatRequest, context: Context, session: Session, work: Work, accepted: float
+    ) -> None:
+        turn = await read_turn(request, self._pictures, self._videos, session.tenant)
+        pictures = sum(not isinstance(part, str) for part in turn.parts)
+        answer = await session.answer(
+            turn,
+            accepted=accepted,
+            request_id=request.request_id,
+            fingerprint=fingerprint(turn),
+            admit=lambda: self._quotas.show(session.tenant, work, pictures),
+        )
+        if isinstance(answer, conversations_pb2.Finished):
+            if answer.text:
+                await _write(context, _delta(answer.text))
+            await _write(context, conversations_pb2.ChatResponse(finished=answer))
+            return
+        try:
+            async for text in answer.events():
+                work.tokens += 1  # or more, by a few: what is cut off here is never told exactly
+                await _write(context, _delta(text))
+            finished = await session.outcome(answer)
+            work.tokens = finished.receipt.new_prompt_tokens + finished.usage.completion_tokens
+            self._ledger.turn(session.tenant, session.name, finished)
+            await _write(context, conversations_pb2.ChatResponse(finished=finished))
+        finally:
+            answer.cancel()
+
+    def _find(self, name: str, field: str) -> Session:
+        bind_contextvars(session=check_name(name, "sessions", field))
+        return self._sessions.get(current_caller().tenant, name)
+
+    def _message(self, session: Session) -> conversations_pb2.Session:
+        state = session.dialogue.state
+        message = conversations_pb2.Session(
+            name=session.name,
+            strategy=session.revision.name,
+            turn_count=state.turns,
+            image_count=state.images,
+            kv_bytes=state.kv_bytes,
+            kv_bytes_full=state.kv_bytes_full,
+            resident=state.resident,
+        )
+        message.create_time.FromNanoseconds(int(session.created * 1e9))
+        message.last_used_time.FromNanoseconds(int(session.used * 1e9))
+        if session.goes_on:
+            message.expire_time.FromNanoseconds(int((session.idle_from + self._sessions.idle_timeout) * 1e9))
+        return message
+
+
+async def _write(context: Context, response: conversations_pb2.ChatResponse) -> None:
+    """Send a part of an answer, to a caller who takes it within bounds."""
+    try:
+        async with asyncio.timeout(SLOWEST_READER):
+            await context.write(response)
+    except TimeoutError:
+        raise reader_stalled(SLOWEST_READER) from None
+    except grpc.aio.InternalError:  # the connection broke, and gRPC has not got round to cancelling the call
+        raise asyncio.CancelledError from None
+
+
+def _delta(text: str) -> conversations_pb2.ChatResponse:
+    return conversations_pb2.ChatResponse(delta=conversations_pb2.TextDelta(text=text))

@@ -1,0 +1,208 @@
+"""All sessions: created within a bound, found by name, deleted on request or when they stay idle.
+
+Belongs to the event loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import count
+
+import structlog
+
+from vflow_server.engine.engine import Engine
+from vflow_server.engine.fair_queue import has_place
+from vflow_server.engine.workbench import Workbench
+from vflow_server.rpc.errors import CapacityExhausted, ServiceError, session_not_found
+from vflow_server.sessions.live_samples import LiveSamples
+from vflow_server.sessions.session import Session
+from vflow_server.store.archive import Archive
+from vflow_server.store.session_record import SessionFacts, SessionRecord, recover
+from vflow_server.strategies.strategies import StrategyRevision
+from vflow_server.tuning.fidelity_monitor import Watch
+from vflowopt.compression.strategy import Strategy, StrategyError
+
+log = structlog.get_logger(__name__)
+
+
+class SessionStore:
+    """The sessions that live, those of an earlier process among them.
+
+    Args:
+        engine: does their work.
+        bench: what the work is done with.
+        live_samples: hears what is shown and asked in them.
+        watch: looks at their turns afterwards.
+        most: how many may live at the same time; a tenant that has none may go beyond.
+        idle_timeout: seconds without use after which a session is deleted.
+        archive: where their records are; None: sessions end with the process.
+
+    Raises:
+        ServiceError: STORAGE_FAILED.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        bench: Workbench,
+        live_samples: LiveSamples,
+        watch: Watch,
+        *,
+        most: int,
+        idle_timeout: float,
+        archive: Archive | None = None,
+    ) -> None:
+        self._engine = engine
+        self._bench = bench
+        self._live_samples = live_samples
+        self._watch = watch
+        self._most = most
+        self.idle_timeout = idle_timeout
+        self._archive = archive
+        self._sessions: dict[str, Session] = {}
+        self._sequence = count(self._recover(archive) if archive is not None else 0)
+        by_use = sorted(self, key=lambda session: session.used)
+        bench.residency.recover([session.dialogue for session in by_use if session.goes_on])
+
+    async def create(self, tenant: str, revision: StrategyRevision) -> Session:
+        """A new session of ``tenant`` under ``revision``.
+
+        Raises:
+            ServiceError: too many sessions live, or it cannot be written down.
+        """
+        session = self._make(tenant, revision)
+        if session.record is not None:
+            try:
+                await asyncio.wrap_future(session.record.begin())
+            except BaseException:
+                await asyncio.shield(self._forget(session))
+                raise
+        return session
+
+    def _make(self, tenant: str, revision: StrategyRevision) -> Session:
+        """A session of which there is no record yet."""
+        # Those of another model are only kept, and take up nothing that others could use.
+        living = Counter(session.tenant for session in self if session.goes_on)
+        if not has_place(living, tenant, self._most):
+            raise CapacityExhausted(
+                "sessions",
+                f"{living.total()} sessions live already; delete some, or retry when idle ones have expired",
+                metadata={"sessions": living.total()},
+                retry_after=min(self.idle_timeout, 10.0),
+            )
+        name, sequence = f"sessions/s{secrets.token_hex(10)}", next(self._sequence)
+        record = None
+        if self._archive is not None:
+            facts = SessionFacts(
+                name,
+                sequence,
+                tenant,
+                revision.name,
+                revision.strategy.to_json(),
+                self._bench.runtime.revision,
+                time.time(),
+            )
+            record = SessionRecord(facts, self._archive)
+        return self._add(name, sequence, tenant, revision, record)
+
+    def _add(
+        self, name: str, sequence: int, tenant: str, revision: StrategyRevision, record: SessionRecord | None
+    ) -> Session:
+        session = Session(
+            name, sequence, tenant, revision, self._engine, self._bench, self._live_samples, self._watch, record
+        )
+        self._sessions[name] = session
+        return session
+
+    def _recover(self, archive: Archive) -> int:
+        """Take over the sessions of ``archive``; returns the sequence that the next new one gets."""
+        following = 0
+        for found in recover(archive):
+            facts = found.record.facts
+            following = facts.sequence + 1
+            try:
+                strategy = Strategy.from_json(facts.strategy)
+            except StrategyError as error:
+                log.error("a stored session cannot be read and is left out", session=facts.name, because=str(error))
+                continue
+            revision = StrategyRevision(facts.strategy_name, 0, strategy, "", facts.created)
+            self._add(facts.name, facts.sequence, facts.tenant, revision, found.record).recover(found)
+        strays = sum(not session.goes_on for session in self)
+        log.info("sessions recovered", sessions=len(self._sessions), of_another_model=strays)
+        return following
+
+    async def fork(self, origin: Session) -> Session:
+        """A new session with the past of ``origin``.
+
+        Raises:
+            ServiceError: too many sessions live, or what :meth:`Session.fork` raises.
+        """
+        twin = self._make(origin.tenant, origin.revision)
+        try:
+            await origin.fork(twin)
+        except BaseException:  # the caller never hears of the twin, even where the work was done just before it left
+            await asyncio.shield(self._forget(twin))
+            raise
+        return twin
+
+    def get(self, tenant: str, name: str) -> Session:
+        """The session ``name`` of ``tenant``.
+
+        Raises:
+            NotFound: SESSION_NOT_FOUND, as well for a session of another tenant.
+        """
+        session = self._sessions.get(name)
+        if session is None or session.tenant != tenant:
+            raise session_not_found(name)
+        return session
+
+    def of(self, tenant: str) -> Iterator[Session]:
+        """The sessions of ``tenant``, oldest first."""
+        return (session for session in self if session.tenant == tenant)
+
+    def __iter__(self) -> Iterator[Session]:
+        """The sessions of all tenants, oldest first."""
+        return iter(self._sessions.values())
+
+    async def delete(self, session: Session) -> None:
+        """Delete ``session``, cancelling what is under way in it; returns when nothing is left of it.
+
+        Raises:
+            ServiceError: SESSION_NOT_FOUND, where it was deleted before; STORAGE_FAILED, then it is still there.
+        """
+        await asyncio.shield(self._delete(session))  # a caller that leaves must not part the record from the session
+
+    async def _delete(self, session: Session) -> None:
+        if session.record is not None:
+            await asyncio.wrap_future(session.record.delete())
+        if self._sessions.pop(session.name, None) is None:
+            raise session_not_found(session.name)
+        await session.delete().result()
+
+    async def _forget(self, session: Session) -> None:
+        """Delete a session that nobody has heard of; a record that cannot be deleted now expires after a restart."""
+        if session.record is not None:
+            with suppress(ServiceError):
+                await asyncio.wrap_future(session.record.delete())
+        self._sessions.pop(session.name, None)
+        with suppress(ServiceError):
+            await session.delete().result()
+
+    async def expire_forever(self) -> None:
+        """Delete sessions as they expire."""
+        while True:
+            await asyncio.sleep(min(self.idle_timeout / 4, 10.0))
+            idle = [session for session in self if not session.busy and session.idle > self.idle_timeout]
+            for session in [session for session in idle if session.goes_on]:
+                log.info("session expired", session=session.name)
+                try:
+                    await self.delete(session)
+                except ServiceError as error:  # deleted meanwhile, or the engine is going down
+                    log.debug("an expired session was not deleted", session=session.name, reason=error.reason)
+                except Exception:  # one that resists must not keep the others from expiring
+                    log.exception("an expired session was not deleted", session=session.name)

@@ -1,0 +1,132 @@
+"""The archive: the data folder's sessions, their logs in a journal and their pictures in files.
+
+Whatever happens between two steps, the journal is right: a picture's file is there before an entry names it, and goes
+after the last one that did. The archive knows what a session's record is made of;
+:mod:`vflow_server.store.session_record` knows what it says.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import sqlite3
+from collections.abc import Iterable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TypeVar
+
+from vflow_server.rpc.errors import CapacityExhausted
+from vflow_server.store.journal import Action, Journal
+from vflow_server.store.picture_folder import PictureFolder
+from vflow_server.telemetry.metrics import Metrics
+from vflowopt.compression.pipeline import CompressedImage
+
+R = TypeVar("R")
+
+JOURNAL, PICTURES, LOCK = "sessions.sqlite3", "pictures", "sessions.lock"
+"""What the folder holds: the journal, the folder of pictures, and what is locked while a process uses them."""
+
+
+class Archive:
+    """Keeps records of sessions in a folder.
+
+    Args:
+        folder: made if it does not exist; no other process may use it meanwhile.
+        most_bytes: bytes of the journal and the pictures at most; beyond that nothing new is taken in.
+        metrics: counts what is written; None: nobody looks.
+
+    Attributes:
+        pictures: the files of pictures, for the archive's thread alone.
+        room: bytes that were left of the bound at the last look, for what can be made again; read by any thread.
+
+    Raises:
+        WrittenByNewerRelease: the journal is left as it is.
+        OSError: the folder cannot be used.
+    """
+
+    def __init__(self, folder: Path, most_bytes: int, metrics: Metrics | None = None) -> None:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._most_bytes = most_bytes
+        self.room = 0
+        # What the transaction under way has left to do once it is committed.
+        self._deleted = False
+        self._unwanted: set[str] = set()
+        self._lock = (folder / LOCK).open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.pictures = PictureFolder(folder / PICTURES)
+            self._journal = Journal(folder / JOURNAL, self._committed, metrics)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise OSError(f"another process uses the folder {folder}; give each its own --data") from error
+        except BaseException:
+            self._lock.close()
+            raise
+        self.submit(self._sweep).result()
+
+    def submit(self, action: Action[R]) -> Future[R]:
+        """Hand in something to do within a transaction; see :meth:`Journal.submit`."""
+        return self._journal.submit(action)
+
+    def keep(self, connection: sqlite3.Connection, image: CompressedImage) -> str:
+        """Have ``image`` in a file; its key. Part of a transaction that has an entry name it.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        key, size = self.pictures.write(image)
+        connection.execute("INSERT OR IGNORE INTO pictures (key, bytes) VALUES (?, ?)", (key, size))
+        return key
+
+    def let_go(self, connection: sqlite3.Connection, keys: Iterable[str]) -> None:
+        """Delete those pictures of ``keys`` that no entry names any more. Part of a transaction that deleted others."""
+        self._deleted = True
+        for key in keys:
+            gone = connection.execute(
+                "DELETE FROM pictures WHERE key = ? AND key NOT IN (SELECT picture FROM shown)", (key,)
+            )
+            if gone.rowcount:
+                self._unwanted.add(key)
+
+    def check_room(self, connection: sqlite3.Connection) -> None:
+        """Refuse to let the folder grow any further.
+
+        Raises:
+            CapacityExhausted: it is as large as it may become.
+        """
+        if (held := self._measure(connection)) > self._most_bytes:
+            raise CapacityExhausted(
+                "data",
+                f"the data folder holds {held} bytes of sessions, and may hold {self._most_bytes}; delete sessions, "
+                "retry when idle ones have expired, or start the server with a larger --data-bytes",
+                metadata={"bytes": held, "max_bytes": self._most_bytes},
+                retry_after=10.0,
+            )
+
+    def close(self) -> None:
+        """Do what was handed in, and let others use the folder."""
+        self._journal.close()
+        self._lock.close()
+
+    def _committed(self, connection: sqlite3.Connection) -> None:
+        """What was deleted goes from the disk: files that no committed entry names, and old pages of the journal."""
+        if self._deleted:
+            self._deleted = False
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        unwanted, self._unwanted = self._unwanted, set()
+        for key in unwanted:
+            if connection.execute("SELECT 1 FROM pictures WHERE key = ?", (key,)).fetchone() is None:
+                self.pictures.remove(key)
+
+    def _measure(self, connection: sqlite3.Connection) -> int:
+        """Bytes of the journal and the pictures."""
+        (pictures,) = connection.execute("SELECT coalesce(sum(bytes), 0) FROM pictures").fetchone()
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        (free,) = connection.execute("PRAGMA freelist_count").fetchone()
+        (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
+        held: int = pictures + (pages - free) * page_bytes
+        self.room = max(self._most_bytes - held, 0)
+        return held
+
+    def _sweep(self, connection: sqlite3.Connection) -> None:
+        self._measure(connection)
+        self.pictures.sweep({key for (key,) in connection.execute("SELECT key FROM pictures")})

@@ -1,0 +1,112 @@
+"""A folder of compressed pictures, each in a file that is named by the digest of its content.
+
+So a name is a checksum, the same picture is written once, and what is read is what was written. Belongs to one thread,
+the journal's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+from vflow_server.store.files import set_aside
+from vflowopt.compression.pipeline import CompressedImage
+from vflowopt.compression.serialize import PackingError, pack, unpack
+
+_SUFFIX = ".safetensors"
+_OURS = re.compile(rf"[0-9a-f]{{64}}\{_SUFFIX}(\.new)?")
+
+
+class PictureLost(Exception):
+    """A picture that is not in its file any more; the message says why."""
+
+
+class PictureFolder:
+    """The files.
+
+    Args:
+        folder: made if it does not exist.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder = folder
+        self._known: WeakKeyDictionary[CompressedImage, str] = WeakKeyDictionary()
+
+    def write(self, image: CompressedImage) -> tuple[str, int]:
+        """Have ``image`` in a file, on the disk when this returns; its key and the bytes of the file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if (key := self._known.get(image)) is None or not self._file(key).exists():
+            data = pack(image)
+            key = hashlib.sha256(data).hexdigest()
+            if not self._file(key).exists():
+                self._create(self._file(key), data)
+            self._known[image] = key
+        return key, self._file(key).stat().st_size
+
+    def read(self, key: str) -> CompressedImage:
+        """The picture of ``key``. A file that holds something else is set aside.
+
+        Raises:
+            PictureLost: it is damaged, or gone.
+            OSError: it cannot be read.
+        """
+        file = self._file(key)
+        try:
+            data = file.read_bytes()
+        except FileNotFoundError as error:
+            raise PictureLost(f"{file} is gone") from error
+        try:
+            if hashlib.sha256(data).hexdigest() != key:
+                raise PackingError("its content is not what was written")
+            image = unpack(data)
+        except PackingError as error:
+            set_aside(file, error)
+            raise PictureLost(f"{file} is damaged: {error}") from error
+        self._known[image] = key
+        return image
+
+    def remove(self, key: str) -> None:
+        """Delete the file of ``key``, if there is one."""
+        self._file(key).unlink(missing_ok=True)
+
+    def sweep(self, wanted: Collection[str]) -> None:
+        """Delete files of pictures that are not among ``wanted`` keys: what a crash left between two steps."""
+        for file in self._folder.iterdir():
+            if _OURS.fullmatch(file.name) and file.name.removesuffix(_SUFFIX) not in wanted:
+                file.unlink()
+
+    def _file(self, key: str) -> Path:
+        return self._folder / f"{key}{_SUFFIX}"
+
+    def _create(self, file: Path, data: bytes) -> None:
+        draft = file.with_name(f"{file.name}.new")
+        try:
+            with draft.open("wb") as handle:
+                handle.write(data)
+                handle.flush()
+                os.fsync(handle.fileno())
+            draft.replace(file)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+        _flush(self._folder)
+
+
+def _flush(folder: Path) -> None:
+    """Have the names in ``folder`` on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

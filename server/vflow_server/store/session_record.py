@@ -1,0 +1,303 @@
+"""A session's record: what the data folder holds of one session, so that it goes on after the process has ended.
+
+It is the session's log in entries, one for each turn and for each picture shown ahead of one, and the answers to its
+latest requests. An entry is on the disk as a whole or not at all. The pictures are in files of their own, which the
+entries name. Everything is checked as it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError
+
+from vflow_client.v1 import conversations_pb2
+from vflow_server.rpc.errors import session_damaged, session_deleted
+from vflow_server.store.archive import Archive
+from vflow_server.store.picture_folder import PictureLost
+from vflow_server.store.replays import REMEMBERED, Answer
+from vflowopt.compression.pipeline import CompressedImage
+from vflowopt.runtime.sequence import Item
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a session's log grew by at once.
+
+    Attributes:
+        items: what was said and shown, an answer included.
+        images: pictures among them.
+        answered: whether it is a turn; else it is a picture that was shown ahead of one.
+    """
+
+    items: tuple[Item, ...]
+    images: int
+    answered: bool
+
+
+@dataclass(frozen=True)
+class SessionFacts:
+    """What never changes of a session.
+
+    Attributes:
+        name: its resource name.
+        sequence: sessions count up in the order of their creation.
+        tenant: whose it is.
+        strategy_name: resource name of its strategy.
+        strategy: that strategy, as JSON.
+        model: revision of the model that it is held with.
+        created: Unix time in seconds.
+    """
+
+    name: str
+    sequence: int
+    tenant: str
+    strategy_name: str
+    strategy: str
+    model: str
+    created: float
+
+
+class SessionRecord:
+    """The record of one session.
+
+    Its methods hand something in to the archive's thread, from any thread, and do not wait: the future is done when it
+    is on the disk. It raises STORAGE_FAILED where that could not be done; nothing of it was done then.
+
+    Args:
+        facts: about the session.
+        archive: where the records are.
+        entries: how many entries there are already.
+    """
+
+    def __init__(self, facts: SessionFacts, archive: Archive, entries: int = 0) -> None:
+        self.facts = facts
+        self._archive = archive
+        self._entries = entries
+
+    def begin(self) -> Future[None]:
+        """Make the record."""
+        return self._archive.submit(self._insert)
+
+    def write(self, entry: Entry, answer: Answer | None = None) -> Future[None]:
+        """Write the next entry, and the answer that it brought. Call :meth:`commit` or :meth:`take_back` next.
+
+        The future raises SESSION_DELETED where there is no record any more, CAPACITY_EXHAUSTED where the folder holds
+        as much as it may.
+        """
+        number = self._entries
+
+        def write(connection: sqlite3.Connection) -> None:
+            self._truncate(connection, number)
+            keys = {id(item): self._archive.keep(connection, item) for item in _pictures(entry.items)}
+            self._check_room(connection)
+            items = json.dumps([item if isinstance(item, int) else keys[id(item)] for item in entry.items])
+            self._insert_row(connection, "entries", number, items, entry.images, entry.answered)
+            connection.executemany(
+                "INSERT INTO shown (picture, session, entry) VALUES (?, ?, ?)",
+                [(key, self.facts.name, number) for key in set(keys.values())],
+            )
+            connection.execute("UPDATE sessions SET used = ? WHERE name = ?", (time.time(), self.facts.name))
+            if answer is not None:
+                self._insert_answer(connection, number, answer)
+
+        return self._archive.submit(write)
+
+    def commit(self) -> None:
+        """Count the entry that was written."""
+        self._entries += 1
+
+    def take_back(self) -> None:
+        """Undo a :meth:`write` that nobody waits for any more."""
+        number = self._entries
+        self._archive.submit(lambda connection: self._truncate(connection, number))
+
+    def fork(self, origin: SessionRecord) -> Future[None]:
+        """Make the record, with all entries of ``origin`` but none of its answers."""
+        self._entries = origin._entries
+
+        def fork(connection: sqlite3.Connection) -> None:
+            self._insert(connection)
+            rows = connection.execute(
+                "SELECT number, items, images, answered, checksum FROM entries WHERE session = ?", (origin.facts.name,)
+            ).fetchall()
+            for number, *values, checksum in rows:
+                origin._check(checksum, number, *values)
+                self._insert_row(connection, "entries", number, *values)
+            connection.execute(
+                "INSERT INTO shown (picture, session, entry) SELECT picture, ?, entry FROM shown WHERE session = ?",
+                (self.facts.name, origin.facts.name),
+            )
+
+        return self._archive.submit(fork)
+
+    def read(self) -> Future[list[Entry]]:
+        """Read all entries; the future raises SESSION_DAMAGED where one, or a picture, is not as it was written."""
+
+        def read(connection: sqlite3.Connection) -> list[Entry]:
+            rows = connection.execute(
+                "SELECT number, items, images, answered, checksum FROM entries WHERE session = ? ORDER BY number",
+                (self.facts.name,),
+            ).fetchall()
+            pictures: dict[str, CompressedImage] = {}
+            entries: list[Entry] = []
+            for place, (number, items, images, answered, checksum) in enumerate(rows):
+                self._check(checksum, number, items, images, answered)
+                if number != place:
+                    raise session_damaged(self.facts.name, f"entry {place} is missing")
+                log = json.loads(items)
+                for key in {item for item in log if isinstance(item, str)} - pictures.keys():
+                    try:
+                        pictures[key] = self._archive.pictures.read(key)
+                    except PictureLost as error:
+                        raise session_damaged(self.facts.name, error) from error
+                said = tuple(pictures[item] if isinstance(item, str) else item for item in log)
+                entries.append(Entry(said, images, bool(answered)))
+            return entries
+
+        return self._archive.submit(read)
+
+    def answers(self) -> Future[list[Answer]]:
+        """Read the latest answers, oldest first; the future raises SESSION_DAMAGED."""
+
+        def answers(connection: sqlite3.Connection) -> list[Answer]:
+            rows = connection.execute(
+                "SELECT entry, request_id, fingerprint, finished, checksum FROM answers WHERE session = ? "
+                "ORDER BY entry",
+                (self.facts.name,),
+            )
+            found: list[Answer] = []
+            for entry, request_id, fingerprint, finished, checksum in rows:
+                self._check(checksum, entry, request_id, fingerprint, finished)
+                try:
+                    message = conversations_pb2.Finished.FromString(finished)
+                except DecodeError as error:
+                    raise session_damaged(self.facts.name, error) from error
+                found.append(Answer(request_id, fingerprint, message))
+            return found
+
+        return self._archive.submit(answers)
+
+    def delete(self) -> Future[None]:
+        """Delete the record, and the pictures that no other one shows."""
+
+        def delete(connection: sqlite3.Connection) -> None:
+            keys = self._shown(connection)
+            connection.execute("DELETE FROM sessions WHERE name = ?", (self.facts.name,))
+            self._archive.let_go(connection, keys)
+
+        return self._archive.submit(delete)
+
+    def _insert(self, connection: sqlite3.Connection) -> None:
+        self._archive.check_room(connection)
+        facts = self.facts
+        connection.execute(
+            "INSERT INTO sessions (name, sequence, tenant, strategy_name, strategy, model, created, used) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                facts.name,
+                facts.sequence,
+                facts.tenant,
+                facts.strategy_name,
+                facts.strategy,
+                facts.model,
+                facts.created,
+                facts.created,
+            ),
+        )
+
+    def _check_room(self, connection: sqlite3.Connection) -> None:
+        found = connection.execute("SELECT 1 FROM sessions WHERE name = ?", (self.facts.name,)).fetchone()
+        if found is None:
+            raise session_deleted(self.facts.name)
+        self._archive.check_room(connection)
+
+    def _insert_answer(self, connection: sqlite3.Connection, number: int, answer: Answer) -> None:
+        name = self.facts.name
+        message = answer.finished.SerializeToString()
+        self._insert_row(connection, "answers", number, answer.request_id, answer.fingerprint, message)
+        connection.execute(
+            "DELETE FROM answers WHERE session = ? AND entry NOT IN "
+            "(SELECT entry FROM answers WHERE session = ? ORDER BY entry DESC LIMIT ?)",
+            (name, name, REMEMBERED),
+        )
+
+    def _insert_row(self, connection: sqlite3.Connection, table: str, number: int, *values: object) -> None:
+        """Insert a row of this session with its checksum; ``values`` in the order of the table's columns."""
+        row = (self.facts.name, number, *values, _checksum(self.facts.name, number, *values))
+        connection.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)
+
+    def _truncate(self, connection: sqlite3.Connection, entries: int) -> None:
+        """Have the first ``entries`` entries alone."""
+        keys = self._shown(connection, entries)
+        gone = connection.execute("DELETE FROM entries WHERE session = ? AND number >= ?", (self.facts.name, entries))
+        if gone.rowcount:
+            self._archive.let_go(connection, keys)
+
+    def _shown(self, connection: sqlite3.Connection, first: int = 0) -> list[str]:
+        """Keys of the pictures in the entries from ``first`` on."""
+        rows = connection.execute(
+            "SELECT DISTINCT picture FROM shown WHERE session = ? AND entry >= ?", (self.facts.name, first)
+        )
+        return [key for (key,) in rows]
+
+    def _check(self, checksum: str, *values: object) -> None:
+        if _checksum(self.facts.name, *values) != checksum:
+            raise session_damaged(self.facts.name, "an entry is not what was written")
+
+
+def _pictures(items: Iterable[Item]) -> list[CompressedImage]:
+    return [item for item in items if isinstance(item, CompressedImage)]
+
+
+def _checksum(*values: object) -> str:
+    """Digest of the values of a row; numbers as SQLite gives them back."""
+    digest = hashlib.blake2b(digest_size=16)
+    for value in values:
+        part = value if isinstance(value, bytes) else str(int(value) if isinstance(value, int) else value).encode()
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A session of an earlier process.
+
+    Attributes:
+        record: what is stored of it.
+        used: Unix time in seconds of the end of its last turn or picture.
+        turns: finished.
+        images: shown.
+    """
+
+    record: SessionRecord
+    used: float
+    turns: int
+    images: int
+
+
+def recover(archive: Archive) -> list[Recovered]:
+    """All sessions that ``archive`` holds, oldest first.
+
+    Raises:
+        ServiceError: STORAGE_FAILED.
+    """
+
+    def sessions(connection: sqlite3.Connection) -> list[Recovered]:
+        rows = connection.execute(
+            "SELECT name, sequence, tenant, strategy_name, strategy, model, created, used, count(number), "
+            "coalesce(sum(answered), 0), coalesce(sum(images), 0) "
+            "FROM sessions LEFT JOIN entries ON session = name GROUP BY name ORDER BY sequence"
+        )
+        return [
+            Recovered(SessionRecord(SessionFacts(*facts), archive, entries), used, turns, images)
+            for *facts, used, entries, turns, images in rows
+        ]
+
+    return archive.submit(sessions).result()

@@ -1,0 +1,333 @@
+"""The strategies that exist: presets and created ones, none of which ever changes, and which of them is active.
+
+Belongs to the event loop's thread, but for writing its file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import structlog
+
+from vflow_server.rpc.errors import CapacityExhausted, NotFound, ServiceError, storage_failed
+from vflow_server.store.files import WrittenByNewerRelease, check_schema, replace_file, set_aside
+from vflow_server.strategies.history import History, Provenance, StrategyEvent
+from vflowopt.compression.strategy import Strategy, StrategyError
+
+DEFAULT = "strategies/preset-10"
+MOST = 1000
+"""Strategies that may exist."""
+
+_SCHEMA = 2
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class StrategyRevision:
+    """A strategy under a name.
+
+    Attributes:
+        name: resource name.
+        sequence: strategies count up in the order of their creation.
+        strategy: what it says.
+        description: what it is for, in a person's words.
+        created: Unix time in seconds.
+        built_in: whether it came with the service.
+        draft: whether it is the best of a search that did not come to its end.
+        provenance: how a search found it; None if none did.
+    """
+
+    name: str
+    sequence: int
+    strategy: Strategy
+    description: str
+    created: float
+    built_in: bool = False
+    draft: bool = False
+    provenance: Provenance | None = None
+
+
+class StrategyStore:
+    """The strategies for one model.
+
+    Args:
+        layers: decoder layers of the model; presets are fitted to them.
+        brought: strategies that the model itself brings, by name. The first of them is active at first.
+        file: where created strategies and the history of the active one are kept; None keeps them in memory only.
+    """
+
+    def __init__(self, layers: int, brought: Mapping[str, Strategy], file: Path | None = None) -> None:
+        self.layers = layers
+        self._file = file
+        # Changes come one at a time, and are seen only once they are written.
+        self._changing = asyncio.Lock()
+        self._revisions: dict[str, StrategyRevision] = {}
+        # Stored entries, by name, that do not fit this model: kept for the model that they were made for.
+        self._misfits: dict[str, dict[str, Any]] = {}
+        now = time.time()
+        self._build_in("full", Strategy.full(), "keeps every token: the unpruned model", now)
+        for budget in (0.5, 0.25, 0.1):
+            percent = f"{budget * 100:.0f}"
+            try:
+                preset = Strategy.preset(budget, layers)
+            except StrategyError as error:  # a decoder of one or two layers has no three stages
+                log.warning("preset left out", budget=budget, because=str(error))
+                continue
+            description = f"the published strategy for {percent}%, fitted to this model's depth"
+            self._build_in(f"preset-{percent}", preset, description, now)
+        for name, strategy in brought.items():
+            description = f"made for this model, {strategy.budget(layers):.0%}"
+            self._build_in(name, strategy, description, now)
+        default = f"strategies/{next(iter(brought))}" if brought else DEFAULT
+        self._history = History(active=default if default in self._revisions else "strategies/full")
+        if file is not None and file.exists():
+            self._load(file)
+
+    def __iter__(self) -> Iterator[StrategyRevision]:
+        """The strategies, oldest first, built-in ones before all."""
+        return iter(self._revisions.values())
+
+    @property
+    def active(self) -> StrategyRevision:
+        """The strategy that is the default of new sessions."""
+        return self._revisions[self._history.active]
+
+    @property
+    def etag(self) -> str:
+        """Changes whenever the active strategy changes."""
+        return self._history.etag
+
+    def events(self, name: str) -> tuple[StrategyEvent, ...]:
+        """What happened to the strategy ``name``, oldest first."""
+        return self._history.events.get(name, ())
+
+    def get(self, name: str) -> StrategyRevision:
+        """The strategy ``name``; the active one if it is empty.
+
+        Raises:
+            NotFound: STRATEGY_NOT_FOUND.
+        """
+        if not name:
+            return self.active
+        try:
+            return self._revisions[name]
+        except KeyError:
+            raise NotFound(
+                "STRATEGY_NOT_FOUND",
+                f"there is no strategy {name!r}; ListStrategies names those that exist",
+                metadata={"strategy": name},
+            ) from None
+
+    def has(self, name: str) -> bool:
+        """Whether ``name`` is taken, if only by a strategy of another model."""
+        return name in self._revisions or name in self._misfits
+
+    def check_free(self, name: str) -> None:
+        """Refuse ``name`` for a new strategy where there is no room for one, or it is taken.
+
+        Raises:
+            ServiceError: STRATEGY_EXISTS, CAPACITY_EXHAUSTED.
+        """
+        if self.has(name):
+            raise ServiceError(
+                grpc.StatusCode.ALREADY_EXISTS,
+                "STRATEGY_EXISTS",
+                f"{name!r} exists, and strategies never change; choose another identifier",
+                metadata={"strategy": name},
+            )
+        if len(self._revisions) >= MOST:
+            raise CapacityExhausted("strategies", f"{MOST} strategies exist, the most there can be", retry_after=None)
+
+    async def create(
+        self,
+        name: str,
+        strategy: Strategy,
+        description: str,
+        *,
+        draft: bool = False,
+        provenance: Provenance | None = None,
+    ) -> StrategyRevision:
+        """Add a strategy.
+
+        Raises:
+            StrategyError: it does not fit the model's depth.
+            ServiceError: STRATEGY_EXISTS, CAPACITY_EXHAUSTED, STORAGE_FAILED.
+        """
+        strategy.check(self.layers)
+
+        async def create() -> StrategyRevision:
+            async with self._changing:
+                self.check_free(name)
+                revision = StrategyRevision(
+                    name,
+                    len(self._revisions),
+                    strategy,
+                    description,
+                    time.time(),
+                    draft=draft,
+                    provenance=provenance,
+                )
+                await self._write([*self, revision], self._history)
+                self._revisions[name] = revision
+                return revision
+
+        return await asyncio.shield(create())  # a caller that leaves must not part the file from what is seen
+
+    async def activate(self, name: str, etag: str) -> StrategyRevision:
+        """Make the strategy ``name`` the default of new sessions.
+
+        Raises:
+            ServiceError: STRATEGY_NOT_FOUND; ETAG_MISMATCH where ``etag`` is not empty and not the current one.
+        """
+        revision = self.get(name)
+
+        async def activate() -> StrategyRevision:
+            async with self._changing:
+                self._check_etag(etag)
+                if revision is not self.active:
+                    await self._become(self._history.activated(revision.name))
+                return revision
+
+        return await asyncio.shield(activate())
+
+    async def roll_back(self, etag: str, reason: str) -> StrategyRevision:
+        """Make the strategy active again that was so before the active one; returns it.
+
+        Args:
+            etag: an etag read before; empty: whatever is active now.
+            reason: why, for the history.
+
+        Raises:
+            ServiceError: ETAG_MISMATCH; NOTHING_TO_ROLL_BACK where none was active before.
+        """
+
+        async def roll_back() -> StrategyRevision:
+            async with self._changing:
+                self._check_etag(etag)
+                earlier = self._history.rolled_back(self._revisions, reason)
+                if earlier is None:
+                    raise ServiceError(
+                        grpc.StatusCode.FAILED_PRECONDITION,
+                        "NOTHING_TO_ROLL_BACK",
+                        f"no strategy was active before {self.active.name!r}; activate the one that you want",
+                        metadata={"strategy": self.active.name},
+                    )
+                await self._become(earlier)
+                return self.active
+
+        return await asyncio.shield(roll_back())
+
+    def _check_etag(self, etag: str) -> None:
+        if etag and etag != self.etag:
+            raise ServiceError(
+                grpc.StatusCode.ABORTED,
+                "ETAG_MISMATCH",
+                f"another strategy was activated meanwhile ({self.active.name!r} now); read again and decide anew",
+                metadata={"strategy": self.active.name, "etag": self.etag},
+            )
+
+    async def _become(self, history: History) -> None:
+        await self._write(list(self), history)
+        log.info("strategy activated", strategy=history.active, before=self._history.active)
+        self._history = history
+
+    def _build_in(self, identifier: str, strategy: Strategy, description: str, now: float) -> None:
+        name = f"strategies/{identifier}"
+        self._revisions[name] = StrategyRevision(name, len(self._revisions), strategy, description, now, built_in=True)
+
+    def _load(self, file: Path) -> None:
+        """Read what :meth:`_write` wrote; a strategy that does not fit this model is not offered.
+
+        A file that holds something else is set aside.
+
+        Raises:
+            WrittenByNewerRelease: the file is left as it is.
+        """
+        revisions, misfits = dict(self._revisions), dict(self._misfits)
+        try:
+            document = _current(json.loads(file.read_text()), file)
+            for entry in document["strategies"]:
+                try:
+                    strategy = Strategy.from_json(entry["strategy"])
+                    strategy.check(self.layers)
+                except StrategyError as error:
+                    log.warning("stored strategy left out", strategy=entry["name"], because=str(error))
+                    misfits[entry["name"]] = entry
+                    continue
+                found = entry["provenance"]
+                revisions[entry["name"]] = StrategyRevision(
+                    entry["name"],
+                    len(revisions),
+                    strategy,
+                    entry["description"],
+                    float(entry["created"]),
+                    draft=bool(entry["draft"]),
+                    provenance=None if found is None else Provenance(**found),
+                )
+            history = History.from_document(document["history"])
+            # The model's own default goes in for one that does not fit this model.
+            active = history.active if history.active in revisions else self._history.active
+        except WrittenByNewerRelease:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            set_aside(file, error)
+            return
+        self._revisions, self._misfits = revisions, misfits
+        self._history = replace(history, active=active)
+
+    async def _write(self, revisions: list[StrategyRevision], history: History) -> None:
+        if self._file is None:
+            return
+        document = {
+            "schema": _SCHEMA,
+            "history": history.to_document(),
+            "strategies": [
+                *self._misfits.values(),
+                *(
+                    {
+                        "name": revision.name,
+                        "description": revision.description,
+                        "created": revision.created,
+                        "strategy": revision.strategy.to_json(),
+                        "draft": revision.draft,
+                        "provenance": None if revision.provenance is None else asdict(revision.provenance),
+                    }
+                    for revision in revisions
+                    if not revision.built_in
+                ),
+            ],
+        }
+        try:
+            await asyncio.to_thread(replace_file, self._file, json.dumps(document, indent=1))
+        except OSError as error:
+            raise storage_failed(error) from error
+
+
+def _current(document: dict[str, Any], file: Path) -> dict[str, Any]:
+    """A stored document in today's schema; the first one knew neither searches nor what happened to strategies.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none.
+        WrittenByNewerRelease: it is of a later schema.
+    """
+    if document["schema"] == 1:
+        return {
+            "schema": _SCHEMA,
+            "history": {
+                "active": document["active"],
+                "generation": document["generation"],
+                "before": [],
+                "events": {},
+            },
+            "strategies": [{**entry, "draft": False, "provenance": None} for entry in document["strategies"]],
+        }
+    check_schema(file, document["schema"], _SCHEMA)
+    return document

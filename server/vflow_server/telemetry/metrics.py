@@ -1,0 +1,234 @@
+"""Metrics: what the service counts and measures as it works, for Prometheus.
+
+One registry for each service, so that several can live in one process. Whoever does something says so here in its own
+terms; names, units and buckets are this module's business. What is read off when somebody looks, instead of being
+counted as it happens, is in :mod:`vflow_server.monitoring.gauges`. For any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+
+from vflow_client.v1 import conversations_pb2, images_pb2
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+"""Buckets of durations: from a decode step of a small model to the longest turn that somebody would wait for."""
+
+CONVERSATIONS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Buckets of batch sizes."""
+
+
+class Metrics:
+    """The instruments of one service.
+
+    Attributes:
+        registry: where they are registered; what is read off may be registered here, too.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self._make_of_calls()
+        self._make_of_turns()
+        self._make_of_pictures()
+        self._make_of_engine()
+        self._make_of_journal()
+
+    @contextmanager
+    def call_in_flight(self) -> Iterator[None]:
+        """Count a call as under way."""
+        with self._calls_in_flight.track_inprogress():
+            yield
+
+    def call(self, method: str, code: str, seconds: float) -> None:
+        """A call of ``method`` has ended with the status ``code``."""
+        self._calls.labels(method, code).inc()
+        self._call_seconds.labels(method).observe(seconds)
+
+    def turn(self, finished: conversations_pb2.Finished) -> None:
+        """A turn has come to its end; its pictures are counted, too."""
+        receipt, usage = finished.receipt, finished.usage
+        self._turns.labels(conversations_pb2.Finished.FinishReason.Name(finished.finish_reason).lower()).inc()
+        self._turn_seconds.observe(receipt.total_ms / 1000)
+        self._queue_seconds.observe(receipt.queue_ms / 1000)
+        self._first_token_seconds.observe(receipt.first_token_ms / 1000)
+        if usage.completion_tokens > 1:
+            self._token_seconds.observe(receipt.decode_ms / 1000 / (usage.completion_tokens - 1))
+        self._prompt_tokens.labels("reused").inc(usage.reused_tokens)
+        self._prompt_tokens.labels("run").inc(receipt.new_prompt_tokens)
+        self._completion_tokens.inc(usage.completion_tokens)
+        if receipt.restored:
+            tier = conversations_pb2.TurnReceipt.RestoredFrom.Name(receipt.restored_from)
+            self._restores.labels(tier.lower()).inc()
+        for picture in finished.images:
+            self.picture(picture)
+
+    def picture(self, receipt: images_pb2.ImageReceipt) -> None:
+        """A picture was shown to a session, or compressed for a caller."""
+        self._pictures.labels("hit" if receipt.cache_hit else "miss").inc()
+        self._visual_tokens.inc(receipt.visual_tokens)
+        for number, kept in enumerate(receipt.kept_tokens):
+            self._kept_tokens.labels(str(number)).inc(kept)
+        self._recycled_tokens.inc(receipt.recycled_tokens)
+        self._kv_bytes.inc(receipt.kv_bytes)
+        self._kv_bytes_saved.inc(max(receipt.kv_bytes_full - receipt.kv_bytes, 0))
+        if not receipt.cache_hit:
+            for stage in ("encode", "score", "prune"):
+                self._picture_seconds.labels(stage).observe(getattr(receipt, f"{stage}_ms") / 1000)
+        if receipt.prefill_ms:
+            self._picture_seconds.labels("prefill").observe(receipt.prefill_ms / 1000)
+
+    def step(self, seconds: float, pending: Sequence[int], ran: Sequence[int]) -> None:
+        """The model ran a step.
+
+        Args:
+            seconds: it took; on a CUDA device, which only queues work, to queue it.
+            pending: tokens that each conversation of the batch had to run; an answer under way has one.
+            ran: how many of them the step ran.
+        """
+        self._step_seconds.observe(seconds)
+        self._batch.observe(len(ran))
+        decoded = sum(tokens == 1 for tokens in pending)
+        self._decoded.inc(decoded)
+        self._prefilled.inc(sum(ran) - decoded)
+
+    def evicted(self, held_by: str) -> None:
+        """KV pages were taken from ``held_by``: ``search``, ``prefix``, ``idle`` or ``running``."""
+        self._evictions.labels(held_by).inc()
+
+    def prefix(self, *, hit: bool) -> None:
+        """Somebody looked for a beginning that is cached already."""
+        self._prefixes.labels("hit" if hit else "miss").inc()
+
+    def committed(self, seconds: float) -> None:
+        """The journal of sessions was written, and is on the disk."""
+        self._journal_seconds.observe(seconds)
+
+    def commit_failed(self) -> None:
+        """The journal of sessions could not be written."""
+        self._journal_failures.inc()
+
+    def _make_of_calls(self) -> None:
+        self._calls = Counter(
+            "vflow_calls",
+            "Calls that have ended, by method and status code.",
+            ("method", "code"),
+            registry=self.registry,
+        )
+        self._call_seconds = Histogram(
+            "vflow_call_seconds",
+            "Seconds from a call's arrival to its end, streaming included.",
+            ("method",),
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self._calls_in_flight = Gauge("vflow_calls_in_flight", "Calls under way.", registry=self.registry)
+
+    def _make_of_turns(self) -> None:
+        def seconds(name: str, what: str) -> Histogram:
+            return Histogram(name, what, buckets=SECONDS, registry=self.registry)
+
+        self._turns = Counter(
+            "vflow_turns",
+            "Turns that were answered to their end, by why it ended.",
+            ("reason",),
+            registry=self.registry,
+        )
+        self._turn_seconds = seconds("vflow_turn_seconds", "Seconds from a turn's arrival to the end of its answer.")
+        self._queue_seconds = seconds("vflow_queue_seconds", "Seconds that a turn waited for its first step.")
+        self._first_token_seconds = seconds(
+            "vflow_first_token_seconds", "Seconds from a turn's arrival to the first token of its answer."
+        )
+        self._token_seconds = seconds(
+            "vflow_token_seconds", "Seconds for each further token of an answer, averaged over the answer."
+        )
+        self._prompt_tokens = Counter(
+            "vflow_prompt_tokens",
+            "Tokens of prompts: reused from the session's KV cache, or run by the model.",
+            ("source",),
+            registry=self.registry,
+        )
+        self._completion_tokens = Counter("vflow_completion_tokens", "Tokens of answers.", registry=self.registry)
+        self._restores = Counter(
+            "vflow_restores",
+            "Turns whose session had lost its KV pages, by where they came back from (log: computed anew).",
+            ("tier",),
+            registry=self.registry,
+        )
+        for tier in ("host_memory", "disk", "log"):
+            self._restores.labels(tier)
+
+    def _make_of_pictures(self) -> None:
+        self._pictures = Counter(
+            "vflow_pictures",
+            "Pictures taken in; a hit was compressed before, for the same tenant under the same strategy.",
+            ("cache",),
+            registry=self.registry,
+        )
+        self._picture_seconds = Histogram(
+            "vflow_picture_seconds",
+            "Seconds that a picture took, by stage; prefill only of those that were shown ahead of a question.",
+            ("stage",),
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self._visual_tokens = Counter(
+            "vflow_visual_tokens", "Visual tokens of pictures before pruning.", registry=self.registry
+        )
+        self._kept_tokens = Counter(
+            "vflow_visual_tokens_kept",
+            "Visual tokens of pictures after pruning, by stage of the decoder (0 is the first).",
+            ("stage",),
+            registry=self.registry,
+        )
+        self._recycled_tokens = Counter(
+            "vflow_visual_tokens_recycled",
+            "Tokens among those kept in the first stage that are averages of dropped ones.",
+            registry=self.registry,
+        )
+        self._kv_bytes = Counter(
+            "vflow_picture_kv_bytes", "Bytes that the KV cache takes for the pictures taken in.", registry=self.registry
+        )
+        self._kv_bytes_saved = Counter(
+            "vflow_picture_kv_bytes_saved", "Bytes that it takes less than without pruning.", registry=self.registry
+        )
+
+    def _make_of_engine(self) -> None:
+        self._step_seconds = Histogram(
+            "vflow_step_seconds", "Seconds of one step of the model.", buckets=SECONDS, registry=self.registry
+        )
+        self._batch = Histogram(
+            "vflow_batch_size", "Conversations in one step.", buckets=CONVERSATIONS, registry=self.registry
+        )
+        tokens = Counter(
+            "vflow_model_tokens", "Tokens that the model ran, by phase.", ("phase",), registry=self.registry
+        )
+        self._prefilled, self._decoded = tokens.labels("prefill"), tokens.labels("decode")
+        self._evictions = Counter(
+            "vflow_evictions",
+            "Times that KV pages were taken from somebody because others needed them, by who held them.",
+            ("held_by",),
+            registry=self.registry,
+        )
+        for held_by in ("search", "prefix", "idle", "running"):
+            self._evictions.labels(held_by)  # told from the beginning, as zero
+        self._prefixes = Counter(
+            "vflow_prefixes",
+            "Conversations with pictures and no KV cache that looked for a beginning that is cached already.",
+            ("cache",),
+            registry=self.registry,
+        )
+
+    def _make_of_journal(self) -> None:
+        self._journal_seconds = Histogram(
+            "vflow_journal_commit_seconds",
+            "Seconds of a commit of the sessions' journal to the disk.",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self._journal_failures = Counter(
+            "vflow_journal_failures", "Commits of the sessions' journal that failed.", registry=self.registry
+        )

@@ -1,0 +1,69 @@
+"""Traces of calls. Here: the trace that a caller says its call belongs to, for the log, and no spans of our own.
+
+:mod:`vflow_server.telemetry.spans` makes spans and sends them away, where that is set.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+
+Metadata = Mapping[str, str | bytes]
+
+Stage = tuple[str, float]
+"""A part of a call's work, and the seconds that it took."""
+
+_TRACEPARENT = re.compile("[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+class CallSpan:
+    """One call in its trace.
+
+    Attributes:
+        trace: the trace's id in hex; empty where there is none.
+    """
+
+    def __init__(self, trace: str = "") -> None:
+        self.trace = trace
+
+    def ended(self, code: grpc.StatusCode, ids: Mapping[str, Any]) -> None:
+        """The call has ended with ``code``; ``ids`` say whose it was."""
+
+
+class Tracing:
+    """Finds the trace of a call, and leaves no other trace of it."""
+
+    @contextmanager
+    def call(self, method: str, metadata: Metadata) -> Iterator[CallSpan]:
+        """Around a call of ``method`` (``package.Service/Method``) with the request metadata ``metadata``."""
+        given = metadata.get("traceparent", "")
+        match = _TRACEPARENT.fullmatch(given) if isinstance(given, str) else None
+        yield CallSpan(match[1] if match else "")
+
+    def stages(self, stages: Sequence[Stage]) -> None:
+        """The work of the call that is under way, which ends now, was made up of ``stages``, one after the other."""
+
+    def close(self) -> None:
+        """Send what is left to send; returns when that is done or given up."""
+
+
+def tracing_to(endpoint: str | None) -> Tracing:
+    """Tracing whose spans go to the OTLP receiver at ``endpoint``; None: there are none.
+
+    Raises:
+        ValueError: what is needed for that is not installed.
+    """
+    if endpoint is None:
+        return Tracing()
+    try:
+        from vflow_server.telemetry.spans import Spans
+    except ImportError as error:
+        raise ValueError(
+            f"--otlp-endpoint needs OpenTelemetry ({error}); install it with pip install 'vflowopt[otel]', "
+            "or leave the option out"
+        ) from error
+    return Spans(endpoint)

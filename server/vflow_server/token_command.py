@@ -1,0 +1,63 @@
+"""`vflow token`: makes a token for a caller."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from vflow_server.access.caller import DEFAULT_TENANT, Caller, is_tenant
+from vflow_server.access.tokens import ROLES, new_token
+from vflow_server.option import OptionError, seconds
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options on ``parser``."""
+    parser.add_argument(
+        "tenant",
+        nargs="?",
+        default=DEFAULT_TENANT,
+        metavar="TENANT",
+        help="whose sessions and pictures it sees (default: %(default)s)",
+    )
+    parser.add_argument("--role", choices=ROLES, default=ROLES[0], help="what it may do (default: %(default)s)")
+    parser.add_argument("--expires", metavar="TIME", help="for how long it is valid, such as 90d (default: for ever)")
+    parser.add_argument(
+        "--into", type=Path, metavar="FILE", help="append its line to this file, and print the token alone"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Makes the token that the parsed ``arguments`` ask for; returns the exit code.
+
+    Raises:
+        OptionError: an argument cannot be used, or the file cannot be written.
+    """
+    if not is_tenant(arguments.tenant):
+        raise OptionError(
+            f"the tenant is {arguments.tenant!r}: expected 1 to 63 lower-case letters, digits and hyphens"
+        )
+    expires = None
+    if arguments.expires is not None:
+        try:
+            expires = datetime.now(UTC) + timedelta(seconds=seconds(arguments.expires))
+        except (ValueError, OverflowError) as error:
+            raise OptionError(f"--expires is {arguments.expires!r}: {error}") from None
+    token, entry = new_token(Caller(arguments.tenant, admin=arguments.role == "admin"), expires)
+    if arguments.into is None:
+        print(f"for the caller, who alone should ever see it (VFLOW_TOKEN):\n{token}")
+        print(f"for the file of --tokens:\n{entry.line()}")
+    else:
+        _append(arguments.into, entry.line())
+        print(token)
+    return 0
+
+
+def _append(file: Path, line: str) -> None:
+    try:
+        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with os.fdopen(descriptor, "w") as opened:
+            opened.write(line + "\n")
+    except OSError as error:
+        raise OptionError(f"{file} cannot be written: {error.strerror}") from None

@@ -1,0 +1,191 @@
+"""The live watch: looks at a share of the turns to see how far their strategy strays from the unpruned model, and has a
+strategy that strays too far rolled back.
+
+What it sees is kept as :class:`FidelityTotals` by strategy. Belongs to the event loop's
+thread, but for what turns call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+
+import structlog
+
+from vflow_server.engine.engine import Engine, Steps
+from vflow_server.engine.spare_time import in_spare_time
+from vflow_server.engine.workbench import Workbench
+from vflow_server.images.store import PictureStore
+from vflow_server.rpc.errors import ServiceError
+from vflow_server.strategies.strategies import StrategyStore
+from vflowopt.media.picture import Identity, Picture
+from vflowopt.search.replay import AnsweredTurn, Fidelity, Rereading
+
+MOST_WAITING = 16
+"""Turns that wait to be looked at; what comes beyond is skipped."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass
+class FidelityTotals:
+    """Of a strategy, since the service started: counters and sums that only grow.
+
+    Attributes:
+        watched: turns that were looked at.
+        skipped: turns that were chosen, but could not be looked at: a picture was gone, or there was no room.
+        cosine_sum: of the turns that were looked at.
+        tokens: of their answers.
+        tokens_agreed: see :class:`Fidelity`.
+        rollbacks: how often the strategy was rolled back for what was seen.
+    """
+
+    watched: int = 0
+    skipped: int = 0
+    cosine_sum: float = 0.0
+    tokens: int = 0
+    tokens_agreed: int = 0
+    rollbacks: int = 0
+
+    def add(self, turn: Fidelity) -> None:
+        """Count a turn."""
+        self.watched += 1
+        self.cosine_sum += turn.cosine
+        self.tokens += turn.tokens
+        self.tokens_agreed += turn.tokens_agreed
+
+    @property
+    def cosine(self) -> float | None:
+        """Mean cosine; None before the first turn."""
+        return self.cosine_sum / self.watched if self.watched else None
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of the answers' tokens that agree; None before the first."""
+        return self.tokens_agreed / self.tokens if self.tokens else None
+
+
+class Watch:
+    """Looks at turns, one at a time, in spare time.
+
+    Args:
+        share: of the turns that are looked at, 0 to 1.
+        floor: mean cosine below which the active strategy is rolled back; None: it never is.
+        window: the latest turns of the active strategy that the mean is of; fewer never suffice.
+        engine: does the work.
+        bench: what the work is done with.
+        strategies: what is rolled back.
+        pictures: where the turns' pictures are still held.
+
+    Attributes:
+        totals: what was seen, by the resource names of strategies.
+    """
+
+    def __init__(
+        self,
+        *,
+        share: float,
+        floor: float | None,
+        window: int,
+        engine: Engine,
+        bench: Workbench,
+        strategies: StrategyStore,
+        pictures: PictureStore,
+    ) -> None:
+        self.totals: defaultdict[str, FidelityTotals] = defaultdict(FidelityTotals)
+        self._share = share
+        self._floor = floor
+        self._engine = engine
+        self._bench = bench
+        self._strategies = strategies
+        self._pictures = pictures
+        self._loop = asyncio.get_running_loop()
+        self._waiting: asyncio.Queue[tuple[AnsweredTurn, Mapping[Identity, Picture]]] = asyncio.Queue(MOST_WAITING)
+        self._enough = window
+        self._window: deque[float] = deque(maxlen=window)
+        # Since when the window is open: another activation, even of the same strategy, begins a new one.
+        self._etag = strategies.etag
+        self._resigned = False
+
+    def chooses(self) -> bool:
+        """Whether to look at the turn that has just ended. For any thread."""
+        return random.random() < self._share
+
+    def take(self, turn: AnsweredTurn) -> None:
+        """Look at ``turn`` when there is time. For any thread."""
+        with suppress(RuntimeError):  # the event loop is closed: the service has ended
+            self._loop.call_soon_threadsafe(self._put, turn)
+
+    async def watch_forever(self) -> None:
+        """Look at the turns that were taken."""
+        while True:
+            turn, pictures = await self._waiting.get()
+            totals = self.totals[turn.strategy_name]
+            try:
+                fidelity = await self._look(turn, pictures)
+            except Exception as error:
+                totals.skipped += 1
+                log.warning("a watched turn was skipped", strategy=turn.strategy_name, because=str(error))
+                continue
+            totals.add(fidelity)
+            if totals.watched % self._enough == 0:
+                log.info("watched", strategy=turn.strategy_name, **asdict(totals))
+            await self._judge(turn.strategy_name, fidelity.cosine)
+
+    def _put(self, turn: AnsweredTurn) -> None:
+        if not turn.pictures:
+            return  # nothing was pruned
+        pictures: dict[Identity, Picture] = {}
+        for digest, detail in turn.pictures:
+            if (picture := self._pictures.held(turn.tenant, digest)) is not None:
+                pictures[digest, detail] = picture.in_detail(detail)
+        # Of a video only the frames are held: turns about one are skipped.
+        if len(pictures) < len(turn.pictures) or self._waiting.full():
+            self.totals[turn.strategy_name].skipped += 1
+        else:
+            self._waiting.put_nowait((turn, pictures))
+
+    async def _look(self, turn: AnsweredTurn, pictures: Mapping[Identity, Picture]) -> Fidelity:
+        rereading = Rereading(self._bench.runtime, turn, pictures)
+
+        def work(emit: Callable[[object], None]) -> Steps[Fidelity]:
+            seen: list[Fidelity] = []
+            yield from in_spare_time(self._bench, rereading.pieces(), lambda: rereading.conversations, seen.append)
+            return seen[0]
+
+        ticket = self._engine.submit(work, turn.tenant, background=True)
+        try:
+            return await ticket.result()
+        finally:
+            ticket.cancel()
+
+    async def _judge(self, name: str, cosine: float) -> None:
+        """Take a turn of the strategy ``name`` into account; roll the active one back where it is too far off."""
+        if self._etag != self._strategies.etag:
+            self._etag = self._strategies.etag
+            self._window.clear()
+            self._resigned = False
+        if name != self._strategies.active.name:
+            return
+        self._window.append(cosine)
+        mean = sum(self._window) / len(self._window)
+        if self._floor is None or len(self._window) < self._enough or mean >= self._floor or self._resigned:
+            return
+        reason = (
+            f"the live watch saw a mean cosine of {mean:.4f} in the last {len(self._window)} watched turns, below the "
+            f"floor of {self._floor:g}"
+        )
+        try:
+            restored = await self._strategies.roll_back(self._etag, reason)
+        except ServiceError as error:
+            self._resigned = True  # it will not be different with the next turn
+            log.error(
+                "a strategy is below the floor, and stays active", strategy=name, mean_cosine=mean, because=str(error)
+            )
+        else:
+            self.totals[name].rollbacks += 1
+            log.warning("strategy rolled back", strategy=name, restored=restored.name, because=reason)

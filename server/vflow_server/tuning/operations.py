@@ -1,0 +1,202 @@
+"""Long-running operations: the searches that were begun, what has become of them, and who may know of it.
+
+They outlive the process: one that was running when it ended is a failed one afterwards. Belongs to the event loop's
+thread, but for writing its file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import structlog
+from google.longrunning import operations_pb2
+from google.protobuf import json_format
+from google.rpc import status_pb2
+
+from vflow_client.v1 import strategies_pb2
+from vflow_server.rpc.errors import operation_interrupted, operation_not_found, storage_failed
+from vflow_server.store.files import WrittenByNewerRelease, check_schema, replace_file, set_aside
+
+Metadata = strategies_pb2.RetuneMetadata
+
+MOST_ENDED = 100
+"""Operations that are remembered after their end; the oldest are forgotten first."""
+
+_SCHEMA = 1
+
+log = structlog.get_logger(__name__)
+
+
+class Operation:
+    """One search.
+
+    Args:
+        name: its resource name.
+        sequence: operations count up in the order of their beginning.
+        tenant: whose it is.
+        metadata: how far it has come; whoever runs it keeps it current.
+        cancel: asks whoever runs it to end it.
+
+    Attributes:
+        ended: set at its end.
+        deleted: whether it is to be forgotten as soon as it has ended.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        sequence: int,
+        tenant: str,
+        metadata: Metadata,
+        cancel: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.name = name
+        self.sequence = sequence
+        self.tenant = tenant
+        self.metadata = metadata
+        self.cancel = cancel
+        self.ended = asyncio.Event()
+        self.deleted = False
+        self._outcome: strategies_pb2.RetuneResponse | status_pb2.Status | None = None
+
+    def end(self, outcome: strategies_pb2.RetuneResponse | status_pb2.Status) -> None:
+        """What it came to, or why it came to nothing."""
+        self.metadata.phase = Metadata.ENDED
+        self.metadata.ClearField("remaining")
+        self.metadata.end_time.GetCurrentTime()
+        self._outcome = outcome
+        self.ended.set()
+
+    def message(self) -> operations_pb2.Operation:
+        """Its present state."""
+        message = operations_pb2.Operation(name=self.name, done=self.ended.is_set())
+        message.metadata.Pack(self.metadata)
+        if isinstance(self._outcome, status_pb2.Status):
+            message.error.CopyFrom(self._outcome)
+        elif self._outcome is not None:
+            message.response.Pack(self._outcome)
+        return message
+
+    @classmethod
+    def from_message(cls, message: operations_pb2.Operation, sequence: int, tenant: str) -> Operation:
+        """The operation in the state of ``message``; failed, if it was running."""
+        metadata = Metadata()
+        message.metadata.Unpack(metadata)
+        operation = cls(message.name, sequence, tenant, metadata)
+        if not message.done:
+            operation.end(operation_interrupted(message.name).status())
+            return operation
+        response = strategies_pb2.RetuneResponse()
+        message.response.Unpack(response)
+        operation._outcome = message.error if message.HasField("error") else response
+        operation.ended.set()
+        return operation
+
+
+class OperationStore:
+    """The operations that are known.
+
+    Args:
+        file: where they are kept; None keeps them in memory only.
+
+    Raises:
+        WrittenByNewerRelease: the file is left as it is.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        self._file = file
+        self._writing = asyncio.Lock()
+        self._operations: dict[str, Operation] = {}
+        self._sequence = count()
+        if file is not None and file.exists():
+            self._load(file)
+
+    def of(self, tenant: str) -> Iterator[Operation]:
+        """The operations of ``tenant``, oldest first."""
+        return (operation for operation in self._operations.values() if operation.tenant == tenant)
+
+    def get(self, tenant: str, name: str) -> Operation:
+        """The operation ``name`` of ``tenant``.
+
+        Raises:
+            NotFound: OPERATION_NOT_FOUND, as well for an operation of another tenant.
+        """
+        operation = self._operations.get(name)
+        if operation is None or operation.tenant != tenant:
+            raise operation_not_found(name)
+        return operation
+
+    def begin(self, tenant: str, metadata: Metadata, cancel: Callable[[], None]) -> Operation:
+        """A new operation of ``tenant``; nobody may be told of it before :meth:`write` has returned."""
+        name = f"operations/r{secrets.token_hex(8)}"
+        operation = Operation(name, next(self._sequence), tenant, metadata, cancel)
+        self._operations[name] = operation
+        return operation
+
+    async def end(self, operation: Operation, outcome: strategies_pb2.RetuneResponse | status_pb2.Status) -> None:
+        """End ``operation`` with a result, or with why there is none.
+
+        Raises:
+            ServiceError: STORAGE_FAILED; it has ended all the same.
+        """
+        operation.end(outcome)
+        if operation.deleted:
+            del self._operations[operation.name]
+        ended = [each for each in self._operations.values() if each.ended.is_set()]
+        for oldest in ended[:-MOST_ENDED]:
+            del self._operations[oldest.name]
+        await self.write()
+
+    async def delete(self, operation: Operation) -> None:
+        """Forget ``operation``; one that is running goes on, and is forgotten at its end."""
+        operation.deleted = True
+        if operation.ended.is_set() and self._operations.pop(operation.name, None) is not None:
+            await self.write()
+
+    async def write(self) -> None:
+        """Have the file say what is known now, so that it outlives the process.
+
+        Raises:
+            ServiceError: STORAGE_FAILED.
+        """
+        if self._file is not None:
+            await asyncio.shield(self._write_to(self._file))  # a caller that leaves must not let two writes meet
+
+    def _load(self, file: Path) -> None:
+        operations: dict[str, Operation] = {}
+        try:
+            document = json.loads(file.read_text())
+            check_schema(file, document["schema"], _SCHEMA)
+            for entry in document["operations"]:
+                message = json_format.ParseDict(entry["operation"], operations_pb2.Operation())
+                operation = Operation.from_message(message, next(self._sequence), str(entry["tenant"]))
+                if not message.done:
+                    log.warning("an operation was interrupted by the end of the service", operation=message.name)
+                operations[message.name] = operation
+        except WrittenByNewerRelease:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, json_format.ParseError) as error:
+            set_aside(file, error)
+            return
+        self._operations = operations
+
+    async def _write_to(self, file: Path) -> None:
+        async with self._writing:
+            document: dict[str, Any] = {
+                "schema": _SCHEMA,
+                "operations": [
+                    {"tenant": each.tenant, "operation": json_format.MessageToDict(each.message())}
+                    for each in self._operations.values()
+                    if not (each.deleted and each.ended.is_set())
+                ],
+            }
+            try:
+                await asyncio.to_thread(replace_file, file, json.dumps(document, indent=1))
+            except OSError as error:
+                raise storage_failed(error) from error

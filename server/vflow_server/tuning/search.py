@@ -1,0 +1,84 @@
+"""A search for a strategy, as work for the engine in spare time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from vflow_client.v1 import strategies_pb2
+from vflow_server.engine.engine import Steps
+from vflow_server.engine.spare_time import in_spare_time
+from vflow_server.engine.workbench import Workbench
+from vflow_server.tuning.proposer import Proposer
+from vflowopt.search.calibration import Calibration
+from vflowopt.search.pause import Aside
+from vflowopt.search.tuner import Trial, Tuner
+
+Metadata = strategies_pb2.RetuneMetadata
+
+
+@dataclass(frozen=True)
+class SearchProgress:
+    """How far a search has come.
+
+    Attributes:
+        phase: what it is doing.
+        trial: that was just finished, if one was.
+        base_objective: of the strategy that the search began with, once it is known.
+    """
+
+    phase: Metadata.Phase
+    trial: Trial | None
+    base_objective: float | None
+
+
+class Search:
+    """The work of one search. Emits :class:`SearchProgress` as it gets on; its result is the best trial.
+
+    Args:
+        bench: the engine's things.
+        calibration: what strategies are measured on.
+        tuner: the search itself, which measures on ``calibration``.
+    """
+
+    def __init__(self, bench: Workbench, calibration: Calibration, tuner: Tuner) -> None:
+        self._bench = bench
+        self._calibration = calibration
+        self._tuner = tuner
+
+    def __call__(self, emit: Callable[[SearchProgress], None]) -> Steps[Trial]:
+        """The steps of the search."""
+        proposer = Proposer()
+        try:
+            yield from in_spare_time(
+                self._bench,
+                self._pieces(emit),
+                lambda: self._calibration.conversations,
+                lambda trial: emit(self._progress(Metadata.SEARCHING, trial)),
+                propose=proposer,
+            )
+        finally:
+            proposer.close()
+        assert self._tuner.best is not None  # the first trial sees all samples
+        return self._tuner.best
+
+    def _pieces(self, emit: Callable[[SearchProgress], None]) -> Generator[Any, None, None]:
+        """The tuner's, saying in between what they are for."""
+        last = Metadata.PHASE_UNSPECIFIED
+        with closing(self._tuner.steps()) as steps:
+            for said in steps:
+                if self._calibration.prepared:
+                    phase = Metadata.SEARCHING
+                elif isinstance(said, Aside):
+                    phase = Metadata.ENCODING
+                else:
+                    phase = Metadata.ANSWERING
+                if phase != last:
+                    emit(self._progress(phase))
+                    last = phase
+                yield said
+
+    def _progress(self, phase: Metadata.Phase, trial: Trial | None = None) -> SearchProgress:
+        return SearchProgress(phase, trial, self._tuner.base_objective)

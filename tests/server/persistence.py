@@ -1,0 +1,37 @@
+"""Conversations whose keeping is tested: how they begin, what is said in them, and what lies on the disk."""
+
+from pathlib import Path
+
+from tests.server.served import Served
+from vflow_client import (
+    Client,
+    Session,
+)
+from vflow_client.v1.conversations_pb2 import ChatRequest, Finished, Part
+from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
+from vflow_server.store.archive import PICTURES
+
+QUESTIONS = ("What is this?", "Why?", "And here?")
+
+
+def begun(client: Client, picture: bytes) -> Session:
+    """A session with a picture ahead of its first question."""
+    session = client.session("preset-25")
+    session.add_image(picture)
+    return session
+
+
+def answer_of(session: Session, text: str) -> str:
+    return session.ask(text, max_new_tokens=8).read()
+
+
+def files(data: Path) -> list[Path]:
+    return sorted((data / PICTURES).iterdir())
+
+
+def said(served: Served, session: Session, text: str, request_id: str) -> Finished:
+    """Say a turn under a request_id of ours."""
+    request = ChatRequest(session=session.name, parts=[Part(text=text)], request_id=request_id)
+    request.options.max_new_tokens = 8
+    *_, last = ConversationsStub(served.client._channel).Chat(request)
+    return last.finished

@@ -1,0 +1,135 @@
+"""The live watch: what it sees of turns, and what it does about it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.server.conftest import Serve
+from tests.server.drawing import png
+from tests.server.served import Served
+from tests.server.waiting import until
+from vflow_client import Client
+from vflow_client.v1.strategies_pb2 import StrategyEvent
+from vflow_server.tuning.fidelity_monitor import FidelityTotals
+from vflowopt.runtime.cache import PoolExhausted
+from vflowopt.runtime.model_runner import Runtime
+from vflowopt.search.replay import Fidelity
+
+
+def talk(client: Client, strategy: str = "", **options: Any) -> None:
+    """Three turns about two pictures."""
+    with client.session(strategy) as session:
+        session.add_image(png(70, 70, seed=51))
+        session.ask("One", max_new_tokens=5, **options).read()
+        session.ask("Two", images=[png(60, 60, seed=52)], max_new_tokens=5, **options).read()
+        session.ask("Three", max_new_tokens=5, **options).read()
+
+
+def totals(served: Served, strategy: str) -> FidelityTotals:
+    return served.service.watch.totals[f"strategies/{strategy}"]
+
+
+def seen(served: Served, strategy: str, turns: int) -> FidelityTotals:
+    """What was seen of a strategy, once so many turns were looked at or skipped."""
+    until(lambda: totals(served, strategy).watched + totals(served, strategy).skipped >= turns)
+    return totals(served, strategy)
+
+
+def test_an_unpruned_turn_is_what_it_is_measured_against(serve: Serve) -> None:
+    served = serve(watch_share="1")
+    talk(served.client, "full")
+    found = seen(served, "full", 3)
+    assert (found.watched, found.skipped, found.tokens) == (3, 0, 15)
+    assert found.cosine == pytest.approx(1, abs=1e-5) and found.agreement == 1
+
+
+def test_a_pruned_turn_is_seen_to_stray(serve: Serve) -> None:
+    served = serve(watch_share="1")
+    talk(served.client, "preset-10")
+    found = seen(served, "preset-10", 3)
+    assert found.watched == 3 and found.cosine is not None and found.cosine < 0.95
+    assert found.tokens == 15 and found.agreement is not None and found.agreement < 1
+    talk(served.client, "preset-10", temperature=1.0, seed=1)
+    assert seen(served, "preset-10", 6).tokens == 15, "the tokens of sampled answers say nothing"
+    assert served.kv_bytes() == 0
+
+
+def test_turns_without_pictures_and_all_turns_where_it_is_off_are_left_alone(serve: Serve) -> None:
+    off = serve()
+    talk(off.client)
+    off.stop()
+    assert not off.service.watch.totals
+    served = serve(watch_share="1")
+    with served.client.session() as session:
+        session.ask("Hello?", max_new_tokens=2).read()
+    talk(served.client, "full")
+    seen(served, "full", 3)
+    assert list(served.service.watch.totals) == ["strategies/full"]
+
+
+def test_below_the_floor_the_strategy_before_becomes_active_again(serve: Serve, capsys: Any) -> None:
+    served = serve(watch_share="1", watch_floor="0.95", watch_window="4")
+    strategies = served.client.strategies
+    strategies.activate("full")
+    talk(served.client)
+    seen(served, "full", 3)
+    strategies.activate("preset-10")
+    talk(served.client)
+    seen(served, "preset-10", 3)
+    assert strategies.get("preset-10").active, "three turns are not enough"
+    talk(served.client)
+    until(lambda: strategies.get("full").active)
+    event = strategies.get("preset-10").events[-1]
+    assert event.kind == StrategyEvent.ROLLED_BACK
+    assert "mean cosine" in event.reason and "last 4 watched turns" in event.reason and "0.95" in event.reason
+    assert totals(served, "preset-10").rollbacks == 1
+    assert "strategy rolled back" in capsys.readouterr().out
+    # What was seen before counts no more against the next activation.
+    strategies.activate("preset-10")
+    seen(served, "preset-10", 6)
+    assert strategies.get("preset-10").active
+
+
+def test_it_says_once_that_there_is_nothing_to_roll_back_to(serve: Serve, capsys: Any) -> None:
+    served = serve(watch_share="1", watch_floor="0.95", watch_window="2")
+    for _ in range(2):
+        talk(served.client)
+    assert seen(served, "preset-10", 6).rollbacks == 0
+    assert served.client.strategies.get("preset-10").active
+    assert capsys.readouterr().out.count("stays active") == 1
+
+
+def broken(*arguments: Any) -> Any:
+    raise ZeroDivisionError("a fault")
+
+
+def exhausted(*arguments: Any) -> Any:
+    raise PoolExhausted(1 << 30, 0, 1)
+
+
+@pytest.mark.parametrize("failing", [broken, exhausted])
+def test_what_cannot_be_looked_at_is_skipped(
+    serve: Serve, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, failing: Callable[..., Any]
+) -> None:
+    served = serve(watch_share="1")
+    with monkeypatch.context() as patched:
+        patched.setattr(runtime, "states", failing)
+        talk(served.client)
+        assert seen(served, "preset-10", 3).skipped == 3
+    talk(served.client)
+    assert seen(served, "preset-10", 6).watched == 3
+
+
+def test_a_turn_whose_picture_is_gone_is_skipped(serve: Serve) -> None:
+    served = serve(watch_share="1", picture_memory="1")
+    talk(served.client)
+    assert seen(served, "preset-10", 3).skipped == 3
+
+
+def test_totals_only_grow() -> None:
+    found = FidelityTotals()
+    assert found.cosine is None and found.agreement is None
+    found.add(Fidelity(0.5, 4, 1))
+    found.add(Fidelity(1.0, 0, 0))
+    assert (found.watched, found.cosine, found.agreement) == (2, 0.75, 0.25)

@@ -1,0 +1,362 @@
+"""Reused caches, receipts and rollbacks: what the runtime promises beyond the unpruned answer."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.vflowopt.talk import Talk, picture
+from vflowopt.compression.pipeline import CompressedImage
+from vflowopt.compression.strategy import Strategy
+from vflowopt.media.picture import Picture
+from vflowopt.runtime.cache import PoolExhausted
+from vflowopt.runtime.model_runner import Runtime
+from vflowopt.runtime.sequence import Conversation
+
+NEW_TOKENS = 6
+
+
+def tenth(**fields: object) -> Strategy:
+    """Three stages of six layers, a tenth of the visual tokens in the mean."""
+    return Strategy.from_budget(0.1, 6, (0.12, 0.9), threshold=1.0, alpha=0.1, **{"grid": 3.0, **fields})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def talk(runtime: Runtime) -> Iterator[Talk]:
+    talk = Talk(runtime, tenth())
+    yield talk
+    talk.conversation.release()
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [tenth(), tenth(positions="renumbered"), tenth(grid=None), Strategy((0, 1, 3, 5), (0.9, 0.6, 0.5, 0.3))],
+    ids=["preset-like", "renumbered", "no-recycling", "four-stages"],
+)
+def test_a_reused_cache_answers_like_a_recomputed_one(runtime: Runtime, strategy: Strategy) -> None:
+    turns = [[picture(100, 60, 1), "what?"], ["one"], [picture(56, 120, 2), "two"], ["three"], ["four"]]
+    reused, recomputed = Talk(runtime, strategy), Talk(runtime, strategy)
+    for turn in turns:
+        recomputed.conversation.release()
+        assert reused.ask(turn, NEW_TOKENS) == recomputed.ask(turn, NEW_TOKENS)
+    for held, again in zip(reused.logits, recomputed.logits, strict=True):
+        torch.testing.assert_close(held, again, atol=1e-4, rtol=0)
+    reused.conversation.release()
+    recomputed.conversation.release()
+
+
+def test_a_picture_ahead_of_its_question_equals_one_inside_the_turn(runtime: Runtime) -> None:
+    ahead, inside = Talk(runtime, tenth()), Talk(runtime, tenth())
+    ahead.look(picture(90, 70, 3))
+    ahead.look(picture(56, 56, 4))
+    cached = ahead.conversation.cached_items
+    assert ahead.ask(["and?"], NEW_TOKENS) == inside.ask([picture(90, 70, 3), picture(56, 56, 4), "and?"], NEW_TOKENS)
+    assert cached > 2, "the pictures were not read ahead"
+    for first, second in zip(ahead.logits, inside.logits, strict=True):
+        torch.testing.assert_close(first, second, atol=1e-4, rtol=0)
+    ahead.conversation.release()
+    inside.conversation.release()
+
+
+def test_a_batch_equals_its_members(runtime: Runtime) -> None:
+    """Conversations of unequal length and strategy, decoded together and alone."""
+    talks = [Talk(runtime, strategy) for strategy in (tenth(), Strategy.full(), tenth(), tenth(grid=None))]
+    for index, talk in enumerate(talks):
+        talk.ask([picture(56 + 20 * index, 80, index), "go" * (index + 1)], index + 1)
+        talk.conversation.log.append(65 + index)
+        runtime.extend(talk.conversation, [])
+    marks = [talk.conversation.checkpoint() for talk in talks]
+    together = runtime.decode([talk.conversation for talk in talks], [70, 71, 72, 73])
+    for index, (talk, mark) in enumerate(zip(talks, marks, strict=True)):
+        talk.conversation.rollback(mark)
+        alone = runtime.decode([talk.conversation], [70 + index])[0]
+        torch.testing.assert_close(together[index], alone, atol=1e-4, rtol=0)
+        talk.conversation.release()
+
+
+def test_kept_tokens_keep_positions_embeddings_and_structure(runtime: Runtime) -> None:
+    shown = Picture.from_pixels(picture(112, 112, 5))
+    (full,) = runtime.compress([shown], Strategy.full())
+    (image,) = runtime.compress([shown], tenth())
+    structural = image.layout.structural.nonzero()[:, 0]
+    assert len(structural) == 8
+    for earlier, later in zip(image.kept, image.kept[1:], strict=False):
+        assert set(later.tolist()) <= set(earlier.tolist())
+    for kept in image.kept:
+        assert set(structural.tolist()) <= set(kept.tolist())
+    assert torch.equal(image.positions, image.kept[0])
+    assert image.span == image.tokens == full.tokens == len(full.kept[0])
+    plain = ~torch.isin(image.kept[0], image.recycled)
+    assert torch.equal(image.embeddings[plain], full.embeddings[image.kept[0][plain]])
+    assert len(image.recycled) > 0
+
+
+def test_renumbered_positions_close_the_gaps(runtime: Runtime) -> None:
+    (image,) = runtime.compress([Picture.from_pixels(picture(112, 112, 5))], tenth(positions="renumbered"))
+    assert image.positions.tolist() == list(range(len(image.kept[0])))
+    assert image.span == len(image.kept[0]) < image.tokens
+
+
+def test_text_is_never_pruned_and_lengths_agree_with_the_tensors(talk: Talk) -> None:
+    talk.ask([picture(112, 112, 6), "some words"], NEW_TOKENS)
+    conversation = talk.conversation
+    (image,) = [item for item in conversation.log if isinstance(item, CompressedImage)]
+    text = conversation.cached_items - 1
+    assert [length - text for length in conversation.cache.lengths] == [len(kept) for kept in image.kept]
+    for stage in conversation.cache.stages:
+        for layer in stage.layers:
+            keys, values = stage.read(layer)
+            assert len(keys) == len(values) == stage.length
+            assert keys.isfinite().all()
+            assert (keys.flatten(1).abs().sum(1) > 0).all()
+    tokens_full = text + image.tokens
+    assert conversation.cached.position == tokens_full
+    assert conversation.kv_bytes == len(conversation.cache.owned_pages()) * conversation.cache.pool.page_bytes
+    assert conversation.kv_bytes_full == -(-tokens_full // 16) * 6 * conversation.cache.pool.page_bytes
+
+
+def test_rollback_forgets_a_turn_entirely(talk: Talk, runtime: Runtime) -> None:
+    talk.ask([picture(80, 80, 7), "first"], NEW_TOKENS)
+    mark, held, turns = talk.conversation.checkpoint(), runtime.pool.bytes_used, talk.turns
+    undisturbed = talk.ask(["second"], NEW_TOKENS)
+    talk.conversation.rollback(mark)
+    talk.turns = turns
+    assert runtime.pool.bytes_used == held
+    talk.ask(["something else, much longer than a page of sixteen tokens", picture(60, 60, 8)], NEW_TOKENS)
+    talk.conversation.rollback(mark)
+    talk.turns = turns
+    assert runtime.pool.bytes_used == held
+    assert talk.ask(["second"], NEW_TOKENS) == undisturbed
+
+
+def test_rollback_after_a_release_is_right(talk: Talk) -> None:
+    talk.ask([picture(80, 80, 7), "first"], NEW_TOKENS)
+    mark, turns = talk.conversation.checkpoint(), talk.turns
+    undisturbed = talk.ask(["second"], NEW_TOKENS)
+    talk.conversation.rollback(mark)
+    talk.turns = turns
+    talk.conversation.release()
+    talk.ask(["other"], NEW_TOKENS)  # rebuilds
+    talk.conversation.rollback(mark)
+    talk.turns = turns
+    assert talk.ask(["second"], NEW_TOKENS) == undisturbed
+
+
+def test_a_pool_too_small_refuses_and_changes_nothing(plain_folder: Path) -> None:
+    page = 2 * 16 * 2 * 16 * 4
+    runtime = Runtime.load(plain_folder, kv_budget=40 * page)
+    talk = Talk(runtime, Strategy.full())
+    talk.ask(["hello"], 2)
+    items, used = list(talk.conversation.log), runtime.pool.bytes_used
+    lengths = talk.conversation.cache.lengths
+    with pytest.raises(PoolExhausted) as refused:
+        talk.ask([picture(112, 112, 1), "too much"], 2)
+    assert refused.value.needed > refused.value.free
+    assert (talk.conversation.log, runtime.pool.bytes_used) == (items, used)
+    assert talk.conversation.cache.lengths == lengths
+    assert talk.ask(["bye"], 2)
+    talk.conversation.release()
+    runtime.pool.check_integrity([])
+
+
+def test_a_batch_that_does_not_fit_changes_none_of_its_members(plain_folder: Path) -> None:
+    page = 2 * 16 * 2 * 16 * 4
+    runtime = Runtime.load(plain_folder, kv_budget=18 * page)
+    conversations = [runtime.start(Strategy.full()) for _ in range(2)]
+    for conversation in conversations:
+        runtime.extend(conversation, list(range(16)))  # one full page in each of six layers
+    before = [conversation.checkpoint() for conversation in conversations]
+    with pytest.raises(PoolExhausted):
+        runtime.decode(conversations, [1, 2])
+    assert [conversation.checkpoint() for conversation in conversations] == before
+    assert runtime.pool.bytes_used == 12 * page
+    runtime.decode(conversations[:1], [1])
+
+
+def test_a_failure_of_the_model_changes_nothing(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    conversation = runtime.start(Strategy.full())
+    expected = runtime.extend(conversation, list(range(16)))
+    before, used = conversation.checkpoint(), runtime.pool.bytes_used
+    for part in ("head", "decoder"):
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime.model, part, None)
+            with pytest.raises((TypeError, AttributeError)):
+                runtime.decode([conversation], [1])
+        assert (conversation.checkpoint(), runtime.pool.bytes_used) == (before, used)
+    conversation.release()
+    assert torch.equal(runtime.extend(conversation, []), expected)  # type: ignore[arg-type]
+    conversation.release()
+
+
+def test_what_goes_wrong_in_one_conversation_stays_there(plain_folder: Path) -> None:
+    """Numbers that overflowed in one cache, of half precision say, reach no other of the batch."""
+    runtime = Runtime.load(plain_folder, kv_budget=1 << 20)
+    conversations = [runtime.start(Strategy.full()) for _ in range(3)]
+    for index, conversation in enumerate(conversations):
+        runtime.extend(conversation, list(range(5 + 20 * index)))
+    broken = torch.ones(len(runtime.pool.keys), dtype=torch.bool)
+    for conversation in conversations[1:]:
+        stage = conversation.cache.stages[0]
+        broken[stage.slots(range(runtime.pool.page_size * len(stage.blocks))).flatten()] = False
+    runtime.pool.keys[broken] = runtime.pool.values[broken] = torch.nan
+    logits = runtime.decode(conversations, [1, 2, 3])
+    assert logits.isfinite().all(1).tolist() == [False, True, True]
+
+
+def test_a_chunk_may_vanish_on_its_way(runtime: Runtime) -> None:
+    """Token by token and alone, so that some steps have nothing left for the later stages."""
+    strategy = Strategy((0, 1, 3, 5), (0.9, 0.6, 0.5, 0.3))
+    (image,) = runtime.compress([Picture.from_pixels(picture(100, 60, 1))], strategy)
+    assert (image.last_stages == 0).any()
+    whole, chunked = runtime.start(strategy), runtime.start(strategy)
+    expected = runtime.extend(whole, [1, 2, image, 3])
+    chunked.log.extend([1, 2, image, 3])
+    logits = None
+    while logits is None:
+        (logits,) = runtime.advance([chunked], [1])
+    assert expected is not None
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    assert chunked.cache.lengths == whole.cache.lengths
+    whole.release()
+    chunked.release()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 16, 50])
+def test_a_prefill_in_chunks_equals_one_in_a_piece(runtime: Runtime, chunk: int) -> None:
+    """Chunks cut pictures wherever they fall, beside other conversations that decode meanwhile."""
+    (image,) = runtime.compress([Picture.from_pixels(picture(112, 80, 4))], tenth())
+    items = [*range(10, 19), image, *range(30, 40), image, 7]
+    whole, chunked, beside = (runtime.start(tenth()) for _ in range(3))
+    expected = runtime.extend(whole, items)
+    runtime.extend(beside, [5, 6])
+    chunked.log.extend(items)
+    logits = None
+    while logits is None:
+        beside.log.append(9)
+        logits, other = runtime.advance([chunked, beside], [chunk, None])
+        assert other is not None
+    assert chunked.cached == whole.cached
+    assert chunked.cache.lengths == whole.cache.lengths
+    assert expected is not None
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    for conversation in (whole, chunked, beside):
+        conversation.release()
+
+
+def test_a_fork_shares_pages_and_then_goes_its_own_way(runtime: Runtime) -> None:
+    origin = Talk(runtime, tenth())
+    origin.ask([picture(112, 112, 1), "what?"], NEW_TOKENS)
+    alone = origin.conversation.kv_bytes
+    fork = Talk(runtime, tenth())
+    fork.conversation, fork.turns = origin.conversation.fork(), origin.turns
+    assert runtime.pool.bytes_used == alone == fork.conversation.kv_bytes
+    first, second = origin.ask(["one way"], NEW_TOKENS), fork.ask(["another way"], NEW_TOKENS)
+    assert alone < runtime.pool.bytes_used < origin.conversation.kv_bytes + fork.conversation.kv_bytes
+    runtime.pool.check_integrity([origin.conversation.cache, fork.conversation.cache])
+    for asked, answer in (("one way", first), ("another way", second)):
+        again = Talk(runtime, tenth())
+        again.ask([picture(112, 112, 1), "what?"], NEW_TOKENS)
+        assert again.ask([asked], NEW_TOKENS) == answer
+        again.conversation.release()
+    origin.conversation.release()
+    assert fork.ask(["and on"], NEW_TOKENS)
+    fork.conversation.release()
+
+
+def test_nothing_to_run_is_an_error(runtime: Runtime) -> None:
+    conversation = runtime.start(Strategy.full())
+    with pytest.raises(ValueError, match="nothing to run"):
+        runtime.extend(conversation, [])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    steps=st.lists(st.sampled_from(["text", "picture", "rollback", "release", "decode", "fork", "chunk"]), max_size=12),
+    data=st.data(),
+)
+def test_any_order_of_operations_leaves_an_answer_like_a_fresh_one(
+    shared_runtime: Runtime, steps: list[str], data: st.DataObject
+) -> None:
+    runtime = shared_runtime
+    (image,) = runtime.compress([Picture.from_pixels(picture(60, 100, 9))], tenth())
+    conversation, fresh, marks = runtime.start(tenth()), runtime.start(tenth()), []
+    forks: list[Conversation] = []
+    try:
+        for step in steps:
+            marks.append(conversation.checkpoint())
+            if step == "text":
+                runtime.extend(conversation, data.draw(st.lists(st.integers(0, 200), min_size=1, max_size=20)))
+            elif step == "picture":
+                runtime.extend(conversation, [image], want_logits=False)
+            elif step == "decode" and conversation.cached_items == len(conversation.log) > 0:
+                runtime.decode([conversation], [data.draw(st.integers(0, 200))])
+            elif step == "release":
+                conversation.release()
+            elif step == "fork":
+                # The fork goes on; what it came from stays, and goes its own way, too.
+                forks.append(conversation)
+                conversation = conversation.fork()
+                runtime.extend(forks[-1], [data.draw(st.integers(0, 200))])
+            elif step == "chunk" and conversation.pending_tokens + len(conversation.log) > 0:
+                conversation.log.append(image)
+                runtime.advance([conversation], [data.draw(st.integers(1, 9))])
+            elif step == "rollback":
+                place = data.draw(st.integers(0, len(marks) - 1))
+                conversation.rollback(marks[place])
+                del marks[place + 1 :]
+            runtime.pool.check_integrity([each.cache for each in (conversation, *forks)])
+        expected = runtime.extend(fresh, [*conversation.log, 33])
+        answer = runtime.extend(conversation, [33])
+        assert answer is not None and expected is not None
+        torch.testing.assert_close(answer, expected, atol=1e-4, rtol=0)
+        assert conversation.position == fresh.position
+    finally:
+        for each in (fresh, conversation, *forks):
+            each.release()
+    runtime.pool.check_integrity([])
+
+
+def test_importance_finds_the_spot(runtime: Runtime) -> None:
+    """A picture flat but for one textured spot: the entropy term alone puts the maximum there, in both grids."""
+    pixels = np.full((112, 112, 3), 128, np.uint8)
+    pixels[70:84, 28:42] = np.random.default_rng(0).integers(0, 256, (14, 14, 3), dtype=np.uint8)
+    strategy = Strategy.from_budget(0.3, 6, (0.3, 1.0), alpha=1.0)
+    (image,) = runtime.compress([Picture.from_pixels(pixels)], strategy)
+    for grid in (0, 1):
+        inside = (image.layout.grid == grid) & ~image.layout.structural
+        best = int(image.importance.masked_fill(~inside, -1).argmax())
+        left, top, right, bottom = image.layout.boxes[best].tolist()
+        assert left <= 35 <= right and top <= 77 <= bottom
+
+
+def test_states_are_what_the_head_reads_wherever_one_looks(runtime: Runtime) -> None:
+    strategy = tenth()
+    (image,) = runtime.compress([Picture.from_pixels(picture(60, 90, 2))], strategy)
+    logs = [[65, image, 66, 67, 68], [70, 71, image, 72, 73]]
+    looks = [[0, 2, 4], [4]]
+    whole = [runtime.start(strategy) for _ in logs]
+    for conversation, log in zip(whole, logs, strict=True):
+        conversation.log.extend(log)
+    states = runtime.states(whole, looks)
+    assert [len(each) for each in states] == [3, 1]
+    for log, places, seen in zip(logs, looks, states, strict=True):
+        for place, state in zip(places, seen, strict=True):
+            alone = runtime.start(strategy)
+            logits = runtime.extend(alone, log[: place + 1])
+            with torch.inference_mode():
+                torch.testing.assert_close(runtime.model.head(state), logits, atol=1e-4, rtol=0)
+            alone.release()
+    # They ran like any other: the next token finds them cached.
+    assert [conversation.pending_tokens for conversation in whole] == [0, 0]
+    whole[0].log.append(69)
+    for place in (1, 4, 6):  # a picture, a token run before, nothing
+        with pytest.raises(ValueError, match=f"item {place} of the log"):
+            runtime.states(whole[:1], [[place]])
+    assert whole[0].pending_tokens == 1
+    for conversation in whole:
+        conversation.release()
+    runtime.pool.check_integrity([])

@@ -1,0 +1,1 @@
+"""What a client sent: a picture or a video, decoded and checked."""

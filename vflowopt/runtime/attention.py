@@ -1,0 +1,213 @@
+"""Attention of the decoder over the paged cache: registered with Hugging Face, called by its own layers.
+
+The decoder's layers stay Hugging Face's; they look attention up by name and pass keyword arguments through. So a
+forward pass over a ragged batch hands them the flat tokens of all conversations as *one* row, and the registered
+function writes the new keys and values into the caches and attends, conversation by conversation, to what each holds.
+
+Where everything lies is worked out once for all layers of a stage, in an :class:`AttentionPlan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from vflowopt.runtime.cache import PagePool, StagedCache
+from vflowopt.runtime.decode_kernel import DecodeKernel
+
+PAGED = "vflow_paged"
+
+
+class Plan(Protocol):
+    """Where the tokens of a batch are written and read; made anew for each batch."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+        """See :meth:`AttentionPlan.attend`."""
+        ...
+
+
+class AttentionPlan:
+    """Where the tokens of a flat batch are written and read, for a run of layers within which no cache changes stage.
+
+    Args:
+        pool: the caches' pages.
+        layers: the run of layers.
+        caches: the conversations of the batch, in order, with room reserved; those that bring a single token first.
+        counts: how many tokens each brings to these layers.
+        kernel: attends for those that bring a single token; None: stock attention does.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        layers: range,
+        caches: Sequence[StagedCache],
+        counts: Sequence[int],
+        kernel: DecodeKernel | None = None,
+    ) -> None:
+        self.pool = pool
+        self._kernel = kernel
+        self.first_layer = layers.start
+        tables = [cache.stages[cache.stage_of_layer[layers.start]] for cache in caches]
+        self._pages = [
+            table.pages[layers.start - table.layers.start : layers.stop - table.layers.start] for table in tables
+        ]
+        self._held = [table.length + count for table, count in zip(tables, counts, strict=True)]
+        self.singles = next((place for place, count in enumerate(counts) if count != 1), len(counts))
+        written = [self._plan_singles(len(layers))] if self.singles else []
+        written += [
+            pool.slots_of(pages, range(end - count, end))
+            for pages, end, count in zip(
+                self._pages[self.singles :], self._held[self.singles :], counts[self.singles :], strict=True
+            )
+        ]
+        self.write_slots = torch.from_numpy(np.concatenate(written, axis=1)).to(pool.keys.device)
+        """int64 [layers, tokens]."""
+        self.chunks = self._plan_chunks(counts)
+        """Of each other conversation: its tokens in the batch; the slots [layers, held] of all it holds with them, and
+        which of these each token sees; None and None where its own tokens are all it holds."""
+
+    def _plan_singles(self, layers: int) -> np.ndarray:
+        """Where the single tokens go, int64 [layers, singles].
+
+        Conversations that bring one token are attended to together, padded to the longest of them by whole pages.
+
+        What pads a conversation is its own last page: whatever is wrong with the numbers of another (NaN times a weight
+        of zero is NaN), it stays there. Of that page, nothing that an earlier owner wrote is left.
+        """
+        held, size = self._held[: self.singles], self.pool.page_size
+        blocks = -(-max(held) // size)
+        pages = np.empty((layers, self.singles, blocks), np.int64)
+        last = np.empty((layers, self.singles), np.int64)
+        for place, length in enumerate(held):
+            own = -(-length // size)
+            pages[:, place, :own] = self._pages[place][:, :own]
+            pages[:, place, own:] = self._pages[place][:, own - 1 : own]
+            last[:, place] = self._pages[place][:, own - 1]
+        device = self.pool.keys.device
+        self.single_pages = torch.from_numpy(pages).to(device)
+        """int64 [layers, singles, blocks]."""
+        self.single_lengths = torch.tensor(held)
+        """int64 [singles], on the host."""
+        self.single_mask: Tensor | None = None
+        """[singles, 1, 1, blocks * page_size], minus infinity where nothing is held; None where all is, or where a
+        kernel goes by the lengths."""
+        if self._kernel is None and any(length != blocks * size for length in held):
+            seen = np.arange(blocks * size) < np.array(held)[:, None]
+            mask = np.where(seen, np.float32(0), np.float32(-np.inf))[:, None, None]
+            self.single_mask = torch.from_numpy(mask).to(device, self.pool.keys.dtype)
+        slots: np.ndarray = last * size + (np.array(held) - 1) % size
+        return slots
+
+    def _plan_chunks(self, counts: Sequence[int]) -> list[tuple[slice, Tensor | None, Tensor | None]]:
+        chunks: list[tuple[slice, Tensor | None, Tensor | None]] = []
+        device, start = self.pool.keys.device, self.singles
+        for pages, end, count in list(zip(self._pages, self._held, counts, strict=True))[self.singles :]:
+            tokens = slice(start, start + count)
+            start += count
+            if not count:
+                continue  # a chunk of a picture none of whose tokens has come this far
+            if count == end:
+                chunks.append((tokens, None, None))
+            else:
+                mask = torch.ones(count, end, dtype=torch.bool, device=device).tril(end - count)
+                slots = torch.from_numpy(self.pool.slots_of(pages, range(end))).to(device)
+                chunks.append((tokens, slots, mask))
+        return chunks
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+        """Causal attention of each conversation's new tokens over everything it holds in a layer.
+
+        Args:
+            layer: the decoder layer.
+            query: [tokens, heads, head_dim].
+            key: [tokens, kv_heads, head_dim]; written into the caches, like ``value``.
+            value: [tokens, kv_heads, head_dim].
+            scale: factor of the scores.
+
+        Returns:
+            [tokens, heads, head_dim].
+        """
+        layer -= self.first_layer
+        keys, values = self.pool.keys, self.pool.values
+        keys.index_copy_(0, self.write_slots[layer], key)
+        values.index_copy_(0, self.write_slots[layer], value)
+        outputs = [self._attend_singles(layer, query[: self.singles], key.shape[1], scale)] if self.singles else []
+        for tokens, slots_of_all, mask in self.chunks:
+            if slots_of_all is None:
+                # What was just computed is everything: no need to gather it again.
+                seen, said = key[tokens], value[tokens]
+            else:
+                slots = slots_of_all[layer]
+                seen, said = keys.index_select(0, slots), values.index_select(0, slots)
+            chunk = nn.functional.scaled_dot_product_attention(
+                query[tokens].transpose(0, 1)[None],
+                seen.transpose(0, 1)[None],
+                said.transpose(0, 1)[None],
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+            outputs.append(chunk[0].transpose(0, 1))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _attend_singles(self, layer: int, query: Tensor, kv_heads: int, scale: float) -> Tensor:
+        """The conversations that bring one token: [singles, heads, head_dim] to the same."""
+        pages = self.single_pages[layer]
+        if self._kernel is not None:
+            size = self.pool.page_size
+            return self._kernel(query, self.pool.keys, self.pool.values, pages, self.single_lengths, size, scale)
+        # Whole pages are gathered: they are long enough to be copied at the memory's speed.
+        seen, said = (
+            store.view(self.pool.pages, -1)
+            .index_select(0, pages.flatten())
+            .view(self.singles, -1, kv_heads, query.shape[-1])
+            for store in (self.pool.keys, self.pool.values)
+        )
+        # The query heads that share a key head stand in for query tokens: one pass over the keys serves them all.
+        together = nn.functional.scaled_dot_product_attention(
+            query.reshape(self.singles, kv_heads, -1, query.shape[-1]),
+            seen.transpose(1, 2),
+            said.transpose(1, 2),
+            attn_mask=self.single_mask,
+            scale=scale,
+        )
+        return together.reshape(query.shape)
+
+
+def paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    plan: Plan,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """:meth:`AttentionPlan.attend` as Hugging Face's layers call it.
+
+    Args:
+        module: the attention module of a decoder layer; its ``layer_idx`` says which.
+        query: [1, heads, tokens, head_dim].
+        key: [1, kv_heads, tokens, head_dim].
+        value: [1, kv_heads, tokens, head_dim].
+        attention_mask: always None; what may be seen follows from the plan.
+        plan: where the tokens are written and read.
+        scaling: factor of the scores.
+
+    Returns:
+        [1, tokens, heads, head_dim], and None for the weights, which are never materialised.
+    """
+    states = (each[0].transpose(0, 1) for each in (query, key, value))
+    return plan.attend(cast(int, module.layer_idx), *states, scale=scaling)[None], None
+
+
+AttentionInterface.register(PAGED, paged_attention)

@@ -1,0 +1,128 @@
+"""What one conversation brings into a forward pass: the tokens of its log that its cache does not cover yet.
+
+Knows positions and stages, but neither layers nor how tokens are embedded.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from vflowopt.compression.pipeline import CompressedImage
+from vflowopt.runtime.sequence import Conversation, Item, Progress
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """What one conversation brings into a forward pass.
+
+    Attributes:
+        conversation: whose it is.
+        pieces: token ids, and embeddings [n, hidden] of visual tokens, in order.
+        positions: int64 [tokens], or [axes, tokens].
+        last_stages: int64 [tokens], in which stage each token is still present; None where all go through.
+        counts: how many tokens enter each stage.
+        to: how far the conversation's cache comes by them.
+    """
+
+    conversation: Conversation
+    pieces: Sequence[list[int] | Tensor]
+    positions: np.ndarray
+    last_stages: np.ndarray | None
+    counts: Sequence[int]
+    to: Progress
+
+    def __len__(self) -> int:
+        """Tokens."""
+        return int(self.positions.shape[-1])
+
+    def staying(self, before: int, stage: int) -> np.ndarray | None:
+        """Which of the tokens present in stage ``before`` go on into ``stage``, bool [tokens]; None where all do."""
+        if self.last_stages is None or self.counts[before] == self.counts[stage]:
+            return None
+        staying: np.ndarray = self.last_stages[self.last_stages >= before] >= stage
+        return staying
+
+    @property
+    def is_one_token(self) -> bool:
+        """Whether it is a single token of text, which goes through all layers."""
+        return len(self) == 1 and isinstance(self.pieces[0], list)
+
+    @property
+    def reaches_the_end(self) -> bool:
+        """Whether it runs the last of the log, through all layers."""
+        return self.to.items == len(self.conversation.log) and self.counts[-1] > 0
+
+    def commit(self) -> None:
+        """Count the tokens, all written by now, as cached."""
+        self.conversation.cached = self.to
+        self.conversation.cache.advance(self.counts)
+
+
+def segment_of(conversation: Conversation, limit: int | None) -> Segment:
+    """What a conversation has to run, at most ``limit`` tokens of the first stage.
+
+    Raises:
+        ValueError: the cache covers the whole log.
+    """
+    log, cached = conversation.log, conversation.cached
+    if cached.items == len(log):
+        raise ValueError("the conversation has nothing to run: its cache covers its whole log")
+    stages = len(conversation.cache.stages)
+    if cached.items == len(log) - 1 and isinstance(token := log[-1], int):
+        # By far the most frequent case: one more token of an answer.
+        to = Progress(len(log), 0, cached.position + 1)
+        return Segment(conversation, [[token]], np.array([cached.position]), None, [1] * stages, to)
+    pieces: list[list[int] | Tensor] = []
+    positions: list[np.ndarray] = []
+    last_stages: list[np.ndarray] = []
+    position, whole, offset, left = cached.position, cached.items, cached.offset, limit or sys.maxsize
+    for run in _runs(log[cached.items :]):
+        if isinstance(run, CompressedImage):
+            part = slice(offset, offset + left)
+            pieces.append(run.embeddings[part])
+            positions.append(run.positions[..., part].numpy() + position)
+            last_stages.append(run.last_stages[part].numpy())
+            left -= len(pieces[-1])
+            offset += len(pieces[-1])
+            if offset < len(run.embeddings):
+                break
+            position, whole, offset = position + run.span, whole + 1, 0
+        else:
+            run = run[:left]
+            pieces.append(run)
+            positions.append(np.arange(position, position + len(run)))
+            last_stages.append(np.full(len(run), stages - 1))
+            left -= len(run)
+            position, whole = position + len(run), whole + len(run)
+        if not left:
+            break
+    ends = np.concatenate(last_stages)
+    counts = [int((ends >= stage).sum()) for stage in range(stages)]
+    to = Progress(whole, offset, position)
+    return Segment(conversation, pieces, joined(positions), ends, counts, to)
+
+
+def joined(positions: Sequence[np.ndarray]) -> np.ndarray:
+    """Positions [tokens] or [axes, tokens] behind each other; where some have axes, text stands at the same on all."""
+    axes = max(part.shape[:-1] for part in positions)
+    if axes:
+        positions = [np.broadcast_to(part, (*axes, part.shape[-1])) for part in positions]
+    return np.concatenate(positions, axis=-1)
+
+
+def _runs(items: Sequence[Item]) -> list[list[int] | CompressedImage]:
+    """Group consecutive token ids."""
+    runs: list[list[int] | CompressedImage] = []
+    for item in items:
+        if isinstance(item, CompressedImage):
+            runs.append(item)
+        elif runs and isinstance(runs[-1], list):
+            runs[-1].append(item)
+        else:
+            runs.append([item])
+    return runs

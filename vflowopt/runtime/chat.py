@@ -1,0 +1,139 @@
+"""From the parts of a chat turn to the items that a conversation's log grows by.
+
+The model's own chat template (Jinja, beside its tokenizer) writes the control tokens. What a user typed never passes
+through the template: a mark of private-use characters does, and the text is put in its place afterwards. A text that
+holds special tokens is tokenized by itself, as plain text. So nothing a user types can act as control.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from vflowopt.compression.pipeline import CompressedImage
+from vflowopt.runtime.sequence import Item
+
+_MARK = "\ue000{}\ue001"
+_MARKS = re.compile("\ue000([0-9]+)\ue001")
+_LINE_END = "\n"
+"""What is read before a text that stands behind an answer: some text, of which nothing runs into the next."""
+
+
+class ChatFormat:
+    """How one model writes conversations.
+
+    Args:
+        tokenizer: with a chat template that takes contents as lists of parts.
+        image_token: what the template writes for a picture.
+        stop_ids: tokens that end an answer.
+        video_mark: what the template writes for a video, if it knows any.
+    """
+
+    def __init__(
+        self, tokenizer: Any, image_token: str, stop_ids: frozenset[int], video_mark: str | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.image_token = image_token
+        self.video_mark = video_mark
+        self._marks = re.compile("|".join(re.escape(mark) for mark in (image_token, video_mark) if mark))
+        self.stop_ids = stop_ids
+        # What a tokenizer puts before everything (Llama's and Mistral's do), unless the template itself writes it.
+        self._opening: list[int] = tokenizer("")["input_ids"]
+        self._bos: str = tokenizer.bos_token or ""
+        self._added = frozenset(tokenizer.added_tokens_decoder)
+
+    def turn(self, turns_before: int, parts: Sequence[str | CompressedImage], *, generate: bool = True) -> list[Item]:
+        """The items that the next user turn adds to the log.
+
+        They begin by closing the answer before them, if there is one, as the template does.
+
+        Args:
+            turns_before: finished turns in the log.
+            parts: text, pictures and videos as the user ordered them; the template may move text behind the others.
+            generate: with the prompt for an answer. False: only up to and including the last picture, for one
+                that arrives ahead of its question; the complete turn's items begin with exactly these.
+
+        Raises:
+            ValueError: ``generate`` is False and there is no picture.
+        """
+        visuals = [part for part in parts if isinstance(part, CompressedImage)]
+        if not (visuals or generate):
+            raise ValueError("a turn without a picture has nothing to read ahead of its question")
+        marks = [self._mark(visual) for visual in visuals]
+        rendered = self._rendered(turns_before, parts, marks)
+        if self._marks.findall(rendered) != marks:
+            # Some templates put pictures before videos. What is read ahead of its question cannot move any more, so
+            # all stay in the order in which they came.
+            marks = [self.image_token] * len(visuals)
+            rendered = self._rendered(turns_before, parts, marks)
+        items: list[Item] = [] if turns_before or rendered.startswith(self._bos) else [*self._opening]
+        before, *behind = self._marks.split(rendered)
+        items += self._segment(before, parts, _LINE_END if turns_before else "")
+        end = 0
+        for visual, mark, text in zip(visuals, marks, behind, strict=True):
+            items.append(visual)
+            end = len(items)
+            items += self._segment(text, parts, mark)
+        return items if generate else items[:end]
+
+    def _mark(self, visual: CompressedImage) -> str:
+        return self.video_mark if visual.frames and self.video_mark else self.image_token
+
+    def text(self, text: str) -> list[int]:
+        """Token ids of what a user typed; special tokens in it are plain text."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return ids
+
+    def _segment(self, rendered: str, parts: Sequence[object], behind: str) -> list[int]:
+        """Token ids of rendered text: control text, and marks for the texts in ``parts``.
+
+        Read in one go, as Hugging Face does, since how words fall into tokens depends on what is before them. Only
+        where a user's text poses as control is every piece read by itself.
+        """
+        segment = [int(piece) if place % 2 else piece for place, piece in enumerate(_MARKS.split(rendered)) if piece]
+        texts = [str(parts[piece]) if isinstance(piece, int) else piece for piece in segment]
+        control = [token for piece in segment if isinstance(piece, str) for token in self._read(piece)]
+        whole = self._read("".join(texts), behind)
+        if [each for each in whole if each in self._added] == [each for each in control if each in self._added]:
+            return whole
+        return [
+            token
+            for piece, text in zip(segment, texts, strict=True)
+            for token in (self.text(text) if isinstance(piece, int) else self._read(text))
+        ]
+
+    def _read(self, text: str, behind: str = "") -> list[int]:
+        """Token ids of control text, as they are behind other text.
+
+        The tokenizers of Llama and its kin write a space before a text's first word, and before no other.
+        """
+        before: list[int] = self.tokenizer(behind, add_special_tokens=False)["input_ids"] if behind else []
+        ids: list[int] = self.tokenizer(behind + text, add_special_tokens=False)["input_ids"]
+        if ids[: len(before)] == before:
+            return ids[len(before) :]
+        return self._read(text)  # they run into each other
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of generated tokens, without special ones."""
+        text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return text
+
+    def _rendered(self, turns_before: int, parts: Sequence[str | CompressedImage], marks: Sequence[str]) -> str:
+        """The template's text of this turn, from the end of the previous answer on.
+
+        User text is there as marks; what is shown is asked for by the kind that ``marks`` say, in turn.
+        """
+        kinds = iter("image" if mark == self.image_token else "video" for mark in marks)
+        content = [
+            {"type": "text", "text": _MARK.format(index)} if isinstance(part, str) else {"type": next(kinds)}
+            for index, part in enumerate(parts)
+        ]
+        messages = [{"role": "user", "content": content}]
+        if turns_before:
+            # One earlier turn stands for all: a template writes its preamble before the first message only.
+            answer = [{"type": "text", "text": _MARK.format("answer")}]
+            earlier = [{"type": "text", "text": _MARK.format(len(parts))}]
+            messages = [{"role": "user", "content": earlier}, {"role": "assistant", "content": answer}, *messages]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return str(text).rpartition(_MARK.format("answer"))[2] if turns_before else str(text)

@@ -1,0 +1,281 @@
+"""Decode steps on a CUDA device as one launch: CUDA graphs over fixed batch sizes.
+
+A decode step of a small batch is hundreds of short kernels, and starting them takes the host longer than running them
+takes the device. A CUDA graph starts them all at once, but reads and writes only where it did when it was captured, and
+has one shape. So there is a graph for each of a few batch sizes and rooms, each with buffers of its own, and a batch
+runs in the smallest graph that it fits into.
+
+The layers need no plan for each stage here: a graph has a row of pages and a length for each *layer* and conversation,
+so that conversations of any strategies share it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vflowopt.runtime.cache import PagePool, StagedCache
+from vflowopt.runtime.varlen_attention import Reading, to_device, varlen_attention
+
+SIZES = (1, 2, 4, 8, 16, 32)
+"""Conversations that graphs are made for."""
+
+_MOST_COPIED = 8
+"""Pages that a graph may copy for each page that is held, where its kernel does not read them where they are."""
+
+Rotary = tuple[Tensor, ...]
+"""What the layers need of the tokens' positions."""
+
+
+class DecodePlan:
+    """Where one new token of each of a fixed number of conversations is written, and what it attends to.
+
+    Like :class:`vflowopt.runtime.attention.AttentionPlan`, but for all layers, and with everything in buffers that stay
+    in place from step to step.
+
+    Args:
+        pool: the caches' pages.
+        layers: decoder layers.
+        batch: conversations.
+        blocks: most pages that a conversation holds in a layer, with its new token.
+        reading: how the variable-length kernel reads the cache; None: scaled dot-product attention over copies.
+
+    Attributes:
+        pages: int32 [layers, batch, blocks].
+        held: int32 [layers, batch], tokens that each conversation holds, the new one included.
+    """
+
+    def __init__(self, pool: PagePool, layers: int, batch: int, blocks: int, reading: Reading | None) -> None:
+        device = pool.keys.device
+        self.pool = pool
+        self.reading = reading
+        self.room = blocks * pool.page_size
+        self.pages = torch.zeros(layers, batch, blocks, dtype=torch.int32, device=device)
+        self.held = torch.ones(layers, batch, dtype=torch.int32, device=device)
+        self._query_starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
+        self._key_starts = self._query_starts * self.room
+        self._places = torch.arange(self.room, dtype=torch.int32, device=device)
+        self._laid_out = np.zeros((layers, batch, blocks), np.int32)
+        self._made_of: list[list[np.ndarray]] = [[] for _ in range(batch)]
+
+    def fill(self, caches: Sequence[StagedCache]) -> None:
+        """Bring pages and lengths in line with ``caches``, one for each row, with room reserved for a token."""
+        held = np.empty(self.held.shape, np.int32)
+        changed = False
+        for row, cache in enumerate(caches):
+            for stage in cache.stages:
+                held[stage.layers.start : stage.layers.stop, row] = stage.length + 1
+            # A table's array is replaced whenever its blocks change and never written to: while a row was made of the
+            # very same arrays, it is right.
+            arrays = [stage.pages for stage in cache.stages]
+            if [*map(id, arrays)] != [*map(id, self._made_of[row])]:
+                self._lay_out(row, cache)
+                self._made_of[row] = arrays
+                changed = True
+        self.held.copy_(to_device(held, self.held.device), non_blocking=True)
+        if changed:
+            self.pages.copy_(to_device(self._laid_out, self.pages.device), non_blocking=True)
+
+    def _lay_out(self, row: int, cache: StagedCache) -> None:
+        for stage in cache.stages:
+            own = stage.pages[:, : self._laid_out.shape[2]]
+            pages = self._laid_out[stage.layers.start : stage.layers.stop, row]
+            pages[:, : own.shape[1]] = own
+            # What pads a conversation is its own last page: nothing of another reaches it, be it masked or not.
+            pages[:, own.shape[1] :] = own[:, -1:]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+        """Attention of each conversation's new token over everything it holds in a layer.
+
+        Args:
+            layer: the decoder layer.
+            query: [batch, heads, head_dim].
+            key: [batch, kv_heads, head_dim]; written into the caches, like ``value``.
+            value: [batch, kv_heads, head_dim].
+            scale: factor of the scores.
+
+        Returns:
+            [batch, heads, head_dim].
+        """
+        pool, pages, held = self.pool, self.pages[layer], self.held[layer]
+        last = (held - 1).long()
+        page = pages.gather(1, (last // pool.page_size)[:, None])[:, 0]
+        slots = page * pool.page_size + last % pool.page_size
+        pool.keys.index_copy_(0, slots, key)
+        pool.values.index_copy_(0, slots, value)
+        if self.reading is None:
+            return self._attend_to_copies(query, pages, held, scale)
+        return varlen_attention(
+            query,
+            pool,
+            pages if self.reading == "paged" else pages.flatten(),
+            query_starts=self._query_starts,
+            key_starts=self._key_starts,
+            held=held,
+            longest_query=1,
+            longest_room=self.room,
+            scale=scale,
+        )
+
+    def _attend_to_copies(self, query: Tensor, pages: Tensor, held: Tensor, scale: float) -> Tensor:
+        batch, (kv_heads, head_dim) = len(pages), self.pool.keys.shape[1:]
+        seen, said = (
+            store.view(self.pool.pages, -1).index_select(0, pages.flatten()).view(batch, -1, kv_heads, head_dim)
+            for store in (self.pool.keys, self.pool.values)
+        )
+        # The query heads that share a key head stand in for query tokens: one pass over the keys serves them all.
+        together = nn.functional.scaled_dot_product_attention(
+            query.reshape(batch, kv_heads, -1, head_dim),
+            seen.transpose(1, 2),
+            said.transpose(1, 2),
+            attn_mask=(self._places < held[:, None])[:, None, None],
+            scale=scale,
+        )
+        return together.reshape(query.shape)
+
+
+Step = Callable[[Tensor, Rotary, DecodePlan], Tensor]
+"""From token ids int32 [batch], what the layers need of their positions, and the plan, to logits [batch, vocabulary].
+
+It must be the same operations on the same shapes each time, and must not wait for the device.
+"""
+
+
+class DecodeGraph:
+    """A decode step of a fixed number of conversations with a fixed most room, captured when it first runs.
+
+    Off a CUDA device, or where the step cannot be captured, it is run each time instead.
+
+    Args:
+        plan: where it writes and reads.
+        rotary: an example of what the layers need of the positions.
+        step: the decode step.
+        memory: a ``torch.cuda.graph_pool_handle()``: graphs that never run at the same time share it.
+    """
+
+    def __init__(self, plan: DecodePlan, rotary: Rotary, step: Step, memory: Any) -> None:
+        self._plan = plan
+        self._tokens = torch.zeros(plan.held.shape[1], dtype=torch.int32, device=plan.held.device)
+        self._rotary = tuple(torch.empty_like(part) for part in rotary)
+        self._step = step
+        self._memory = memory
+        self._capturable = plan.held.is_cuda
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor
+
+    def run(self, caches: Sequence[StagedCache], tokens: Sequence[int], rotary: Rotary) -> Tensor:
+        """Run a token of each conversation; logits [batch, vocabulary], which the next run of any graph overwrites."""
+        self._plan.fill(caches)
+        self._tokens.copy_(to_device(np.array(tokens, np.int32), self._tokens.device), non_blocking=True)
+        for buffer, part in zip(self._rotary, rotary, strict=True):
+            buffer.copy_(part, non_blocking=True)
+        if self._graph is None and self._capturable:
+            self._capture()
+        if self._graph is None:
+            self._logits = self._step(self._tokens, self._rotary, self._plan)
+        else:
+            self._graph.replay()
+        return self._logits
+
+    def _capture(self) -> None:
+        """Run the step, for what is made when it first runs, and capture it.
+
+        It may run any number of times: it writes the same numbers to the same slots.
+        """
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(2):
+                self._step(self._tokens, self._rotary, self._plan)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._memory):
+                self._logits = self._step(self._tokens, self._rotary, self._plan)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as failure:
+            self._capturable = False
+            warnings.warn(f"decode steps cannot be captured and run without CUDA graphs: {failure}", stacklevel=2)
+        else:
+            self._graph = graph
+
+
+class DecodeGraphs:
+    """Runs decode steps of any conversations, by graphs that are made as they are needed.
+
+    Args:
+        pool: the caches' pages.
+        layers: decoder layers.
+        rotary: what the layers need of positions, int64 [tokens] on the host (pinned, where there is a CUDA device);
+            tensors whose shapes depend on the number of tokens alone.
+        step: the decode step.
+        reading: how the variable-length kernel reads the cache, as :func:`vflowopt.runtime.varlen_attention.readable`
+        says.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        layers: int,
+        *,
+        rotary: Callable[[Tensor], Rotary],
+        step: Step,
+        reading: Reading | None,
+    ) -> None:
+        self._pool = pool
+        self._layers = layers
+        self._rotary = rotary
+        self._step = step
+        self._reading = reading
+        self._graphs: dict[tuple[int, int], DecodeGraph] = {}
+        self._memory = torch.cuda.graph_pool_handle() if pool.keys.is_cuda else None
+
+    def suit(self, caches: Sequence[StagedCache]) -> bool:
+        """Whether there is a graph for so many conversations that would not copy far more than they hold.
+
+        A graph has as much room for each as for the longest: a few words beside a long document are better run as they
+        are.
+        """
+        if len(caches) > SIZES[-1]:
+            return False
+        size, room = self._shape(caches)
+        held = sum(stage.blocks_for(stage.length + 1) * len(stage.layers) for cache in caches for stage in cache.stages)
+        return self._reading == "paged" or size * room * self._layers <= _MOST_COPIED * held
+
+    @torch.inference_mode()
+    def run(self, caches: Sequence[StagedCache], tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """Run one token of each conversation, writing into room that is reserved; the lengths do not change.
+
+        Rows that are left over repeat the conversation that holds least: they write the same numbers to the same
+        slots, so they need no pages of their own.
+
+        Args:
+            caches: the conversations, all different; :meth:`suit` says whether there is a graph for them.
+            tokens: the token of each.
+            positions: its position.
+
+        Returns:
+            Logits [conversations, vocabulary].
+        """
+        size, room = self._shape(caches)
+        least = min(range(len(caches)), key=lambda index: sum(caches[index].lengths))
+        rows = [*range(len(caches)), *[least] * (size - len(caches))]
+        rotary = self._rotary(torch.tensor([positions[row] for row in rows], pin_memory=self._pool.keys.is_cuda))
+        graph = self._graphs.get((size, room))
+        if graph is None:
+            plan = DecodePlan(self._pool, self._layers, size, room, self._reading)
+            graph = self._graphs[size, room] = DecodeGraph(plan, rotary, self._step, self._memory)
+        logits = graph.run([caches[row] for row in rows], [tokens[row] for row in rows], rotary)
+        return logits[: len(caches)].clone()
+
+    def _shape(self, caches: Sequence[StagedCache]) -> tuple[int, int]:
+        """Conversations and pages a row of the smallest graph for ``caches`` with a token more each."""
+        size = next(size for size in SIZES if size >= len(caches))
+        blocks = max(stage.blocks_for(stage.length + 1) for cache in caches for stage in cache.stages)
+        return size, 1 << (blocks - 1).bit_length()

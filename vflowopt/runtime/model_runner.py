@@ -1,0 +1,367 @@
+"""The runtime: encode a picture, prefill, decode. The only place that calls a model.
+
+It walks the decoder's layers itself, so that visual tokens can be dropped between them, and runs the tokens of any
+number of conversations as one flat batch. It knows no requests, no sessions and no threads: one thread owns it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vflowopt.compression.pipeline import CompressedImage, compress
+from vflowopt.compression.strategy import Strategy
+from vflowopt.media.video import Video, Visual
+from vflowopt.models import MultimodalModel, load_model
+from vflowopt.runtime.attention import AttentionPlan, Plan
+from vflowopt.runtime.batch import Segment, joined, segment_of
+from vflowopt.runtime.cache import PagePool, StagedCache, reserve
+from vflowopt.runtime.chat import ChatFormat
+from vflowopt.runtime.cuda_graph import DecodeGraphs, DecodePlan, Rotary
+from vflowopt.runtime.decode_kernel import DecodeKernel, build_decode_kernel
+from vflowopt.runtime.decoder import build_decoder
+from vflowopt.runtime.sequence import Conversation, Item, tokens_per_stage
+from vflowopt.runtime.varlen_attention import Reading, VarlenPlan, readable
+
+
+class Runtime:
+    """A loaded model with its pool of KV pages.
+
+    Args:
+        model: the model.
+        kv_budget: bytes for keys and values of all conversations together.
+        page_size: tokens of a page.
+
+    Attributes:
+        chat: how the model writes conversations.
+        layers: decoder layers.
+        decoder: runs them.
+        context: positions that the decoder was made for.
+        pool: the KV pages.
+        revision: short digest of the model's configuration and weights.
+    """
+
+    def __init__(self, model: MultimodalModel, *, kv_budget: int, page_size: int = 16) -> None:
+        self.model = model
+        self.chat = ChatFormat(model.tokenizer, model.image_token, model.stop_ids, model.video_mark)
+        self.layers = len(model.layers)
+        self.context = model.context
+        self.pool = PagePool(
+            kv_budget,
+            page_size=page_size,
+            heads=model.heads,
+            head_dim=model.head_dim,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        self.revision = _revision(model)
+        self.decoder = build_decoder(model.decoder)
+        self._kernel: DecodeKernel | None = None
+        self._reading: Reading | None = None
+        self._graphs: DecodeGraphs | None = None
+        self._products_per_token = model.decoder.config.hidden_size * model.decoder.config.intermediate_size
+        heads = model.decoder.config.num_attention_heads
+        if model.device.type == "cpu" and model.dtype == torch.float32:
+            self._kernel = build_decode_kernel(model.head_dim, heads, model.heads, page_size)
+        elif model.device.type == "cuda":
+            self._reading = readable(self.pool, heads)
+            if not model.quantized:  # what a quantizer starts may wait for the device, which no capture allows
+                self._graphs = DecodeGraphs(
+                    self.pool, self.layers, rotary=self.decoder.rotary, step=self._step, reading=self._reading
+                )
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        quantization: str | None = None,
+        kv_budget: int,
+        page_size: int = 16,
+    ) -> Runtime:
+        """Load a model folder or hub id, see :func:`vflowopt.models.load_model`, and allocate its pool.
+
+        Raises:
+            ModelError: the model cannot be served; it says why.
+            ValueError: the budget does not hold one page.
+        """
+        loaded = load_model(model, device=device, dtype=dtype, quantization=quantization)
+        return cls(loaded, kv_budget=kv_budget, page_size=page_size)
+
+    def bytes_per_token(self) -> int:
+        """KV bytes of one token in one layer."""
+        return self.pool.token_bytes
+
+    @torch.inference_mode()
+    def compress(self, visuals: Sequence[Visual], strategy: Strategy) -> list[CompressedImage]:
+        """Encode pictures in one batch and videos one by one, and score, prune and recycle each.
+
+        Raises:
+            PictureError: the model cannot take a picture of this shape, or takes no videos.
+            StrategyError: the strategy does not fit the decoder.
+        """
+        strategy.check(self.layers)
+        pictures = [visual for visual in visuals if not isinstance(visual, Video)]
+        encoded = iter(self.model.encode(pictures) if pictures else ())
+        return [
+            compress(
+                self.model.encode_video(visual) if isinstance(visual, Video) else next(encoded), strategy, self.layers
+            )
+            for visual in visuals
+        ]
+
+    def start(self, strategy: Strategy) -> Conversation:
+        """An empty conversation.
+
+        Raises:
+            StrategyError: the strategy does not fit the decoder.
+        """
+        strategy.check(self.layers)
+        return Conversation(self.pool, strategy, self.layers)
+
+    def extend(self, conversation: Conversation, items: Sequence[Item], *, want_logits: bool = True) -> Tensor | None:
+        """Append items to a conversation's log and run everything that its cache does not cover yet.
+
+        Atomic: whatever is raised, the conversation is as it was before.
+
+        Returns:
+            float32 logits [vocabulary] after the last item, or None if they are not wanted.
+
+        Raises:
+            PoolExhausted: too few pages are free.
+            ValueError: there is nothing to run.
+        """
+        before = conversation.checkpoint()
+        conversation.log.extend(items)
+        try:
+            (logits,) = self.advance([conversation], want_logits=want_logits)
+        except BaseException:
+            conversation.rollback(before)
+            raise
+        return logits
+
+    def decode(self, conversations: Sequence[Conversation], tokens: Sequence[int]) -> Tensor:
+        """Append one token to each conversation and run them all in one step.
+
+        Conversations need not be equally long, nor share a strategy. Atomic, like :meth:`extend`.
+
+        Returns:
+            float32 logits [conversations, vocabulary].
+
+        Raises:
+            PoolExhausted: too few pages are free.
+        """
+        for conversation, token in zip(conversations, tokens, strict=True):
+            conversation.log.append(token)
+        try:
+            logits = self.advance(conversations)
+        except BaseException:
+            for conversation in conversations:
+                del conversation.log[-1]
+            raise
+        return torch.stack([row for row in logits if row is not None])
+
+    @torch.inference_mode()
+    def advance(
+        self,
+        conversations: Sequence[Conversation],
+        limits: Sequence[int | None] | None = None,
+        *,
+        want_logits: bool = True,
+    ) -> list[Tensor | None]:
+        """Run what the caches of conversations do not cover of their logs yet, all in one batch.
+
+        Args:
+            conversations: each with something to run; all different.
+            limits: tokens to run of each at most (first-stage tokens, at least 1); None: all of them.
+            want_logits: False where nobody will read them.
+
+        Returns:
+            For each conversation, float32 logits [vocabulary] after its last item, or None where they are not wanted,
+            something is left to run, or the log ends with tokens of a picture that do not reach the last stage.
+
+        Raises:
+            PoolExhausted: too few pages are free.
+            ValueError: a conversation has nothing to run.
+
+            Whatever is raised, every conversation is as it was before.
+        """
+        logits: list[Tensor | None] = [None] * len(conversations)
+        with self._running(conversations, limits or [None] * len(conversations)) as segments:
+            done = [place for place, segment in enumerate(segments) if want_logits and segment.reaches_the_end]
+            for place, row in zip(done, self._logits(segments, done), strict=True):
+                logits[place] = row
+        return logits
+
+    @torch.inference_mode()
+    def states(self, conversations: Sequence[Conversation], items: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Run all that the caches of conversations do not cover yet, in one batch, and look at the decoder's output.
+
+        Args:
+            conversations: each with something to run; all different.
+            items: for each, the places in its log to look at: tokens of text that its cache does not cover yet.
+
+        Returns:
+            For each conversation, float32 [places, hidden]: the hidden states behind the last layer and its norm, as
+            the output head reads them.
+
+        Raises:
+            PoolExhausted: too few pages are free.
+            ValueError: a conversation has nothing to run, or a place is not as it should be.
+
+            Whatever is raised, every conversation is as it was before.
+        """
+        for each, places in zip(conversations, items, strict=True):
+            for place in places:
+                if not (each.cached_items <= place < len(each.log) and isinstance(each.log[place], int)):
+                    raise ValueError(f"item {place} of the log is no token of text that is still to be run")
+        with self._running(conversations, [None] * len(conversations)) as segments:
+            rows = [
+                (number, tokens_per_stage(each.log[place + 1 :], len(each.cache.stages))[-1])
+                for number, (each, places) in enumerate(zip(conversations, items, strict=True))
+                for place in places
+            ]
+            states: Tensor = self.decoder.norm(self._forward(segments, rows)).float()
+        return list(states.split(list(map(len, items))))
+
+    @contextmanager
+    def _running(self, conversations: Sequence[Conversation], limits: Sequence[int | None]) -> Iterator[list[Segment]]:
+        """What each conversation has to run, with room reserved; counted as run behind the block, unless it raises."""
+        try:
+            segments = [segment_of(each, limit) for each, limit in zip(conversations, limits, strict=True)]
+            reserve([each.cache for each in conversations], [segment.counts for segment in segments])
+            with _threads_for(self._products_per_token * sum(map(len, segments))):
+                yield segments
+        except BaseException:
+            for conversation in conversations:
+                conversation.cache.truncate(conversation.cache.lengths)  # gives back the room reserved in vain
+            raise
+        for segment in segments:
+            segment.commit()
+
+    def _logits(self, segments: Sequence[Segment], wanted: Sequence[int]) -> Tensor:
+        """Run segments; float32 logits [wanted, vocabulary] after the last tokens of the ``wanted`` ones."""
+        caches = [segment.conversation.cache for segment in segments]
+        if self._graphs is not None and all(segment.is_one_token for segment in segments) and self._graphs.suit(caches):
+            tokens = [int(segment.pieces[0][0]) for segment in segments]
+            positions = [int(segment.positions[0]) for segment in segments]
+            return self._graphs.run(caches, tokens, positions)[list(wanted)]
+        return self._head(self._forward(segments, [(place, 0) for place in wanted]))
+
+    def _step(self, tokens: Tensor, rotary: Rotary, plan: DecodePlan) -> Tensor:
+        """A token of each conversation through all layers; see :class:`vflowopt.runtime.cuda_graph.DecodeGraphs`."""
+        embeddings: Tensor = self.model.decoder.embed_tokens(tokens)
+        return self._head(self.decoder.run(range(self.layers), embeddings, rotary, plan))
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """float32 logits [n, vocabulary] of hidden states [n, hidden] after the last layer."""
+        logits: Tensor = self.model.head(self.decoder.norm(hidden)).float()
+        return logits
+
+    def _plan(self, layers: range, caches: Sequence[StagedCache], counts: Sequence[int]) -> Plan:
+        if self._reading is None:
+            return AttentionPlan(self.pool, layers, caches, counts, self._kernel)
+        return VarlenPlan(self.pool, layers, caches, counts, reading=self._reading)
+
+    def _forward(self, segments: Sequence[Segment], wanted: Sequence[tuple[int, int]]) -> Tensor:
+        """Run segments through the decoder layers; hidden states [wanted, hidden] behind the last one.
+
+        Args:
+            segments: what to run.
+            wanted: of which segment, and how many tokens that reach the last layer come after the one that is wanted.
+        """
+        # Single tokens first, as the attention plan wants them.
+        order = sorted(range(len(segments)), key=lambda place: len(segments[place]) > 1)
+        segments = [segments[place] for place in order]
+        device = self.model.device
+        caches = [segment.conversation.cache for segment in segments]
+        embeddings = self._embed([piece for segment in segments for piece in segment.pieces])
+        # What comes later is added to the outputs of the first layers (deepstack), and is dropped with its token.
+        hidden: Tensor
+        hidden, *later = embeddings.split(self.model.decoder.embed_tokens.embedding_dim, dim=-1)
+        rotary = self.decoder.rotary(torch.from_numpy(joined([segment.positions for segment in segments])))
+        here = [0] * len(segments)  # the stage that each segment is in
+        for layers in _runs_within_stages(caches, self.layers, alone=len(later)):
+            entered = [cache.stage_of_layer[layers.start] for cache in caches]
+            staying = [
+                segment.staying(before, stage) for segment, before, stage in zip(segments, here, entered, strict=True)
+            ]
+            if any(stay is not None for stay in staying):
+                counts = [segment.counts[before] for segment, before in zip(segments, here, strict=True)]
+                every = [
+                    np.ones(count, bool) if stay is None else stay for stay, count in zip(staying, counts, strict=True)
+                ]
+                kept = torch.from_numpy(np.concatenate(every).nonzero()[0]).to(device)
+                hidden, rotary = hidden[kept], self.decoder.pick(rotary, kept)
+                later = [features[kept] for features in later]
+            here = entered
+            if not len(hidden):
+                break  # a chunk of a picture of which nothing goes further
+            counts = [segment.counts[stage] for segment, stage in zip(segments, here, strict=True)]
+            hidden = self.decoder.run(layers, hidden, rotary, self._plan(layers, caches, counts))
+            if layers.stop <= len(later):
+                hidden = hidden + later[layers.stop - 1]
+        last = np.empty(len(order), np.int64)
+        last[order] = np.cumsum([segment.counts[stage] for segment, stage in zip(segments, here, strict=True)]) - 1
+        rows = np.array([last[place] - after for place, after in wanted], np.int64)
+        return hidden[torch.from_numpy(rows).to(device)]
+
+    def _embed(self, pieces: Sequence[list[int] | Tensor]) -> Tensor:
+        """Embeddings [tokens, hidden] of pieces: token ids, or embeddings already; as wide as the widest of these."""
+        ids = [token for piece in pieces if isinstance(piece, list) for token in piece]
+        words: Tensor = self.model.decoder.embed_tokens(torch.tensor(ids, dtype=torch.int64, device=self.model.device))
+        if len(ids) == sum(map(len, pieces)):
+            return words
+        widest = max(piece.shape[1] for piece in pieces if isinstance(piece, Tensor))
+        words = nn.functional.pad(words, (0, widest - words.shape[1]))
+        in_turn = iter(words.split([len(piece) for piece in pieces if isinstance(piece, list)]))
+        return torch.cat([next(in_turn) if isinstance(piece, list) else piece for piece in pieces])
+
+
+_ENOUGH_FOR_THREADS = 8 << 20
+"""Multiplications in one product of a layer from which several threads are worth their meeting."""
+
+
+@contextmanager
+def _threads_for(products: int) -> Iterator[None]:
+    """One thread for small steps, all that torch has for others.
+
+    Threads that meet in every one of a step's hundred small operations wait for each other longer than they compute,
+    and wait busily: on two cores a second thread made decode steps three times as slow, with nothing left for those who
+    send the answers out.
+    """
+    threads = torch.get_num_threads()
+    if products >= _ENOUGH_FOR_THREADS or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _revision(model: MultimodalModel) -> str:
+    """Digest of every weight's name, shape and first values: enough to tell two trainings apart, quick at any size."""
+    digest = hashlib.sha256(model.network.config.to_json_string().encode())
+    for name, weight in model.network.state_dict().items():
+        if type(weight) is not Tensor:  # some quantizers make types of their own, which do not let themselves be cut
+            weight = weight.dequantize()
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(weight.flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _runs_within_stages(caches: Sequence[StagedCache], layers: int, alone: int) -> list[range]:
+    """Runs of layers within which no cache changes stage; each of the first ``alone`` layers is a run."""
+    first = range(1, min(alone + 1, layers))
+    starts = sorted({stage.layers.start for cache in caches for stage in cache.stages}.union(first))
+    return [range(start, end) for start, end in zip(starts, (*starts[1:], layers), strict=True)]

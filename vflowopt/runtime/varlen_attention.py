@@ -1,0 +1,234 @@
+"""Attention of the decoder on a CUDA device: PyTorch's variable-length flash attention over the paged cache.
+
+One kernel serves all conversations of a batch, whether they bring one token or a thousand, where
+:class:`vflowopt.runtime.attention.AttentionPlan` calls one for each prompt. It wants half precision. How it reads the
+cache depends on which flash attention PyTorch runs:
+
+- ``"paged"``: through a block table, where the pages lie. Flash attention 3 does so with pages of any size, the one
+  that PyTorch is built with only with pages of a multiple of 256 tokens, which would waste most of a pruned cache.
+- ``"gathered"``: each conversation's pages are copied side by side first.
+
+Which of the two works is found by trying (:func:`readable`): versions differ, and a kernel that reads pages in another
+order than it is told, or masks otherwise, would answer wrongly without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import current_flash_attention_impl
+from torch.nn.attention.varlen import varlen_attn
+
+from vflowopt.runtime.attention import AttentionPlan
+from vflowopt.runtime.cache import PagePool, StagedCache
+
+Reading = Literal["paged", "gathered"]
+"""How the kernel reads the cache."""
+
+_CAUSAL = (-1, 0)
+"""Window by which a query sees all keys up to its own; the last query of a conversation sees its last key."""
+
+
+class VarlenPlan:
+    """Where the tokens of a flat batch are written and read, for a run of layers within which no cache changes stage.
+
+    Does what :class:`vflowopt.runtime.attention.AttentionPlan` does, by another kernel. Nothing waits for the device:
+    all that the layers need is worked out on the host and copied from pinned memory.
+
+    Args:
+        pool: the caches' pages, of half precision.
+        layers: the run of layers.
+        caches: the conversations of the batch, in order, with room reserved.
+        counts: how many tokens each brings to these layers.
+        reading: how the kernel reads the cache.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        layers: range,
+        caches: Sequence[StagedCache],
+        counts: Sequence[int],
+        *,
+        reading: Reading,
+    ) -> None:
+        self.pool = pool
+        self.first_layer = layers.start
+        device, size = pool.keys.device, pool.page_size
+        stages = [cache.stages[cache.stage_of_layer[layers.start]] for cache in caches]
+        # A chunk of a picture may have no token that came this far: it is no sequence then.
+        present = [(stage, count) for stage, count in zip(stages, counts, strict=True) if count]
+        held = [stage.length + count for stage, count in present]
+        pages = [
+            stage.pages[layers.start - stage.layers.start : layers.stop - stage.layers.start, : stage.blocks_for(end)]
+            for (stage, _), end in zip(present, held, strict=True)
+        ]
+        written = [
+            pool.slots_of(own, range(end - count, end))
+            for own, end, (_, count) in zip(pages, held, present, strict=True)
+        ]
+        self.write_slots = to_device(np.concatenate(written, axis=1), device)
+        """int64 [layers, tokens]."""
+        blocks = [own.shape[1] for own in pages]
+        if reading == "paged":
+            laid_out = np.stack([_widen(own, max(blocks)) for own in pages], axis=1)
+            rooms = [max(blocks) * size] * len(pages)
+        else:
+            laid_out = np.concatenate(pages, axis=1)
+            rooms = [count * size for count in blocks]
+        self.pages = to_device(laid_out.astype(np.int32), device)
+        """int32, [layers, sequences, blocks] for a kernel that reads pages, else [layers, blocks of all sequences]."""
+        counted = [count for _, count in present]
+        bounds = np.array([np.cumsum([0, *counted]), np.cumsum([0, *rooms]), [*held, 0]], np.int32)
+        self.query_starts, self.key_starts, padded = to_device(bounds, device)
+        self.held = padded[:-1]
+        self.longest_query, self.longest_room = max(counted), max(rooms)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+        """Causal attention of each conversation's new tokens over everything it holds in a layer.
+
+        Args:
+            layer: the decoder layer.
+            query: [tokens, heads, head_dim].
+            key: [tokens, kv_heads, head_dim]; written into the caches, like ``value``.
+            value: [tokens, kv_heads, head_dim].
+            scale: factor of the scores.
+
+        Returns:
+            [tokens, heads, head_dim].
+        """
+        layer -= self.first_layer
+        self.pool.keys.index_copy_(0, self.write_slots[layer], key)
+        self.pool.values.index_copy_(0, self.write_slots[layer], value)
+        return varlen_attention(
+            query,
+            self.pool,
+            self.pages[layer],
+            query_starts=self.query_starts,
+            key_starts=self.key_starts,
+            held=self.held,
+            longest_query=self.longest_query,
+            longest_room=self.longest_room,
+            scale=scale,
+        )
+
+
+def varlen_attention(
+    query: Tensor,
+    pool: PagePool,
+    pages: Tensor,
+    *,
+    query_starts: Tensor,
+    key_starts: Tensor,
+    held: Tensor,
+    longest_query: int,
+    longest_room: int,
+    scale: float,
+) -> Tensor:
+    """Causal attention of sequences of queries, each over its own pages.
+
+    Args:
+        query: [tokens, heads, head_dim], sequence after sequence.
+        pool: where the keys and values lie.
+        pages: int32, [sequences, blocks] to be read where they are, or [blocks of all sequences] to be gathered.
+        query_starts: int32 [sequences + 1], where each sequence's queries begin, and where the last one's end.
+        key_starts: int32 [sequences + 1], the same of the room that its pages offer.
+        held: int32 [sequences], how many tokens of its room each sequence holds, those of its queries included.
+        longest_query: most queries of a sequence.
+        longest_room: most tokens that the pages of a sequence have room for.
+        scale: factor of the scores.
+
+    Returns:
+        [tokens, heads, head_dim].
+    """
+    heads, head_dim = pool.keys.shape[1:]
+    keys, values = (store.view(pool.pages, pool.page_size, heads, head_dim) for store in (pool.keys, pool.values))
+    table: Tensor | None = pages
+    starts: Tensor | None = key_starts
+    if pages.dim() == 1:
+        keys, values = (store.index_select(0, pages).flatten(0, 1) for store in (keys, values))
+        table = None
+    elif current_flash_attention_impl() is not None:
+        starts = None  # only the flash attention that PyTorch is built with wants them beside a block table
+    output = varlen_attn(
+        query.contiguous(),
+        keys,
+        values,
+        query_starts,
+        starts,
+        longest_query,
+        longest_room,
+        scale=scale,
+        window_size=_CAUSAL,
+        enable_gqa=query.shape[1] != heads,
+        seqused_k=held,
+        block_table=table,
+    )
+    return cast(Tensor, output)
+
+
+def readable(pool: PagePool, heads: int) -> Reading | None:
+    """How the kernel can read the caches of ``pool``: by the first of the two ways that gives the right numbers.
+
+    Tries each on a small pool of the same kind, with a single token beside a longer piece and a page boundary within
+    both the keys and the new tokens, against :class:`vflowopt.runtime.attention.AttentionPlan`.
+
+    Args:
+        pool: the pool.
+        heads: query heads of a layer.
+
+    Returns:
+        None where neither works: off a GPU, in full precision, or with a PyTorch whose kernel knows neither.
+    """
+    ways: tuple[Reading, ...] = ("paged", "gathered")
+    return next((reading for reading in ways if _agrees(pool, heads, reading)), None)
+
+
+@torch.inference_mode()
+def _agrees(pool: PagePool, heads: int, reading: Reading) -> bool:
+    """Whether the kernel, reading like this, computes what it should."""
+    size, (kv_heads, head_dim) = pool.page_size, pool.keys.shape[1:]
+    device, dtype = pool.keys.device, pool.keys.dtype
+    budget = 16 * pool.page_bytes
+    trial = PagePool(budget, page_size=size, heads=kv_heads, head_dim=head_dim, dtype=dtype, device=device)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(tokens: int, heads: int) -> Tensor:
+        return torch.randn(tokens, heads, head_dim, generator=generator).to(device, dtype)
+
+    caches = [StagedCache(trial, [0], 1) for _ in range(2)]
+    # In turn, so that neither's pages lie in a row.
+    for counts in ((size, size), (3, size + 2)):
+        for cache, count in zip(caches, counts, strict=True):
+            cache.reserve([count])
+            slots = cache.stages[0].slots(range(cache.lengths[0], cache.lengths[0] + count))[0]
+            trial.keys[slots], trial.values[slots] = random(count, kv_heads), random(count, kv_heads)
+            cache.advance([count])
+    counts = (1, 5)
+    for cache, count in zip(caches, counts, strict=True):
+        cache.reserve([count])
+    states = random(6, heads), random(6, kv_heads), random(6, kv_heads)
+    expected = AttentionPlan(trial, range(1), caches, counts).attend(0, *states, scale=head_dim**-0.5)
+    try:
+        plan = VarlenPlan(trial, range(1), caches, counts, reading=reading)
+        answer = plan.attend(0, *states, scale=head_dim**-0.5)
+        return torch.allclose(answer.float(), expected.float(), atol=2e-2, rtol=2e-2)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError):  # no such kernel here, or an older one that takes no block table
+        return False
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy an array of the host to ``device``, without waiting for it."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _widen(pages: np.ndarray, blocks: int) -> np.ndarray:
+    """Repeat the last page of each row [layers, n] until there are ``blocks`` of them."""
+    return np.pad(pages, ((0, 0), (0, blocks - pages.shape[1])), mode="edge")

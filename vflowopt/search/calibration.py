@@ -1,0 +1,398 @@
+"""Calibration: how close a strategy stays to the unpruned model on pictures and questions of one's own.
+
+A sample is a conversation about one picture. The unpruned model holds it once, greedily; its answers and its last
+hidden state at the end of each prompt are the reference. A strategy then reads the same conversation, the reference's
+answers included, in a single prefill, and is looked at in all those places at once: later turns cost hardly anything,
+and count as much as the first one (method section 4).
+
+The work shares a runtime with others: it runs in bounded pieces (see :mod:`vflowopt.search.pause`), and between any two
+of them its conversations may be released by someone else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from vflowopt.compression.pipeline import EncodedImage, compress
+from vflowopt.compression.strategy import Strategy
+from vflowopt.media.picture import Picture
+from vflowopt.models import MultimodalModel
+from vflowopt.runtime.cache import PoolExhausted
+from vflowopt.runtime.model_runner import Runtime
+from vflowopt.runtime.sequence import Conversation, tokens_in
+from vflowopt.search.pause import Aside, Pause, Shortage
+
+PIECE = 256
+"""First-stage tokens that one piece runs, if nothing else is asked for."""
+
+PATIENCE = 16
+"""Shortages of pages within one piece after which it is given up."""
+
+
+class CalibrationError(ValueError):
+    """Samples that a model cannot be calibrated on; the message says which, and what to change."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A conversation about one picture, without its answers.
+
+    Raises CalibrationError where there is no question.
+
+    Attributes:
+        picture: shown in the first turn.
+        questions: one per turn.
+    """
+
+    picture: Picture
+    questions: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Check that there is something to ask."""
+        if not self.questions:
+            raise CalibrationError("a calibration sample needs at least one question about its picture")
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What the unpruned model makes of a sample.
+
+    Attributes:
+        answers: per turn the tokens of its greedy answer, without the one that ended it.
+        states: float32 [turns, hidden], behind the last layer and its norm at the end of each prompt.
+    """
+
+    answers: tuple[tuple[int, ...], ...]
+    states: Tensor
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a strategy comes to on all samples.
+
+    Attributes:
+        visual_tokens: kept of a picture, averaged over decoder layers and samples.
+        visual_tokens_full: the same without pruning.
+        kv_bytes: of a picture's visual tokens, averaged over samples.
+        kv_bytes_full: the same without pruning.
+        objective: mean cosine with the reference over all questions.
+        agreement: share of the questions with, greedily and word for word, the reference's answer, each asked after the
+            reference's answers to those before it.
+    """
+
+    visual_tokens: float
+    visual_tokens_full: float
+    kv_bytes: float
+    kv_bytes_full: float
+    objective: float
+    agreement: float
+
+
+class Calibration:
+    """Samples with their references. Use one of its generators at a time.
+
+    Args:
+        runtime: the model; nothing else of the runtime is changed.
+        samples: at least one.
+        new_tokens: of a reference's answer, at most.
+        piece: first-stage tokens of a piece. The text of one conversation is never cut, so it can make a piece longer.
+
+    Attributes:
+        samples: as given.
+        conversations: what holds, or may hold, KV pages between two pieces. Anyone may release them there.
+
+    Raises:
+        CalibrationError: there are no samples.
+    """
+
+    def __init__(
+        self, runtime: Runtime, samples: Sequence[Sample], *, new_tokens: int = 16, piece: int = PIECE
+    ) -> None:
+        if not samples:
+            raise CalibrationError("a calibration needs at least one sample: a picture with questions")
+        self.samples = tuple(samples)
+        self.conversations: list[Conversation] = []
+        self._runtime = runtime
+        self._new_tokens = new_tokens
+        self._piece = piece
+        self._encoded: list[EncodedImage] = []
+        self._references: list[Reference] = []
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the pictures' identities and the questions, in hex: equal for equal samples in equal order."""
+        told = [[*sample.picture.identity, *sample.questions] for sample in self.samples]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+    @property
+    def turns(self) -> npt.NDArray[np.int64]:
+        """Questions of each sample, [samples]."""
+        return np.array([len(sample.questions) for sample in self.samples])
+
+    @property
+    def prepared(self) -> bool:
+        """Whether every picture is encoded and every reference known."""
+        return len(self._references) == len(self.samples)
+
+    @property
+    def encoded(self) -> Sequence[EncodedImage]:
+        """The pictures encoded so far."""
+        return self._encoded
+
+    @property
+    def references(self) -> Sequence[Reference]:
+        """The references known so far."""
+        return self._references
+
+    def prepare(self) -> Iterator[Pause]:
+        """Encode each picture and hold each reference conversation, once. Goes on where a closed one stopped.
+
+        Raises:
+            PictureError: the model cannot take a picture of this shape.
+            PoolExhausted: a reference conversation did not find room in the KV pool, however often it was tried.
+            CalibrationError: a sample is longer than the model's context.
+        """
+        for sample in self.samples[len(self._references) :]:
+            if len(self._encoded) == len(self._references):
+                encoding = Aside("encode", partial(_encode, self._runtime.model, sample.picture))
+                yield encoding
+                self._encoded.append(encoding.run())
+            reference = yield from self._hold(sample, self._encoded[len(self._references)])
+            self._references.append(reference)
+
+    def cosines(
+        self, strategy: Strategy, numbers: Sequence[int]
+    ) -> Generator[Pause, None, list[npt.NDArray[np.float64]]]:
+        """Compare hidden states under a strategy with the references', for some of the samples.
+
+        Args:
+            strategy: what compresses the pictures.
+            numbers: which samples, all different; they must be prepared.
+
+        Returns:
+            For each of them, in that order, the cosines at the end of its prompts, [turns].
+
+        Raises:
+            PoolExhausted: a conversation did not find room, however often it was tried.
+        """
+        seen = yield from self._read(strategy, numbers, answers=False)
+        return [_cosines(states, self._references[number]) for number, (states, _) in zip(numbers, seen, strict=True)]
+
+    def compare(self, strategy: Strategy) -> Iterator[Pause | Comparison]:
+        """Read all samples under a strategy. The last value is the :class:`Comparison`, those before it are pauses.
+
+        The samples must be prepared.
+
+        Raises:
+            PoolExhausted: a conversation did not find room, however often it was tried.
+        """
+        numbers = range(len(self.samples))
+        seen = yield from self._read(strategy, numbers, answers=True)
+        cosines: list[float] = []
+        agrees: list[bool] = []
+        for number, (states, _) in enumerate(seen):
+            reference = self._references[number]
+            by_turn = states.split([1 + len(answer) for answer in reference.answers])
+            cosines += _cosines(torch.stack([turn[0] for turn in by_turn]), reference).tolist()
+            agrees += [
+                self._would_answer(turn, answer) for turn, answer in zip(by_turn, reference.answers, strict=True)
+            ]
+        layers, bytes_per_token = self._runtime.layers, self._runtime.bytes_per_token()
+        spans = strategy.spans(layers)
+        kept = float(np.mean([np.dot(counts, spans) / layers for _, counts in seen]))
+        full = float(np.mean([len(encoded.layout) for encoded in self._encoded]))
+        yield Comparison(
+            visual_tokens=kept,
+            visual_tokens_full=full,
+            kv_bytes=kept * layers * bytes_per_token,
+            kv_bytes_full=full * layers * bytes_per_token,
+            objective=float(np.mean(cosines)),
+            agreement=float(np.mean(agrees)),
+        )
+
+    def _hold(self, sample: Sample, encoded: EncodedImage) -> Generator[Pause, None, Reference]:
+        """A sample's conversation with the unpruned model."""
+        strategy = Strategy.full()
+        chat = self._runtime.chat
+        image = compress(encoded, strategy, self._runtime.layers)
+        answers, states = [], []
+        conversation = self._runtime.start(strategy)
+        with self._holding_pages([conversation]):
+            for turn, question in enumerate(sample.questions):
+                conversation.log += chat.turn(turn, [question] if turn else [image, question])
+                self._check_context(sample, conversation)
+                state = yield from self._state_at_the_end(conversation)
+                states.append(state)
+                answer: list[int] = []
+                while len(answer) < self._new_tokens and (token := self._next(state)) not in chat.stop_ids:
+                    answer.append(token)
+                    conversation.log.append(token)
+                    if len(answer) < self._new_tokens:
+                        state = yield from self._state_at_the_end(conversation)
+                answers.append(tuple(answer))
+        return Reference(tuple(answers), torch.stack(states))
+
+    def _check_context(self, sample: Sample, conversation: Conversation) -> None:
+        needed = conversation.position + self._new_tokens
+        if needed > self._runtime.context:
+            raise CalibrationError(
+                f"the conversation about picture {sample.picture.digest[:12]} may take {needed} positions, the model's "
+                f"context has {self._runtime.context}; ask fewer or shorter questions"
+            )
+
+    def _state_at_the_end(self, conversation: Conversation) -> Generator[Pause, None, Tensor]:
+        (states,) = yield from self._look([conversation], [[len(conversation.log) - 1]])
+        return states[0]
+
+    def _next(self, state: Tensor) -> int:
+        """The most likely token after a hidden state [hidden]."""
+        return int(self._most_likely(state[None])[0])
+
+    @torch.inference_mode()
+    def _most_likely(self, states: Tensor) -> list[int]:
+        """The most likely token after each hidden state [n, hidden]."""
+        model = self._runtime.model
+        logits: Tensor = model.head(states.to(model.device, model.dtype))
+        tokens: list[int] = logits.float().argmax(-1).tolist()
+        return tokens
+
+    def _would_answer(self, states: Tensor, answer: Sequence[int]) -> bool:
+        """Whether greedy decoding takes the tokens of ``answer`` one after the other, and then stops.
+
+        Args:
+            states: [1 + answer, hidden], at the end of the prompt and at each token of the answer.
+            answer: cut off, rather than ended, where it is as long as answers may be.
+        """
+        *tokens, after = self._most_likely(states)
+        return tokens == list(answer) and (after in self._runtime.chat.stop_ids or len(answer) == self._new_tokens)
+
+    def _read(
+        self, strategy: Strategy, numbers: Sequence[int], *, answers: bool
+    ) -> Generator[Pause, None, list[tuple[Tensor, list[int]]]]:
+        """Read samples under a strategy, as many in one batch as make up a piece.
+
+        Args:
+            strategy: what compresses the pictures.
+            numbers: which samples.
+            answers: whether to look at all tokens of the answers, too, rather than at the ends of the prompts alone.
+
+        Returns:
+            For each sample the states [places, hidden], and the tokens kept of its picture in each stage.
+        """
+        seen: list[tuple[Tensor, list[int]]] = []
+        batch: list[_Reading] = []
+        for number in numbers:
+            reading = self._reading(strategy, number, answers=answers)
+            yield None
+            if batch and sum(each.conversation.pending_tokens for each in (*batch, reading)) > self._piece:
+                seen += yield from self._finish(batch)
+                batch = []
+            batch.append(reading)
+        seen += yield from self._finish(batch)
+        return seen
+
+    def _reading(self, strategy: Strategy, number: int, *, answers: bool) -> _Reading:
+        """A sample as a log with the reference's answers, of which nothing is cached yet."""
+        chat = self._runtime.chat
+        sample, reference = self.samples[number], self._references[number]
+        image = compress(self._encoded[number], strategy, self._runtime.layers)
+        conversation = self._runtime.start(strategy)
+        places: list[int] = []
+        for turn, (question, answer) in enumerate(zip(sample.questions, reference.answers, strict=True)):
+            conversation.log += chat.turn(turn, [question] if turn else [image, question])
+            prompt = len(conversation.log)
+            conversation.log += answer
+            places += range(prompt - 1, len(conversation.log) if answers else prompt)
+        del conversation.log[places[-1] + 1 :]
+        return _Reading(conversation, places, [len(kept) for kept in image.kept])
+
+    def _finish(self, batch: Sequence[_Reading]) -> Generator[Pause, None, list[tuple[Tensor, list[int]]]]:
+        conversations = [reading.conversation for reading in batch]
+        with self._holding_pages(conversations):
+            states = yield from self._look(conversations, [reading.places for reading in batch])
+        return [(state, reading.kept) for state, reading in zip(states, batch, strict=True)]
+
+    def _look(
+        self, conversations: Sequence[Conversation], places: Sequence[Sequence[int]]
+    ) -> Generator[Pause, None, list[Tensor]]:
+        """Run what is not cached of conversations, piece by piece, and look at some places of their logs.
+
+        Returns:
+            For each conversation the states [places, hidden], on the host.
+        """
+        shortages = 0
+        while True:
+            states: list[Tensor] | None = None
+            try:
+                if not self._approach(conversations, [first for first, *_ in places]):
+                    states = self._runtime.states(conversations, places)
+            except PoolExhausted:
+                shortages += 1
+                for each in conversations:
+                    each.release()
+                pages = sum(each.pages_wanted for each in conversations)
+                if shortages == PATIENCE or pages > self._runtime.pool.pages:
+                    raise
+                yield Shortage(pages)
+                continue
+            yield None
+            if states is not None:
+                return [state.cpu() for state in states]
+
+    def _approach(self, conversations: Sequence[Conversation], places: Sequence[int]) -> bool:
+        """Run a piece of what comes before ``places``, unless all that is left makes but one piece; whether it did."""
+        if sum(each.pending_tokens for each in conversations) <= self._piece:
+            return False
+        for each, place in zip(conversations, places, strict=True):
+            before = sum(map(tokens_in, each.log[each.cached.items : place])) - each.cached.offset
+            if before > 0:
+                self._runtime.advance([each], [min(before, self._piece)], want_logits=False)
+                return True
+        return False
+
+    @contextmanager
+    def _holding_pages(self, conversations: Sequence[Conversation]) -> Iterator[None]:
+        """Show that conversations may hold pages; behind the block, however it is left, they hold none."""
+        self.conversations += conversations
+        try:
+            yield
+        finally:
+            for each in conversations:
+                self.conversations.remove(each)
+                each.release()
+
+
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """A sample to be read under a strategy.
+
+    Attributes:
+        conversation: its log is complete.
+        places: in the log, to look at.
+        kept: tokens of its picture in each stage.
+    """
+
+    conversation: Conversation
+    places: Sequence[int]
+    kept: list[int]
+
+
+@torch.inference_mode()
+def _encode(model: MultimodalModel, picture: Picture) -> EncodedImage:
+    return model.encode([picture])[0]
+
+
+def _cosines(states: Tensor, reference: Reference) -> npt.NDArray[np.float64]:
+    """Cosine of each row of ``states`` with the reference's, [turns]."""
+    cosines: npt.NDArray[np.float64] = torch.cosine_similarity(states, reference.states, dim=1).double().numpy()
+    return cosines
