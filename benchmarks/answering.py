@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import abc
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vflowopt.runtime.model_runner import Runtime
-from vflowopt.runtime.sequence import Conversation, Item
+from vflowopt.runtime.sequence import Item, Sequence
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +31,7 @@ class Reply:
 
 
 def reply(
-    runtime: Runtime, conversations: Sequence[Conversation], prompts: Sequence[Sequence[Item]], longest: int
+    runtime: Runtime, conversations: abc.Sequence[Sequence], prompts: abc.Sequence[abc.Sequence[Item]], longest: int
 ) -> list[Reply]:
     """Answer one prompt in each conversation, all in one batch; each log then holds the prompt and the answer.
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.answering import Reply
 from benchmarks.asked_pictures import AskedPicture, from_folder, generated
-from benchmarks.fidelity_rows import ALL, Ledger, Mark, compare, group_summary, summary
+from benchmarks.fidelity_rows import ALL, Mark, ReceiptLog, compare, group_summary, summary
 from benchmarks.hearing import SINGLE, Told, hear
 from benchmarks.line_chart import line_chart
 from benchmarks.rivals import Compressed, Method, Sight, rivals
@@ -89,7 +89,7 @@ def measure(
         ValueError: there are no pictures, or one is not as it should be (PictureError is one).
         PoolExhausted: the conversations of a batch do not fit into the pool.
     """
-    ledger, seen = Ledger(), 0
+    ledger, seen = ReceiptLog(), 0
     progress = tqdm(total=options.pictures, unit="picture", disable=None)
     while batch := list(islice(pictures, options.batch)):
         # One picture at a time: all tiles of a batch at once would not fit the caches of a processor.

@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import abc
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +28,7 @@ from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture
 from vflowopt.models.loading import DTYPES
 from vflowopt.runtime.model_runner import Runtime
-from vflowopt.runtime.sequence import Conversation
+from vflowopt.runtime.sequence import Sequence
 
 BUDGETS = (1.0, 0.5, 0.25, 0.1)
 QUESTION_TOKENS = 32
@@ -112,16 +113,16 @@ class Bench:
 
         return median_ms(keep, self.runtime.model.device, self.runs), results[0]
 
-    def _decode_ms(self, conversation: Conversation) -> float:
+    def _decode_ms(self, conversation: Sequence) -> float:
         """Median milliseconds of a step that adds one token to one conversation."""
         return median_ms(lambda: self.runtime.decode([conversation], [0]), self.runtime.model.device, self.decode_steps)
 
-    def _token_layers(self, lengths: Sequence[int], strategy: Strategy) -> int:
+    def _token_layers(self, lengths: abc.Sequence[int], strategy: Strategy) -> int:
         """Tokens held, each counted once for every layer that holds it."""
         return sum(count * span for count, span in zip(lengths, strategy.spans(self.runtime.layers), strict=True))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: abc.Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
     options = _options(arguments)
     torch.set_num_threads(options.threads or torch.get_num_threads())
@@ -173,7 +174,7 @@ def random_picture(side: int) -> Picture:
     return Picture.from_pixels(pixels.numpy())
 
 
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _options(arguments: abc.Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="geometry", description=__doc__.split("\n\n")[0])
     parser.add_argument("--geometry", choices=GEOMETRIES, default="onevision-0.5b", help="whose shape")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")

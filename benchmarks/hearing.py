@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import abc
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -10,7 +11,7 @@ from benchmarks.answering import Reply, reply
 from benchmarks.asked_pictures import Asked
 from benchmarks.rivals import Compressed
 from vflowopt.runtime.model_runner import Runtime
-from vflowopt.runtime.sequence import Conversation
+from vflowopt.runtime.sequence import Sequence
 
 SINGLE = "single"
 """The turn of a question that is asked alone."""
@@ -36,7 +37,10 @@ class Told:
 
 
 def hear(
-    runtime: Runtime, images: Sequence[Sequence[Compressed]], asked: Sequence[Sequence[Asked]], longest: int
+    runtime: Runtime,
+    images: abc.Sequence[abc.Sequence[Compressed]],
+    asked: abc.Sequence[abc.Sequence[Asked]],
+    longest: int,
 ) -> list[Told]:
     """Ask every question alone, and then in its turn, from the cache that the first question's image and answers left.
 
@@ -60,14 +64,14 @@ def hear(
             conversation.release()
 
 
-def picture_bytes(conversation: Conversation) -> int:
+def picture_bytes(conversation: Sequence) -> int:
     """Bytes of keys and values that the one picture of a conversation takes, read off its cache's lengths."""
-    text = conversation.cached_items - 1
+    text = conversation.num_cached_items - 1
     cache = conversation.cache
     return sum((stage.length - text) * len(stage.layers) for stage in cache.stages) * cache.pool.token_bytes
 
 
-def _prefill(runtime: Runtime, images: Sequence[Compressed]) -> dict[Compressed, Conversation]:
+def _prefill(runtime: Runtime, images: abc.Sequence[Compressed]) -> dict[Compressed, Sequence]:
     """A conversation about each image, once if it is there several times, in which nothing is asked yet."""
     prefilled = {image: runtime.start(image.strategy) for image in dict.fromkeys(images)}
     for image, conversation in prefilled.items():
@@ -78,9 +82,9 @@ def _prefill(runtime: Runtime, images: Sequence[Compressed]) -> dict[Compressed,
 
 def _ask_alone(
     runtime: Runtime,
-    prefilled: Mapping[Compressed, Conversation],
-    images: Sequence[Sequence[Compressed]],
-    asked: Sequence[Sequence[Asked]],
+    prefilled: Mapping[Compressed, Sequence],
+    images: abc.Sequence[abc.Sequence[Compressed]],
+    asked: abc.Sequence[abc.Sequence[Asked]],
     longest: int,
 ) -> list[Told]:
     places = [(place, number) for place, questions in enumerate(asked) for number in range(len(questions))]
@@ -101,9 +105,9 @@ def _ask_alone(
 
 def _converse(
     runtime: Runtime,
-    prefilled: Mapping[Compressed, Conversation],
-    images: Sequence[Compressed],
-    asked: Sequence[Sequence[Asked]],
+    prefilled: Mapping[Compressed, Sequence],
+    images: abc.Sequence[Compressed],
+    asked: abc.Sequence[abc.Sequence[Asked]],
     longest: int,
 ) -> list[Told]:
     """One conversation per picture, all in step."""

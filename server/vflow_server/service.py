@@ -32,8 +32,8 @@ from vflow_server.images.video_reader import VideoReader
 from vflow_server.interceptors.calls import Calls
 from vflow_server.interceptors.draining import Draining
 from vflow_server.interceptors.guard import Guard
-from vflow_server.kv.disk import SpillFolder
-from vflow_server.kv.offload import ParkedStore
+from vflow_server.kv.disk import DiskStore
+from vflow_server.kv.offload import OffloadStore
 from vflow_server.monitoring.gauges import Gauges
 from vflow_server.monitoring.side_port import Answer, Page, Request, SidePort
 from vflow_server.monitoring.status_page import StatusPage
@@ -51,9 +51,9 @@ from vflow_server.store.archive import Archive
 from vflow_server.strategies.comparisons import Comparisons
 from vflow_server.strategies.strategies import StrategyStore
 from vflow_server.telemetry.metrics import Metrics
-from vflow_server.telemetry.receipt_log import Ledger
+from vflow_server.telemetry.receipt_log import ReceiptLog
 from vflow_server.telemetry.tracing import tracing_to
-from vflow_server.tuning.fidelity_monitor import Watch
+from vflow_server.tuning.fidelity_monitor import FidelityMonitor
 from vflow_server.tuning.operations import OperationStore
 from vflow_server.tuning.retune import Retunes
 from vflowopt.media.picture import PictureLimits
@@ -92,13 +92,13 @@ class Service:
         self.operations = OperationStore(settings.stored("operations.json"))
         self.metrics = Metrics()
         self.tracing = tracing_to(settings.otlp_endpoint)
-        self.ledger = Ledger(self.metrics, self.tracing)
+        self.receipt_log = ReceiptLog(self.metrics, self.tracing)
         stored = settings.data if not settings.ephemeral else None
         self.archive = Archive(stored, settings.data_bytes, self.metrics) if stored else None
         self.bench = Workbench(
             runtime,
             compressed_bytes=settings.compressed_memory,
-            parked=ParkedStore(settings.parked_memory, self._spill_folder()),
+            offloaded=OffloadStore(settings.parked_memory, self._spill_folder()),
             metrics=self.metrics,
         )
         self._draining = Draining()
@@ -114,7 +114,7 @@ class Service:
             PictureLimits(max_bytes=settings.max_picture_bytes, max_pixels=settings.max_picture_pixels),
             held_bytes=settings.picture_memory,
         )
-        self.watch = Watch(
+        self.fidelity_monitor = FidelityMonitor(
             share=settings.watch_share,
             floor=settings.watch_floor,
             window=settings.watch_window,
@@ -127,7 +127,7 @@ class Service:
             self.engine,
             self.bench,
             self.live_samples,
-            self.watch,
+            self.fidelity_monitor,
             most=settings.max_sessions,
             idle_timeout=settings.idle_timeout,
             archive=self.archive,
@@ -139,7 +139,7 @@ class Service:
             turns=settings.tenant_turns,
             tokens_per_minute=settings.tenant_tokens,
         )
-        self.quotas = Quotas(quota, self.sessions, self.engine, self.bench.residency)
+        self.quotas = Quotas(quota, self.sessions, self.engine, self.bench.kv)
         self.metrics.registry.register(
             Gauges(
                 engine=self.engine,
@@ -147,7 +147,7 @@ class Service:
                 sessions=self.sessions,
                 strategies=self.strategies,
                 pictures=self.pictures,
-                watch=self.watch,
+                fidelity_monitor=self.fidelity_monitor,
                 retunes=self.retunes,
             )
         )
@@ -179,7 +179,7 @@ class Service:
             await listener.start()
         self._forever = [
             asyncio.create_task(self.sessions.expire_forever()),
-            asyncio.create_task(self.watch.watch_forever()),
+            asyncio.create_task(self.fidelity_monitor.watch_forever()),
         ]
         return port
 
@@ -214,14 +214,14 @@ class Service:
         keeps = self.archive is not None and not self.failed.is_set()
         self.bench.close(keep_until if keeps else None)
 
-    def _spill_folder(self) -> SpillFolder | None:
+    def _spill_folder(self) -> DiskStore | None:
         """The folder of KV caches; in the data folder they have the room that sessions leave."""
         settings, archive = self.settings, self.archive
         if (folder := settings.spill_folder) is None:
             return None
         if archive is None or settings.spill_dir is not None:
-            return SpillFolder(folder, lambda: settings.spill_bytes)
-        return SpillFolder(folder, lambda: min(settings.spill_bytes, archive.room))
+            return DiskStore(folder, lambda: settings.spill_bytes)
+        return DiskStore(folder, lambda: min(settings.spill_bytes, archive.room))
 
     def _listen(self) -> Sequence[Listener]:
         """The listener for users and, where it is to be another, that for administrators; nobody is served yet."""
@@ -260,7 +260,7 @@ class Service:
         model, most_frames = self.bench.runtime.model, self.settings.max_video_frames
         videos = VideoReader(self.pictures, model, most_frames=most_frames)
         conversations_pb2_grpc.add_ConversationsServicer_to_server(
-            Conversations(self.sessions, self.strategies, self.pictures, videos, self.ledger, self.quotas), server
+            Conversations(self.sessions, self.strategies, self.pictures, videos, self.receipt_log, self.quotas), server
         )
         compression_pb2_grpc.add_CompressionServicer_to_server(
             Compression(
@@ -268,7 +268,7 @@ class Service:
                 self.bench,
                 self.strategies,
                 self.pictures,
-                self.ledger,
+                self.receipt_log,
                 self.quotas,
                 most_bytes=self.settings.max_message_bytes,
             ),
@@ -302,9 +302,9 @@ class Service:
             sessions=self.sessions,
             strategies=self.strategies,
             pictures=self.pictures,
-            watch=self.watch,
+            fidelity_monitor=self.fidelity_monitor,
             retunes=self.retunes,
-            ledger=self.ledger,
+            receipt_log=self.receipt_log,
             access=self.access,
         ).pages
 

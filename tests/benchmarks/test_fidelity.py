@@ -12,7 +12,7 @@ from benchmarks import fidelity
 from benchmarks.answering import Reply
 from benchmarks.asked_pictures import Asked, from_folder, generated
 from benchmarks.bootstrap import Bootstrap, interval, verdict
-from benchmarks.fidelity_rows import Ledger, Mark, compare, summary
+from benchmarks.fidelity_rows import Mark, ReceiptLog, compare, summary
 from benchmarks.line_chart import line_chart
 from vflowopt.compression.strategy import Strategy
 
@@ -119,7 +119,7 @@ def test_a_paired_difference_is_seen_where_the_intervals_overlap() -> None:
     def mark(picture: int, right: bool) -> Mark:
         return Mark(picture, 1, right, True, 1.0, 0.0, 10, ())
 
-    ledger = Ledger()
+    ledger = ReceiptLog()
     hard = np.random.default_rng(0).random(200) < 0.5
     ledger.marks["vflowopt", 0.1] = [mark(place, not each) for place, each in enumerate(hard)]
     # Right wherever the other is, and on ten pictures more.

@@ -59,7 +59,7 @@ class Served:
 
     def kv_bytes(self) -> int:
         """KV bytes held by anybody, after proving that no page is lost."""
-        return self.on_engine(self.service.bench.residency.check)
+        return self.on_engine(self.service.bench.kv.check)
 
     def stop(self) -> None:
         """Stop the service and wait for its thread."""

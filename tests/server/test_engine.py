@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from vflow_server.engine.engine import Engine, Task, WorkCancelled
-from vflow_server.engine.fair_queue import WaitingRoom
+from vflow_server.engine.fair_queue import FairQueue
 from vflow_server.rpc.errors import ServiceError
 
 Emit = Callable[[object], None]
@@ -281,7 +281,7 @@ def test_a_tenant_that_fills_the_queue_fills_it_for_itself() -> None:
 
 
 def test_places_are_bounded_however_many_tenants_there_are() -> None:
-    room: WaitingRoom[Task[object, object]] = WaitingRoom(2)
+    room: FairQueue[Task[object, object]] = FairQueue(2)
     loop = asyncio.new_event_loop()
     try:
         for tenant in "aabc":

@@ -121,7 +121,7 @@ def put_aside(served: Served) -> None:
     """Have every idle session give up its pages."""
 
     def release() -> None:
-        while served.service.bench.residency.release_idle():
+        while served.service.bench.kv.release_idle():
             pass
 
     served.on_engine(release)

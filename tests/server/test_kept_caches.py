@@ -19,7 +19,7 @@ from tests.server.waiting import until
 from vflow_client import Client, Session
 from vflow_server.store.archive import JOURNAL
 from vflow_server.store.files import FOLDER
-from vflowopt.runtime.offload import ParkedCache
+from vflowopt.runtime.offload import OffloadedCache
 
 NOTHING = "RESTORED_FROM_UNSPECIFIED"
 
@@ -79,8 +79,8 @@ def test_those_that_had_made_room_are_kept_as_well(
 ) -> None:
     served = serve_data(parked_memory=memory)
     session = asked_once(served.client, picture, expected)
-    served.on_engine(served.service.bench.residency.release_idle)  # the prefix
-    served.on_engine(served.service.bench.residency.release_idle)
+    served.on_engine(served.service.bench.kv.release_idle)  # the prefix
+    served.on_engine(served.service.bench.kv.release_idle)
     assert not session.state().resident
     session = serve_data().client.attach(session.name)
     assert restored_from(session, QUESTIONS[1], expected[1]) == "DISK"
@@ -286,15 +286,15 @@ def test_they_make_room_for_sessions(serve_data: Serve, kv: Path, picture: bytes
 def test_what_cannot_be_written_in_time_is_not_kept(
     serve_data: Serve, kv: Path, picture: bytes, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = ParkedCache.save
+    save = OffloadedCache.save
     written: list[Path] = []
 
-    def slow(cache: ParkedCache, path: Path) -> None:
+    def slow(cache: OffloadedCache, path: Path) -> None:
         written.append(path)
         time.sleep(0.5)
         save(cache, path)
 
-    monkeypatch.setattr(ParkedCache, "save", slow)
+    monkeypatch.setattr(OffloadedCache, "save", slow)
     served = serve_data(grace="300ms")
     sessions = [asked_once(served.client, picture, expected) for _ in range(2)]
     served.stop()
@@ -310,7 +310,7 @@ def test_whoever_watches_the_health_takes_no_time_from_it(
     served = serve_data(grace="1s")
     asked_once(served.client, picture, expected)
     with grpc.insecure_channel(served.address) as channel:
-        states = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        states = health_pb2_grpc.HealthStub(channel).FidelityMonitor(health_pb2.HealthCheckRequest())
         assert next(states).status == health_pb2.HealthCheckResponse.SERVING
         served.stop()
     assert len(caches(kv)) == 1
@@ -319,13 +319,13 @@ def test_whoever_watches_the_health_takes_no_time_from_it(
 def test_a_full_disk_does_not_keep_the_service_from_stopping(
     serve_data: Serve, kv: Path, picture: bytes, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(cache: ParkedCache, path: Path) -> None:
+    def full(cache: OffloadedCache, path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     served = serve_data()
     session = asked_once(served.client, picture, expected)
     with monkeypatch.context() as patched:
-        patched.setattr(ParkedCache, "save", full)
+        patched.setattr(OffloadedCache, "save", full)
         served.stop()
     assert not caches(kv)
     session = serve_data().client.attach(session.name)

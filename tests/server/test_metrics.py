@@ -116,7 +116,7 @@ def test_evictions_and_restores_are_counted(serve: Serve) -> None:
     with served.client.session() as session:
         session.ask("Hello", max_new_tokens=4).read()
         assert value(served, "vflow_sessions", state="resident") == 1
-        served.on_engine(served.service.bench.residency.release_idle)
+        served.on_engine(served.service.bench.kv.release_idle)
         assert value(served, "vflow_sessions", state="evicted") == 1
         assert value(served, "vflow_evictions_total", held_by="idle") == 1
         assert value(served, "vflow_memory_bytes", what="parked_memory") > 0

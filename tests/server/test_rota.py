@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vflow_server.engine.fair_queue import Rota
+from vflow_server.engine.fair_queue import RoundRobin
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ def wishes(tenants: str) -> list[Wish]:
 
 
 def test_one_of_each_then_a_second_of_each_and_those_of_one_in_order() -> None:
-    ordered = Rota().order(wishes("aaabac"))
+    ordered = RoundRobin().order(wishes("aaabac"))
     assert [(wish.tenant, wish.number) for wish in ordered] == [
         ("a", 0),
         ("b", 3),
@@ -28,7 +28,7 @@ def test_one_of_each_then_a_second_of_each_and_those_of_one_in_order() -> None:
 
 
 def test_who_was_served_last_comes_last() -> None:
-    rota, served = Rota(), ""
+    rota, served = RoundRobin(), ""
     for _ in range(6):
         first = rota.order(wishes("aaabbc"))[0]
         rota.served(first.tenant)
@@ -38,7 +38,7 @@ def test_who_was_served_last_comes_last() -> None:
 
 def test_those_who_come_and_go_keep_nobody_from_being_served() -> None:
     """Each of the others is new in the line every second time, and one or the other always is."""
-    rota, served = Rota(), ""
+    rota, served = RoundRobin(), ""
     for step in range(12):
         first = rota.order(wishes("aaaa" + ("bc" if step % 2 else "de")))[0]
         rota.served(first.tenant)

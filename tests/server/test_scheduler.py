@@ -3,7 +3,8 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import abc
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,20 +16,20 @@ from vflow_server.access.caller import DEFAULT_TENANT
 from vflow_server.engine.engine import Engine, Steps, Work
 from vflow_server.engine.scheduler import Scheduler
 from vflow_server.engine.workbench import Workbench
-from vflow_server.kv.offload import ParkedStore
-from vflow_server.kv.session_log import Dialogue
+from vflow_server.kv.offload import OffloadStore
+from vflow_server.kv.session_state import SessionState
 from vflow_server.sessions.turn import Turn, TurnRequest
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture
 from vflowopt.media.video import Video, Visual
 from vflowopt.runtime.model_runner import Runtime
-from vflowopt.runtime.sequence import Conversation
+from vflowopt.runtime.sequence import Sequence
 
 
 def new_bench(model_folder: Path, kv_budget: int) -> Workbench:
     runtime = Runtime.load(model_folder, kv_budget=kv_budget)
     runtime.chat.stop_ids = frozenset()
-    return Workbench(runtime, compressed_bytes=1 << 20, parked=ParkedStore(0, None))
+    return Workbench(runtime, compressed_bytes=1 << 20, parked=OffloadStore(0, None))
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def bench(model_folder: Path) -> Iterator[Workbench]:
     """Room for 256 tokens, and nowhere to park."""
     bench = new_bench(model_folder, 400 << 10)
     yield bench
-    bench.residency.check()
+    bench.kv.check()
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def roomy(model_folder: Path) -> Iterator[Workbench]:
     """Room for everything."""
     bench = new_bench(model_folder, 32 << 20)
     yield bench
-    bench.residency.check()
+    bench.kv.check()
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,13 @@ class Asked:
     tokens: int = 1
 
 
-def outcomes(bench: Workbench, texts: Sequence[str], tokens: int) -> list[Finished | BaseException]:
+def outcomes(bench: Workbench, texts: abc.Sequence[str], tokens: int) -> list[Finished | BaseException]:
     """What becomes of turns with these texts."""
     return play(bench, [Asked((text,), tokens=tokens) for text in texts])
 
 
 def play(
-    bench: Workbench, turns: Sequence[Asked], ended: Callable[[int], None] = lambda number: None
+    bench: Workbench, turns: abc.Sequence[Asked], ended: Callable[[int], None] = lambda number: None
 ) -> list[Finished | BaseException]:
     """What becomes of turns whose first step is the same; ``ended`` hears when one is answered."""
 
@@ -93,7 +94,7 @@ def play(
                     number,
                     Turn(
                         bench,
-                        Dialogue(Strategy.full(), asked.tenant),
+                        SessionState(Strategy.full(), asked.tenant),
                         f"sessions/s{number}",
                         "strategies/full",
                         TurnRequest(asked.parts, asked.tokens),
@@ -129,7 +130,7 @@ def test_a_fault_in_a_batch_fails_only_the_turn_that_causes_it(
     advance, (mark,) = bench.runtime.advance, bench.runtime.chat.text("z")
     longest = 0
 
-    def faulty(conversations: Sequence[Conversation], *arguments: object, **options: object) -> object:
+    def faulty(conversations: abc.Sequence[Sequence], *arguments: object, **options: object) -> object:
         nonlocal longest
         longest = max(longest, len(conversations))
         if any(conversation.log.count(mark) > 20 for conversation in conversations):
@@ -143,7 +144,7 @@ def test_a_fault_in_a_batch_fails_only_the_turn_that_causes_it(
     assert isinstance(first, Finished) and isinstance(last, Finished)
 
 
-def steps_to_answer(bench: Workbench, turns: Sequence[Asked], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def steps_to_answer(bench: Workbench, turns: abc.Sequence[Asked], monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """After how many steps of the model each turn is answered."""
     advance, steps, answered = bench.runtime.advance, 0, [0] * len(turns)
 
@@ -187,7 +188,7 @@ def test_a_video_is_encoded_by_itself(roomy: Workbench, monkeypatch: pytest.Monk
     clip, other = Video.of(frames, range(3)), Video.of(frames, range(1, 4))
     compress, encoded = roomy.runtime.compress, []
 
-    def noted(shown: Sequence[Visual], strategy: Strategy) -> object:
+    def noted(shown: abc.Sequence[Visual], strategy: Strategy) -> object:
         encoded.append([{one: 1, two: 2, three: 3, clip: "clip", other: "other"}[each] for each in shown])
         return compress(shown, strategy)
 
@@ -205,7 +206,7 @@ def test_tenants_take_turns_with_their_pictures(roomy: Workbench, monkeypatch: p
     }
     compress, encoded = roomy.runtime.compress, []
 
-    def noted(shown: Sequence[Picture], strategy: Strategy) -> object:
+    def noted(shown: abc.Sequence[Picture], strategy: Strategy) -> object:
         encoded.extend(owners[picture.digest] for picture in shown)
         return compress(shown, strategy)
 

@@ -13,17 +13,17 @@ from typing import Any, TypeVar
 import pytest
 
 from vflow_server.engine.engine import Engine, Steps, Work, WorkCancelled
-from vflow_server.engine.ops import Await, Run, Spare
+from vflow_server.engine.ops import Forward, Idle, Wait
 from vflow_server.engine.scheduler import SPARE_EVERY, Scheduler
 from vflow_server.engine.spare_time import in_spare_time
 from vflow_server.engine.workbench import Workbench
-from vflow_server.kv.offload import ParkedStore
+from vflow_server.kv.offload import OffloadStore
 from vflow_server.rpc.errors import CapacityExhausted
 from vflow_server.tuning.proposer import Proposer
 from vflowopt.compression.strategy import Strategy
 from vflowopt.runtime.cache import PoolExhausted
 from vflowopt.runtime.model_runner import Runtime
-from vflowopt.runtime.sequence import Conversation
+from vflowopt.runtime.sequence import Sequence
 from vflowopt.search.pause import Aside, Shortage
 
 T = TypeVar("T")
@@ -32,11 +32,11 @@ T = TypeVar("T")
 @pytest.fixture
 def bench(model_folder: Path) -> Iterator[Workbench]:
     bench = Workbench(
-        Runtime.load(model_folder, kv_budget=200 << 10), compressed_bytes=1 << 20, parked=ParkedStore(0, None)
+        Runtime.load(model_folder, kv_budget=200 << 10), compressed_bytes=1 << 20, parked=OffloadStore(0, None)
     )
     yield bench
     bench.close()
-    assert bench.residency.check() == 0
+    assert bench.kv.check() == 0
 
 
 def on(bench: Workbench, scene: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
@@ -58,7 +58,7 @@ def counting(pieces: int, counted: list[int]) -> Work[object, None]:
 
     def work(emit: Callable[[object], None]) -> Steps[None]:
         for piece in range(pieces):
-            yield Spare()
+            yield Idle()
             counted.append(piece)
 
     return work
@@ -73,7 +73,7 @@ def talking(bench: Workbench, steps: int, before: Callable[[int], None]) -> Work
             for step in range(steps):
                 before(step)
                 conversation.log.append(5)
-                yield Run(conversation)
+                yield Forward(conversation)
         finally:
             conversation.release()
 
@@ -120,7 +120,7 @@ def test_several_take_turns(bench: Workbench) -> None:
         def work(emit: Callable[[object], None]) -> Steps[None]:
             go.wait(5)
             for _ in range(4):
-                yield Spare()
+                yield Idle()
                 order.append(name)
 
         return work
@@ -148,19 +148,19 @@ def run_steps(bench: Workbench, steps: Steps[T], between: Callable[[], None] = l
         except StopIteration as end:
             result: T = end.value
             return result
-        if isinstance(need, Await):
+        if isinstance(need, Wait):
             need.future.result(20)
         between()
 
 
-def held(bench: Workbench, tokens: int) -> Conversation:
+def held(bench: Workbench, tokens: int) -> Sequence:
     conversation = bench.runtime.start(Strategy.full())
     bench.runtime.extend(conversation, [5] * tokens)
     return conversation
 
 
 def test_its_pages_are_lent_and_the_first_to_go(bench: Workbench) -> None:
-    conversations: list[Conversation] = []
+    conversations: list[Sequence] = []
     released: list[bool] = []
 
     def pieces() -> Generator[None, None, None]:
@@ -179,9 +179,9 @@ def test_its_pages_are_lent_and_the_first_to_go(bench: Workbench) -> None:
 
     def take_away() -> None:
         if conversations and not freed:
-            assert bench.residency.check() == conversations[0].kv_bytes > 0
-            freed.append(bench.residency.release_idle())
-            assert not bench.residency.release_idle(), "nothing is left to be released"
+            assert bench.kv.check() == conversations[0].kv_bytes > 0
+            freed.append(bench.kv.release_idle())
+            assert not bench.kv.release_idle(), "nothing is left to be released"
 
     run_steps(bench, in_spare_time(bench, pieces(), lambda: conversations, pytest.fail), take_away)
     assert freed == released == [True]

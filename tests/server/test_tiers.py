@@ -12,7 +12,7 @@ from tests.server.waiting import until
 from vflow_client import Client, Session
 from vflow_server.kv.disk import LOCK
 from vflowopt.runtime.model_runner import Runtime
-from vflowopt.runtime.offload import ParkedCache
+from vflowopt.runtime.offload import OffloadedCache
 
 NO_MEMORY = {"parked_memory": "1"}
 
@@ -50,7 +50,7 @@ def put_aside(served: Served) -> None:
     """Have every idle session give up its pages."""
 
     def release() -> None:
-        while served.service.bench.residency.release_idle():
+        while served.service.bench.kv.release_idle():
             pass
 
     served.on_engine(release)
@@ -137,10 +137,10 @@ def test_a_full_disk_costs_only_time(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def full(cache: ParkedCache, path: Path) -> None:
+    def full(cache: OffloadedCache, path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ParkedCache, "save", full)
+    monkeypatch.setattr(OffloadedCache, "save", full)
     served = serve(spill_dir=str(tmp_path), **NO_MEMORY)
     session = begun(served.client, picture)
     put_aside(served)
@@ -188,13 +188,13 @@ class TestASlowDisk:
 
     @pytest.fixture
     def gate(self, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-        gate, load = threading.Event(), ParkedCache.load
+        gate, load = threading.Event(), OffloadedCache.load
 
-        def slow(path: Path) -> ParkedCache:
+        def slow(path: Path) -> OffloadedCache:
             gate.wait(10)
             return load(path)
 
-        monkeypatch.setattr(ParkedCache, "load", slow)
+        monkeypatch.setattr(OffloadedCache, "load", slow)
         return gate
 
     def test_holds_up_only_the_session_whose_file_it_is(
@@ -245,13 +245,13 @@ def test_a_cancelled_turn_leaves_what_was_restored_for_it(
 def test_a_disk_that_cannot_keep_up_is_not_waited_for(
     serve: Serve, tmp_path: Path, picture: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gate, save = threading.Event(), ParkedCache.save
+    gate, save = threading.Event(), OffloadedCache.save
 
-    def slow(cache: ParkedCache, path: Path) -> None:
+    def slow(cache: OffloadedCache, path: Path) -> None:
         gate.wait(10)
         save(cache, path)
 
-    monkeypatch.setattr(ParkedCache, "save", slow)
+    monkeypatch.setattr(OffloadedCache, "save", slow)
     monkeypatch.setattr("vflow_server.kv.disk._MOST_UNWRITTEN", 2)
     served = serve(spill_dir=str(tmp_path), **NO_MEMORY)
     sessions = [begun(served.client, picture) for _ in range(3)]

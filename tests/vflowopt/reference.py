@@ -1,4 +1,4 @@
-"""Hugging Face's own answers to a conversation, computed the plain way: everything again in every turn."""
+"""Hugging Face's own answers to a sequence, computed the plain way: everything again in every turn."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

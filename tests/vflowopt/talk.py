@@ -1,6 +1,6 @@
-"""A conversation driven straight on the runtime, as the service's engine drives it."""
+"""A sequence driven straight on the runtime, as the service's engine drives it."""
 
-from collections.abc import Sequence
+from collections import abc
 
 import numpy as np
 import torch
@@ -11,17 +11,17 @@ from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Detail, Picture
 from vflowopt.media.video import Video
 from vflowopt.runtime.model_runner import Runtime
-from vflowopt.runtime.sequence import Conversation
+from vflowopt.runtime.sequence import Sequence
 
 
 class Talk:
-    """One conversation; remembers the logits behind every token."""
+    """One sequence; remembers the logits behind every token."""
 
     def __init__(self, runtime: Runtime, strategy: Strategy, detail: Detail = "high") -> None:
         self.runtime = runtime
         self.strategy = strategy
         self.detail: Detail = detail
-        self.conversation: Conversation = runtime.start(strategy)
+        self.sequence: Sequence = runtime.start(strategy)
         self.turns = 0
         self.logits: list[Tensor] = []
         self._ahead: list[object] = []
@@ -30,16 +30,16 @@ class Talk:
         """Add a picture or a video ahead of its question."""
         self._ahead.append(self._compressed(shown))
         items = self.runtime.chat.turn(self.turns, self._ahead, generate=False)
-        self.runtime.extend(self.conversation, items[self._read :], want_logits=False)
+        self.runtime.extend(self.sequence, items[self._read :], want_logits=False)
         self._read = len(items)
 
     _read = 0
 
-    def ask(self, parts: Sequence[str | np.ndarray | Video], new_tokens: int) -> list[int]:
+    def ask(self, parts: abc.Sequence[str | np.ndarray | Video], new_tokens: int) -> list[int]:
         """One turn, greedy; returns the answer's tokens without the end token."""
         ready = [part if isinstance(part, str) else self._compressed(part) for part in parts]
         items = self.runtime.chat.turn(self.turns, [*self._ahead, *ready])[self._read :]
-        logits = self.runtime.extend(self.conversation, items)
+        logits = self.runtime.extend(self.sequence, items)
         answer: list[int] = []
         while logits is not None:
             self.logits.append(logits)
@@ -48,9 +48,9 @@ class Talk:
                 break
             answer.append(token)
             if len(answer) == new_tokens:
-                self.conversation.log.append(token)
+                self.sequence.log.append(token)
                 break
-            logits = self.runtime.decode([self.conversation], [token])[0]
+            logits = self.runtime.decode([self.sequence], [token])[0]
         self.turns, self._ahead, self._read = self.turns + 1, [], 0
         return answer
 
@@ -71,7 +71,7 @@ def picture(height: int, width: int, seed: int) -> np.ndarray:
     return pixels
 
 
-def video(height: int, width: int, seconds: Sequence[float], seed: int) -> Video:
+def video(height: int, width: int, seconds: abc.Sequence[float], seed: int) -> Video:
     """A video whose frames are all different pictures."""
     frames = [Picture.from_pixels(picture(height, width, seed * 100 + index)) for index in range(len(seconds))]
     return Video.of(frames, seconds)

@@ -66,7 +66,7 @@ def test_references_are_the_model_s_own_answers_turn_by_turn(runtime: Runtime) -
             assert list(reference.answers[turn]) == answer
             logits = runtime.model.head(reference.states[turn])
             torch.testing.assert_close(logits, talk.logits[first], rtol=1e-4, atol=1e-4)
-        talk.conversation.release()
+        talk.sequence.release()
     assert max(len(answer) for reference in calibration.references for answer in reference.answers) > 0
 
 
@@ -77,13 +77,13 @@ def test_one_prefill_sees_what_turn_after_turn_would(runtime: Runtime) -> None:
         calibration.samples, calibration.references, calibration.encoded, strict=True
     ):
         image = compress(encoded, STRATEGY, runtime.layers)
-        conversation = runtime.start(STRATEGY)
+        sequence = runtime.start(STRATEGY)
         for turn, question in enumerate(sample.questions):
-            conversation.log += runtime.chat.turn(turn, [question] if turn else [image, question])
-            (state,) = runtime.states([conversation], [[len(conversation.log) - 1]])
+            sequence.log += runtime.chat.turn(turn, [question] if turn else [image, question])
+            (state,) = runtime.states([sequence], [[len(sequence.log) - 1]])
             expected.append(float(torch.cosine_similarity(state[0], reference.states[turn], dim=0)))
-            conversation.log += reference.answers[turn]
-        conversation.release()
+            sequence.log += reference.answers[turn]
+        sequence.release()
     assert cosines(calibration, STRATEGY) == pytest.approx(expected, abs=1e-5)
     assert max(expected) < 0.9999, "pruning shows"
 
@@ -103,18 +103,18 @@ def test_a_comparison_counts_what_really_happens(runtime: Runtime, budget: float
     for sample, reference in zip(calibration.samples, calibration.references, strict=True):
         talk = Talk(runtime, strategy)
         for turn, question in enumerate(sample.questions):
-            before = len(talk.conversation.log)
+            before = len(talk.sequence.log)
             answer = talk.ask([question] if turn else [sample.picture.pixels, question], NEW_TOKENS)
             agrees.append(answer == list(reference.answers[turn]))
             # The reference's answer takes the place of its own.
-            prompt = runtime.chat.turn(turn, [question]) if turn else talk.conversation.log[: -len(answer) or None]
-            talk.conversation.truncate(before + len(prompt))
-            talk.conversation.log += reference.answers[turn]
+            prompt = runtime.chat.turn(turn, [question]) if turn else talk.sequence.log[: -len(answer) or None]
+            talk.sequence.truncate(before + len(prompt))
+            talk.sequence.log += reference.answers[turn]
         (image,) = runtime.compress([sample.picture], strategy)
         kept.append(
             sum(len(each) * span for each, span in zip(image.kept, strategy.spans(runtime.layers), strict=True))
         )
-        talk.conversation.release()
+        talk.sequence.release()
     comparison = compared(calibration, strategy)
     assert comparison.agreement == pytest.approx(np.mean(agrees))
     assert comparison.visual_tokens == pytest.approx(np.mean(kept) / runtime.layers)
@@ -132,7 +132,7 @@ def test_pieces_of_any_size_come_to_the_same(runtime: Runtime) -> None:
 
 
 def test_conversations_may_be_released_between_any_two_pieces(runtime: Runtime) -> None:
-    every = 7  # more pieces than a conversation has: what is never left alone so long never gets done
+    every = 7  # more pieces than a sequence has: what is never left alone so long never gets done
     undisturbed = prepared(runtime, piece=32)
     expected = cosines(undisturbed, STRATEGY)
     for offset in range(every):
@@ -144,9 +144,9 @@ def test_conversations_may_be_released_between_any_two_pieces(runtime: Runtime) 
             _: Any, calibration: Calibration = disturbed, pauses: Iterator[int] = pauses, taken: list[int] = taken
         ) -> None:
             if next(pauses) % every == 0:
-                taken += [each.kv_bytes for each in calibration.conversations]
-                for conversation in calibration.conversations:
-                    conversation.release()
+                taken += [each.kv_bytes for each in calibration.sequences]
+                for sequence in calibration.sequences:
+                    sequence.release()
 
         finish(disturbed.prepare(), release)
         assert sum(taken) > 0
@@ -180,7 +180,7 @@ def test_preparation_goes_on_where_it_was_closed(runtime: Runtime) -> None:
             encoded += isinstance(pause, Aside)
         steps.close()  # type: ignore[attr-defined]
         runtime.pool.check_integrity([])
-        assert not calibration.conversations
+        assert not calibration.sequences
         if calibration.prepared:
             break
     whole = prepared(runtime, piece=32)
@@ -210,7 +210,7 @@ def test_a_shortage_is_told_and_waited_for(runtime: Runtime) -> None:
     def make_room(pause: Any) -> None:
         if isinstance(pause, Shortage):
             told.append(pause)
-            assert not any(each.kv_bytes for each in calibration.conversations), "its own pages are given back"
+            assert not any(each.kv_bytes for each in calibration.sequences), "its own pages are given back"
             runtime.pool.give_back(others[: pause.pages])
             del others[: pause.pages]
 
@@ -227,7 +227,7 @@ def test_what_never_finds_room_is_given_up(runtime: Runtime, free: int) -> None:
     with pytest.raises(PoolExhausted, match="release idle conversations"):
         cosines(calibration, STRATEGY, told.append)
     assert sum(isinstance(pause, Shortage) for pause in told) == PATIENCE - 1
-    assert runtime.pool.free_pages == free and not calibration.conversations
+    assert runtime.pool.free_pages == free and not calibration.sequences
     runtime.pool.give_back(others)
 
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from tests.vflowopt.talk import Talk, picture
-from tests.vflowopt.test_cuda_graph import conversations, decode, graphs
+from tests.vflowopt.test_cuda_graph import decode, graphs, sequences
 from tests.vflowopt.test_varlen_attention import HEADS, compare, pool
 from vflowopt.compression.strategy import Strategy
 from vflowopt.runtime.cache import StagedCache
 from vflowopt.runtime.cuda_graph import DecodeGraphs
 from vflowopt.runtime.model_runner import Runtime
-from vflowopt.runtime.offload import park, unpark
+from vflowopt.runtime.offload import offload, restore
 from vflowopt.runtime.varlen_attention import VarlenPlan, readable
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -25,12 +25,12 @@ def converse(runtime: Runtime, strategy: Strategy) -> Talk:
     """Two turns in one cache, a fork and a parking between them."""
     talk = Talk(runtime, strategy)
     talk.ask([picture(100, 60, 1), "what?"], 6)
-    fork = talk.conversation.fork()
+    fork = talk.sequence.fork()
     runtime.extend(fork, [1, 2, 3])
     fork.release()
-    unpark(talk.conversation, park(talk.conversation))
+    restore(talk.sequence, offload(talk.sequence))
     talk.ask([picture(56, 120, 2), "and now?"], 6)
-    talk.conversation.release()
+    talk.sequence.release()
     runtime.pool.check_integrity([])
     return talk
 
@@ -40,7 +40,7 @@ def test_the_device_changes_no_answer(plain_folder: Path, strategy: Strategy) ->
     here, there = (
         converse(Runtime.load(plain_folder, device=device, kv_budget=32 << 20), strategy) for device in ("cpu", DEVICE)
     )
-    assert here.conversation.log[-1] == there.conversation.log[-1]
+    assert here.sequence.log[-1] == there.sequence.log[-1]
     for one, other in zip(here.logits, there.logits, strict=True):
         torch.testing.assert_close(one, other.cpu(), atol=1e-3, rtol=1e-3)
 
@@ -50,12 +50,12 @@ def test_half_precision_and_ragged_batches(plain_folder: Path) -> None:
     talks = [Talk(runtime, strategy) for strategy in (TENTH, Strategy.full())]
     for talk in talks:
         talk.ask([picture(80, 80, 0), "hi"], 4)
-        talk.conversation.log.append(65)
-    conversations = [talk.conversation for talk in talks]
-    for logits in runtime.advance(conversations, [1, None]):
+        talk.sequence.log.append(65)
+    sequences = [talk.sequence for talk in talks]
+    for logits in runtime.advance(sequences, [1, None]):
         assert logits is None or logits.isfinite().all()
-    for conversation in conversations:
-        conversation.release()
+    for sequence in sequences:
+        sequence.release()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -76,10 +76,10 @@ def test_full_precision_is_left_to_stock_attention() -> None:
 def test_replayed_steps_equal_those_that_are_launched(
     plain_folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over page boundaries, with conversations that come and go. A step that cannot be captured warns, and so fails."""
+    """Over page boundaries, with sequences that come and go. A step that cannot be captured warns, and so fails."""
     monkeypatch.setattr(DecodeGraphs, "suit", lambda graphs, caches: False)  # the runtime launches its steps
     runtime = Runtime.load(plain_folder, device=DEVICE, dtype=dtype, kv_budget=64 << 20)
-    ours = conversations(runtime)
+    ours = sequences(runtime)
     theirs = [each.fork() for each in ours]
     replayed = graphs(runtime, readable(runtime.pool, runtime.model.decoder.config.num_attention_heads))
     for step in range(40):
@@ -100,7 +100,7 @@ def test_nothing_waits_for_the_device(plain_folder: Path) -> None:
     """Neither a step that is replayed nor a plan, once there is room for its tokens."""
     runtime = Runtime.load(plain_folder, device=DEVICE, dtype="bfloat16", kv_budget=64 << 20)
     reading = readable(runtime.pool, runtime.model.decoder.config.num_attention_heads)
-    batch = conversations(runtime)
+    batch = sequences(runtime)
     caches: list[StagedCache] = [each.cache for each in batch]
     replayed = graphs(runtime, reading)
     decode(runtime, replayed, batch, [1] * len(batch))  # captures

@@ -1,7 +1,7 @@
 """Decode steps with everything in fixed buffers; off a GPU the step is run where a graph would be replayed."""
 
 import random
-from collections.abc import Sequence
+from collections import abc
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from vflowopt.media.picture import Picture
 from vflowopt.runtime import varlen_attention
 from vflowopt.runtime.cuda_graph import SIZES, DecodeGraphs, DecodePlan, Rotary
 from vflowopt.runtime.model_runner import Runtime
-from vflowopt.runtime.sequence import Conversation, Progress
+from vflowopt.runtime.sequence import CachedLength, Sequence
 from vflowopt.runtime.varlen_attention import Reading
 
 STRATEGIES = (
@@ -35,8 +35,8 @@ def graphs(runtime: Runtime, reading: Reading | None) -> DecodeGraphs:
     return DecodeGraphs(runtime.pool, runtime.layers, rotary=runtime.decoder.rotary, step=step, reading=reading)
 
 
-def conversations(runtime: Runtime) -> list[Conversation]:
-    """Conversations of unequal strategies and lengths, cached but for their last token."""
+def sequences(runtime: Runtime) -> list[Sequence]:
+    """Sequences of unequal strategies and lengths, cached but for their last token."""
     begun = []
     for index in range(6):
         strategy = STRATEGIES[index % len(STRATEGIES)]
@@ -46,17 +46,15 @@ def conversations(runtime: Runtime) -> list[Conversation]:
     return begun
 
 
-def decode(runtime: Runtime, graphs: DecodeGraphs, batch: Sequence[Conversation], tokens: Sequence[int]) -> Tensor:
+def decode(runtime: Runtime, graphs: DecodeGraphs, batch: abc.Sequence[Sequence], tokens: abc.Sequence[int]) -> Tensor:
     """What :meth:`Runtime.decode` does, by graphs."""
-    for conversation in batch:
-        conversation.cache.reserve([1] * len(conversation.cache.stages))
-    logits = graphs.run(
-        [each.cache for each in batch], tokens, [conversation.cached.position for conversation in batch]
-    )
-    for conversation, token in zip(batch, tokens, strict=True):
-        conversation.log.append(token)
-        conversation.cache.advance([1] * len(conversation.cache.stages))
-        conversation.cached = Progress(len(conversation.log), 0, conversation.cached.position + 1)
+    for sequence in batch:
+        sequence.cache.reserve([1] * len(sequence.cache.stages))
+    logits = graphs.run([each.cache for each in batch], tokens, [sequence.cached.position for sequence in batch])
+    for sequence, token in zip(batch, tokens, strict=True):
+        sequence.log.append(token)
+        sequence.cache.advance([1] * len(sequence.cache.stages))
+        sequence.cached = CachedLength(len(sequence.log), 0, sequence.cached.position + 1)
     return logits
 
 
@@ -67,7 +65,7 @@ def test_steps_equal_those_of_the_runtime(
     """Whoever is in the batch, in whatever order, and whatever happened to their caches between the steps."""
     monkeypatch.setattr(varlen_attention, "varlen_attn", stand_in())
     generator = random.Random(0)
-    ours = conversations(runtime)
+    ours = sequences(runtime)
     theirs = [each.fork() for each in ours]
     replayed = graphs(runtime, reading)
     marks = [each.checkpoint() for each in ours]
@@ -98,9 +96,9 @@ def test_steps_equal_those_of_the_runtime(
 def test_a_step_writes_nothing_but_its_tokens(
     runtime: Runtime, reading: Reading | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three conversations in a graph for four: the row that is left over writes nowhere else."""
+    """Three sequences in a graph for four: the row that is left over writes nowhere else."""
     monkeypatch.setattr(varlen_attention, "varlen_attn", stand_in())
-    batch = conversations(runtime)
+    batch = sequences(runtime)
     for each in batch[3:]:
         each.release()
     del batch[3:]
@@ -123,29 +121,29 @@ def test_a_step_writes_nothing_but_its_tokens(
 
 def test_what_goes_wrong_in_one_conversation_stays_there(runtime: Runtime) -> None:
     batch = [runtime.start(Strategy.full()) for _ in range(3)]
-    for index, conversation in enumerate(batch):
-        runtime.extend(conversation, list(range(5 + 20 * index)))
+    for index, sequence in enumerate(batch):
+        runtime.extend(sequence, list(range(5 + 20 * index)))
     broken = torch.ones(len(runtime.pool.keys), dtype=torch.bool)
-    for conversation in batch[1:]:
-        stage = conversation.cache.stages[0]
+    for sequence in batch[1:]:
+        stage = sequence.cache.stages[0]
         broken[stage.slots(range(runtime.pool.page_size * len(stage.blocks))).flatten()] = False
     runtime.pool.keys[broken] = runtime.pool.values[broken] = torch.nan
     logits = decode(runtime, graphs(runtime, None), batch, [1, 2, 3])
     assert logits.isfinite().all(1).tolist() == [False, True, True]
-    for conversation in batch:
-        conversation.release()
+    for sequence in batch:
+        sequence.release()
 
 
 def test_few_words_beside_a_long_text_are_no_batch_for_copies(runtime: Runtime) -> None:
     short = [runtime.start(Strategy.full()) for _ in range(15)]
     long = runtime.start(Strategy.full())
     runtime.extend(long, [1] * 900)
-    for conversation in short:
-        runtime.extend(conversation, [1, 2, 3])
+    for sequence in short:
+        runtime.extend(sequence, [1, 2, 3])
     caches = [each.cache for each in (*short, long)]
     assert graphs(runtime, None).suit(caches[:-1]) and graphs(runtime, None).suit(caches[-1:])
     assert not graphs(runtime, None).suit(caches)
     assert graphs(runtime, "paged").suit(caches)
     assert not graphs(runtime, "paged").suit(caches[:1] * (SIZES[-1] + 1))
-    for conversation in (*short, long):
-        conversation.release()
+    for sequence in (*short, long):
+        sequence.release()

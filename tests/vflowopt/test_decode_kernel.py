@@ -66,12 +66,12 @@ def test_it_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_without_a_compiler_stock_attention_serves(plain_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def answers() -> list[int]:
         runtime = Runtime.load(plain_folder, kv_budget=1 << 20)
-        conversations = [runtime.start(Strategy.full()) for _ in range(3)]
-        for index, conversation in enumerate(conversations):
-            runtime.extend(conversation, list(range(1, 5 + 17 * index)))
+        sequences = [runtime.start(Strategy.full()) for _ in range(3)]
+        for index, sequence in enumerate(sequences):
+            runtime.extend(sequence, list(range(1, 5 + 17 * index)))
         found = []
         for step in range(6):
-            found += runtime.decode(conversations, [step, 3, 9]).argmax(-1).tolist()
+            found += runtime.decode(sequences, [step, 3, 9]).argmax(-1).tolist()
         return found
 
     with_kernel = answers()

@@ -23,7 +23,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def logits(runtime: Runtime, strategy: Strategy) -> torch.Tensor:
-    """Logits along two conversations that are run together: prompts, single tokens, and both in one batch."""
+    """Logits along two sequences that are run together: prompts, single tokens, and both in one batch."""
     (image,) = runtime.compress([Picture.from_pixels(picture(100, 60, 1))], strategy)
     first, second = runtime.start(strategy), runtime.start(strategy)
     rows = [runtime.extend(first, [1, 2, image, 3, 4]), runtime.extend(second, list(range(5, 40)))]

@@ -9,7 +9,7 @@ from vflowopt.compression.strategy import Strategy
 from vflowopt.demo import model_path
 from vflowopt.media.picture import Picture
 from vflowopt.runtime.model_runner import Runtime
-from vflowopt.runtime.sequence import Conversation
+from vflowopt.runtime.sequence import Sequence
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +19,11 @@ def embedded() -> Iterator[Runtime]:
     runtime.pool.check_integrity([])
 
 
-def tensor_bytes(conversation: Conversation) -> int:
+def tensor_bytes(sequence: Sequence) -> int:
     """Bytes of the keys and values themselves."""
     return sum(
         tensor.numel() * tensor.element_size()
-        for stage in conversation.cache.stages
+        for stage in sequence.cache.stages
         for layer in stage.layers
         for tensor in stage.read(layer)
     )
@@ -36,10 +36,10 @@ def test_the_presets_hold_no_more_than_their_share(embedded: Runtime, budget: fl
     for strategy in (Strategy.preset(budget, embedded.layers), Strategy.full()):
         (image,) = embedded.compress([Picture.from_pixels(picture(448, 448, 3))], strategy)
         assert image.tokens == 1312
-        conversation = embedded.start(strategy)
-        embedded.extend(conversation, [image], want_logits=False)
-        held.append(tensor_bytes(conversation))
-        allocated.append(conversation.kv_bytes)
-        conversation.release()
+        sequence = embedded.start(strategy)
+        embedded.extend(sequence, [image], want_logits=False)
+        held.append(tensor_bytes(sequence))
+        allocated.append(sequence.kv_bytes)
+        sequence.release()
     assert held[0] <= most * held[1]
     assert allocated[0] <= (most + 0.01) * allocated[1]

@@ -49,7 +49,7 @@ def test_three_turns_with_two_pictures_answer_like_generate(
     for ours, theirs in zip(talk.logits, reference.logits, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
     assert len({token for answer in answers for token in answer}) > 5, "answers too uniform to prove anything"
-    talk.conversation.release()
+    talk.sequence.release()
     assert runtime.pool.bytes_used == 0
 
 
@@ -64,5 +64,5 @@ def test_the_embedded_model_answers_like_generate() -> None:
     runtime = Runtime.load(model_path(), kv_budget=64 << 20)
     talk = Talk(runtime, Strategy.full())
     assert [talk.ask(turn, NEW_TOKENS) for turn in turns] == expected
-    talk.conversation.release()
+    talk.sequence.release()
     assert runtime.pool.bytes_used == 0

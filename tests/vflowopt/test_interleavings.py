@@ -1,4 +1,4 @@
-"""Whatever is done to conversations, and in whatever order: no page is lost, and every answer is a fresh one's."""
+"""Whatever is done to sequences, and in whatever order: no page is lost, and every answer is a fresh one's."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture
 from vflowopt.runtime.cache import PagePool, PoolExhausted
 from vflowopt.runtime.model_runner import Runtime
-from vflowopt.runtime.offload import ParkedCache, park, unpark
-from vflowopt.runtime.sequence import Checkpoint, Conversation, Item, tokens_in
+from vflowopt.runtime.offload import OffloadedCache, offload, restore
+from vflowopt.runtime.sequence import Checkpoint, Item, Sequence, tokens_in
 
 STRATEGIES = (
     Strategy.full(),
@@ -29,10 +29,10 @@ STRATEGIES = (
 )
 CONVERSATIONS = 5
 TOKENS = 110
-"""Most first-stage tokens of a conversation."""
+"""Most first-stage tokens of a sequence."""
 PAGE_SIZE = 4
 PAGES = 180
-"""Room for the longest conversation, but for a few of them only."""
+"""Room for the longest sequence, but for a few of them only."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Bench:
 
     Attributes:
         runtime: what is tested; each sequence gives it a small pool.
-        aside: another one, with pages of another size, for conversations that nothing happens to.
+        aside: another one, with pages of another size, for sequences that nothing happens to.
         images: per strategy, its pictures.
         folder: where caches are parked.
     """
@@ -62,27 +62,27 @@ def bench(plain_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench
 
 @dataclass(eq=False)
 class Talk:
-    """A conversation, and what it must be: what was said in it, and what had been said at its checkpoints.
+    """A sequence, and what it must be: what was said in it, and what had been said at its checkpoints.
 
     There is a checkpoint before everything that is said.
     """
 
     kind: int
-    conversation: Conversation
+    sequence: Sequence
     said: list[Item] = field(default_factory=list)
     marks: list[tuple[Checkpoint, list[Item]]] = field(default_factory=list)
-    parked: tuple[ParkedCache, list[Item]] | None = None
+    parked: tuple[OffloadedCache, list[Item]] | None = None
     """A copy of the cache, and what it covers of the log."""
 
     def has_room(self, items: list[Item]) -> bool:
-        """Whether the conversation may grow by ``items``."""
+        """Whether the sequence may grow by ``items``."""
         return sum(map(tokens_in, [*self.said, *items])) <= TOKENS
 
     def say(self, items: list[Item]) -> None:
         """Append to the log, if there is room."""
         if self.has_room(items):
-            self.note(self.conversation.checkpoint(), items)
-            self.conversation.log.extend(items)
+            self.note(self.sequence.checkpoint(), items)
+            self.sequence.log.extend(items)
 
     def note(self, before: Checkpoint, items: list[Item]) -> None:
         """Note that ``items`` were said."""
@@ -100,7 +100,7 @@ token = st.integers(0, 255)
 
 
 class Interleaving(RuleBasedStateMachine):
-    """One sequence of operations on a few conversations in a small pool."""
+    """One sequence of operations on a few sequences in a small pool."""
 
     def __init__(self, bench: Bench) -> None:
         super().__init__()
@@ -124,8 +124,8 @@ class Interleaving(RuleBasedStateMachine):
         """Everything that a refused operation must leave as it was."""
         state: list[object] = [self.runtime.pool.free_pages]
         for each in self.talks:
-            cache = each.conversation.cache
-            state += [list(each.conversation.log), each.conversation.cached, cache.lengths, sorted(cache.owned_pages())]
+            cache = each.sequence.cache
+            state += [list(each.sequence.log), each.sequence.cached, cache.lengths, sorted(cache.owned_pages())]
         return state
 
     def attempt(self, operation: Callable[[], object]) -> bool:
@@ -140,12 +140,12 @@ class Interleaving(RuleBasedStateMachine):
 
     def run(self, talks: list[Talk], limits: list[int | None]) -> None:
         """Run what is said and not cached yet, in one batch; where pages run short, others are preempted."""
-        batch = [(each, limit) for each, limit in zip(talks, limits, strict=True) if each.conversation.pending_tokens]
-        conversations = [each.conversation for each, _ in batch]
-        if batch and not self.attempt(lambda: self.runtime.advance(conversations, [limit for _, limit in batch])):
+        batch = [(each, limit) for each, limit in zip(talks, limits, strict=True) if each.sequence.pending_tokens]
+        sequences = [each.sequence for each, _ in batch]
+        if batch and not self.attempt(lambda: self.runtime.advance(sequences, [limit for _, limit in batch])):
             others = [each for each in self.talks if each not in talks]
             for each in others or self.talks:
-                each.conversation.release()
+                each.sequence.release()
 
     @precondition(lambda self: len(self.talks) < CONVERSATIONS)
     @rule(kind=st.integers(0, len(STRATEGIES) - 1), items=st.lists(token, min_size=1, max_size=9))
@@ -182,17 +182,17 @@ class Interleaving(RuleBasedStateMachine):
     def extend_or_nothing(self, place: int, items: list[Item], image: bool) -> None:
         talk = self.talk(place)
         items = [*items, *self.bench.images[talk.kind][:image]]
-        before = talk.conversation.checkpoint()
-        if talk.has_room(items) and self.attempt(lambda: self.runtime.extend(talk.conversation, items)):
+        before = talk.sequence.checkpoint()
+        if talk.has_room(items) and self.attempt(lambda: self.runtime.extend(talk.sequence, items)):
             talk.note(before, items)
 
     @precondition(lambda self: self.talks)
     @rule(chosen=st.sets(places, min_size=1), said=token)
     def decode_or_nothing(self, chosen: set[int], said: int) -> None:
         talks = [talk for place, talk in enumerate(self.talks) if place in chosen and talk.has_room([said])]
-        conversations = [each.conversation for each in talks]
-        before = [each.checkpoint() for each in conversations]
-        if talks and self.attempt(lambda: self.runtime.decode(conversations, [said] * len(talks))):
+        sequences = [each.sequence for each in talks]
+        before = [each.checkpoint() for each in sequences]
+        if talks and self.attempt(lambda: self.runtime.decode(sequences, [said] * len(talks))):
             for talk, checkpoint in zip(talks, before, strict=True):
                 talk.note(checkpoint, [said])
 
@@ -203,7 +203,7 @@ class Interleaving(RuleBasedStateMachine):
         talk = marked[place % len(marked)]
         which = max(len(talk.marks) - which, 0)
         checkpoint, talk.said = talk.marks[which]
-        talk.conversation.rollback(checkpoint)
+        talk.sequence.rollback(checkpoint)
         del talk.marks[which:]
         if talk.parked is not None and not talk.begins_with(talk.parked[1]):
             talk.parked = None
@@ -212,7 +212,7 @@ class Interleaving(RuleBasedStateMachine):
     @rule(place=places)
     def fork(self, place: int) -> None:
         talk = self.talk(place)
-        self.talks.append(Talk(talk.kind, talk.conversation.fork(), talk.said))
+        self.talks.append(Talk(talk.kind, talk.sequence.fork(), talk.said))
 
     @precondition(lambda self: 0 < len(self.talks) < CONVERSATIONS)
     @rule(place=places, items=st.lists(token, min_size=1, max_size=5))
@@ -221,7 +221,7 @@ class Interleaving(RuleBasedStateMachine):
         new = Talk(prefix.kind, self.runtime.start(STRATEGIES[prefix.kind]))
         new.say(prefix.said)
         new.say(items)
-        new.conversation.share(prefix.conversation)
+        new.sequence.share(prefix.sequence)
         self.talks.append(new)
         self.run([new], [None])
 
@@ -231,88 +231,88 @@ class Interleaving(RuleBasedStateMachine):
         """Give up an own cache for one of the same beginning."""
         talk, prefix = self.talk(place), self.talk(other)
         if talk is not prefix and talk.kind == prefix.kind and talk.begins_with(prefix.said):
-            talk.conversation.share(prefix.conversation)
+            talk.sequence.share(prefix.sequence)
 
-    @precondition(lambda self: any(each.conversation.resident for each in self.talks))
+    @precondition(lambda self: any(each.sequence.resident for each in self.talks))
     @rule(place=places, to_file=st.booleans())
-    def park(self, place: int, to_file: bool) -> None:
-        resident = [each for each in self.talks if each.conversation.resident]
+    def offload(self, place: int, to_file: bool) -> None:
+        resident = [each for each in self.talks if each.sequence.resident]
         self.park_one(resident[place % len(resident)], to_file)
 
     def park_one(self, talk: Talk, to_file: bool = False) -> None:
-        parked = park(talk.conversation)
+        parked = offload(talk.sequence)
         if to_file:
             parked.save(self.bench.folder / "cache")
-            parked = ParkedCache.load(self.bench.folder / "cache")
+            parked = OffloadedCache.load(self.bench.folder / "cache")
         covered = parked.cached.items + (parked.cached.offset > 0)
         talk.parked = parked, talk.said[:covered]
-        assert not talk.conversation.cache.owned_pages()
+        assert not talk.sequence.cache.owned_pages()
 
     @precondition(lambda self: any(each.parked is not None for each in self.talks))
     @rule(place=places)
-    def unpark(self, place: int) -> None:
+    def restore(self, place: int) -> None:
         parked = [each for each in self.talks if each.parked is not None]
         self.unpark_one(parked[place % len(parked)])
 
     def unpark_one(self, talk: Talk) -> bool:
         """Bring back what is parked, unless it was rebuilt meanwhile; False where pages run short."""
-        if talk.parked is None or talk.conversation.resident:
+        if talk.parked is None or talk.sequence.resident:
             return True
         parked, _ = talk.parked
-        return self.attempt(lambda: unpark(talk.conversation, parked))
+        return self.attempt(lambda: restore(talk.sequence, parked))
 
     @precondition(lambda self: self.talks)
     @rule(place=places)
     def release(self, place: int) -> None:
-        self.talk(place).conversation.release()
+        self.talk(place).sequence.release()
 
     @precondition(lambda self: self.talks)
     @rule(place=places)
     def delete(self, place: int) -> None:
         talk = self.talk(place)
-        talk.conversation.release()
+        talk.sequence.release()
         self.talks.remove(talk)
 
     @invariant()
     def every_page_is_free_or_owned(self) -> None:
-        self.runtime.pool.check_integrity([each.conversation.cache for each in self.talks])
+        self.runtime.pool.check_integrity([each.sequence.cache for each in self.talks])
 
     @invariant()
     def logs_and_lengths_are_as_said(self) -> None:
         for talk in self.talks:
-            conversation, cached = talk.conversation, talk.conversation.cached
-            assert conversation.log == talk.said
-            lengths = [0] * len(conversation.cache.stages)
+            sequence, cached = talk.sequence, talk.sequence.cached
+            assert sequence.log == talk.said
+            lengths = [0] * len(sequence.cache.stages)
             for index, item in enumerate(talk.said[: cached.items + 1]):
                 for stage in range(len(lengths)):
                     stages = item.last_stages if isinstance(item, CompressedImage) else torch.tensor([len(lengths)])
                     present = stages if index < cached.items else stages[: cached.offset]
                     lengths[stage] += int((present >= stage).sum())
-            assert conversation.cache.lengths == tuple(lengths)
+            assert sequence.cache.lengths == tuple(lengths)
 
     def teardown(self) -> None:
-        """Whoever is left goes on like a conversation with the same log that nothing ever happened to."""
+        """Whoever is left goes on like a sequence with the same log that nothing ever happened to."""
         for talk in self.talks:
             fresh = self.bench.aside.start(STRATEGIES[talk.kind])
             fresh.log.extend(talk.said)
             for said in (65, 66, 67):
-                talk.conversation.log.append(said)
+                talk.sequence.log.append(said)
                 answer = self.run_among_others(talk)
                 expected = self.bench.aside.extend(fresh, [said])
                 assert answer is not None and expected is not None
                 torch.testing.assert_close(answer, expected, atol=1e-4, rtol=0)
             fresh.release()
         for talk in self.talks:
-            talk.conversation.release()
+            talk.sequence.release()
         self.runtime.pool.check_integrity([])
 
     def run_among_others(self, talk: Talk) -> torch.Tensor | None:
         """Run ``talk``; where pages run short, others are parked, and so keep what they hold."""
         answers: list[torch.Tensor | None] = []
         while not (
-            self.unpark_one(talk) and self.attempt(lambda: answers.extend(self.runtime.advance([talk.conversation])))
+            self.unpark_one(talk) and self.attempt(lambda: answers.extend(self.runtime.advance([talk.sequence])))
         ):
-            self.park_one(next(each for each in self.talks if each is not talk and each.conversation.resident))
+            self.park_one(next(each for each in self.talks if each is not talk and each.sequence.resident))
         (answer,) = answers
         return answer
 

@@ -156,7 +156,7 @@ def test_half_precision_runs(plain_folder: Path, dtype: str) -> None:
     talk = Talk(runtime, Strategy.preset(0.1, 6))
     assert talk.ask([picture(80, 80, 0), "hi"], 4)
     assert all(logits.isfinite().all() for logits in talk.logits)
-    talk.conversation.release()
+    talk.sequence.release()
 
 
 def test_an_unknown_dtype_and_a_missing_gpu(plain_folder: Path) -> None:

@@ -15,7 +15,7 @@ from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture
 from vflowopt.runtime.cache import PoolExhausted
 from vflowopt.runtime.model_runner import Runtime
-from vflowopt.runtime.sequence import Conversation
+from vflowopt.runtime.sequence import Sequence
 
 NEW_TOKENS = 6
 
@@ -29,7 +29,7 @@ def tenth(**fields: object) -> Strategy:
 def talk(runtime: Runtime) -> Iterator[Talk]:
     talk = Talk(runtime, tenth())
     yield talk
-    talk.conversation.release()
+    talk.sequence.release()
 
 
 @pytest.mark.parametrize(
@@ -41,41 +41,41 @@ def test_a_reused_cache_answers_like_a_recomputed_one(runtime: Runtime, strategy
     turns = [[picture(100, 60, 1), "what?"], ["one"], [picture(56, 120, 2), "two"], ["three"], ["four"]]
     reused, recomputed = Talk(runtime, strategy), Talk(runtime, strategy)
     for turn in turns:
-        recomputed.conversation.release()
+        recomputed.sequence.release()
         assert reused.ask(turn, NEW_TOKENS) == recomputed.ask(turn, NEW_TOKENS)
     for held, again in zip(reused.logits, recomputed.logits, strict=True):
         torch.testing.assert_close(held, again, atol=1e-4, rtol=0)
-    reused.conversation.release()
-    recomputed.conversation.release()
+    reused.sequence.release()
+    recomputed.sequence.release()
 
 
 def test_a_picture_ahead_of_its_question_equals_one_inside_the_turn(runtime: Runtime) -> None:
     ahead, inside = Talk(runtime, tenth()), Talk(runtime, tenth())
     ahead.look(picture(90, 70, 3))
     ahead.look(picture(56, 56, 4))
-    cached = ahead.conversation.cached_items
+    cached = ahead.sequence.num_cached_items
     assert ahead.ask(["and?"], NEW_TOKENS) == inside.ask([picture(90, 70, 3), picture(56, 56, 4), "and?"], NEW_TOKENS)
     assert cached > 2, "the pictures were not read ahead"
     for first, second in zip(ahead.logits, inside.logits, strict=True):
         torch.testing.assert_close(first, second, atol=1e-4, rtol=0)
-    ahead.conversation.release()
-    inside.conversation.release()
+    ahead.sequence.release()
+    inside.sequence.release()
 
 
 def test_a_batch_equals_its_members(runtime: Runtime) -> None:
-    """Conversations of unequal length and strategy, decoded together and alone."""
+    """Sequences of unequal length and strategy, decoded together and alone."""
     talks = [Talk(runtime, strategy) for strategy in (tenth(), Strategy.full(), tenth(), tenth(grid=None))]
     for index, talk in enumerate(talks):
         talk.ask([picture(56 + 20 * index, 80, index), "go" * (index + 1)], index + 1)
-        talk.conversation.log.append(65 + index)
-        runtime.extend(talk.conversation, [])
-    marks = [talk.conversation.checkpoint() for talk in talks]
-    together = runtime.decode([talk.conversation for talk in talks], [70, 71, 72, 73])
+        talk.sequence.log.append(65 + index)
+        runtime.extend(talk.sequence, [])
+    marks = [talk.sequence.checkpoint() for talk in talks]
+    together = runtime.decode([talk.sequence for talk in talks], [70, 71, 72, 73])
     for index, (talk, mark) in enumerate(zip(talks, marks, strict=True)):
-        talk.conversation.rollback(mark)
-        alone = runtime.decode([talk.conversation], [70 + index])[0]
+        talk.sequence.rollback(mark)
+        alone = runtime.decode([talk.sequence], [70 + index])[0]
         torch.testing.assert_close(together[index], alone, atol=1e-4, rtol=0)
-        talk.conversation.release()
+        talk.sequence.release()
 
 
 def test_kept_tokens_keep_positions_embeddings_and_structure(runtime: Runtime) -> None:
@@ -103,31 +103,31 @@ def test_renumbered_positions_close_the_gaps(runtime: Runtime) -> None:
 
 def test_text_is_never_pruned_and_lengths_agree_with_the_tensors(talk: Talk) -> None:
     talk.ask([picture(112, 112, 6), "some words"], NEW_TOKENS)
-    conversation = talk.conversation
-    (image,) = [item for item in conversation.log if isinstance(item, CompressedImage)]
-    text = conversation.cached_items - 1
-    assert [length - text for length in conversation.cache.lengths] == [len(kept) for kept in image.kept]
-    for stage in conversation.cache.stages:
+    sequence = talk.sequence
+    (image,) = [item for item in sequence.log if isinstance(item, CompressedImage)]
+    text = sequence.num_cached_items - 1
+    assert [length - text for length in sequence.cache.lengths] == [len(kept) for kept in image.kept]
+    for stage in sequence.cache.stages:
         for layer in stage.layers:
             keys, values = stage.read(layer)
             assert len(keys) == len(values) == stage.length
             assert keys.isfinite().all()
             assert (keys.flatten(1).abs().sum(1) > 0).all()
     tokens_full = text + image.tokens
-    assert conversation.cached.position == tokens_full
-    assert conversation.kv_bytes == len(conversation.cache.owned_pages()) * conversation.cache.pool.page_bytes
-    assert conversation.kv_bytes_full == -(-tokens_full // 16) * 6 * conversation.cache.pool.page_bytes
+    assert sequence.cached.position == tokens_full
+    assert sequence.kv_bytes == len(sequence.cache.owned_pages()) * sequence.cache.pool.page_bytes
+    assert sequence.kv_bytes_full == -(-tokens_full // 16) * 6 * sequence.cache.pool.page_bytes
 
 
 def test_rollback_forgets_a_turn_entirely(talk: Talk, runtime: Runtime) -> None:
     talk.ask([picture(80, 80, 7), "first"], NEW_TOKENS)
-    mark, held, turns = talk.conversation.checkpoint(), runtime.pool.bytes_used, talk.turns
+    mark, held, turns = talk.sequence.checkpoint(), runtime.pool.bytes_used, talk.turns
     undisturbed = talk.ask(["second"], NEW_TOKENS)
-    talk.conversation.rollback(mark)
+    talk.sequence.rollback(mark)
     talk.turns = turns
     assert runtime.pool.bytes_used == held
     talk.ask(["something else, much longer than a page of sixteen tokens", picture(60, 60, 8)], NEW_TOKENS)
-    talk.conversation.rollback(mark)
+    talk.sequence.rollback(mark)
     talk.turns = turns
     assert runtime.pool.bytes_used == held
     assert talk.ask(["second"], NEW_TOKENS) == undisturbed
@@ -135,13 +135,13 @@ def test_rollback_forgets_a_turn_entirely(talk: Talk, runtime: Runtime) -> None:
 
 def test_rollback_after_a_release_is_right(talk: Talk) -> None:
     talk.ask([picture(80, 80, 7), "first"], NEW_TOKENS)
-    mark, turns = talk.conversation.checkpoint(), talk.turns
+    mark, turns = talk.sequence.checkpoint(), talk.turns
     undisturbed = talk.ask(["second"], NEW_TOKENS)
-    talk.conversation.rollback(mark)
+    talk.sequence.rollback(mark)
     talk.turns = turns
-    talk.conversation.release()
+    talk.sequence.release()
     talk.ask(["other"], NEW_TOKENS)  # rebuilds
-    talk.conversation.rollback(mark)
+    talk.sequence.rollback(mark)
     talk.turns = turns
     assert talk.ask(["second"], NEW_TOKENS) == undisturbed
 
@@ -151,59 +151,59 @@ def test_a_pool_too_small_refuses_and_changes_nothing(plain_folder: Path) -> Non
     runtime = Runtime.load(plain_folder, kv_budget=40 * page)
     talk = Talk(runtime, Strategy.full())
     talk.ask(["hello"], 2)
-    items, used = list(talk.conversation.log), runtime.pool.bytes_used
-    lengths = talk.conversation.cache.lengths
+    items, used = list(talk.sequence.log), runtime.pool.bytes_used
+    lengths = talk.sequence.cache.lengths
     with pytest.raises(PoolExhausted) as refused:
         talk.ask([picture(112, 112, 1), "too much"], 2)
     assert refused.value.needed > refused.value.free
-    assert (talk.conversation.log, runtime.pool.bytes_used) == (items, used)
-    assert talk.conversation.cache.lengths == lengths
+    assert (talk.sequence.log, runtime.pool.bytes_used) == (items, used)
+    assert talk.sequence.cache.lengths == lengths
     assert talk.ask(["bye"], 2)
-    talk.conversation.release()
+    talk.sequence.release()
     runtime.pool.check_integrity([])
 
 
 def test_a_batch_that_does_not_fit_changes_none_of_its_members(plain_folder: Path) -> None:
     page = 2 * 16 * 2 * 16 * 4
     runtime = Runtime.load(plain_folder, kv_budget=18 * page)
-    conversations = [runtime.start(Strategy.full()) for _ in range(2)]
-    for conversation in conversations:
-        runtime.extend(conversation, list(range(16)))  # one full page in each of six layers
-    before = [conversation.checkpoint() for conversation in conversations]
+    sequences = [runtime.start(Strategy.full()) for _ in range(2)]
+    for sequence in sequences:
+        runtime.extend(sequence, list(range(16)))  # one full page in each of six layers
+    before = [sequence.checkpoint() for sequence in sequences]
     with pytest.raises(PoolExhausted):
-        runtime.decode(conversations, [1, 2])
-    assert [conversation.checkpoint() for conversation in conversations] == before
+        runtime.decode(sequences, [1, 2])
+    assert [sequence.checkpoint() for sequence in sequences] == before
     assert runtime.pool.bytes_used == 12 * page
-    runtime.decode(conversations[:1], [1])
+    runtime.decode(sequences[:1], [1])
 
 
 def test_a_failure_of_the_model_changes_nothing(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    conversation = runtime.start(Strategy.full())
-    expected = runtime.extend(conversation, list(range(16)))
-    before, used = conversation.checkpoint(), runtime.pool.bytes_used
+    sequence = runtime.start(Strategy.full())
+    expected = runtime.extend(sequence, list(range(16)))
+    before, used = sequence.checkpoint(), runtime.pool.bytes_used
     for part in ("head", "decoder"):
         with monkeypatch.context() as patch:
             patch.setattr(runtime.model, part, None)
             with pytest.raises((TypeError, AttributeError)):
-                runtime.decode([conversation], [1])
-        assert (conversation.checkpoint(), runtime.pool.bytes_used) == (before, used)
-    conversation.release()
-    assert torch.equal(runtime.extend(conversation, []), expected)  # type: ignore[arg-type]
-    conversation.release()
+                runtime.decode([sequence], [1])
+        assert (sequence.checkpoint(), runtime.pool.bytes_used) == (before, used)
+    sequence.release()
+    assert torch.equal(runtime.extend(sequence, []), expected)  # type: ignore[arg-type]
+    sequence.release()
 
 
 def test_what_goes_wrong_in_one_conversation_stays_there(plain_folder: Path) -> None:
     """Numbers that overflowed in one cache, of half precision say, reach no other of the batch."""
     runtime = Runtime.load(plain_folder, kv_budget=1 << 20)
-    conversations = [runtime.start(Strategy.full()) for _ in range(3)]
-    for index, conversation in enumerate(conversations):
-        runtime.extend(conversation, list(range(5 + 20 * index)))
+    sequences = [runtime.start(Strategy.full()) for _ in range(3)]
+    for index, sequence in enumerate(sequences):
+        runtime.extend(sequence, list(range(5 + 20 * index)))
     broken = torch.ones(len(runtime.pool.keys), dtype=torch.bool)
-    for conversation in conversations[1:]:
-        stage = conversation.cache.stages[0]
+    for sequence in sequences[1:]:
+        stage = sequence.cache.stages[0]
         broken[stage.slots(range(runtime.pool.page_size * len(stage.blocks))).flatten()] = False
     runtime.pool.keys[broken] = runtime.pool.values[broken] = torch.nan
-    logits = runtime.decode(conversations, [1, 2, 3])
+    logits = runtime.decode(sequences, [1, 2, 3])
     assert logits.isfinite().all(1).tolist() == [False, True, True]
 
 
@@ -227,7 +227,7 @@ def test_a_chunk_may_vanish_on_its_way(runtime: Runtime) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 3, 16, 50])
 def test_a_prefill_in_chunks_equals_one_in_a_piece(runtime: Runtime, chunk: int) -> None:
-    """Chunks cut pictures wherever they fall, beside other conversations that decode meanwhile."""
+    """Chunks cut pictures wherever they fall, beside other sequences that decode meanwhile."""
     (image,) = runtime.compress([Picture.from_pixels(picture(112, 80, 4))], tenth())
     items = [*range(10, 19), image, *range(30, 40), image, 7]
     whole, chunked, beside = (runtime.start(tenth()) for _ in range(3))
@@ -243,34 +243,34 @@ def test_a_prefill_in_chunks_equals_one_in_a_piece(runtime: Runtime, chunk: int)
     assert chunked.cache.lengths == whole.cache.lengths
     assert expected is not None
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
-    for conversation in (whole, chunked, beside):
-        conversation.release()
+    for sequence in (whole, chunked, beside):
+        sequence.release()
 
 
 def test_a_fork_shares_pages_and_then_goes_its_own_way(runtime: Runtime) -> None:
     origin = Talk(runtime, tenth())
     origin.ask([picture(112, 112, 1), "what?"], NEW_TOKENS)
-    alone = origin.conversation.kv_bytes
+    alone = origin.sequence.kv_bytes
     fork = Talk(runtime, tenth())
-    fork.conversation, fork.turns = origin.conversation.fork(), origin.turns
-    assert runtime.pool.bytes_used == alone == fork.conversation.kv_bytes
+    fork.sequence, fork.turns = origin.sequence.fork(), origin.turns
+    assert runtime.pool.bytes_used == alone == fork.sequence.kv_bytes
     first, second = origin.ask(["one way"], NEW_TOKENS), fork.ask(["another way"], NEW_TOKENS)
-    assert alone < runtime.pool.bytes_used < origin.conversation.kv_bytes + fork.conversation.kv_bytes
-    runtime.pool.check_integrity([origin.conversation.cache, fork.conversation.cache])
+    assert alone < runtime.pool.bytes_used < origin.sequence.kv_bytes + fork.sequence.kv_bytes
+    runtime.pool.check_integrity([origin.sequence.cache, fork.sequence.cache])
     for asked, answer in (("one way", first), ("another way", second)):
         again = Talk(runtime, tenth())
         again.ask([picture(112, 112, 1), "what?"], NEW_TOKENS)
         assert again.ask([asked], NEW_TOKENS) == answer
-        again.conversation.release()
-    origin.conversation.release()
+        again.sequence.release()
+    origin.sequence.release()
     assert fork.ask(["and on"], NEW_TOKENS)
-    fork.conversation.release()
+    fork.sequence.release()
 
 
 def test_nothing_to_run_is_an_error(runtime: Runtime) -> None:
-    conversation = runtime.start(Strategy.full())
+    sequence = runtime.start(Strategy.full())
     with pytest.raises(ValueError, match="nothing to run"):
-        runtime.extend(conversation, [])
+        runtime.extend(sequence, [])
 
 
 @settings(max_examples=25, deadline=None)
@@ -283,39 +283,39 @@ def test_any_order_of_operations_leaves_an_answer_like_a_fresh_one(
 ) -> None:
     runtime = shared_runtime
     (image,) = runtime.compress([Picture.from_pixels(picture(60, 100, 9))], tenth())
-    conversation, fresh, marks = runtime.start(tenth()), runtime.start(tenth()), []
-    forks: list[Conversation] = []
+    sequence, fresh, marks = runtime.start(tenth()), runtime.start(tenth()), []
+    forks: list[Sequence] = []
     try:
         for step in steps:
-            marks.append(conversation.checkpoint())
+            marks.append(sequence.checkpoint())
             if step == "text":
-                runtime.extend(conversation, data.draw(st.lists(st.integers(0, 200), min_size=1, max_size=20)))
+                runtime.extend(sequence, data.draw(st.lists(st.integers(0, 200), min_size=1, max_size=20)))
             elif step == "picture":
-                runtime.extend(conversation, [image], want_logits=False)
-            elif step == "decode" and conversation.cached_items == len(conversation.log) > 0:
-                runtime.decode([conversation], [data.draw(st.integers(0, 200))])
+                runtime.extend(sequence, [image], want_logits=False)
+            elif step == "decode" and sequence.num_cached_items == len(sequence.log) > 0:
+                runtime.decode([sequence], [data.draw(st.integers(0, 200))])
             elif step == "release":
-                conversation.release()
+                sequence.release()
             elif step == "fork":
                 # The fork goes on; what it came from stays, and goes its own way, too.
-                forks.append(conversation)
-                conversation = conversation.fork()
+                forks.append(sequence)
+                sequence = sequence.fork()
                 runtime.extend(forks[-1], [data.draw(st.integers(0, 200))])
-            elif step == "chunk" and conversation.pending_tokens + len(conversation.log) > 0:
-                conversation.log.append(image)
-                runtime.advance([conversation], [data.draw(st.integers(1, 9))])
+            elif step == "chunk" and sequence.pending_tokens + len(sequence.log) > 0:
+                sequence.log.append(image)
+                runtime.advance([sequence], [data.draw(st.integers(1, 9))])
             elif step == "rollback":
                 place = data.draw(st.integers(0, len(marks) - 1))
-                conversation.rollback(marks[place])
+                sequence.rollback(marks[place])
                 del marks[place + 1 :]
-            runtime.pool.check_integrity([each.cache for each in (conversation, *forks)])
-        expected = runtime.extend(fresh, [*conversation.log, 33])
-        answer = runtime.extend(conversation, [33])
+            runtime.pool.check_integrity([each.cache for each in (sequence, *forks)])
+        expected = runtime.extend(fresh, [*sequence.log, 33])
+        answer = runtime.extend(sequence, [33])
         assert answer is not None and expected is not None
         torch.testing.assert_close(answer, expected, atol=1e-4, rtol=0)
-        assert conversation.position == fresh.position
+        assert sequence.position == fresh.position
     finally:
-        for each in (fresh, conversation, *forks):
+        for each in (fresh, sequence, *forks):
             each.release()
     runtime.pool.check_integrity([])
 
@@ -339,8 +339,8 @@ def test_states_are_what_the_head_reads_wherever_one_looks(runtime: Runtime) -> 
     logs = [[65, image, 66, 67, 68], [70, 71, image, 72, 73]]
     looks = [[0, 2, 4], [4]]
     whole = [runtime.start(strategy) for _ in logs]
-    for conversation, log in zip(whole, logs, strict=True):
-        conversation.log.extend(log)
+    for sequence, log in zip(whole, logs, strict=True):
+        sequence.log.extend(log)
     states = runtime.states(whole, looks)
     assert [len(each) for each in states] == [3, 1]
     for log, places, seen in zip(logs, looks, states, strict=True):
@@ -351,12 +351,12 @@ def test_states_are_what_the_head_reads_wherever_one_looks(runtime: Runtime) -> 
                 torch.testing.assert_close(runtime.model.head(state), logits, atol=1e-4, rtol=0)
             alone.release()
     # They ran like any other: the next token finds them cached.
-    assert [conversation.pending_tokens for conversation in whole] == [0, 0]
+    assert [sequence.pending_tokens for sequence in whole] == [0, 0]
     whole[0].log.append(69)
     for place in (1, 4, 6):  # a picture, a token run before, nothing
         with pytest.raises(ValueError, match=f"item {place} of the log"):
             runtime.states(whole[:1], [[place]])
     assert whole[0].pending_tokens == 1
-    for conversation in whole:
-        conversation.release()
+    for sequence in whole:
+        sequence.release()
     runtime.pool.check_integrity([])

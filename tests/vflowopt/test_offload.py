@@ -8,7 +8,7 @@ import torch
 from tests.vflowopt.talk import Talk, picture
 from vflowopt.compression.strategy import Strategy
 from vflowopt.runtime.model_runner import Runtime
-from vflowopt.runtime.offload import ParkedCache, ParkingError, park, unpark
+from vflowopt.runtime.offload import OffloadedCache, OffloadError, offload, restore
 
 STRATEGY = Strategy.from_budget(0.1, 6, (0.12, 0.9), grid=3.0)
 
@@ -18,26 +18,26 @@ def test_a_parked_conversation_goes_on_like_an_undisturbed_one(runtime: Runtime,
     for talk in (undisturbed, parked, filed):
         talk.ask([picture(100, 70, 1), "first"], 5)
     used = runtime.pool.bytes_used
-    memory = park(parked.conversation)
-    park(filed.conversation).save(tmp_path / "cache.safetensors")
+    memory = offload(parked.sequence)
+    offload(filed.sequence).save(tmp_path / "cache.safetensors")
     assert runtime.pool.bytes_used == used // 3
     assert memory.nbytes > 0
     assert [entry.name for entry in tmp_path.iterdir()] == ["cache.safetensors"]
-    unpark(parked.conversation, memory)
-    unpark(filed.conversation, ParkedCache.load(tmp_path / "cache.safetensors"))
+    restore(parked.sequence, memory)
+    restore(filed.sequence, OffloadedCache.load(tmp_path / "cache.safetensors"))
     expected = undisturbed.ask(["second"], 6)
     for talk in (parked, filed):
         assert talk.ask(["second"], 6) == expected
         for one, other in zip(talk.logits, undisturbed.logits, strict=True):
             assert torch.equal(one, other)
     for talk in (undisturbed, parked, filed):
-        talk.conversation.release()
+        talk.sequence.release()
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(runtime: Runtime, tmp_path: Path) -> None:
     talk = Talk(runtime, STRATEGY)
     talk.ask(["hello"], 3)
-    parked = park(talk.conversation)
+    parked = offload(talk.sequence)
     (tmp_path / "taken").mkdir()
     with pytest.raises(OSError):
         parked.save(tmp_path / "taken")
@@ -48,16 +48,16 @@ def test_what_is_not_of_this_conversation_is_refused(runtime: Runtime, tmp_path:
     talk, other = Talk(runtime, STRATEGY), Talk(runtime, Strategy.full())
     talk.ask(["hello"], 3)
     other.ask(["hello"], 3)
-    parked = park(talk.conversation)
-    for conversation in (other.conversation, runtime.start(STRATEGY)):
-        with pytest.raises(ParkingError, match="not of this conversation"):
-            unpark(conversation, parked)
+    parked = offload(talk.sequence)
+    for sequence in (other.sequence, runtime.start(STRATEGY)):
+        with pytest.raises(OffloadError, match="not of this conversation"):
+            restore(sequence, parked)
     parked.save(tmp_path / "cache")
     whole = (tmp_path / "cache").read_bytes()
     for damaged in (b"", b"not a cache", whole[: len(whole) // 2]):
         (tmp_path / "damaged").write_bytes(damaged)
-        with pytest.raises(ParkingError, match="rebuild it"):
-            ParkedCache.load(tmp_path / "damaged")
-    with pytest.raises(ParkingError):
-        ParkedCache.load(tmp_path / "missing")
-    other.conversation.release()
+        with pytest.raises(OffloadError, match="rebuild it"):
+            OffloadedCache.load(tmp_path / "damaged")
+    with pytest.raises(OffloadError):
+        OffloadedCache.load(tmp_path / "missing")
+    other.sequence.release()

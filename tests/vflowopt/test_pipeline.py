@@ -23,15 +23,15 @@ def test_the_presets_keep_their_budget_in_the_cache(runtime: Runtime, size: tupl
     )
     held = {}
     for each, how in ((image, strategy), (full, Strategy.full())):
-        conversation = runtime.start(how)
-        runtime.extend(conversation, [each], want_logits=False)
+        sequence = runtime.start(how)
+        runtime.extend(sequence, [each], want_logits=False)
         held[how] = sum(
             tensor.numel() * tensor.element_size()
-            for stage in conversation.cache.stages
+            for stage in sequence.cache.stages
             for layer in stage.layers
             for tensor in stage.read(layer)
         )
-        conversation.release()
+        sequence.release()
     structural = int(image.layout.structural.sum())
     floor = (structural + 1) / image.tokens
     assert held[strategy] <= max(budget, floor) * held[Strategy.full()]

@@ -9,7 +9,7 @@ from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture
 from vflowopt.runtime.model_runner import Runtime
 from vflowopt.runtime.sampling import Sampler, SamplingOptions
-from vflowopt.runtime.sequence import Conversation, Item
+from vflowopt.runtime.sequence import Item, Sequence
 
 TENTH = Strategy.from_budget(0.1, 6, (0.12, 0.9), threshold=1.0, alpha=0.1, grid=3.0)
 LENGTHS = (9, 4, 12, 7)
@@ -20,24 +20,24 @@ OPTIONS = tuple(SamplingOptions(temperature=0.9, top_p=0.9, seed=seed) for seed 
 class Answer:
     """An answer under way."""
 
-    conversation: Conversation
+    sequence: Sequence
     sampler: Sampler
     length: int
     tokens: list[int] = field(default_factory=list)
 
     def take(self, logits: Tensor) -> None:
         self.tokens.append(self.sampler(logits))
-        self.conversation.log.append(self.tokens[-1])
+        self.sequence.log.append(self.tokens[-1])
 
 
 def answer_one(runtime: Runtime, index: int) -> Answer:
-    """An answer about to begin: conversations differ in length, strategy and seed."""
+    """An answer about to begin: sequences differ in length, strategy and seed."""
     strategy = (TENTH, Strategy.full())[index % 2]
     (image,) = runtime.compress([Picture.from_pixels(picture(56, 60 + 30 * index, index))], strategy)
     prompt: list[Item] = [*range(20 * index), image, *b"and?"]
-    conversation = runtime.start(strategy)
-    conversation.log.extend(prompt)
-    return Answer(conversation, Sampler(OPTIONS[index]), LENGTHS[index])
+    sequence = runtime.start(strategy)
+    sequence.log.extend(prompt)
+    return Answer(sequence, Sampler(OPTIONS[index]), LENGTHS[index])
 
 
 def test_seeded_answers_are_the_same_in_any_company(runtime: Runtime) -> None:
@@ -45,10 +45,10 @@ def test_seeded_answers_are_the_same_in_any_company(runtime: Runtime) -> None:
     for index in range(len(LENGTHS)):
         answer = answer_one(runtime, index)
         while len(answer.tokens) < answer.length:
-            (logits,) = runtime.advance([answer.conversation])
+            (logits,) = runtime.advance([answer.sequence])
             assert logits is not None
             answer.take(logits)
-        answer.conversation.release()
+        answer.sequence.release()
         alone.append(answer.tokens)
     assert len({tuple(tokens[:4]) for tokens in alone}) == len(alone)
 
@@ -57,11 +57,11 @@ def test_seeded_answers_are_the_same_in_any_company(runtime: Runtime) -> None:
     step = 0
     while len(together[-1].tokens) < together[-1].length:
         running = [each for each in together[: step // 2 + 1] if len(each.tokens) < each.length]
-        rows = runtime.advance([each.conversation for each in running], [15] * len(running))
+        rows = runtime.advance([each.sequence for each in running], [15] * len(running))
         for each, logits in zip(running, rows, strict=True):
             if logits is not None:
                 each.take(logits)
         step += 1
     assert [each.tokens for each in together] == alone
     for each in together:
-        each.conversation.release()
+        each.sequence.release()

@@ -1,8 +1,8 @@
 """Attention of the decoder over the paged cache: registered with Hugging Face, called by its own layers.
 
 The decoder's layers stay Hugging Face's; they look attention up by name and pass keyword arguments through. So a
-forward pass over a ragged batch hands them the flat tokens of all conversations as *one* row, and the registered
-function writes the new keys and values into the caches and attends, conversation by conversation, to what each holds.
+forward pass over a ragged batch hands them the flat tokens of all sequences as *one* row, and the registered
+function writes the new keys and values into the caches and attends, sequence by sequence, to what each holds.
 
 Where everything lies is worked out once for all layers of a stage, in an :class:`AttentionPlan`.
 """
@@ -37,7 +37,7 @@ class AttentionPlan:
     Args:
         pool: the caches' pages.
         layers: the run of layers.
-        caches: the conversations of the batch, in order, with room reserved; those that bring a single token first.
+        caches: the sequences of the batch, in order, with room reserved; those that bring a single token first.
         counts: how many tokens each brings to these layers.
         kernel: attends for those that bring a single token; None: stock attention does.
     """
@@ -69,15 +69,15 @@ class AttentionPlan:
         self.write_slots = torch.from_numpy(np.concatenate(written, axis=1)).to(pool.keys.device)
         """int64 [layers, tokens]."""
         self.chunks = self._plan_chunks(counts)
-        """Of each other conversation: its tokens in the batch; the slots [layers, held] of all it holds with them, and
+        """Of each other sequence: its tokens in the batch; the slots [layers, held] of all it holds with them, and
         which of these each token sees; None and None where its own tokens are all it holds."""
 
     def _plan_singles(self, layers: int) -> np.ndarray:
         """Where the single tokens go, int64 [layers, singles].
 
-        Conversations that bring one token are attended to together, padded to the longest of them by whole pages.
+        Sequences that bring one token are attended to together, padded to the longest of them by whole pages.
 
-        What pads a conversation is its own last page: whatever is wrong with the numbers of another (NaN times a weight
+        What pads a sequence is its own last page: whatever is wrong with the numbers of another (NaN times a weight
         of zero is NaN), it stays there. Of that page, nothing that an earlier owner wrote is left.
         """
         held, size = self._held[: self.singles], self.pool.page_size
@@ -121,7 +121,7 @@ class AttentionPlan:
         return chunks
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
-        """Causal attention of each conversation's new tokens over everything it holds in a layer.
+        """Causal attention of each sequence's new tokens over everything it holds in a layer.
 
         Args:
             layer: the decoder layer.
@@ -158,7 +158,7 @@ class AttentionPlan:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _attend_singles(self, layer: int, query: Tensor, kv_heads: int, scale: float) -> Tensor:
-        """The conversations that bring one token: [singles, heads, head_dim] to the same."""
+        """The sequences that bring one token: [singles, heads, head_dim] to the same."""
         pages = self.single_pages[layer]
         if self._kernel is not None:
             size = self.pool.page_size

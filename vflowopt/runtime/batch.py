@@ -1,4 +1,4 @@
-"""What one conversation brings into a forward pass: the tokens of its log that its cache does not cover yet.
+"""What one sequence brings into a forward pass: the tokens of its log that its cache does not cover yet.
 
 Knows positions and stages, but neither layers nor how tokens are embedded.
 """
@@ -6,35 +6,35 @@ Knows positions and stages, but neither layers nor how tokens are embedded.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections import abc
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
 from vflowopt.compression.pipeline import CompressedImage
-from vflowopt.runtime.sequence import Conversation, Item, Progress
+from vflowopt.runtime.sequence import CachedLength, Item, Sequence
 
 
 @dataclass(frozen=True, eq=False)
-class Segment:
-    """What one conversation brings into a forward pass.
+class Chunk:
+    """What one sequence brings into a forward pass.
 
     Attributes:
-        conversation: whose it is.
+        sequence: whose it is.
         pieces: token ids, and embeddings [n, hidden] of visual tokens, in order.
         positions: int64 [tokens], or [axes, tokens].
         last_stages: int64 [tokens], in which stage each token is still present; None where all go through.
         counts: how many tokens enter each stage.
-        to: how far the conversation's cache comes by them.
+        to: how far the sequence's cache comes by them.
     """
 
-    conversation: Conversation
-    pieces: Sequence[list[int] | Tensor]
+    sequence: Sequence
+    pieces: abc.Sequence[list[int] | Tensor]
     positions: np.ndarray
     last_stages: np.ndarray | None
-    counts: Sequence[int]
-    to: Progress
+    counts: abc.Sequence[int]
+    to: CachedLength
 
     def __len__(self) -> int:
         """Tokens."""
@@ -55,28 +55,28 @@ class Segment:
     @property
     def reaches_the_end(self) -> bool:
         """Whether it runs the last of the log, through all layers."""
-        return self.to.items == len(self.conversation.log) and self.counts[-1] > 0
+        return self.to.items == len(self.sequence.log) and self.counts[-1] > 0
 
     def commit(self) -> None:
         """Count the tokens, all written by now, as cached."""
-        self.conversation.cached = self.to
-        self.conversation.cache.advance(self.counts)
+        self.sequence.cached = self.to
+        self.sequence.cache.advance(self.counts)
 
 
-def segment_of(conversation: Conversation, limit: int | None) -> Segment:
-    """What a conversation has to run, at most ``limit`` tokens of the first stage.
+def next_chunk(sequence: Sequence, limit: int | None) -> Chunk:
+    """What a sequence has to run, at most ``limit`` tokens of the first stage.
 
     Raises:
         ValueError: the cache covers the whole log.
     """
-    log, cached = conversation.log, conversation.cached
+    log, cached = sequence.log, sequence.cached
     if cached.items == len(log):
         raise ValueError("the conversation has nothing to run: its cache covers its whole log")
-    stages = len(conversation.cache.stages)
+    stages = len(sequence.cache.stages)
     if cached.items == len(log) - 1 and isinstance(token := log[-1], int):
         # By far the most frequent case: one more token of an answer.
-        to = Progress(len(log), 0, cached.position + 1)
-        return Segment(conversation, [[token]], np.array([cached.position]), None, [1] * stages, to)
+        to = CachedLength(len(log), 0, cached.position + 1)
+        return Chunk(sequence, [[token]], np.array([cached.position]), None, [1] * stages, to)
     pieces: list[list[int] | Tensor] = []
     positions: list[np.ndarray] = []
     last_stages: list[np.ndarray] = []
@@ -103,11 +103,11 @@ def segment_of(conversation: Conversation, limit: int | None) -> Segment:
             break
     ends = np.concatenate(last_stages)
     counts = [int((ends >= stage).sum()) for stage in range(stages)]
-    to = Progress(whole, offset, position)
-    return Segment(conversation, pieces, joined(positions), ends, counts, to)
+    to = CachedLength(whole, offset, position)
+    return Chunk(sequence, pieces, joined(positions), ends, counts, to)
 
 
-def joined(positions: Sequence[np.ndarray]) -> np.ndarray:
+def joined(positions: abc.Sequence[np.ndarray]) -> np.ndarray:
     """Positions [tokens] or [axes, tokens] behind each other; where some have axes, text stands at the same on all."""
     axes = max(part.shape[:-1] for part in positions)
     if axes:
@@ -115,7 +115,7 @@ def joined(positions: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(positions, axis=-1)
 
 
-def _runs(items: Sequence[Item]) -> list[list[int] | CompressedImage]:
+def _runs(items: abc.Sequence[Item]) -> list[list[int] | CompressedImage]:
     """Group consecutive token ids."""
     runs: list[list[int] | CompressedImage] = []
     for item in items:

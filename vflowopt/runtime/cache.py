@@ -1,8 +1,8 @@
-"""The KV cache: one pool of fixed-size pages, and per conversation one block table and length per pruning stage.
+"""The KV cache: one pool of fixed-size pages, and per sequence one block table and length per pruning stage.
 
 Pruning is piecewise constant in depth, so all layers of a stage hold the same tokens and share one length. A page holds
 ``page_size`` tokens of *one* layer: stages of any depth, cut differently by different strategies, then live in one
-pool without fragmenting it. The cache stores physical slots only; positions are the conversation's business.
+pool without fragmenting it. The cache stores physical slots only; positions are the sequence's business.
 
 Pages are counted by reference. A fork shares all pages of its origin, and whoever writes into a page that others hold,
 too, gets a copy of it first.
@@ -263,13 +263,13 @@ class StageTable:
 
     def _update_pages(self, first: int) -> None:
         """Bring ``pages`` in line with the blocks, of which those before ``first`` are as they were."""
-        # Only what changed: a long conversation would pay for all its blocks with every page that it grows by.
+        # Only what changed: a long sequence would pay for all its blocks with every page that it grows by.
         grown = np.array(self.blocks[first:], np.int64).reshape(-1, len(self.layers)).T
         self.pages = np.concatenate((self.pages[:, :first], grown), axis=1)
 
 
 class StagedCache:
-    """The keys and values of one conversation: a :class:`StageTable` per pruning stage.
+    """The keys and values of one sequence: a :class:`StageTable` per pruning stage.
 
     Args:
         pool: where the pages come from.

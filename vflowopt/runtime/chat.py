@@ -1,4 +1,4 @@
-"""From the parts of a chat turn to the items that a conversation's log grows by.
+"""From the parts of a chat turn to the items that a sequence's log grows by.
 
 The model's own chat template (Jinja, beside its tokenizer) writes the control tokens. What a user typed never passes
 through the template: a mark of private-use characters does, and the text is put in its place afterwards. A text that
@@ -21,7 +21,7 @@ _LINE_END = "\n"
 
 
 class ChatFormat:
-    """How one model writes conversations.
+    """How one model writes sequences.
 
     Args:
         tokenizer: with a chat template that takes contents as lists of parts.
@@ -91,15 +91,15 @@ class ChatFormat:
         Read in one go, as Hugging Face does, since how words fall into tokens depends on what is before them. Only
         where a user's text poses as control is every piece read by itself.
         """
-        segment = [int(piece) if place % 2 else piece for place, piece in enumerate(_MARKS.split(rendered)) if piece]
-        texts = [str(parts[piece]) if isinstance(piece, int) else piece for piece in segment]
-        control = [token for piece in segment if isinstance(piece, str) for token in self._read(piece)]
+        chunk = [int(piece) if place % 2 else piece for place, piece in enumerate(_MARKS.split(rendered)) if piece]
+        texts = [str(parts[piece]) if isinstance(piece, int) else piece for piece in chunk]
+        control = [token for piece in chunk if isinstance(piece, str) for token in self._read(piece)]
         whole = self._read("".join(texts), behind)
         if [each for each in whole if each in self._added] == [each for each in control if each in self._added]:
             return whole
         return [
             token
-            for piece, text in zip(segment, texts, strict=True)
+            for piece, text in zip(chunk, texts, strict=True)
             for token in (self.text(text) if isinstance(piece, int) else self._read(text))
         ]
 

@@ -5,8 +5,8 @@ takes the device. A CUDA graph starts them all at once, but reads and writes onl
 has one shape. So there is a graph for each of a few batch sizes and rooms, each with buffers of its own, and a batch
 runs in the smallest graph that it fits into.
 
-The layers need no plan for each stage here: a graph has a row of pages and a length for each *layer* and conversation,
-so that conversations of any strategies share it.
+The layers need no plan for each stage here: a graph has a row of pages and a length for each *layer* and sequence,
+so that sequences of any strategies share it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vflowopt.runtime.cache import PagePool, StagedCache
 from vflowopt.runtime.varlen_attention import Reading, to_device, varlen_attention
 
 SIZES = (1, 2, 4, 8, 16, 32)
-"""Conversations that graphs are made for."""
+"""Sequences that graphs are made for."""
 
 _MOST_COPIED = 8
 """Pages that a graph may copy for each page that is held, where its kernel does not read them where they are."""
@@ -33,7 +33,7 @@ Rotary = tuple[Tensor, ...]
 
 
 class DecodePlan:
-    """Where one new token of each of a fixed number of conversations is written, and what it attends to.
+    """Where one new token of each of a fixed number of sequences is written, and what it attends to.
 
     Like :class:`vflowopt.runtime.attention.AttentionPlan`, but for all layers, and with everything in buffers that stay
     in place from step to step.
@@ -41,13 +41,13 @@ class DecodePlan:
     Args:
         pool: the caches' pages.
         layers: decoder layers.
-        batch: conversations.
-        blocks: most pages that a conversation holds in a layer, with its new token.
+        batch: sequences.
+        blocks: most pages that a sequence holds in a layer, with its new token.
         reading: how the variable-length kernel reads the cache; None: scaled dot-product attention over copies.
 
     Attributes:
         pages: int32 [layers, batch, blocks].
-        held: int32 [layers, batch], tokens that each conversation holds, the new one included.
+        held: int32 [layers, batch], tokens that each sequence holds, the new one included.
     """
 
     def __init__(self, pool: PagePool, layers: int, batch: int, blocks: int, reading: Reading | None) -> None:
@@ -86,11 +86,11 @@ class DecodePlan:
             own = stage.pages[:, : self._laid_out.shape[2]]
             pages = self._laid_out[stage.layers.start : stage.layers.stop, row]
             pages[:, : own.shape[1]] = own
-            # What pads a conversation is its own last page: nothing of another reaches it, be it masked or not.
+            # What pads a sequence is its own last page: nothing of another reaches it, be it masked or not.
             pages[:, own.shape[1] :] = own[:, -1:]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
-        """Attention of each conversation's new token over everything it holds in a layer.
+        """Attention of each sequence's new token over everything it holds in a layer.
 
         Args:
             layer: the decoder layer.
@@ -147,7 +147,7 @@ It must be the same operations on the same shapes each time, and must not wait f
 
 
 class DecodeGraph:
-    """A decode step of a fixed number of conversations with a fixed most room, captured when it first runs.
+    """A decode step of a fixed number of sequences with a fixed most room, captured when it first runs.
 
     Off a CUDA device, or where the step cannot be captured, it is run each time instead.
 
@@ -169,7 +169,7 @@ class DecodeGraph:
         self._logits: Tensor
 
     def run(self, caches: Sequence[StagedCache], tokens: Sequence[int], rotary: Rotary) -> Tensor:
-        """Run a token of each conversation; logits [batch, vocabulary], which the next run of any graph overwrites."""
+        """Run a token of each sequence; logits [batch, vocabulary], which the next run of any graph overwrites."""
         self._plan.fill(caches)
         self._tokens.copy_(to_device(np.array(tokens, np.int32), self._tokens.device), non_blocking=True)
         for buffer, part in zip(self._rotary, rotary, strict=True):
@@ -207,7 +207,7 @@ class DecodeGraph:
 
 
 class DecodeGraphs:
-    """Runs decode steps of any conversations, by graphs that are made as they are needed.
+    """Runs decode steps of any sequences, by graphs that are made as they are needed.
 
     Args:
         pool: the caches' pages.
@@ -237,7 +237,7 @@ class DecodeGraphs:
         self._memory = torch.cuda.graph_pool_handle() if pool.keys.is_cuda else None
 
     def suit(self, caches: Sequence[StagedCache]) -> bool:
-        """Whether there is a graph for so many conversations that would not copy far more than they hold.
+        """Whether there is a graph for so many sequences that would not copy far more than they hold.
 
         A graph has as much room for each as for the longest: a few words beside a long document are better run as they
         are.
@@ -250,18 +250,18 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def run(self, caches: Sequence[StagedCache], tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """Run one token of each conversation, writing into room that is reserved; the lengths do not change.
+        """Run one token of each sequence, writing into room that is reserved; the lengths do not change.
 
-        Rows that are left over repeat the conversation that holds least: they write the same numbers to the same
+        Rows that are left over repeat the sequence that holds least: they write the same numbers to the same
         slots, so they need no pages of their own.
 
         Args:
-            caches: the conversations, all different; :meth:`suit` says whether there is a graph for them.
+            caches: the sequences, all different; :meth:`suit` says whether there is a graph for them.
             tokens: the token of each.
             positions: its position.
 
         Returns:
-            Logits [conversations, vocabulary].
+            Logits [sequences, vocabulary].
         """
         size, room = self._shape(caches)
         least = min(range(len(caches)), key=lambda index: sum(caches[index].lengths))
@@ -275,7 +275,7 @@ class DecodeGraphs:
         return logits[: len(caches)].clone()
 
     def _shape(self, caches: Sequence[StagedCache]) -> tuple[int, int]:
-        """Conversations and pages a row of the smallest graph for ``caches`` with a token more each."""
+        """Sequences and pages a row of the smallest graph for ``caches`` with a token more each."""
         size = next(size for size in SIZES if size >= len(caches))
         blocks = max(stage.blocks_for(stage.length + 1) for cache in caches for stage in cache.stages)
         return size, 1 << (blocks - 1).bit_length()

@@ -1,6 +1,6 @@
-"""A compiled kernel for the hottest step on the CPU: one new token per conversation, attending to all its pages.
+"""A compiled kernel for the hottest step on the CPU: one new token per sequence, attending to all its pages.
 
-Stock attention wants keys and values in one piece, so the pages of every conversation are copied together first, in
+Stock attention wants keys and values in one piece, so the pages of every sequence are copied together first, in
 every layer of every step; that takes longer than the attention itself. The kernel reads the pages where they lie.
 
 It is a page of C, compiled for the model's geometry and this processor when the model is loaded, if the machine has a C
@@ -52,14 +52,14 @@ class DecodeKernel:
     def __call__(
         self, query: Tensor, keys: Tensor, values: Tensor, pages: Tensor, lengths: Tensor, page_size: int, scale: float
     ) -> Tensor:
-        """Attention of one token of each conversation.
+        """Attention of one token of each sequence.
 
         Args:
             query: float32 [singles, kv_heads * group, head_dim].
             keys: float32 [slots, kv_heads, head_dim].
             values: like ``keys``.
-            pages: int64 [singles, blocks], each conversation's pages in order; what lies beyond its length is not read.
-            lengths: int64 [singles], tokens that each conversation holds.
+            pages: int64 [singles, blocks], each sequence's pages in order; what lies beyond its length is not read.
+            lengths: int64 [singles], tokens that each sequence holds.
             page_size: slots of a page, at most 256.
             scale: factor of the scores.
 

@@ -1,13 +1,14 @@
 """The runtime: encode a picture, prefill, decode. The only place that calls a model.
 
 It walks the decoder's layers itself, so that visual tokens can be dropped between them, and runs the tokens of any
-number of conversations as one flat batch. It knows no requests, no sessions and no threads: one thread owns it.
+number of sequences as one flat batch. It knows no requests, no sessions and no threads: one thread owns it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections import abc
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,13 +21,13 @@ from vflowopt.compression.strategy import Strategy
 from vflowopt.media.video import Video, Visual
 from vflowopt.models import MultimodalModel, load_model
 from vflowopt.runtime.attention import AttentionPlan, Plan
-from vflowopt.runtime.batch import Segment, joined, segment_of
+from vflowopt.runtime.batch import Chunk, joined, next_chunk
 from vflowopt.runtime.cache import PagePool, StagedCache, reserve
 from vflowopt.runtime.chat import ChatFormat
 from vflowopt.runtime.cuda_graph import DecodeGraphs, DecodePlan, Rotary
 from vflowopt.runtime.decode_kernel import DecodeKernel, build_decode_kernel
 from vflowopt.runtime.decoder import build_decoder
-from vflowopt.runtime.sequence import Conversation, Item, tokens_per_stage
+from vflowopt.runtime.sequence import Item, Sequence, tokens_per_stage
 from vflowopt.runtime.varlen_attention import Reading, VarlenPlan, readable
 
 
@@ -35,11 +36,11 @@ class Runtime:
 
     Args:
         model: the model.
-        kv_budget: bytes for keys and values of all conversations together.
+        kv_budget: bytes for keys and values of all sequences together.
         page_size: tokens of a page.
 
     Attributes:
-        chat: how the model writes conversations.
+        chat: how the model writes sequences.
         layers: decoder layers.
         decoder: runs them.
         context: positions that the decoder was made for.
@@ -101,7 +102,7 @@ class Runtime:
         return self.pool.token_bytes
 
     @torch.inference_mode()
-    def compress(self, visuals: Sequence[Visual], strategy: Strategy) -> list[CompressedImage]:
+    def compress(self, visuals: abc.Sequence[Visual], strategy: Strategy) -> list[CompressedImage]:
         """Encode pictures in one batch and videos one by one, and score, prune and recycle each.
 
         Raises:
@@ -118,19 +119,19 @@ class Runtime:
             for visual in visuals
         ]
 
-    def start(self, strategy: Strategy) -> Conversation:
-        """An empty conversation.
+    def start(self, strategy: Strategy) -> Sequence:
+        """An empty sequence.
 
         Raises:
             StrategyError: the strategy does not fit the decoder.
         """
         strategy.check(self.layers)
-        return Conversation(self.pool, strategy, self.layers)
+        return Sequence(self.pool, strategy, self.layers)
 
-    def extend(self, conversation: Conversation, items: Sequence[Item], *, want_logits: bool = True) -> Tensor | None:
-        """Append items to a conversation's log and run everything that its cache does not cover yet.
+    def extend(self, sequence: Sequence, items: abc.Sequence[Item], *, want_logits: bool = True) -> Tensor | None:
+        """Append items to a sequence's log and run everything that its cache does not cover yet.
 
-        Atomic: whatever is raised, the conversation is as it was before.
+        Atomic: whatever is raised, the sequence is as it was before.
 
         Returns:
             float32 logits [vocabulary] after the last item, or None if they are not wanted.
@@ -139,125 +140,125 @@ class Runtime:
             PoolExhausted: too few pages are free.
             ValueError: there is nothing to run.
         """
-        before = conversation.checkpoint()
-        conversation.log.extend(items)
+        before = sequence.checkpoint()
+        sequence.log.extend(items)
         try:
-            (logits,) = self.advance([conversation], want_logits=want_logits)
+            (logits,) = self.advance([sequence], want_logits=want_logits)
         except BaseException:
-            conversation.rollback(before)
+            sequence.rollback(before)
             raise
         return logits
 
-    def decode(self, conversations: Sequence[Conversation], tokens: Sequence[int]) -> Tensor:
-        """Append one token to each conversation and run them all in one step.
+    def decode(self, sequences: abc.Sequence[Sequence], tokens: abc.Sequence[int]) -> Tensor:
+        """Append one token to each sequence and run them all in one step.
 
-        Conversations need not be equally long, nor share a strategy. Atomic, like :meth:`extend`.
+        Sequences need not be equally long, nor share a strategy. Atomic, like :meth:`extend`.
 
         Returns:
-            float32 logits [conversations, vocabulary].
+            float32 logits [sequences, vocabulary].
 
         Raises:
             PoolExhausted: too few pages are free.
         """
-        for conversation, token in zip(conversations, tokens, strict=True):
-            conversation.log.append(token)
+        for sequence, token in zip(sequences, tokens, strict=True):
+            sequence.log.append(token)
         try:
-            logits = self.advance(conversations)
+            logits = self.advance(sequences)
         except BaseException:
-            for conversation in conversations:
-                del conversation.log[-1]
+            for sequence in sequences:
+                del sequence.log[-1]
             raise
         return torch.stack([row for row in logits if row is not None])
 
     @torch.inference_mode()
     def advance(
         self,
-        conversations: Sequence[Conversation],
-        limits: Sequence[int | None] | None = None,
+        sequences: abc.Sequence[Sequence],
+        limits: abc.Sequence[int | None] | None = None,
         *,
         want_logits: bool = True,
     ) -> list[Tensor | None]:
-        """Run what the caches of conversations do not cover of their logs yet, all in one batch.
+        """Run what the caches of sequences do not cover of their logs yet, all in one batch.
 
         Args:
-            conversations: each with something to run; all different.
+            sequences: each with something to run; all different.
             limits: tokens to run of each at most (first-stage tokens, at least 1); None: all of them.
             want_logits: False where nobody will read them.
 
         Returns:
-            For each conversation, float32 logits [vocabulary] after its last item, or None where they are not wanted,
+            For each sequence, float32 logits [vocabulary] after its last item, or None where they are not wanted,
             something is left to run, or the log ends with tokens of a picture that do not reach the last stage.
 
         Raises:
             PoolExhausted: too few pages are free.
-            ValueError: a conversation has nothing to run.
+            ValueError: a sequence has nothing to run.
 
-            Whatever is raised, every conversation is as it was before.
+            Whatever is raised, every sequence is as it was before.
         """
-        logits: list[Tensor | None] = [None] * len(conversations)
-        with self._running(conversations, limits or [None] * len(conversations)) as segments:
-            done = [place for place, segment in enumerate(segments) if want_logits and segment.reaches_the_end]
-            for place, row in zip(done, self._logits(segments, done), strict=True):
+        logits: list[Tensor | None] = [None] * len(sequences)
+        with self._running(sequences, limits or [None] * len(sequences)) as chunks:
+            done = [place for place, chunk in enumerate(chunks) if want_logits and chunk.reaches_the_end]
+            for place, row in zip(done, self._logits(chunks, done), strict=True):
                 logits[place] = row
         return logits
 
     @torch.inference_mode()
-    def states(self, conversations: Sequence[Conversation], items: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Run all that the caches of conversations do not cover yet, in one batch, and look at the decoder's output.
+    def states(self, sequences: abc.Sequence[Sequence], items: abc.Sequence[abc.Sequence[int]]) -> list[Tensor]:
+        """Run all that the caches of sequences do not cover yet, in one batch, and look at the decoder's output.
 
         Args:
-            conversations: each with something to run; all different.
+            sequences: each with something to run; all different.
             items: for each, the places in its log to look at: tokens of text that its cache does not cover yet.
 
         Returns:
-            For each conversation, float32 [places, hidden]: the hidden states behind the last layer and its norm, as
+            For each sequence, float32 [places, hidden]: the hidden states behind the last layer and its norm, as
             the output head reads them.
 
         Raises:
             PoolExhausted: too few pages are free.
-            ValueError: a conversation has nothing to run, or a place is not as it should be.
+            ValueError: a sequence has nothing to run, or a place is not as it should be.
 
-            Whatever is raised, every conversation is as it was before.
+            Whatever is raised, every sequence is as it was before.
         """
-        for each, places in zip(conversations, items, strict=True):
+        for each, places in zip(sequences, items, strict=True):
             for place in places:
-                if not (each.cached_items <= place < len(each.log) and isinstance(each.log[place], int)):
+                if not (each.num_cached_items <= place < len(each.log) and isinstance(each.log[place], int)):
                     raise ValueError(f"item {place} of the log is no token of text that is still to be run")
-        with self._running(conversations, [None] * len(conversations)) as segments:
+        with self._running(sequences, [None] * len(sequences)) as chunks:
             rows = [
                 (number, tokens_per_stage(each.log[place + 1 :], len(each.cache.stages))[-1])
-                for number, (each, places) in enumerate(zip(conversations, items, strict=True))
+                for number, (each, places) in enumerate(zip(sequences, items, strict=True))
                 for place in places
             ]
-            states: Tensor = self.decoder.norm(self._forward(segments, rows)).float()
+            states: Tensor = self.decoder.norm(self._forward(chunks, rows)).float()
         return list(states.split(list(map(len, items))))
 
     @contextmanager
-    def _running(self, conversations: Sequence[Conversation], limits: Sequence[int | None]) -> Iterator[list[Segment]]:
-        """What each conversation has to run, with room reserved; counted as run behind the block, unless it raises."""
+    def _running(self, sequences: abc.Sequence[Sequence], limits: abc.Sequence[int | None]) -> Iterator[list[Chunk]]:
+        """What each sequence has to run, with room reserved; counted as run behind the block, unless it raises."""
         try:
-            segments = [segment_of(each, limit) for each, limit in zip(conversations, limits, strict=True)]
-            reserve([each.cache for each in conversations], [segment.counts for segment in segments])
-            with _threads_for(self._products_per_token * sum(map(len, segments))):
-                yield segments
+            chunks = [next_chunk(each, limit) for each, limit in zip(sequences, limits, strict=True)]
+            reserve([each.cache for each in sequences], [chunk.counts for chunk in chunks])
+            with _threads_for(self._products_per_token * sum(map(len, chunks))):
+                yield chunks
         except BaseException:
-            for conversation in conversations:
-                conversation.cache.truncate(conversation.cache.lengths)  # gives back the room reserved in vain
+            for sequence in sequences:
+                sequence.cache.truncate(sequence.cache.lengths)  # gives back the room reserved in vain
             raise
-        for segment in segments:
-            segment.commit()
+        for chunk in chunks:
+            chunk.commit()
 
-    def _logits(self, segments: Sequence[Segment], wanted: Sequence[int]) -> Tensor:
-        """Run segments; float32 logits [wanted, vocabulary] after the last tokens of the ``wanted`` ones."""
-        caches = [segment.conversation.cache for segment in segments]
-        if self._graphs is not None and all(segment.is_one_token for segment in segments) and self._graphs.suit(caches):
-            tokens = [int(segment.pieces[0][0]) for segment in segments]
-            positions = [int(segment.positions[0]) for segment in segments]
+    def _logits(self, chunks: abc.Sequence[Chunk], wanted: abc.Sequence[int]) -> Tensor:
+        """Run chunks; float32 logits [wanted, vocabulary] after the last tokens of the ``wanted`` ones."""
+        caches = [chunk.sequence.cache for chunk in chunks]
+        if self._graphs is not None and all(chunk.is_one_token for chunk in chunks) and self._graphs.suit(caches):
+            tokens = [int(chunk.pieces[0][0]) for chunk in chunks]
+            positions = [int(chunk.positions[0]) for chunk in chunks]
             return self._graphs.run(caches, tokens, positions)[list(wanted)]
-        return self._head(self._forward(segments, [(place, 0) for place in wanted]))
+        return self._head(self._forward(chunks, [(place, 0) for place in wanted]))
 
     def _step(self, tokens: Tensor, rotary: Rotary, plan: DecodePlan) -> Tensor:
-        """A token of each conversation through all layers; see :class:`vflowopt.runtime.cuda_graph.DecodeGraphs`."""
+        """A token of each sequence through all layers; see :class:`vflowopt.runtime.cuda_graph.DecodeGraphs`."""
         embeddings: Tensor = self.model.decoder.embed_tokens(tokens)
         return self._head(self.decoder.run(range(self.layers), embeddings, rotary, plan))
 
@@ -266,36 +267,34 @@ class Runtime:
         logits: Tensor = self.model.head(self.decoder.norm(hidden)).float()
         return logits
 
-    def _plan(self, layers: range, caches: Sequence[StagedCache], counts: Sequence[int]) -> Plan:
+    def _plan(self, layers: range, caches: abc.Sequence[StagedCache], counts: abc.Sequence[int]) -> Plan:
         if self._reading is None:
             return AttentionPlan(self.pool, layers, caches, counts, self._kernel)
         return VarlenPlan(self.pool, layers, caches, counts, reading=self._reading)
 
-    def _forward(self, segments: Sequence[Segment], wanted: Sequence[tuple[int, int]]) -> Tensor:
-        """Run segments through the decoder layers; hidden states [wanted, hidden] behind the last one.
+    def _forward(self, chunks: abc.Sequence[Chunk], wanted: abc.Sequence[tuple[int, int]]) -> Tensor:
+        """Run chunks through the decoder layers; hidden states [wanted, hidden] behind the last one.
 
         Args:
-            segments: what to run.
-            wanted: of which segment, and how many tokens that reach the last layer come after the one that is wanted.
+            chunks: what to run.
+            wanted: of which chunk, and how many tokens that reach the last layer come after the one that is wanted.
         """
         # Single tokens first, as the attention plan wants them.
-        order = sorted(range(len(segments)), key=lambda place: len(segments[place]) > 1)
-        segments = [segments[place] for place in order]
+        order = sorted(range(len(chunks)), key=lambda place: len(chunks[place]) > 1)
+        chunks = [chunks[place] for place in order]
         device = self.model.device
-        caches = [segment.conversation.cache for segment in segments]
-        embeddings = self._embed([piece for segment in segments for piece in segment.pieces])
+        caches = [chunk.sequence.cache for chunk in chunks]
+        embeddings = self._embed([piece for chunk in chunks for piece in chunk.pieces])
         # What comes later is added to the outputs of the first layers (deepstack), and is dropped with its token.
         hidden: Tensor
         hidden, *later = embeddings.split(self.model.decoder.embed_tokens.embedding_dim, dim=-1)
-        rotary = self.decoder.rotary(torch.from_numpy(joined([segment.positions for segment in segments])))
-        here = [0] * len(segments)  # the stage that each segment is in
+        rotary = self.decoder.rotary(torch.from_numpy(joined([chunk.positions for chunk in chunks])))
+        here = [0] * len(chunks)  # the stage that each chunk is in
         for layers in _runs_within_stages(caches, self.layers, alone=len(later)):
             entered = [cache.stage_of_layer[layers.start] for cache in caches]
-            staying = [
-                segment.staying(before, stage) for segment, before, stage in zip(segments, here, entered, strict=True)
-            ]
+            staying = [chunk.staying(before, stage) for chunk, before, stage in zip(chunks, here, entered, strict=True)]
             if any(stay is not None for stay in staying):
-                counts = [segment.counts[before] for segment, before in zip(segments, here, strict=True)]
+                counts = [chunk.counts[before] for chunk, before in zip(chunks, here, strict=True)]
                 every = [
                     np.ones(count, bool) if stay is None else stay for stay, count in zip(staying, counts, strict=True)
                 ]
@@ -305,16 +304,16 @@ class Runtime:
             here = entered
             if not len(hidden):
                 break  # a chunk of a picture of which nothing goes further
-            counts = [segment.counts[stage] for segment, stage in zip(segments, here, strict=True)]
+            counts = [chunk.counts[stage] for chunk, stage in zip(chunks, here, strict=True)]
             hidden = self.decoder.run(layers, hidden, rotary, self._plan(layers, caches, counts))
             if layers.stop <= len(later):
                 hidden = hidden + later[layers.stop - 1]
         last = np.empty(len(order), np.int64)
-        last[order] = np.cumsum([segment.counts[stage] for segment, stage in zip(segments, here, strict=True)]) - 1
+        last[order] = np.cumsum([chunk.counts[stage] for chunk, stage in zip(chunks, here, strict=True)]) - 1
         rows = np.array([last[place] - after for place, after in wanted], np.int64)
         return hidden[torch.from_numpy(rows).to(device)]
 
-    def _embed(self, pieces: Sequence[list[int] | Tensor]) -> Tensor:
+    def _embed(self, pieces: abc.Sequence[list[int] | Tensor]) -> Tensor:
         """Embeddings [tokens, hidden] of pieces: token ids, or embeddings already; as wide as the widest of these."""
         ids = [token for piece in pieces if isinstance(piece, list) for token in piece]
         words: Tensor = self.model.decoder.embed_tokens(torch.tensor(ids, dtype=torch.int64, device=self.model.device))
@@ -360,7 +359,7 @@ def _revision(model: MultimodalModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def _runs_within_stages(caches: Sequence[StagedCache], layers: int, alone: int) -> list[range]:
+def _runs_within_stages(caches: abc.Sequence[StagedCache], layers: int, alone: int) -> list[range]:
     """Runs of layers within which no cache changes stage; each of the first ``alone`` layers is a run."""
     first = range(1, min(alone + 1, layers))
     starts = sorted({stage.layers.start for cache in caches for stage in cache.stages}.union(first))

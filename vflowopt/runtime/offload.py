@@ -1,4 +1,4 @@
-"""Parking: a conversation's keys and values outside the pool, in host memory or in a file, to come back later.
+"""Parking: a sequence's keys and values outside the pool, in host memory or in a file, to come back later.
 
 What is parked is exact: a cache that comes back holds the same numbers. Files are safetensors, never pickle, and are
 written whole or not at all.
@@ -15,26 +15,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vflowopt.runtime.sequence import Conversation, Progress
+from vflowopt.runtime.sequence import CachedLength, Sequence
 
 
-class ParkingError(RuntimeError):
-    """A file that holds no parked cache of the conversation at hand."""
+class OffloadError(RuntimeError):
+    """A file that holds no parked cache of the sequence at hand."""
 
 
 @dataclass(frozen=True, eq=False)
-class ParkedCache:
-    """The cache of one conversation, copied out of the pool.
+class OffloadedCache:
+    """The cache of one sequence, copied out of the pool.
 
     Attributes:
         keys: per stage, [layers, tokens, heads, head_dim], on the host.
         values: like ``keys``.
-        cached: how much of the conversation's log they cover.
+        cached: how much of the sequence's log they cover.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-    cached: Progress
+    cached: CachedLength
 
     @property
     def nbytes(self) -> int:
@@ -58,15 +58,15 @@ class ParkedCache:
             raise
 
     @classmethod
-    def load(cls, path: Path) -> ParkedCache:
+    def load(cls, path: Path) -> OffloadedCache:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ParkingError: the file is missing, damaged or of another kind.
+            OffloadError: the file is missing, damaged or of another kind.
         """
         try:
             with safe_open(path, framework="pt") as file:
-                cached = Progress(**json.loads(file.metadata()["cached"]))
+                cached = CachedLength(**json.loads(file.metadata()["cached"]))
                 stages = len(file.keys()) // 2
                 return cls(
                     keys=tuple(file.get_tensor(f"keys.{stage}") for stage in range(stages)),
@@ -74,38 +74,38 @@ class ParkedCache:
                     cached=cached,
                 )
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ParkingError(f"{path} does not hold a parked cache: {error}; rebuild it from the log") from error
+            raise OffloadError(f"{path} does not hold a parked cache: {error}; rebuild it from the log") from error
 
 
-def park(conversation: Conversation) -> ParkedCache:
-    """Copy a conversation's cache to the host and give back its pages."""
+def offload(sequence: Sequence) -> OffloadedCache:
+    """Copy a sequence's cache to the host and give back its pages."""
     keys, values = [], []
-    for stage in conversation.cache.stages:
+    for stage in sequence.cache.stages:
         slots = stage.slots()
         # One read for all layers of the stage.
         keys.append(stage.pool.keys[slots].cpu())
         values.append(stage.pool.values[slots].cpu())
-    parked = ParkedCache(tuple(keys), tuple(values), conversation.cached)
-    conversation.release()
+    parked = OffloadedCache(tuple(keys), tuple(values), sequence.cached)
+    sequence.release()
     return parked
 
 
-def unpark(conversation: Conversation, parked: ParkedCache) -> None:
+def restore(sequence: Sequence, parked: OffloadedCache) -> None:
     """Bring a parked cache back into the pool. The log must begin with what it had said when it was parked.
 
     Raises:
         PoolExhausted: too few pages are free; nothing changed.
-        ParkingError: the conversation holds a cache already, or has other stages.
+        OffloadError: the sequence holds a cache already, or has other stages.
     """
-    cache = conversation.cache
+    cache = sequence.cache
     lengths = [keys.shape[1] for keys in parked.keys]
     fits = [len(stage.layers) for stage in cache.stages] == [len(keys) for keys in parked.keys]
-    if conversation.resident or not fits or parked.cached.items > len(conversation.log):
-        raise ParkingError("the parked cache is not of this conversation, or that holds a cache already")
+    if sequence.resident or not fits or parked.cached.items > len(sequence.log):
+        raise OffloadError("the parked cache is not of this conversation, or that holds a cache already")
     cache.reserve(lengths)
     for stage, keys, values in zip(cache.stages, parked.keys, parked.values, strict=True):
         slots = stage.slots(range(keys.shape[1]))
         stage.pool.keys[slots] = keys.to(stage.pool.keys)
         stage.pool.values[slots] = values.to(stage.pool.values)
     cache.advance(lengths)
-    conversation.cached = parked.cached
+    sequence.cached = parked.cached

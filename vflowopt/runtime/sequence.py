@@ -1,4 +1,4 @@
-"""A conversation: the log of what was said, and a cache that covers a prefix of it.
+"""A sequence: the log of what was said, and a cache that covers a prefix of it.
 
 The log is the truth and small; the cache can be dropped at any time and is rebuilt from the log by the next
 :meth:`vflowopt.runtime.model_runner.Runtime.extend`.
@@ -6,7 +6,7 @@ The log is the truth and small; the cache can be dropped at any time and is rebu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import abc
 from dataclasses import dataclass
 
 from vflowopt.compression.pipeline import CompressedImage
@@ -18,7 +18,7 @@ Item = int | CompressedImage
 
 
 @dataclass(frozen=True, order=True)
-class Progress:
+class CachedLength:
     """How far a cache has come through its log.
 
     Attributes:
@@ -34,15 +34,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A state to roll back to. Made by :meth:`Conversation.checkpoint`, good for that conversation alone."""
+    """A state to roll back to. Made by :meth:`Sequence.checkpoint`, good for that sequence alone."""
 
     items: int
-    cached: Progress
+    cached: CachedLength
     lengths: tuple[int, ...]
 
 
-class Conversation:
-    """One conversation's log and cache.
+class Sequence:
+    """One sequence's log and cache.
 
     Args:
         pool: where the cache takes its pages.
@@ -58,10 +58,10 @@ class Conversation:
         self.strategy = strategy
         self.log: list[Item] = []
         self.cache = StagedCache(pool, strategy.starts, layers)
-        self.cached = Progress()
+        self.cached = CachedLength()
 
     @property
-    def cached_items(self) -> int:
+    def num_cached_items(self) -> int:
         """Whole items that the cache covers."""
         return self.cached.items
 
@@ -95,7 +95,7 @@ class Conversation:
     @property
     def resident(self) -> bool:
         """Whether any of the log is cached."""
-        return self.cached > Progress()
+        return self.cached > CachedLength()
 
     def checkpoint(self) -> Checkpoint:
         """The present state, to come back to by :meth:`rollback`."""
@@ -108,27 +108,27 @@ class Conversation:
         """
         self.truncate(checkpoint.items)
         # A release since the checkpoint may have left less cached than it had: then there is nothing to cut.
-        if self.cached > checkpoint.cached > Progress():
+        if self.cached > checkpoint.cached > CachedLength():
             self.cache.truncate(checkpoint.lengths)
             self.cached = checkpoint.cached
 
     def truncate(self, items: int) -> None:
         """Forget all but the first ``items`` items of the log, and what is cached beyond them."""
         del self.log[items:]
-        rest = Progress(items, position=sum(map(span, self.log)))
+        rest = CachedLength(items, position=sum(map(span, self.log)))
         if self.cached > rest:
             self.cache.truncate(tokens_per_stage(self.log, len(self.cache.stages)))
             self.cached = rest
 
-    def fork(self) -> Conversation:
-        """A second conversation with the same past; the two share pages until one of them writes into one."""
-        twin = Conversation(self.cache.pool, self.strategy, len(self.cache.stage_of_layer))
+    def fork(self) -> Sequence:
+        """A second sequence with the same past; the two share pages until one of them writes into one."""
+        twin = Sequence(self.cache.pool, self.strategy, len(self.cache.stage_of_layer))
         twin.log = list(self.log)
         twin.cache = self.cache.fork()
         twin.cached = self.cached
         return twin
 
-    def share(self, prefix: Conversation) -> None:
+    def share(self, prefix: Sequence) -> None:
         """Take over the cache of ``prefix``, whose log this log begins with; an own cache is given back first."""
         self.cache.free()
         self.cache = prefix.cache.fork()
@@ -137,7 +137,7 @@ class Conversation:
     def release(self) -> None:
         """Give back all pages and keep the log: the next extension rebuilds the cache. Idempotent."""
         self.cache.free()
-        self.cached = Progress()
+        self.cached = CachedLength()
 
 
 def span(item: Item) -> int:
@@ -150,7 +150,7 @@ def tokens_in(item: Item) -> int:
     return len(item.kept[0]) if isinstance(item, CompressedImage) else 1
 
 
-def tokens_per_stage(items: Sequence[Item], stages: int) -> list[int]:
+def tokens_per_stage(items: abc.Sequence[Item], stages: int) -> list[int]:
     """How many tokens the items put into each stage's cache."""
     text = sum(1 for item in items if isinstance(item, int))
     pictures = [item for item in items if isinstance(item, CompressedImage)]

@@ -1,12 +1,12 @@
 """Attention of the decoder on a CUDA device: PyTorch's variable-length flash attention over the paged cache.
 
-One kernel serves all conversations of a batch, whether they bring one token or a thousand, where
+One kernel serves all sequences of a batch, whether they bring one token or a thousand, where
 :class:`vflowopt.runtime.attention.AttentionPlan` calls one for each prompt. It wants half precision. How it reads the
 cache depends on which flash attention PyTorch runs:
 
 - ``"paged"``: through a block table, where the pages lie. Flash attention 3 does so with pages of any size, the one
   that PyTorch is built with only with pages of a multiple of 256 tokens, which would waste most of a pruned cache.
-- ``"gathered"``: each conversation's pages are copied side by side first.
+- ``"gathered"``: each sequence's pages are copied side by side first.
 
 Which of the two works is found by trying (:func:`readable`): versions differ, and a kernel that reads pages in another
 order than it is told, or masks otherwise, would answer wrongly without a word.
@@ -30,7 +30,7 @@ Reading = Literal["paged", "gathered"]
 """How the kernel reads the cache."""
 
 _CAUSAL = (-1, 0)
-"""Window by which a query sees all keys up to its own; the last query of a conversation sees its last key."""
+"""Window by which a query sees all keys up to its own; the last query of a sequence sees its last key."""
 
 
 class VarlenPlan:
@@ -42,7 +42,7 @@ class VarlenPlan:
     Args:
         pool: the caches' pages, of half precision.
         layers: the run of layers.
-        caches: the conversations of the batch, in order, with room reserved.
+        caches: the sequences of the batch, in order, with room reserved.
         counts: how many tokens each brings to these layers.
         reading: how the kernel reads the cache.
     """
@@ -89,7 +89,7 @@ class VarlenPlan:
         self.longest_query, self.longest_room = max(counted), max(rooms)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
-        """Causal attention of each conversation's new tokens over everything it holds in a layer.
+        """Causal attention of each sequence's new tokens over everything it holds in a layer.
 
         Args:
             layer: the decoder layer.

@@ -1,19 +1,20 @@
 """Calibration: how close a strategy stays to the unpruned model on pictures and questions of one's own.
 
-A sample is a conversation about one picture. The unpruned model holds it once, greedily; its answers and its last
-hidden state at the end of each prompt are the reference. A strategy then reads the same conversation, the reference's
+A sample is a sequence about one picture. The unpruned model holds it once, greedily; its answers and its last
+hidden state at the end of each prompt are the reference. A strategy then reads the same sequence, the reference's
 answers included, in a single prefill, and is looked at in all those places at once: later turns cost hardly anything,
 and count as much as the first one (method section 4).
 
 The work shares a runtime with others: it runs in bounded pieces (see :mod:`vflowopt.search.pause`), and between any two
-of them its conversations may be released by someone else.
+of them its sequences may be released by someone else.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Generator, Iterator, Sequence
+from collections import abc
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +30,7 @@ from vflowopt.media.picture import Picture
 from vflowopt.models import MultimodalModel
 from vflowopt.runtime.cache import PoolExhausted
 from vflowopt.runtime.model_runner import Runtime
-from vflowopt.runtime.sequence import Conversation, tokens_in
+from vflowopt.runtime.sequence import Sequence, tokens_in
 from vflowopt.search.pause import Aside, Pause, Shortage
 
 PIECE = 256
@@ -45,7 +46,7 @@ class CalibrationError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A conversation about one picture, without its answers.
+    """A sequence about one picture, without its answers.
 
     Raises CalibrationError where there is no question.
 
@@ -105,23 +106,23 @@ class Calibration:
         runtime: the model; nothing else of the runtime is changed.
         samples: at least one.
         new_tokens: of a reference's answer, at most.
-        piece: first-stage tokens of a piece. The text of one conversation is never cut, so it can make a piece longer.
+        piece: first-stage tokens of a piece. The text of one sequence is never cut, so it can make a piece longer.
 
     Attributes:
         samples: as given.
-        conversations: what holds, or may hold, KV pages between two pieces. Anyone may release them there.
+        sequences: what holds, or may hold, KV pages between two pieces. Anyone may release them there.
 
     Raises:
         CalibrationError: there are no samples.
     """
 
     def __init__(
-        self, runtime: Runtime, samples: Sequence[Sample], *, new_tokens: int = 16, piece: int = PIECE
+        self, runtime: Runtime, samples: abc.Sequence[Sample], *, new_tokens: int = 16, piece: int = PIECE
     ) -> None:
         if not samples:
             raise CalibrationError("a calibration needs at least one sample: a picture with questions")
         self.samples = tuple(samples)
-        self.conversations: list[Conversation] = []
+        self.sequences: list[Sequence] = []
         self._runtime = runtime
         self._new_tokens = new_tokens
         self._piece = piece
@@ -145,21 +146,21 @@ class Calibration:
         return len(self._references) == len(self.samples)
 
     @property
-    def encoded(self) -> Sequence[EncodedImage]:
+    def encoded(self) -> abc.Sequence[EncodedImage]:
         """The pictures encoded so far."""
         return self._encoded
 
     @property
-    def references(self) -> Sequence[Reference]:
+    def references(self) -> abc.Sequence[Reference]:
         """The references known so far."""
         return self._references
 
     def prepare(self) -> Iterator[Pause]:
-        """Encode each picture and hold each reference conversation, once. Goes on where a closed one stopped.
+        """Encode each picture and hold each reference sequence, once. Goes on where a closed one stopped.
 
         Raises:
             PictureError: the model cannot take a picture of this shape.
-            PoolExhausted: a reference conversation did not find room in the KV pool, however often it was tried.
+            PoolExhausted: a reference sequence did not find room in the KV pool, however often it was tried.
             CalibrationError: a sample is longer than the model's context.
         """
         for sample in self.samples[len(self._references) :]:
@@ -171,7 +172,7 @@ class Calibration:
             self._references.append(reference)
 
     def cosines(
-        self, strategy: Strategy, numbers: Sequence[int]
+        self, strategy: Strategy, numbers: abc.Sequence[int]
     ) -> Generator[Pause, None, list[npt.NDArray[np.float64]]]:
         """Compare hidden states under a strategy with the references', for some of the samples.
 
@@ -183,7 +184,7 @@ class Calibration:
             For each of them, in that order, the cosines at the end of its prompts, [turns].
 
         Raises:
-            PoolExhausted: a conversation did not find room, however often it was tried.
+            PoolExhausted: a sequence did not find room, however often it was tried.
         """
         seen = yield from self._read(strategy, numbers, answers=False)
         return [_cosines(states, self._references[number]) for number, (states, _) in zip(numbers, seen, strict=True)]
@@ -194,7 +195,7 @@ class Calibration:
         The samples must be prepared.
 
         Raises:
-            PoolExhausted: a conversation did not find room, however often it was tried.
+            PoolExhausted: a sequence did not find room, however often it was tried.
         """
         numbers = range(len(self.samples))
         seen = yield from self._read(strategy, numbers, answers=True)
@@ -221,37 +222,37 @@ class Calibration:
         )
 
     def _hold(self, sample: Sample, encoded: EncodedImage) -> Generator[Pause, None, Reference]:
-        """A sample's conversation with the unpruned model."""
+        """A sample's sequence with the unpruned model."""
         strategy = Strategy.full()
         chat = self._runtime.chat
         image = compress(encoded, strategy, self._runtime.layers)
         answers, states = [], []
-        conversation = self._runtime.start(strategy)
-        with self._holding_pages([conversation]):
+        sequence = self._runtime.start(strategy)
+        with self._holding_pages([sequence]):
             for turn, question in enumerate(sample.questions):
-                conversation.log += chat.turn(turn, [question] if turn else [image, question])
-                self._check_context(sample, conversation)
-                state = yield from self._state_at_the_end(conversation)
+                sequence.log += chat.turn(turn, [question] if turn else [image, question])
+                self._check_context(sample, sequence)
+                state = yield from self._state_at_the_end(sequence)
                 states.append(state)
                 answer: list[int] = []
                 while len(answer) < self._new_tokens and (token := self._next(state)) not in chat.stop_ids:
                     answer.append(token)
-                    conversation.log.append(token)
+                    sequence.log.append(token)
                     if len(answer) < self._new_tokens:
-                        state = yield from self._state_at_the_end(conversation)
+                        state = yield from self._state_at_the_end(sequence)
                 answers.append(tuple(answer))
         return Reference(tuple(answers), torch.stack(states))
 
-    def _check_context(self, sample: Sample, conversation: Conversation) -> None:
-        needed = conversation.position + self._new_tokens
+    def _check_context(self, sample: Sample, sequence: Sequence) -> None:
+        needed = sequence.position + self._new_tokens
         if needed > self._runtime.context:
             raise CalibrationError(
                 f"the conversation about picture {sample.picture.digest[:12]} may take {needed} positions, the model's "
                 f"context has {self._runtime.context}; ask fewer or shorter questions"
             )
 
-    def _state_at_the_end(self, conversation: Conversation) -> Generator[Pause, None, Tensor]:
-        (states,) = yield from self._look([conversation], [[len(conversation.log) - 1]])
+    def _state_at_the_end(self, sequence: Sequence) -> Generator[Pause, None, Tensor]:
+        (states,) = yield from self._look([sequence], [[len(sequence.log) - 1]])
         return states[0]
 
     def _next(self, state: Tensor) -> int:
@@ -266,7 +267,7 @@ class Calibration:
         tokens: list[int] = logits.float().argmax(-1).tolist()
         return tokens
 
-    def _would_answer(self, states: Tensor, answer: Sequence[int]) -> bool:
+    def _would_answer(self, states: Tensor, answer: abc.Sequence[int]) -> bool:
         """Whether greedy decoding takes the tokens of ``answer`` one after the other, and then stops.
 
         Args:
@@ -277,7 +278,7 @@ class Calibration:
         return tokens == list(answer) and (after in self._runtime.chat.stop_ids or len(answer) == self._new_tokens)
 
     def _read(
-        self, strategy: Strategy, numbers: Sequence[int], *, answers: bool
+        self, strategy: Strategy, numbers: abc.Sequence[int], *, answers: bool
     ) -> Generator[Pause, None, list[tuple[Tensor, list[int]]]]:
         """Read samples under a strategy, as many in one batch as make up a piece.
 
@@ -294,7 +295,7 @@ class Calibration:
         for number in numbers:
             reading = self._reading(strategy, number, answers=answers)
             yield None
-            if batch and sum(each.conversation.pending_tokens for each in (*batch, reading)) > self._piece:
+            if batch and sum(each.sequence.pending_tokens for each in (*batch, reading)) > self._piece:
                 seen += yield from self._finish(batch)
                 batch = []
             batch.append(reading)
@@ -306,41 +307,41 @@ class Calibration:
         chat = self._runtime.chat
         sample, reference = self.samples[number], self._references[number]
         image = compress(self._encoded[number], strategy, self._runtime.layers)
-        conversation = self._runtime.start(strategy)
+        sequence = self._runtime.start(strategy)
         places: list[int] = []
         for turn, (question, answer) in enumerate(zip(sample.questions, reference.answers, strict=True)):
-            conversation.log += chat.turn(turn, [question] if turn else [image, question])
-            prompt = len(conversation.log)
-            conversation.log += answer
-            places += range(prompt - 1, len(conversation.log) if answers else prompt)
-        del conversation.log[places[-1] + 1 :]
-        return _Reading(conversation, places, [len(kept) for kept in image.kept])
+            sequence.log += chat.turn(turn, [question] if turn else [image, question])
+            prompt = len(sequence.log)
+            sequence.log += answer
+            places += range(prompt - 1, len(sequence.log) if answers else prompt)
+        del sequence.log[places[-1] + 1 :]
+        return _Reading(sequence, places, [len(kept) for kept in image.kept])
 
-    def _finish(self, batch: Sequence[_Reading]) -> Generator[Pause, None, list[tuple[Tensor, list[int]]]]:
-        conversations = [reading.conversation for reading in batch]
-        with self._holding_pages(conversations):
-            states = yield from self._look(conversations, [reading.places for reading in batch])
+    def _finish(self, batch: abc.Sequence[_Reading]) -> Generator[Pause, None, list[tuple[Tensor, list[int]]]]:
+        sequences = [reading.sequence for reading in batch]
+        with self._holding_pages(sequences):
+            states = yield from self._look(sequences, [reading.places for reading in batch])
         return [(state, reading.kept) for state, reading in zip(states, batch, strict=True)]
 
     def _look(
-        self, conversations: Sequence[Conversation], places: Sequence[Sequence[int]]
+        self, sequences: abc.Sequence[Sequence], places: abc.Sequence[abc.Sequence[int]]
     ) -> Generator[Pause, None, list[Tensor]]:
-        """Run what is not cached of conversations, piece by piece, and look at some places of their logs.
+        """Run what is not cached of sequences, piece by piece, and look at some places of their logs.
 
         Returns:
-            For each conversation the states [places, hidden], on the host.
+            For each sequence the states [places, hidden], on the host.
         """
         shortages = 0
         while True:
             states: list[Tensor] | None = None
             try:
-                if not self._approach(conversations, [first for first, *_ in places]):
-                    states = self._runtime.states(conversations, places)
+                if not self._approach(sequences, [first for first, *_ in places]):
+                    states = self._runtime.states(sequences, places)
             except PoolExhausted:
                 shortages += 1
-                for each in conversations:
+                for each in sequences:
                     each.release()
-                pages = sum(each.pages_wanted for each in conversations)
+                pages = sum(each.pages_wanted for each in sequences)
                 if shortages == PATIENCE or pages > self._runtime.pool.pages:
                     raise
                 yield Shortage(pages)
@@ -349,11 +350,11 @@ class Calibration:
             if states is not None:
                 return [state.cpu() for state in states]
 
-    def _approach(self, conversations: Sequence[Conversation], places: Sequence[int]) -> bool:
+    def _approach(self, sequences: abc.Sequence[Sequence], places: abc.Sequence[int]) -> bool:
         """Run a piece of what comes before ``places``, unless all that is left makes but one piece; whether it did."""
-        if sum(each.pending_tokens for each in conversations) <= self._piece:
+        if sum(each.pending_tokens for each in sequences) <= self._piece:
             return False
-        for each, place in zip(conversations, places, strict=True):
+        for each, place in zip(sequences, places, strict=True):
             before = sum(map(tokens_in, each.log[each.cached.items : place])) - each.cached.offset
             if before > 0:
                 self._runtime.advance([each], [min(before, self._piece)], want_logits=False)
@@ -361,14 +362,14 @@ class Calibration:
         return False
 
     @contextmanager
-    def _holding_pages(self, conversations: Sequence[Conversation]) -> Iterator[None]:
-        """Show that conversations may hold pages; behind the block, however it is left, they hold none."""
-        self.conversations += conversations
+    def _holding_pages(self, sequences: abc.Sequence[Sequence]) -> Iterator[None]:
+        """Show that sequences may hold pages; behind the block, however it is left, they hold none."""
+        self.sequences += sequences
         try:
             yield
         finally:
-            for each in conversations:
-                self.conversations.remove(each)
+            for each in sequences:
+                self.sequences.remove(each)
                 each.release()
 
 
@@ -377,13 +378,13 @@ class _Reading:
     """A sample to be read under a strategy.
 
     Attributes:
-        conversation: its log is complete.
+        sequence: its log is complete.
         places: in the log, to look at.
         kept: tokens of its picture in each stage.
     """
 
-    conversation: Conversation
-    places: Sequence[int]
+    sequence: Sequence
+    places: abc.Sequence[int]
     kept: list[int]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections import abc
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +15,7 @@ from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Identity, Picture
 from vflowopt.runtime.cache import PoolExhausted
 from vflowopt.runtime.model_runner import Runtime
-from vflowopt.runtime.sequence import Conversation, Item
+from vflowopt.runtime.sequence import Item, Sequence
 from vflowopt.search.pause import Aside, Pause, Shortage
 
 PIECE = 256
@@ -65,7 +66,7 @@ class AnsweredTurn:
         return frozenset(item.identity for item in self.log if isinstance(item, CompressedImage))
 
 
-class Rereading:
+class Replay:
     """One turn read again.
 
     Args:
@@ -74,11 +75,11 @@ class Rereading:
         pictures: its pictures by what they are called in caches, to be compressed again, without loss.
 
     Attributes:
-        conversations: what may hold KV pages between two pieces; others may release them.
+        sequences: what may hold KV pages between two pieces; others may release them.
     """
 
     def __init__(self, runtime: Runtime, turn: AnsweredTurn, pictures: Mapping[Identity, Picture]) -> None:
-        self.conversations: list[Conversation] = []
+        self.sequences: list[Sequence] = []
         self._runtime = runtime
         self._turn = turn
         self._pictures = pictures
@@ -88,7 +89,7 @@ class Rereading:
 
         Raises:
             PoolExhausted: there was no room, however often it was tried.
-            ValueError: unpruned, the conversation is longer than the model's context.
+            ValueError: unpruned, the sequence is longer than the model's context.
         """
         turn, full = self._turn, Strategy.full()
         unpruned: dict[Identity, CompressedImage] = {}
@@ -109,38 +110,38 @@ class Rereading:
             tokens_agreed=sum(one == other for one, other in zip(answer, chosen, strict=True)),
         )
 
-    def _states(self, strategy: Strategy, log: Sequence[Item], first: int) -> Generator[Pause, None, Tensor]:
+    def _states(self, strategy: Strategy, log: abc.Sequence[Item], first: int) -> Generator[Pause, None, Tensor]:
         """Read ``log`` under ``strategy``; the last hidden states [places, hidden] from place ``first`` on."""
-        conversation = self._runtime.start(strategy)
-        conversation.log = list(log)
-        if conversation.position > self._runtime.context:
+        sequence = self._runtime.start(strategy)
+        sequence.log = list(log)
+        if sequence.position > self._runtime.context:
             raise ValueError(
-                f"unpruned, the conversation takes {conversation.position} positions, more than the model's "
+                f"unpruned, the conversation takes {sequence.position} positions, more than the model's "
                 f"{self._runtime.context}"
             )
-        self.conversations.append(conversation)
+        self.sequences.append(sequence)
         states: list[Tensor] = []
         shortages = 0
         try:
             while (begin := first + sum(map(len, states))) < len(log):
                 try:
-                    conversation.log = list(log[:begin])
-                    if conversation.pending_tokens:  # others may have released what was read before
-                        self._runtime.advance([conversation], [PIECE], want_logits=False)
+                    sequence.log = list(log[:begin])
+                    if sequence.pending_tokens:  # others may have released what was read before
+                        self._runtime.advance([sequence], [PIECE], want_logits=False)
                     else:
-                        conversation.log = list(log[: begin + PIECE])
-                        states += self._runtime.states([conversation], [range(begin, len(conversation.log))])
+                        sequence.log = list(log[: begin + PIECE])
+                        states += self._runtime.states([sequence], [range(begin, len(sequence.log))])
                 except PoolExhausted:
                     shortages += 1
-                    conversation.release()
-                    if shortages == PATIENCE or conversation.pages_wanted > self._runtime.pool.pages:
+                    sequence.release()
+                    if shortages == PATIENCE or sequence.pages_wanted > self._runtime.pool.pages:
                         raise
-                    yield Shortage(conversation.pages_wanted)
+                    yield Shortage(sequence.pages_wanted)
                 else:
                     yield None
         finally:
-            self.conversations.remove(conversation)
-            conversation.release()
+            self.sequences.remove(sequence)
+            sequence.release()
         return torch.cat(states).cpu()
 
     @torch.inference_mode()

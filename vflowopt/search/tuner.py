@@ -1,7 +1,7 @@
 """The search for a model's strategy at a budget, guided by the visual information flow (VFlowOpt, method section 4).
 
 It maximises the mean cosine between the last token's hidden state behind the last layer, unpruned and pruned, over
-calibration samples and all turns of their conversations. Encoded pictures and unpruned references are made once; a
+calibration samples and all turns of their sequences. Encoded pictures and unpruned references are made once; a
 trial costs pruned prefills alone, and is given up as soon as it has lost against the best one
 (:mod:`vflowopt.search.racing`).
 

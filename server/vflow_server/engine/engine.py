@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 import structlog
 
-from vflow_server.engine.fair_queue import WaitingRoom
+from vflow_server.engine.fair_queue import FairQueue
 from vflow_server.rpc.errors import ServiceError, engine_failed, server_stopping
 
 E = TypeVar("E")
@@ -195,7 +195,7 @@ class Engine:
         self._most_running = running
         self._on_death = on_death
         self._changed = threading.Condition()
-        self._waiting: WaitingRoom[Task[Any, Any]] = WaitingRoom(waiting)
+        self._waiting: FairQueue[Task[Any, Any]] = FairQueue(waiting)
         self._running: deque[Task[Any, Any]] = deque()
         self._open = False
         self._refusal: Callable[[], ServiceError] = server_stopping
@@ -304,6 +304,6 @@ class Engine:
             self._open = False
             left = [*self._running, *self._waiting]
             self._running.clear()
-            self._waiting = WaitingRoom(0)
+            self._waiting = FairQueue(0)
         for task in left:
             task.abandon(self._refusal())

@@ -23,7 +23,7 @@ class Waiting(Protocol):
 T = TypeVar("T", bound=Waiting)
 
 
-class WaitingRoom(Generic[T]):
+class FairQueue(Generic[T]):
     """Bounded lines, one for each tenant that has work waiting.
 
     Args:
@@ -47,7 +47,7 @@ class WaitingRoom(Generic[T]):
             CapacityExhausted: too much work waits.
         """
         waiting = Counter({tenant: len(line) for tenant, line in self._lines.items()})
-        if not has_place(waiting, task.tenant, self._most):
+        if not may_admit(waiting, task.tenant, self._most):
             raise CapacityExhausted(
                 "queue",
                 f"{waiting.total()} requests already wait for the model; retry in a moment",
@@ -65,7 +65,7 @@ class WaitingRoom(Generic[T]):
             most: how much may run; a tenant that has none running may go beyond.
         """
         tenant = min(self._lines, key=lambda tenant: running[tenant], default=None)
-        if tenant is None or not has_place(running, tenant, most):
+        if tenant is None or not may_admit(running, tenant, most):
             return None
         task = self._lines[tenant][0]
         self._remove(task)
@@ -95,7 +95,7 @@ class Owned(Protocol):
 W = TypeVar("W", bound=Owned)
 
 
-class Rota:
+class RoundRobin:
     """Remembers who was served last. A tenant that has nothing waiting loses its place in the line."""
 
     def __init__(self) -> None:
@@ -117,7 +117,7 @@ class Rota:
         self._line.append(tenant)
 
 
-def has_place(taken: Counter[str], tenant: str, most: int) -> bool:
+def may_admit(taken: Counter[str], tenant: str, most: int) -> bool:
     """Whether ``tenant`` may take another place of ``most``, of which each tenant has ``taken`` so many.
 
     A tenant that has none may go beyond ``most`` by one, until twice as many are taken: so nobody is kept out because

@@ -1,4 +1,4 @@
-"""What work asks for: a picture or a video encoded, a conversation run, another thread, spare time.
+"""What work asks for: a picture or a video encoded, a sequence run, another thread, spare time.
 
 The scheduler answers.
 """
@@ -12,7 +12,7 @@ from typing import Any
 from vflow_server.kv.offload import Tier
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.video import Visual
-from vflowopt.runtime.sequence import Conversation
+from vflowopt.runtime.sequence import Sequence
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,18 +33,18 @@ class Encode:
 
 
 @dataclass(eq=False)
-class Run:
-    """A conversation whose log shall be cached to its end.
+class Forward:
+    """A sequence whose log shall be cached to its end.
 
     The answer is the logits [vocabulary] after the last item, or None where they are not wanted.
 
     Attributes:
         ran: tokens that the model ran for it, so far.
         begun: ``time.perf_counter()`` at the beginning of the first step that it took part in.
-        restored: from where a parked cache of the conversation was brought back for it, if one was.
+        restored: from where a parked cache of the sequence was brought back for it, if one was.
     """
 
-    conversation: Conversation
+    sequence: Sequence
     want_logits: bool = True
     ran: int = 0
     begun: float | None = None
@@ -52,12 +52,12 @@ class Run:
 
 
 @dataclass(frozen=True, eq=False)
-class Await:
+class Wait:
     """What another thread does, such as reading a file. The answer, None, comes when ``future`` is done."""
 
     future: Future[Any]
 
 
 @dataclass(frozen=True, eq=False)
-class Spare:
+class Idle:
     """Time that nobody else needs, for one bounded piece of work. The answer is None."""

@@ -19,15 +19,15 @@ from typing import Any, cast
 import torch
 
 from vflow_server.engine.engine import Task
-from vflow_server.engine.fair_queue import Rota
-from vflow_server.engine.ops import Await, Encode, Run, Spare
+from vflow_server.engine.fair_queue import RoundRobin
+from vflow_server.engine.ops import Encode, Forward, Idle, Wait
 from vflow_server.engine.workbench import Workbench
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.media.picture import Picture
 from vflowopt.runtime.cache import PoolExhausted
 
 PROMPT_TOKENS = 512
-"""Tokens of prompts that a step runs at most, over all conversations (and one of each tenant at least)."""
+"""Tokens of prompts that a step runs at most, over all sequences (and one of each tenant at least)."""
 
 PICTURES = 4
 """Pictures that a step encodes at most; one only while answers are under way."""
@@ -36,14 +36,14 @@ PATIENCE = 0.005
 """Seconds to wait for a file or a picture, at a time, while there is nothing else to do."""
 
 SPARE_EVERY = 32
-"""Steps of conversations for each piece of work in spare time, where there is no spare time: so rare that the 95th
+"""Steps of sequences for each piece of work in spare time, where there is no spare time: so rare that the 95th
 percentile of the steps does not notice, and yet such work comes to an end."""
 
 Needing = Task[Any, Any]
 
 
 def _pending(task: Needing) -> int:
-    tokens: int = task.need.conversation.pending_tokens
+    tokens: int = task.need.sequence.pending_tokens
     return tokens
 
 
@@ -65,8 +65,8 @@ class Scheduler:
 
     def __init__(self, bench: Workbench) -> None:
         self._bench = bench
-        self._residency = bench.residency
-        self._pictures = Rota()
+        self._kv = bench.kv
+        self._pictures = RoundRobin()
         self._under_way: _Encoding | None = None
         self._threads = torch.get_num_threads()
         self._steps_without_spare = 0
@@ -74,8 +74,8 @@ class Scheduler:
 
     def __call__(self, tasks: Sequence[Needing]) -> None:
         """One step: meet the needs of some of ``tasks``, which come in the order in which they began."""
-        running = [task for task in tasks if isinstance(task.need, Run)]
-        awaiting = [task for task in tasks if isinstance(task.need, Await)]
+        running = [task for task in tasks if isinstance(task.need, Forward)]
+        awaiting = [task for task in tasks if isinstance(task.need, Wait)]
         spared = self._spare(tasks)
         self._await_others(awaiting, patience=0 if running or spared else PATIENCE)
         answering = any(_pending(task) == 1 for task in running)
@@ -87,8 +87,8 @@ class Scheduler:
 
     def _spare(self, tasks: Sequence[Needing]) -> bool:
         """Let the next of those that wait for spare time go on by one piece, if it is time for that."""
-        spare = [task for task in tasks if isinstance(task.need, Spare)]
-        needed = any(isinstance(task.need, Run | Encode) for task in tasks)
+        spare = [task for task in tasks if isinstance(task.need, Idle)]
+        needed = any(isinstance(task.need, Forward | Encode) for task in tasks)
         self._steps_without_spare += 1
         if not spare or (needed and self._steps_without_spare < SPARE_EVERY):
             return False
@@ -162,18 +162,18 @@ class Scheduler:
                 pending = [_pending(task) for task in batch]
                 begun = time.perf_counter()
                 logits = self._bench.runtime.advance(
-                    [task.need.conversation for task in batch],
+                    [task.need.sequence for task in batch],
                     list(batch.values()),
                     want_logits=any(task.need.want_logits for task in batch),
                 )
             except PoolExhausted as shortage:
-                if self._residency.release_idle() or self._residency.preempt(eldest.need.conversation):
+                if self._kv.release_idle() or self._kv.preempt(eldest.need.sequence):
                     continue
                 if len(batch) > 1:
                     tasks = [eldest]
                     continue
-                held = len(eldest.need.conversation.cache.owned_pages())
-                eldest.fail(self._residency.too_large(held + shortage.needed))
+                held = len(eldest.need.sequence.cache.owned_pages())
+                eldest.fail(self._kv.too_large(held + shortage.needed))
                 tasks = [task for task in tasks if task is not eldest]
             except Exception as failure:
                 if len(batch) > 1:  # whose fault it was shows when each is run alone
@@ -185,10 +185,10 @@ class Scheduler:
             else:
                 self._bench.metrics.step(time.perf_counter() - begun, pending, list(batch.values()))
                 for task, before, row in zip(batch, pending, logits, strict=True):
-                    conversation = task.need.conversation
+                    sequence = task.need.sequence
                     task.need.ran += before - _pending(task)
                     task.need.begun = task.need.begun or begun
-                    if conversation.cached_items == len(conversation.log):
+                    if sequence.num_cached_items == len(sequence.log):
                         task.answer(row if task.need.want_logits else None)
                 return
 
@@ -199,7 +199,7 @@ class Scheduler:
         taking each other's pages, and the eldest always gets on.
         """
         batch = {task: 1 for task in tasks if _pending(task) == 1}
-        promised = sum(task.need.conversation.pages_wanted for task in {tasks[0], *batch})
+        promised = sum(task.need.sequence.pages_wanted for task in {tasks[0], *batch})
         prompts: dict[str, list[Needing]] = {}
         for task in tasks:
             if task not in batch:
@@ -212,14 +212,14 @@ class Scheduler:
                 if not share:
                     break
                 if task is not tasks[0]:
-                    if not self._residency.make_room(promised + task.need.conversation.pages_wanted):
+                    if not self._kv.make_room(promised + task.need.sequence.pages_wanted):
                         continue
                     self._restore(task)
-                    promised += task.need.conversation.pages_wanted
+                    promised += task.need.sequence.pages_wanted
                 batch[task] = min(_pending(task), share)
                 share -= batch[task]
                 left -= batch[task]
         return batch
 
     def _restore(self, task: Needing) -> None:
-        task.need.restored = self._residency.restore(task.need.conversation) or task.need.restored
+        task.need.restored = self._kv.restore(task.need.sequence) or task.need.restored

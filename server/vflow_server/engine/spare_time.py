@@ -1,4 +1,4 @@
-"""Work in spare time: pieces of bounded size that come between those of conversations, and give way to them."""
+"""Work in spare time: pieces of bounded size that come between those of sequences, and give way to them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from vflow_server.engine.engine import Steps
-from vflow_server.engine.ops import Await, Spare
+from vflow_server.engine.ops import Idle, Wait
 from vflow_server.engine.workbench import Workbench
-from vflow_server.kv.manager import Loan
+from vflow_server.kv.manager import Evictable
 from vflowopt.runtime.cache import PoolExhausted
 from vflowopt.search.pause import Aside, Shortage
 
@@ -23,7 +23,7 @@ Elsewhere = Callable[[Callable[[], Any]], Future[Any]]
 def in_spare_time(
     bench: Workbench,
     pieces: Generator[Any, None, None],
-    conversations: Loan,
+    sequences: Evictable,
     told: Callable[[Any], None],
     *,
     propose: Elsewhere | None = None,
@@ -33,7 +33,7 @@ def in_spare_time(
     Args:
         bench: the engine's things.
         pieces: work that pauses after each of them as :mod:`vflowopt.search.pause` says.
-        conversations: what it holds pages with between two pieces; others may take them away.
+        sequences: what it holds pages with between two pieces; others may take them away.
         told: called with each value that is no pause.
         propose: where proposals are made; None: pieces make none.
 
@@ -41,30 +41,30 @@ def in_spare_time(
         CapacityExhausted: a piece needs more KV pages than there are.
         Exception: whatever a piece raised.
     """
-    with bench.residency.lending(conversations), closing(pieces):
+    with bench.kv.lending(sequences), closing(pieces):
         while True:
-            yield Spare()
+            yield Idle()
             try:
                 said = next(pieces)
             except StopIteration:
                 return
             except PoolExhausted as shortage:
-                raise bench.residency.too_large(shortage.needed) from shortage
+                raise bench.kv.too_large(shortage.needed) from shortage
             match said:
                 case None:
                     pass
                 case Shortage():
-                    while not bench.residency.make_room(said.pages):
-                        yield Spare()
+                    while not bench.kv.make_room(said.pages):
+                        yield Idle()
                 case Aside(kind="encode"):
                     # On a processor answers keep a thread to themselves.
                     encoding = bench.on_encoder(said.work, threads=max(torch.get_num_threads() - 1, 1))
-                    yield Await(encoding)
+                    yield Wait(encoding)
                     said.finish(encoding.result())
                 case Aside():
                     assert propose is not None
                     proposing = propose(said.work)
-                    yield Await(proposing)
+                    yield Wait(proposing)
                     said.finish(proposing.result())
                 case _:
                     told(said)

@@ -14,11 +14,11 @@ from weakref import WeakValueDictionary
 import torch
 
 from vflow_server.engine.ops import Encode
-from vflow_server.kv.logged_images import LoggedPictures, picture_bytes
+from vflow_server.kv.logged_images import LoggedImages, picture_bytes
 from vflow_server.kv.lru import ByteBoundedLRU
-from vflow_server.kv.manager import Residency
-from vflow_server.kv.offload import ParkedStore
-from vflow_server.kv.prefix_cache import PrefixStore
+from vflow_server.kv.manager import KVCacheManager
+from vflow_server.kv.offload import OffloadStore
+from vflow_server.kv.prefix_cache import PrefixCache
 from vflow_server.telemetry.metrics import Metrics
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.compression.strategy import Strategy
@@ -38,8 +38,8 @@ class Workbench:
         runtime: the model; handed over for good.
         compressed_bytes: bytes of compressed pictures that logs may hold, and as much again to remember, so that a
             tenant's picture is not encoded twice under the same strategy.
-        parked: holds KV caches outside the pool for idle dialogues.
-        prefixes: beginnings to keep for dialogues that begin the same way.
+        offloaded: holds KV caches outside the pool for idle sessions.
+        prefixes: beginnings to keep for sessions that begin the same way.
         metrics: counts what the work comes to (also an attribute); None: nobody looks.
     """
 
@@ -48,17 +48,17 @@ class Workbench:
         runtime: Runtime,
         *,
         compressed_bytes: int,
-        parked: ParkedStore,
+        offloaded: OffloadStore,
         prefixes: int = 64,
         metrics: Metrics | None = None,
     ) -> None:
         self.runtime = runtime
         self.metrics = metrics or Metrics()
-        self.prefixes = PrefixStore(prefixes)
-        self.parked = parked
-        self.residency = Residency(runtime, self.prefixes, parked, LoggedPictures(compressed_bytes), self.metrics)
+        self.prefixes = PrefixCache(prefixes)
+        self.offloaded = offloaded
+        self.kv = KVCacheManager(runtime, self.prefixes, offloaded, LoggedImages(compressed_bytes), self.metrics)
         self._compressed: ByteBoundedLRU[_Key, CompressedImage] = ByteBoundedLRU(compressed_bytes, picture_bytes)
-        # Those that the log of some dialogue holds are at hand as long as it does.
+        # Those that the log of some session holds are at hand as long as it does.
         self._in_use: WeakValueDictionary[_Key, CompressedImage] = WeakValueDictionary()
         self._encoder = ThreadPoolExecutor(1, "encoder")
 
@@ -70,10 +70,10 @@ class Workbench:
                 none.
         """
         self._encoder.shutdown(cancel_futures=True)
-        kept = {} if keep_until is None else self.residency.keep(keep_until)
+        kept = {} if keep_until is None else self.kv.keep(keep_until)
         self.prefixes.clear()
-        self.residency.release_all()
-        self.parked.close(kept)
+        self.kv.release_all()
+        self.offloaded.close(kept)
 
     @property
     def compressed_bytes(self) -> int:

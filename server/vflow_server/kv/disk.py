@@ -2,7 +2,7 @@
 
 Files are safetensors, and one process at a time uses them. They are written, read and removed, in that order where it
 matters, by a thread of its own: the engine's thread never waits for a disk. What cannot be written or read is no
-failure, because a cache can be computed again from its conversation's log; it is logged.
+failure, because a cache can be computed again from its sequence's log; it is logged.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from vflow_server.kv.lru import ByteBoundedLRU
 from vflow_server.store.files import set_aside
 from vflowopt.compression.pipeline import CompressedImage
-from vflowopt.runtime.offload import ParkedCache, ParkingError
-from vflowopt.runtime.sequence import Conversation
+from vflowopt.runtime.offload import OffloadedCache, OffloadError
+from vflowopt.runtime.sequence import Sequence
 
 LOCK = "vflow.lock"
 """Held while a process uses the folder."""
@@ -48,7 +48,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class _File:
-    """A file, its size, how many items of its conversation's log it covers, and its seal.
+    """A file, its size, how many items of its sequence's log it covers, and its seal.
 
     The seal is the digest of the file and of these items, once it is written; None if it could not be.
     """
@@ -59,8 +59,8 @@ class _File:
     seal: Future[str | None]
 
 
-class SpillFolder:
-    """Parked caches in files, by conversation. Belongs to the engine's thread.
+class DiskStore:
+    """Parked caches in files, by sequence. Belongs to the engine's thread.
 
     Files of other kinds in the folder are left alone.
 
@@ -83,7 +83,7 @@ class SpillFolder:
             raise OSError(f"another process uses the folder {folder}; give each its own --spill-dir") from error
         self._most_bytes = most_bytes
         self._numbers = count()
-        self._files: ByteBoundedLRU[Conversation, _File] = ByteBoundedLRU(
+        self._files: ByteBoundedLRU[Sequence, _File] = ByteBoundedLRU(
             most_bytes(), lambda file: file.nbytes, dropped=lambda _, file: self._remove(file)
         )
         self._unwritten: list[Future[str | None]] = []
@@ -94,7 +94,7 @@ class SpillFolder:
         """Bytes of the files."""
         return self._files.bytes_held
 
-    def recover(self, owners: Mapping[str, Conversation]) -> list[str]:
+    def recover(self, owners: Mapping[str, Sequence]) -> list[str]:
         """Take over what an earlier process kept of ``owners``, by session, and remove what else it left behind.
 
         Args:
@@ -119,70 +119,70 @@ class SpillFolder:
         self._files.limit(most_bytes)
         return most_bytes
 
-    def put(self, conversation: Conversation, parked: ParkedCache) -> None:
-        """Begin to write a cache of ``conversation``, in the place of an earlier one."""
-        self.forget(conversation)
+    def put(self, sequence: Sequence, offloaded: OffloadedCache) -> None:
+        """Begin to write a cache of ``sequence``, in the place of an earlier one."""
+        self.forget(sequence)
         self._unwritten = [seal for seal in self._unwritten if not seal.done()]
-        if parked.nbytes > self.fit():
+        if offloaded.nbytes > self.fit():
             return
         if len(self._unwritten) >= _MOST_UNWRITTEN:
-            log.warning("the disk is too slow for parked KV caches, one is given up", bytes=parked.nbytes)
+            log.warning("the disk is too slow for parked KV caches, one is given up", bytes=offloaded.nbytes)
             return
         path = self._folder / f"vflow-kv-{next(self._numbers)}.safetensors"
-        items = parked.cached.items + bool(parked.cached.offset)
-        self._unwritten.append(self._thread.submit(_write, path, parked, _covered(conversation, items)))
-        self._files.put(conversation, _File(path, parked.nbytes, items, self._unwritten[-1]))
+        items = offloaded.cached.items + bool(offloaded.cached.offset)
+        self._unwritten.append(self._thread.submit(_write, path, offloaded, _covered(sequence, items)))
+        self._files.put(sequence, _File(path, offloaded.nbytes, items, self._unwritten[-1]))
 
-    def holds(self, conversation: Conversation) -> bool:
-        """Whether there is a file for ``conversation``."""
-        file = self._files.get(conversation)
+    def holds(self, sequence: Sequence) -> bool:
+        """Whether there is a file for ``sequence``."""
+        file = self._files.get(sequence)
         if file is not None and file.seal.done() and file.seal.result() is None:
-            self.forget(conversation)
+            self.forget(sequence)
             return False
         return file is not None
 
-    def size(self, conversation: Conversation) -> int:
-        """Bytes of the cache of ``conversation``; 0 where there is no file."""
-        file = self._files.get(conversation)
+    def size(self, sequence: Sequence) -> int:
+        """Bytes of the cache of ``sequence``; 0 where there is no file."""
+        file = self._files.get(sequence)
         return 0 if file is None else file.nbytes
 
-    def is_written(self, conversation: Conversation, until: float) -> bool:
-        """Whether the file of ``conversation`` is written; waits for it, but no longer than ``until``, by the
+    def is_written(self, sequence: Sequence, until: float) -> bool:
+        """Whether the file of ``sequence`` is written; waits for it, but no longer than ``until``, by the
         monotonic clock."""
-        file = self._files.get(conversation)
+        file = self._files.get(sequence)
         if file is None:
             return False
         with suppress(TimeoutError):
             return file.seal.result(max(until - time.monotonic(), 0)) is not None
         return False
 
-    def read(self, conversation: Conversation) -> Future[ParkedCache]:
-        """Begin to read the cache of ``conversation``, which must be held; its file stays.
+    def read(self, sequence: Sequence) -> Future[OffloadedCache]:
+        """Begin to read the cache of ``sequence``, which must be held; its file stays.
 
-        The future raises ParkingError where the file is gone, or is not what it should be; then it is set aside.
+        The future raises OffloadError where the file is gone, or is not what it should be; then it is set aside.
         """
-        file = self._files.get(conversation)
+        file = self._files.get(sequence)
         assert file is not None, "only what is held can be read"
-        return self._thread.submit(_read, file, _covered(conversation, file.items))
+        return self._thread.submit(_read, file, _covered(sequence, file.items))
 
-    def forget(self, conversation: Conversation) -> None:
-        """Remove the file of ``conversation``, if there is one."""
-        if (file := self._files.take(conversation)) is not None:
+    def forget(self, sequence: Sequence) -> None:
+        """Remove the file of ``sequence``, if there is one."""
+        if (file := self._files.take(sequence)) is not None:
             self._remove(file)
 
-    def close(self, keep: Mapping[str, Conversation]) -> None:
+    def close(self, keep: Mapping[str, Sequence]) -> None:
         """Leave what is written of ``keep``, by session, to another process; remove all else, and let it in."""
         self._thread.shutdown(cancel_futures=True)
         try:
-            self._remove_all(but={self._name(session, conversation) for session, conversation in keep.items()})
+            self._remove_all(but={self._name(session, sequence) for session, sequence in keep.items()})
         except OSError as error:
             log.warning("the folder of parked KV caches is not as it was", because=str(error))
         self._lock.close()
 
-    def _name(self, session: str, conversation: Conversation) -> str | None:
-        """Give the file of ``conversation`` the name by which another process knows what it is; None if there is
+    def _name(self, session: str, sequence: Sequence) -> str | None:
+        """Give the file of ``sequence`` the name by which another process knows what it is; None if there is
         none."""
-        file = self._files.get(conversation)
+        file = self._files.get(sequence)
         if file is None or (seal := file.seal.result()) is None:
             return None
         name = f"vflow-kv-v{_SCHEMA}-{session}-{file.items}-{seal}.safetensors"
@@ -198,35 +198,35 @@ class SpillFolder:
                 path.unlink(missing_ok=True)
 
 
-def _covered(conversation: Conversation, items: int) -> bytes:
+def _covered(sequence: Sequence, items: int) -> bytes:
     """The first ``items`` items of a log, and what cut its cache into stages, as bytes to be told apart by."""
     said = [
         [*item.identity, *map(len, item.kept)] if isinstance(item, CompressedImage) else item
-        for item in conversation.log[:items]
+        for item in sequence.log[:items]
     ]
-    return json.dumps([conversation.strategy.to_json(), said]).encode()
+    return json.dumps([sequence.strategy.to_json(), said]).encode()
 
 
-def _write(path: Path, parked: ParkedCache, covered: bytes) -> str | None:
+def _write(path: Path, offloaded: OffloadedCache, covered: bytes) -> str | None:
     """Write a file; returns its seal, None if it could not be written."""
     try:
-        parked.save(path)
+        offloaded.save(path)
         return _seal(path, covered)
     except (OSError, SafetensorError) as error:
         log.warning("a parked KV cache could not be written and is given up", file=str(path), because=str(error))
         return None
 
 
-def _read(file: _File, covered: bytes) -> ParkedCache:
+def _read(file: _File, covered: bytes) -> OffloadedCache:
     # Written before: one thread does both, in the order in which they were asked for.
     try:
         if _seal(file.path, covered) != file.seal.result():
-            raise ParkingError(f"{file.path} is not what was written, or not about what was said")
-        return ParkedCache.load(file.path)
-    except (OSError, ParkingError) as error:
+            raise OffloadError(f"{file.path} is not what was written, or not about what was said")
+        return OffloadedCache.load(file.path)
+    except (OSError, OffloadError) as error:
         with suppress(OSError):  # then it is removed
             set_aside(file.path, error)
-        raise ParkingError(str(error)) from error
+        raise OffloadError(str(error)) from error
 
 
 def _seal(path: Path, covered: bytes) -> str:

@@ -1,4 +1,4 @@
-"""The compressed pictures that dialogues were shown: their logs need them, because caches are rebuilt from logs."""
+"""The compressed pictures that sessions were shown: their logs need them, because caches are rebuilt from logs."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from vflow_server.kv.session_log import Dialogue
+from vflow_server.kv.session_state import SessionState
 from vflow_server.rpc.errors import CapacityExhausted
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.runtime.sequence import Item
 
 
-class LoggedPictures:
-    """Counts them within a bound, each once however many dialogues share it. Belongs to the engine's thread.
+class LoggedImages:
+    """Counts them within a bound, each once however many sessions share it. Belongs to the engine's thread.
 
     Args:
         most_bytes: the bound; it is checked before a picture is taken in, so work under way may exceed it by little.
@@ -22,23 +22,23 @@ class LoggedPictures:
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
-        self._of: dict[Dialogue, list[CompressedImage]] = {}
+        self._of: dict[SessionState, list[CompressedImage]] = {}
         # By identity: what is held here keeps its id.
         self._dialogues_with: Counter[int] = Counter()
         self.bytes_held = 0
 
-    def note(self, dialogue: Dialogue, log: Sequence[Item]) -> None:
-        """Count what is in the log of ``dialogue`` now."""
-        self.forget(dialogue)
-        self._of[dialogue] = _distinct(log)
-        for image in self._of[dialogue]:
+    def note(self, state: SessionState, log: Sequence[Item]) -> None:
+        """Count what is in the log of ``state`` now."""
+        self.forget(state)
+        self._of[state] = _distinct(log)
+        for image in self._of[state]:
             self._dialogues_with[id(image)] += 1
             if self._dialogues_with[id(image)] == 1:
                 self.bytes_held += picture_bytes(image)
 
-    def forget(self, dialogue: Dialogue) -> None:
-        """Count nothing for ``dialogue`` any more."""
-        for image in self._of.pop(dialogue, ()):
+    def forget(self, state: SessionState) -> None:
+        """Count nothing for ``state`` any more."""
+        for image in self._of.pop(state, ()):
             self._dialogues_with[id(image)] -= 1
             if not self._dialogues_with[id(image)]:
                 del self._dialogues_with[id(image)]

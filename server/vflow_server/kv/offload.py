@@ -1,4 +1,4 @@
-"""The caches of idle conversations outside the pool: in host memory, then in files, least recently used first."""
+"""The caches of idle sequences outside the pool: in host memory, then in files, least recently used first."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from enum import Enum, auto
 
 import structlog
 
-from vflow_server.kv.disk import SpillFolder
+from vflow_server.kv.disk import DiskStore
 from vflow_server.kv.lru import ByteBoundedLRU
-from vflowopt.runtime.offload import ParkedCache, ParkingError
-from vflowopt.runtime.sequence import Conversation
+from vflowopt.runtime.offload import OffloadedCache, OffloadError
+from vflowopt.runtime.sequence import Sequence
 
 log = structlog.get_logger(__name__)
 
@@ -25,8 +25,8 @@ class Tier(Enum):
     LOG = auto()
 
 
-class ParkedStore:
-    """Parked caches by conversation. Belongs to the engine's thread.
+class OffloadStore:
+    """Parked caches by sequence. Belongs to the engine's thread.
 
     A file is read ahead of its use, by :meth:`read_ahead`, which does not wait for it.
 
@@ -35,12 +35,12 @@ class ParkedStore:
         spill: the files; None: what is beyond is given up, and rebuilt from the log.
     """
 
-    def __init__(self, memory_bytes: int, spill: SpillFolder | None) -> None:
+    def __init__(self, memory_bytes: int, spill: DiskStore | None) -> None:
         self._spill = spill
-        self._memory: ByteBoundedLRU[Conversation, ParkedCache] = ByteBoundedLRU(
-            memory_bytes, lambda parked: parked.nbytes, dropped=self._spill_out
+        self._memory: ByteBoundedLRU[Sequence, OffloadedCache] = ByteBoundedLRU(
+            memory_bytes, lambda offloaded: offloaded.nbytes, dropped=self._spill_out
         )
-        self._read: dict[Conversation, ParkedCache] = {}
+        self._read: dict[Sequence, OffloadedCache] = {}
 
     @property
     def memory_bytes(self) -> int:
@@ -52,64 +52,64 @@ class ParkedStore:
         """Bytes held in files."""
         return 0 if self._spill is None else self._spill.bytes_held
 
-    def recover(self, owners: Mapping[str, Conversation]) -> list[str]:
-        """Take over what an earlier process kept; see :meth:`SpillFolder.recover`."""
+    def recover(self, owners: Mapping[str, Sequence]) -> list[str]:
+        """Take over what an earlier process kept; see :meth:`DiskStore.recover`."""
         return [] if self._spill is None else self._spill.recover(owners)
 
     def fit(self) -> int:
         """Have the files keep to their bound as it is now, which is returned: bytes."""
         return 0 if self._spill is None else self._spill.fit()
 
-    def put(self, conversation: Conversation, parked: ParkedCache) -> None:
-        """Hold the cache of ``conversation``, in the place of an earlier one."""
-        self.forget(conversation)
-        self._memory.put(conversation, parked)
+    def put(self, sequence: Sequence, offloaded: OffloadedCache) -> None:
+        """Hold the cache of ``sequence``, in the place of an earlier one."""
+        self.forget(sequence)
+        self._memory.put(sequence, offloaded)
 
-    def holds(self, conversation: Conversation) -> bool:
-        """Whether a cache of ``conversation`` is held anywhere."""
-        return self.find(conversation) is not None or self._in_file(conversation)
+    def holds(self, sequence: Sequence) -> bool:
+        """Whether a cache of ``sequence`` is held anywhere."""
+        return self.find(sequence) is not None or self._in_file(sequence)
 
-    def size(self, conversation: Conversation) -> int:
-        """Bytes of the cache of ``conversation``; 0 where none is held."""
-        if (found := self.find(conversation)) is not None:
+    def size(self, sequence: Sequence) -> int:
+        """Bytes of the cache of ``sequence``; 0 where none is held."""
+        if (found := self.find(sequence)) is not None:
             return found[0].nbytes
-        return 0 if self._spill is None else self._spill.size(conversation)
+        return 0 if self._spill is None else self._spill.size(sequence)
 
-    def find(self, conversation: Conversation) -> tuple[ParkedCache, Tier] | None:
-        """The cache of ``conversation``, if it is in memory or was read ahead, and where it comes from."""
-        if (parked := self._memory.get(conversation)) is not None:
-            return parked, Tier.HOST_MEMORY
-        if (parked := self._read.get(conversation)) is not None:
-            return parked, Tier.DISK
+    def find(self, sequence: Sequence) -> tuple[OffloadedCache, Tier] | None:
+        """The cache of ``sequence``, if it is in memory or was read ahead, and where it comes from."""
+        if (offloaded := self._memory.get(sequence)) is not None:
+            return offloaded, Tier.HOST_MEMORY
+        if (offloaded := self._read.get(sequence)) is not None:
+            return offloaded, Tier.DISK
         return None
 
-    def read_ahead(self, conversation: Conversation) -> Future[ParkedCache] | None:
-        """Begin to read what is held of ``conversation`` in a file alone; None where there is nothing to read."""
-        if self.find(conversation) is not None or self._spill is None or not self._in_file(conversation):
+    def read_ahead(self, sequence: Sequence) -> Future[OffloadedCache] | None:
+        """Begin to read what is held of ``sequence`` in a file alone; None where there is nothing to read."""
+        if self.find(sequence) is not None or self._spill is None or not self._in_file(sequence):
             return None
-        return self._spill.read(conversation)
+        return self._spill.read(sequence)
 
-    def has_been_read(self, conversation: Conversation, reading: Future[ParkedCache]) -> None:
+    def has_been_read(self, sequence: Sequence, reading: Future[OffloadedCache]) -> None:
         """Take what ``reading``, which is done, has brought; a file that is damaged or gone is forgotten."""
         try:
-            self._read[conversation] = reading.result()
-        except ParkingError as error:
+            self._read[sequence] = reading.result()
+        except OffloadError as error:
             log.warning("a parked KV cache is lost and will be rebuilt", because=str(error))
-            self.forget(conversation)
+            self.forget(sequence)
 
-    def put_down(self, conversation: Conversation) -> None:
+    def put_down(self, sequence: Sequence) -> None:
         """Let go of what was read ahead and not used; it still is in its file."""
-        self._read.pop(conversation, None)
+        self._read.pop(sequence, None)
 
-    def forget(self, conversation: Conversation) -> None:
-        """Give up whatever is held of ``conversation``."""
-        self._memory.take(conversation)
-        self.put_down(conversation)
+    def forget(self, sequence: Sequence) -> None:
+        """Give up whatever is held of ``sequence``."""
+        self._memory.take(sequence)
+        self.put_down(sequence)
         if self._spill is not None:
-            self._spill.forget(conversation)
+            self._spill.forget(sequence)
 
-    def file(self, conversation: Conversation, parked: ParkedCache | None, until: float) -> bool:
-        """Have the cache of ``conversation`` in a file: ``parked``, or what is held.
+    def file(self, sequence: Sequence, offloaded: OffloadedCache | None, until: float) -> bool:
+        """Have the cache of ``sequence`` in a file: ``parked``, or what is held.
 
         It waits for that, but no longer than ``until``, by the monotonic clock.
 
@@ -118,20 +118,20 @@ class ParkedStore:
         """
         if self._spill is None:
             return False
-        in_memory = self._memory.take(conversation)
-        if (cache := parked or in_memory) is not None and time.monotonic() < until:
-            self._spill.put(conversation, cache)
-        return self._spill.is_written(conversation, until)
+        in_memory = self._memory.take(sequence)
+        if (cache := offloaded or in_memory) is not None and time.monotonic() < until:
+            self._spill.put(sequence, cache)
+        return self._spill.is_written(sequence, until)
 
-    def close(self, keep: Mapping[str, Conversation]) -> None:
+    def close(self, keep: Mapping[str, Sequence]) -> None:
         """Remove the files, but leave those of ``keep``, by session, to the next process; see
-        :meth:`SpillFolder.close`."""
+        :meth:`DiskStore.close`."""
         if self._spill is not None:
             self._spill.close(keep)
 
-    def _in_file(self, conversation: Conversation) -> bool:
-        return self._spill is not None and self._spill.holds(conversation)
+    def _in_file(self, sequence: Sequence) -> bool:
+        return self._spill is not None and self._spill.holds(sequence)
 
-    def _spill_out(self, conversation: Conversation, parked: ParkedCache) -> None:
+    def _spill_out(self, sequence: Sequence, offloaded: OffloadedCache) -> None:
         if self._spill is not None:
-            self._spill.put(conversation, parked)
+            self._spill.put(sequence, offloaded)

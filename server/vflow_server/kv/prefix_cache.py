@@ -1,25 +1,24 @@
-"""Beginnings that conversations have in common: the same tokens and pictures under the same strategy, cached once.
+"""Beginnings that sequences have in common: the same tokens and pictures under the same strategy, cached once.
 
-A prefix is a frozen fork of a conversation at the moment when its last item was a picture. Whoever of the same tenant
+A prefix is a frozen fork of a sequence at the moment when its last item was a picture. Whoever of the same tenant
 begins the same way shares its pages. Belongs to the engine's thread.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, abc
 
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Identity
 from vflowopt.runtime.cache import StagedCache
-from vflowopt.runtime.sequence import Conversation, Item
+from vflowopt.runtime.sequence import Item, Sequence
 
 _Content = tuple[int | Identity, ...]
 _Key = tuple[str, Strategy, _Content]
 
 
-class PrefixStore:
+class PrefixCache:
     """Prefixes by tenant, strategy and content, for one model.
 
     Args:
@@ -28,12 +27,12 @@ class PrefixStore:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._prefixes: OrderedDict[_Key, Conversation] = OrderedDict()
+        self._prefixes: OrderedDict[_Key, Sequence] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._prefixes)
 
-    def find(self, tenant: str, strategy: Strategy, items: Sequence[Item]) -> Conversation | None:
+    def find(self, tenant: str, strategy: Strategy, items: abc.Sequence[Item]) -> Sequence | None:
         """The longest prefix of ``items`` that is held for ``tenant``, or None."""
         content = _content(items)
         for end in range(len(items), 0, -1):
@@ -45,11 +44,11 @@ class PrefixStore:
                     return prefix
         return None
 
-    def keep(self, tenant: str, conversation: Conversation) -> None:
-        """Hold the present state of ``conversation`` of ``tenant``, all of it cached and its last item a picture."""
-        key = (tenant, conversation.strategy, _content(conversation.log))
+    def keep(self, tenant: str, sequence: Sequence) -> None:
+        """Hold the present state of ``sequence`` of ``tenant``, all of it cached and its last item a picture."""
+        key = (tenant, sequence.strategy, _content(sequence.log))
         if key not in self._prefixes:
-            self._prefixes[key] = conversation.fork()
+            self._prefixes[key] = sequence.fork()
         self._prefixes.move_to_end(key)
         if len(self._prefixes) > self._most:
             _, oldest = self._prefixes.popitem(last=False)
@@ -75,6 +74,6 @@ class PrefixStore:
         return [prefix.cache for prefix in self._prefixes.values()]
 
 
-def _content(items: Sequence[Item]) -> _Content:
+def _content(items: abc.Sequence[Item]) -> _Content:
     """What items say, whoever says it: token ids, and pictures by what they are called in caches."""
     return tuple(item.identity if isinstance(item, CompressedImage) else item for item in items)

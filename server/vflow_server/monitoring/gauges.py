@@ -16,7 +16,7 @@ from vflow_server.engine.workbench import Workbench
 from vflow_server.images.store import PictureStore
 from vflow_server.sessions.sessions import SessionStore
 from vflow_server.strategies.strategies import StrategyStore
-from vflow_server.tuning.fidelity_monitor import Watch
+from vflow_server.tuning.fidelity_monitor import FidelityMonitor
 from vflow_server.tuning.retune import Retunes
 
 
@@ -29,7 +29,7 @@ class Gauges(Collector):
         sessions: that live.
         strategies: which one is active.
         pictures: that are held.
-        watch: what it has seen.
+        fidelity_monitor: what it has seen.
         retunes: the one that is under way.
     """
 
@@ -41,7 +41,7 @@ class Gauges(Collector):
         sessions: SessionStore,
         strategies: StrategyStore,
         pictures: PictureStore,
-        watch: Watch,
+        fidelity_monitor: FidelityMonitor,
         retunes: Retunes,
     ) -> None:
         self._engine = engine
@@ -49,7 +49,7 @@ class Gauges(Collector):
         self._sessions = sessions
         self._strategies = strategies
         self._pictures = pictures
-        self._watch = watch
+        self._fidelity_monitor = fidelity_monitor
         self._retunes = retunes
 
     def collect(self) -> Iterator[Metric]:
@@ -88,8 +88,8 @@ class Gauges(Collector):
         yield pages
         yield GaugeMetricFamily("vflow_pool_page_bytes", "Bytes of a page.", pool.page_bytes)
         held = GaugeMetricFamily("vflow_memory_bytes", "Bytes of what is held beside the KV pool.", labels=("what",))
-        held.add_metric(("parked_memory",), self._bench.parked.memory_bytes)
-        held.add_metric(("parked_disk",), self._bench.parked.file_bytes)
+        held.add_metric(("parked_memory",), self._bench.offloaded.memory_bytes)
+        held.add_metric(("parked_disk",), self._bench.offloaded.file_bytes)
         held.add_metric(("compressed_pictures",), self._bench.compressed_bytes)
         held.add_metric(("pictures",), self._pictures.bytes_held)
         yield held
@@ -109,19 +109,19 @@ class Gauges(Collector):
         living = list(self._sessions)
         states = {
             "busy": [session for session in living if session.busy],
-            "resident": [each for each in living if not each.busy and each.dialogue.state.kv_bytes],
-            "evicted": [each for each in living if not each.busy and not each.dialogue.state.kv_bytes],
+            "resident": [each for each in living if not each.busy and each.state.snapshot.kv_bytes],
+            "evicted": [each for each in living if not each.busy and not each.state.snapshot.kv_bytes],
         }
         for state, members in states.items():
             sessions.add_metric((state,), len(members))
-            kv_bytes.add_metric((state,), sum(session.dialogue.state.kv_bytes for session in members))
+            kv_bytes.add_metric((state,), sum(session.state.snapshot.kv_bytes for session in members))
         yield sessions
         yield kv_bytes
 
     def _of_watch(self) -> Iterator[Metric]:
         def counter(name: str, what: str, field: str) -> CounterMetricFamily:
             family = CounterMetricFamily(f"vflow_watch_{name}", what, labels=("strategy",))
-            for strategy, totals in self._watch.totals.items():
+            for strategy, totals in self._fidelity_monitor.totals.items():
                 family.add_metric((strategy,), getattr(totals, field))
             return family
 

@@ -28,8 +28,8 @@ from vflow_server.monitoring.side_port import Answer, Page, Request, refusal
 from vflow_server.rpc.errors import ServiceError
 from vflow_server.sessions.sessions import SessionStore
 from vflow_server.strategies.strategies import StrategyStore
-from vflow_server.telemetry.receipt_log import Ledger
-from vflow_server.tuning.fidelity_monitor import Watch
+from vflow_server.telemetry.receipt_log import ReceiptLog
+from vflow_server.tuning.fidelity_monitor import FidelityMonitor
 from vflow_server.tuning.retune import Retunes
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.media.picture import Detail
@@ -54,9 +54,9 @@ class StatusPage:
         sessions: that live.
         strategies: that exist.
         pictures: that are held.
-        watch: what it has seen.
+        fidelity_monitor: what it has seen.
         retunes: the one that is under way.
-        ledger: the latest receipts.
+        receipt_log: the latest receipts.
         access: who may look: where there are tokens, whoever brings an administrator's as the password, and only at
             what is of that token's tenant.
     """
@@ -69,9 +69,9 @@ class StatusPage:
         sessions: SessionStore,
         strategies: StrategyStore,
         pictures: PictureStore,
-        watch: Watch,
+        fidelity_monitor: FidelityMonitor,
         retunes: Retunes,
-        ledger: Ledger,
+        receipt_log: ReceiptLog,
         access: Access,
     ) -> None:
         self._engine = engine
@@ -79,9 +79,9 @@ class StatusPage:
         self._sessions = sessions
         self._strategies = strategies
         self._pictures = pictures
-        self._watch = watch
+        self._fidelity_monitor = fidelity_monitor
         self._retunes = retunes
-        self._ledger = ledger
+        self._receipt_log = receipt_log
         self._access = access
         self._started = time.time()
         environment = Environment(
@@ -145,17 +145,17 @@ class StatusPage:
                 now=time.time(),
                 started=self._started,
                 pool=runtime.pool,
-                parked=self._bench.parked,
+                offloaded=self._bench.offloaded,
                 sessions=sessions[:MOST_ROWS],
                 session_count=len(sessions),
                 strategies=list(self._strategies),
                 active=self._strategies.active,
                 layers=runtime.layers,
                 low_detail=images_pb2.Image.LOW,
-                watched=dict(self._watch.totals),
+                watched=dict(self._fidelity_monitor.totals),
                 retune=operation and operation.metadata,
-                turns=[turn for turn in self._ledger.turns if self._visible(turn.tenant)][:MOST_ROWS],
-                pictures=[each for each in self._ledger.pictures if self._visible(each.tenant)][:MOST_ROWS],
+                turns=[turn for turn in self._receipt_log.turns if self._visible(turn.tenant)][:MOST_ROWS],
+                pictures=[each for each in self._receipt_log.pictures if self._visible(each.tenant)][:MOST_ROWS],
             )
         )
 

@@ -58,7 +58,7 @@ class Strategies(strategies_pb2_grpc.StrategiesServicer):
     ) -> strategies_pb2.ListStrategiesResponse:
         """List the strategies: those built in, then those created, oldest first."""
         page, token = self._pager.page(
-            self._strategies, lambda revision: revision.sequence, request.page_size, request.page_token
+            self._strategies, lambda revision: revision.number, request.page_size, request.page_token
         )
         return strategies_pb2.ListStrategiesResponse(strategies=map(self._message, page), next_page_token=token)
 

@@ -19,7 +19,7 @@ from vflow_server.rpc.names import check_name
 from vflow_server.servicers.quotas import Quotas
 from vflow_server.sessions.receipts import image_receipt
 from vflow_server.strategies.strategies import StrategyRevision, StrategyStore
-from vflow_server.telemetry.receipt_log import Ledger
+from vflow_server.telemetry.receipt_log import ReceiptLog
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.media.picture import Picture
 
@@ -35,7 +35,7 @@ class Compression(compression_pb2_grpc.CompressionServicer):
         bench: what the work is done with.
         strategies: that a request may ask for.
         pictures: takes in what requests bring.
-        ledger: hears what became of them.
+        receipt_log: hears what became of them.
         quotas: of the tenants.
         most_bytes: size of a response at most.
     """
@@ -46,7 +46,7 @@ class Compression(compression_pb2_grpc.CompressionServicer):
         bench: Workbench,
         strategies: StrategyStore,
         pictures: PictureStore,
-        ledger: Ledger,
+        receipt_log: ReceiptLog,
         quotas: Quotas,
         *,
         most_bytes: int,
@@ -55,7 +55,7 @@ class Compression(compression_pb2_grpc.CompressionServicer):
         self._bench = bench
         self._strategies = strategies
         self._pictures = pictures
-        self._ledger = ledger
+        self._receipt_log = receipt_log
         self._quotas = quotas
         self._most_bytes = most_bytes
 
@@ -81,7 +81,7 @@ class Compression(compression_pb2_grpc.CompressionServicer):
             response = await ticket.result()
         finally:
             ticket.cancel()
-        self._ledger.picture(tenant, response.receipt)
+        self._receipt_log.picture(tenant, response.receipt)
         return response
 
     def _response(

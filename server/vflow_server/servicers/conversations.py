@@ -23,7 +23,7 @@ from vflow_server.servicers.quotas import Quotas, Work
 from vflow_server.sessions.session import Session
 from vflow_server.sessions.sessions import SessionStore
 from vflow_server.strategies.strategies import StrategyStore
-from vflow_server.telemetry.receipt_log import Ledger
+from vflow_server.telemetry.receipt_log import ReceiptLog
 from vflowopt.media.video import Visual
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -41,7 +41,7 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         strategies: that a new session may begin with.
         pictures: takes in what requests bring.
         videos: takes in what they bring of these.
-        ledger: hears what became of them.
+        receipt_log: hears what became of them.
         quotas: of the tenants.
     """
 
@@ -51,14 +51,14 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         strategies: StrategyStore,
         pictures: PictureStore,
         videos: VideoReader,
-        ledger: Ledger,
+        receipt_log: ReceiptLog,
         quotas: Quotas,
     ) -> None:
         self._sessions = sessions
         self._strategies = strategies
         self._pictures = pictures
         self._videos = videos
-        self._ledger = ledger
+        self._receipt_log = receipt_log
         self._quotas = quotas
         self._pager = Pager()
 
@@ -84,7 +84,7 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         """List the tenant's sessions, oldest first."""
         page, token = self._pager.page(
             self._sessions.of(current_caller().tenant),
-            lambda session: session.sequence,
+            lambda session: session.number,
             request.page_size,
             request.page_token,
         )
@@ -95,7 +95,7 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
     ) -> conversations_pb2.Session:
         """Open a second session with the same past."""
         origin = self._find(request.name, "name")
-        self._quotas.check_session(origin.tenant, origin.dialogue.state.images)
+        self._quotas.check_session(origin.tenant, origin.state.snapshot.images)
         return self._message(await self._sessions.fork(origin))
 
     async def DeleteSession(self, request: conversations_pb2.DeleteSessionRequest, context: Context) -> empty_pb2.Empty:
@@ -127,7 +127,7 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         self._quotas.show(session.tenant, work, 1)
         receipt = await session.show(visual)
         work.tokens = receipt.kept_tokens[0]
-        self._ledger.picture(session.tenant, receipt)
+        self._receipt_log.picture(session.tenant, receipt)
         return receipt
 
     async def Chat(self, request: conversations_pb2.ChatRequest, context: Context) -> None:
@@ -164,7 +164,7 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
                 await _write(context, _delta(text))
             finished = await session.outcome(answer)
             work.tokens = finished.receipt.new_prompt_tokens + finished.usage.completion_tokens
-            self._ledger.turn(session.tenant, session.name, finished)
+            self._receipt_log.turn(session.tenant, session.name, finished)
             await _write(context, conversations_pb2.ChatResponse(finished=finished))
         finally:
             answer.cancel()
@@ -174,15 +174,15 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         return self._sessions.get(current_caller().tenant, name)
 
     def _message(self, session: Session) -> conversations_pb2.Session:
-        state = session.dialogue.state
+        snapshot = session.state.snapshot
         message = conversations_pb2.Session(
             name=session.name,
             strategy=session.revision.name,
-            turn_count=state.turns,
-            image_count=state.images,
-            kv_bytes=state.kv_bytes,
-            kv_bytes_full=state.kv_bytes_full,
-            resident=state.resident,
+            turn_count=snapshot.turns,
+            image_count=snapshot.images,
+            kv_bytes=snapshot.kv_bytes,
+            kv_bytes_full=snapshot.kv_bytes_full,
+            resident=snapshot.resident,
         )
         message.create_time.FromNanoseconds(int(session.created * 1e9))
         message.last_used_time.FromNanoseconds(int(session.used * 1e9))

@@ -53,7 +53,7 @@ class Operations(operations_pb2_grpc.OperationsServicer):  # type: ignore[misc] 
             raise InvalidRequest("OPTION_OUT_OF_RANGE", "filter", "operations cannot be filtered; leave the filter out")
         page, token = self._pager.page(
             self._operations.of(current_caller().tenant),
-            lambda operation: operation.sequence,
+            lambda operation: operation.number,
             request.page_size,
             request.page_token,
         )

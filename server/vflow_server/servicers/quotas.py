@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from vflow_server.engine.engine import Engine, Steps
-from vflow_server.kv.manager import Residency
+from vflow_server.kv.manager import KVCacheManager
 from vflow_server.rpc.errors import CapacityExhausted
 from vflow_server.sessions.sessions import SessionStore
 
@@ -99,14 +99,14 @@ class Quotas:
         quota: of each.
         sessions: that live.
         engine: in whose thread caches are parked.
-        residency: parks them.
+        kv: parks them.
     """
 
-    def __init__(self, quota: Quota, sessions: SessionStore, engine: Engine, residency: Residency) -> None:
+    def __init__(self, quota: Quota, sessions: SessionStore, engine: Engine, kv: KVCacheManager) -> None:
         self._quota = quota
         self._sessions = sessions
         self._engine = engine
-        self._residency = residency
+        self._kv = kv
         self._uses: dict[str, _Use] = {}
 
     def check_session(self, tenant: str, pictures: int = 0) -> None:
@@ -174,7 +174,7 @@ class Quotas:
         most = self._quota.pictures
         if most is None or not more:
             return
-        shown = sum(session.dialogue.state.images for session in self._sessions.of(tenant))
+        shown = sum(session.state.snapshot.images for session in self._sessions.of(tenant))
         if shown + sum(work.pictures for work in self._use(tenant).under_way) + more > most:
             raise _exceeded(
                 "tenant_pictures", most, f"has {shown} pictures in its sessions and may have {most}; delete some", None
@@ -185,11 +185,11 @@ class Quotas:
         if most is None:
             return
 
-        def park(emit: Callable[[None], None]) -> Steps[int]:
-            return self._residency.limit(tenant, most)
+        def offload(emit: Callable[[None], None]) -> Steps[int]:
+            return self._kv.limit(tenant, most)
             yield  # makes this a generator: one step
 
-        if (held := await self._engine.submit(park, tenant, housekeeping=True).result()) > most:
+        if (held := await self._engine.submit(offload, tenant, housekeeping=True).result()) > most:
             raise _exceeded(
                 "tenant_kv",
                 most,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import abc
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from vflow_server.engine.engine import Steps
-from vflow_server.engine.ops import Await, Run
+from vflow_server.engine.ops import Forward, Wait
 from vflow_server.engine.workbench import Workbench
 from vflow_server.kv.offload import Tier
-from vflow_server.kv.session_log import Dialogue
+from vflow_server.kv.session_state import SessionState
 from vflowopt.compression.pipeline import CompressedImage
-from vflowopt.runtime.sequence import Conversation, Item
+from vflowopt.runtime.sequence import Item, Sequence
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Reading:
 
 def read(
     bench: Workbench,
-    dialogue: Dialogue,
-    items: Sequence[Item],
+    state: SessionState,
+    items: abc.Sequence[Item],
     *,
     want_logits: bool = True,
 ) -> Steps[Reading]:
@@ -46,7 +46,7 @@ def read(
 
     Args:
         bench: the model, and what it has at hand.
-        dialogue: whose conversation's log grows.
+        state: whose conversation's log grows.
         items: what is said. While no turn is finished the tenant's other dialogues may begin the same way: then
             pictures make prefixes to share.
         want_logits: False where nobody will read them.
@@ -54,30 +54,30 @@ def read(
     Raises:
         CapacityExhausted: pages are short though everything was released that can be.
     """
-    conversation, tenant = dialogue.conversation(bench.runtime), dialogue.tenant
-    said = [*conversation.log, *items]
-    yield from read_parked(bench, conversation)
-    bare = not conversation.resident and not bench.parked.holds(conversation)
+    sequence, tenant = state.sequence(bench.runtime), state.tenant
+    said = [*sequence.log, *items]
+    yield from read_parked(bench, sequence)
+    bare = not sequence.resident and not bench.offloaded.holds(sequence)
     if bare and any(isinstance(item, CompressedImage) for item in said):
-        prefix = bench.prefixes.find(tenant, conversation.strategy, said)
+        prefix = bench.prefixes.find(tenant, sequence.strategy, said)
         bench.metrics.prefix(hit=prefix is not None)
         if prefix is not None:
-            conversation.log.extend(said[len(conversation.log) : len(prefix.log)])
-            conversation.share(prefix)
-    rest = said[len(conversation.log) :]
+            sequence.log.extend(said[len(sequence.log) : len(prefix.log)])
+            sequence.share(prefix)
+    rest = said[len(sequence.log) :]
     runs = []
     pictures = [place for place, item in enumerate(rest) if isinstance(item, CompressedImage)]
-    if not dialogue.turns and pictures:
+    if not state.turns and pictures:
         # Stop behind the last picture, for others who begin with it and ask something else.
-        conversation.log.extend(rest[: pictures[-1] + 1])
-        runs.append(Run(conversation, want_logits=False))
+        sequence.log.extend(rest[: pictures[-1] + 1])
+        runs.append(Forward(sequence, want_logits=False))
         yield runs[-1]
-        bench.prefixes.keep(tenant, conversation)
+        bench.prefixes.keep(tenant, sequence)
         rest = rest[pictures[-1] + 1 :]
-    conversation.log.extend(rest)
+    sequence.log.extend(rest)
     logits = None
-    if conversation.cached_items < len(conversation.log) or want_logits:
-        runs.append(Run(conversation, want_logits))
+    if sequence.num_cached_items < len(sequence.log) or want_logits:
+        runs.append(Forward(sequence, want_logits))
         logits = yield runs[-1]
     return Reading(
         logits,
@@ -87,8 +87,8 @@ def read(
     )
 
 
-def read_parked(bench: Workbench, conversation: Conversation) -> Steps[None]:
-    """Have a parked cache of ``conversation`` at hand, where one is held in a file."""
-    if not conversation.resident and (reading := bench.parked.read_ahead(conversation)) is not None:
-        yield Await(reading)
-        bench.parked.has_been_read(conversation, reading)
+def read_parked(bench: Workbench, sequence: Sequence) -> Steps[None]:
+    """Have a parked cache of ``sequence`` at hand, where one is held in a file."""
+    if not sequence.resident and (reading := bench.offloaded.read_ahead(sequence)) is not None:
+        yield Wait(reading)
+        bench.offloaded.has_been_read(sequence, reading)

@@ -9,34 +9,34 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from vflow_server.engine.engine import Steps
-from vflow_server.engine.ops import Await
+from vflow_server.engine.ops import Wait
 from vflow_server.engine.workbench import Workbench
-from vflow_server.kv.session_log import Dialogue
+from vflow_server.kv.session_state import SessionState
 from vflow_server.store.replays import Answer
 from vflow_server.store.session_record import Entry, SessionRecord
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.runtime.sequence import Item
 
 
-def write_down(dialogue: Dialogue, entry: Entry, answer: Answer | None = None) -> Steps[None]:
-    """Have what was said on the disk, if ``dialogue`` has a record.
+def write_down(state: SessionState, entry: Entry, answer: Answer | None = None) -> Steps[None]:
+    """Have what was said on the disk, if ``state`` has a record.
 
     Whoever closes the generator, or gets an exception from it, must roll the conversation back.
 
     Raises:
         ServiceError: it cannot be written.
     """
-    if dialogue.record is None:
+    if state.record is None:
         return
-    writing = dialogue.record.write(replace(entry, items=_on_host(entry.items)), answer)
+    writing = state.record.write(replace(entry, items=_on_host(entry.items)), answer)
     try:
-        yield Await(writing)
+        yield Wait(writing)
     except GeneratorExit:
         if not writing.cancel():
-            dialogue.record.take_back()
+            state.record.take_back()
         raise
     writing.result()
-    dialogue.record.commit()
+    state.record.commit()
 
 
 def write_fork(origin: SessionRecord | None, twin: SessionRecord | None) -> Steps[None]:
@@ -47,25 +47,23 @@ def write_fork(origin: SessionRecord | None, twin: SessionRecord | None) -> Step
     """
     if origin is not None and twin is not None:
         writing = twin.fork(origin)
-        yield Await(writing)
+        yield Wait(writing)
         writing.result()
 
 
-def recall(bench: Workbench, dialogue: Dialogue) -> Steps[None]:
-    """Have the log of ``dialogue`` in memory, which may be of an earlier process.
+def recall(bench: Workbench, state: SessionState) -> Steps[None]:
+    """Have the log of ``state`` in memory, which may be of an earlier process.
 
     Raises:
         ServiceError: it cannot be read, or its pictures do not fit in memory.
     """
-    if dialogue.recalled or dialogue.record is None:
+    if state.recalled or state.record is None:
         return
-    reading = dialogue.record.read()
-    yield Await(reading)
-    entries = [replace(entry, items=_adopted(bench, dialogue, entry.items)) for entry in reading.result()]
-    bench.residency.check_room(
-        dialogue.conversation(bench.runtime), [item for entry in entries for item in entry.items]
-    )
-    dialogue.recall(bench.runtime, entries)
+    reading = state.record.read()
+    yield Wait(reading)
+    entries = [replace(entry, items=_adopted(bench, state, entry.items)) for entry in reading.result()]
+    bench.kv.check_room(state.sequence(bench.runtime), [item for entry in entries for item in entry.items])
+    state.recall(bench.runtime, entries)
 
 
 def _on_host(items: Sequence[Item]) -> tuple[Item, ...]:
@@ -78,8 +76,7 @@ def _on_host(items: Sequence[Item]) -> tuple[Item, ...]:
     )
 
 
-def _adopted(bench: Workbench, dialogue: Dialogue, items: Sequence[Item]) -> tuple[Item, ...]:
+def _adopted(bench: Workbench, state: SessionState, items: Sequence[Item]) -> tuple[Item, ...]:
     return tuple(
-        bench.adopt(item, dialogue.strategy, dialogue.tenant) if isinstance(item, CompressedImage) else item
-        for item in items
+        bench.adopt(item, state.strategy, state.tenant) if isinstance(item, CompressedImage) else item for item in items
     )

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from vflow_client.v1 import conversations_pb2, images_pb2
 from vflow_server.engine.engine import Engine, Steps, Ticket, Work, WorkCancelled
 from vflow_server.engine.workbench import Workbench
-from vflow_server.kv.session_log import Dialogue
+from vflow_server.kv.session_state import SessionState
 from vflow_server.rpc.errors import model_changed, session_busy, session_deleted, session_not_found
 from vflow_server.sessions.forking import Forking
 from vflow_server.sessions.live_samples import LiveSamples
@@ -20,7 +20,7 @@ from vflow_server.sessions.turn import Turn, TurnRequest
 from vflow_server.store.replays import Answer, Replays
 from vflow_server.store.session_record import Recovered, SessionRecord
 from vflow_server.strategies.strategies import StrategyRevision
-from vflow_server.tuning.fidelity_monitor import Watch
+from vflow_server.tuning.fidelity_monitor import FidelityMonitor
 from vflowopt.media.video import Visual
 
 R = TypeVar("R")
@@ -43,40 +43,40 @@ class Session:
 
     Args:
         name: its resource name.
-        sequence: sessions count up in the order of their creation.
+        number: sessions count up in the order of their creation.
         tenant: whose it is.
         revision: the strategy that it keeps for as long as it lives.
         engine: does the work.
         bench: what the work is done with.
         live_samples: hears what is shown and asked.
-        watch: looks at turns afterwards.
+        fidelity_monitor: looks at turns afterwards.
         record: what the data folder holds of it; None: nothing.
     """
 
     def __init__(
         self,
         name: str,
-        sequence: int,
+        number: int,
         tenant: str,
         revision: StrategyRevision,
         engine: Engine,
         bench: Workbench,
         live_samples: LiveSamples,
-        watch: Watch,
+        fidelity_monitor: FidelityMonitor,
         record: SessionRecord | None = None,
     ) -> None:
         self.name = name
-        self.sequence = sequence
+        self.number = number
         self.tenant = tenant
         self.revision = revision
         self.record = record
-        self.dialogue = Dialogue(revision.strategy, tenant, record)
+        self.state = SessionState(revision.strategy, tenant, record)
         self.created = self.used = time.time() if record is None else record.facts.created
         self.deleted = False
         self._engine = engine
         self._bench = bench
         self._live_samples = live_samples
-        self._watch = watch
+        self._fidelity_monitor = fidelity_monitor
         # Those of an earlier process are read when the first request comes.
         self._replays: Replays | None = Replays()
         self.idle_from = self.used
@@ -103,7 +103,7 @@ class Session:
         """Go on where an earlier process ended."""
         self.used, self.idle_from = found.used, time.time()
         self._replays = None
-        self.dialogue.resume(found.turns, found.images)
+        self.state.resume(found.turns, found.images)
 
     async def show(self, visual: Visual) -> images_pb2.ImageReceipt:
         """Show ``visual`` ahead of the next turn.
@@ -113,7 +113,7 @@ class Session:
                 for.
         """
         await self._until_free()
-        ticket = self._begin(Showing(self._bench, self.dialogue, self.name, self.revision.name, visual))
+        ticket = self._begin(Showing(self._bench, self.state, self.name, self.revision.name, visual))
         ticket.on_result(lambda _: self._showed(visual))
         try:
             return await self.outcome(ticket)
@@ -151,12 +151,12 @@ class Session:
         admit()
         turn = Turn(
             self._bench,
-            self.dialogue,
+            self.state,
             self.name,
             self.revision.name,
             request,
             accepted,
-            self._watch,
+            self._fidelity_monitor,
             (request_id, fingerprint) if request_id else None,
         )
         ticket = self._begin(turn, request_id)
@@ -174,7 +174,7 @@ class Session:
                 for.
         """
         await self._until_free()
-        ticket = twin._follow(self._begin(Forking(self._bench, self.dialogue, twin.dialogue)))
+        ticket = twin._follow(self._begin(Forking(self._bench, self.state, twin.state)))
         try:
             await self.outcome(ticket)
         finally:
@@ -210,11 +210,11 @@ class Session:
         return ticket
 
     def _showed(self, visual: Visual) -> None:
-        self._live_samples.showed(self.tenant, self.name, visual, images=self.dialogue.state.images)
+        self._live_samples.showed(self.tenant, self.name, visual, images=self.state.snapshot.images)
 
     def _answered(self, request: TurnRequest) -> None:
-        state = self.dialogue.state
-        self._live_samples.asked(self.tenant, self.name, request.parts, turns=state.turns, images=state.images)
+        snapshot = self.state.snapshot
+        self._live_samples.asked(self.tenant, self.name, request.parts, turns=snapshot.turns, images=snapshot.images)
 
     def _ended(self) -> None:
         self._under_way = None
@@ -229,7 +229,7 @@ class Session:
         return self._replays
 
     def _forget(self, emit: Callable[[None], None]) -> Steps[None]:
-        self._bench.residency.forget(self.dialogue)
+        self._bench.kv.forget(self.state)
         return
         yield  # makes this a generator: one step
 

@@ -16,7 +16,7 @@ from itertools import count
 import structlog
 
 from vflow_server.engine.engine import Engine
-from vflow_server.engine.fair_queue import has_place
+from vflow_server.engine.fair_queue import may_admit
 from vflow_server.engine.workbench import Workbench
 from vflow_server.rpc.errors import CapacityExhausted, ServiceError, session_not_found
 from vflow_server.sessions.live_samples import LiveSamples
@@ -24,7 +24,7 @@ from vflow_server.sessions.session import Session
 from vflow_server.store.archive import Archive
 from vflow_server.store.session_record import SessionFacts, SessionRecord, recover
 from vflow_server.strategies.strategies import StrategyRevision
-from vflow_server.tuning.fidelity_monitor import Watch
+from vflow_server.tuning.fidelity_monitor import FidelityMonitor
 from vflowopt.compression.strategy import Strategy, StrategyError
 
 log = structlog.get_logger(__name__)
@@ -37,7 +37,7 @@ class SessionStore:
         engine: does their work.
         bench: what the work is done with.
         live_samples: hears what is shown and asked in them.
-        watch: looks at their turns afterwards.
+        fidelity_monitor: looks at their turns afterwards.
         most: how many may live at the same time; a tenant that has none may go beyond.
         idle_timeout: seconds without use after which a session is deleted.
         archive: where their records are; None: sessions end with the process.
@@ -51,7 +51,7 @@ class SessionStore:
         engine: Engine,
         bench: Workbench,
         live_samples: LiveSamples,
-        watch: Watch,
+        fidelity_monitor: FidelityMonitor,
         *,
         most: int,
         idle_timeout: float,
@@ -60,14 +60,14 @@ class SessionStore:
         self._engine = engine
         self._bench = bench
         self._live_samples = live_samples
-        self._watch = watch
+        self._fidelity_monitor = fidelity_monitor
         self._most = most
         self.idle_timeout = idle_timeout
         self._archive = archive
         self._sessions: dict[str, Session] = {}
-        self._sequence = count(self._recover(archive) if archive is not None else 0)
+        self._numbers = count(self._recover(archive) if archive is not None else 0)
         by_use = sorted(self, key=lambda session: session.used)
-        bench.residency.recover([session.dialogue for session in by_use if session.goes_on])
+        bench.kv.recover([session.state for session in by_use if session.goes_on])
 
     async def create(self, tenant: str, revision: StrategyRevision) -> Session:
         """A new session of ``tenant`` under ``revision``.
@@ -88,19 +88,19 @@ class SessionStore:
         """A session of which there is no record yet."""
         # Those of another model are only kept, and take up nothing that others could use.
         living = Counter(session.tenant for session in self if session.goes_on)
-        if not has_place(living, tenant, self._most):
+        if not may_admit(living, tenant, self._most):
             raise CapacityExhausted(
                 "sessions",
                 f"{living.total()} sessions live already; delete some, or retry when idle ones have expired",
                 metadata={"sessions": living.total()},
                 retry_after=min(self.idle_timeout, 10.0),
             )
-        name, sequence = f"sessions/s{secrets.token_hex(10)}", next(self._sequence)
+        name, number = f"sessions/s{secrets.token_hex(10)}", next(self._numbers)
         record = None
         if self._archive is not None:
             facts = SessionFacts(
                 name,
-                sequence,
+                number,
                 tenant,
                 revision.name,
                 revision.strategy.to_json(),
@@ -108,30 +108,38 @@ class SessionStore:
                 time.time(),
             )
             record = SessionRecord(facts, self._archive)
-        return self._add(name, sequence, tenant, revision, record)
+        return self._add(name, number, tenant, revision, record)
 
     def _add(
-        self, name: str, sequence: int, tenant: str, revision: StrategyRevision, record: SessionRecord | None
+        self, name: str, number: int, tenant: str, revision: StrategyRevision, record: SessionRecord | None
     ) -> Session:
         session = Session(
-            name, sequence, tenant, revision, self._engine, self._bench, self._live_samples, self._watch, record
+            name,
+            number,
+            tenant,
+            revision,
+            self._engine,
+            self._bench,
+            self._live_samples,
+            self._fidelity_monitor,
+            record,
         )
         self._sessions[name] = session
         return session
 
     def _recover(self, archive: Archive) -> int:
-        """Take over the sessions of ``archive``; returns the sequence that the next new one gets."""
+        """Take over the sessions of ``archive``; returns the number that the next new one gets."""
         following = 0
         for found in recover(archive):
             facts = found.record.facts
-            following = facts.sequence + 1
+            following = facts.number + 1
             try:
                 strategy = Strategy.from_json(facts.strategy)
             except StrategyError as error:
                 log.error("a stored session cannot be read and is left out", session=facts.name, because=str(error))
                 continue
             revision = StrategyRevision(facts.strategy_name, 0, strategy, "", facts.created)
-            self._add(facts.name, facts.sequence, facts.tenant, revision, found.record).recover(found)
+            self._add(facts.name, facts.number, facts.tenant, revision, found.record).recover(found)
         strays = sum(not session.goes_on for session in self)
         log.info("sessions recovered", sessions=len(self._sessions), of_another_model=strays)
         return following

@@ -12,7 +12,7 @@ from vflow_client.v1 import images_pb2
 from vflow_server.engine.engine import Steps
 from vflow_server.engine.ops import Encode
 from vflow_server.engine.workbench import Workbench
-from vflow_server.kv.session_log import Dialogue
+from vflow_server.kv.session_state import SessionState
 from vflow_server.sessions.reading import read
 from vflow_server.sessions.receipts import image_receipt
 from vflow_server.sessions.recording import recall, write_down
@@ -26,17 +26,17 @@ class Showing:
 
     Args:
         bench: the engine's things.
-        dialogue: who is shown it; nothing else may be under way in it.
+        state: who is shown it; nothing else may be under way in it.
         session_name: the session's resource name.
         strategy_name: resource name of the dialogue's strategy.
         visual: the picture or video.
     """
 
     def __init__(
-        self, bench: Workbench, dialogue: Dialogue, session_name: str, strategy_name: str, visual: Visual
+        self, bench: Workbench, state: SessionState, session_name: str, strategy_name: str, visual: Visual
     ) -> None:
         self._bench = bench
-        self._dialogue = dialogue
+        self._dialogue = state
         self._session_name = session_name
         self._strategy_name = strategy_name
         self._visual = visual
@@ -44,21 +44,21 @@ class Showing:
     def __call__(self, emit: Callable[[object], None]) -> Steps[images_pb2.ImageReceipt]:
         """The steps of the showing."""
         runtime = self._bench.runtime
-        with self._bench.residency.using(self._dialogue):
+        with self._bench.kv.using(self._dialogue):
             yield from recall(self._bench, self._dialogue)
-            conversation = self._dialogue.conversation(runtime)
-            checkpoint = conversation.checkpoint()
+            sequence = self._dialogue.sequence(runtime)
+            checkpoint = sequence.checkpoint()
             try:
                 image, hit = yield Encode(self._visual, self._dialogue.strategy, self._dialogue.tenant)
                 items = self._dialogue.picture(runtime.chat, image)
-                check_context(conversation, items, 0, runtime.context)
-                self._bench.residency.check_room(conversation, items)
+                check_context(sequence, items, 0, runtime.context)
+                self._bench.kv.check_room(sequence, items)
                 reading = yield from read(self._bench, self._dialogue, items, want_logits=False)
                 self._bench.wait_for_device()
                 prefill_ms = (time.perf_counter() - reading.begun) * 1000 if reading.begun else 0.0
                 yield from write_down(self._dialogue, Entry(tuple(items), images=1, answered=False))
             except BaseException:  # GeneratorExit is how a cancelled showing ends
-                conversation.rollback(checkpoint)
+                sequence.rollback(checkpoint)
                 raise
             self._dialogue.commit_picture(image, len(items))
         return image_receipt(

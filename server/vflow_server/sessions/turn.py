@@ -15,23 +15,23 @@ import torch
 
 from vflow_client.v1 import conversations_pb2, images_pb2
 from vflow_server.engine.engine import Steps
-from vflow_server.engine.ops import Encode, Run
+from vflow_server.engine.ops import Encode, Forward
 from vflow_server.engine.workbench import Workbench
 from vflow_server.kv.offload import Tier
-from vflow_server.kv.session_log import Dialogue
+from vflow_server.kv.session_state import SessionState
 from vflow_server.rpc.errors import InvalidRequest
 from vflow_server.sessions.reading import read
 from vflow_server.sessions.receipts import image_receipt
 from vflow_server.sessions.recording import recall, write_down
 from vflow_server.store.replays import Answer
 from vflow_server.store.session_record import Entry
-from vflow_server.tuning.fidelity_monitor import Watch
+from vflow_server.tuning.fidelity_monitor import FidelityMonitor
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.media.picture import PictureError
 from vflowopt.media.video import Video, Visual
 from vflowopt.runtime.detokenize import TextStream
 from vflowopt.runtime.sampling import Sampler, SamplingOptions
-from vflowopt.runtime.sequence import Conversation, Item, span, tokens_per_stage
+from vflowopt.runtime.sequence import Item, Sequence, span, tokens_per_stage
 from vflowopt.search.replay import AnsweredTurn
 
 Finished = conversations_pb2.Finished
@@ -61,51 +61,51 @@ class Turn:
 
     Args:
         bench: the engine's things.
-        dialogue: whose turn it is; nothing else may be under way in it.
+        state: whose turn it is; nothing else may be under way in it.
         session_name: the session's resource name.
         strategy_name: resource name of the dialogue's strategy.
         request: what was said and how to answer.
         accepted: ``time.perf_counter()`` when the request came.
-        watch: may look at the turn afterwards.
+        fidelity_monitor: may look at the turn afterwards.
         keep_as: the request_id and the fingerprint under which the answer is kept; None: it is not kept.
     """
 
     def __init__(
         self,
         bench: Workbench,
-        dialogue: Dialogue,
+        state: SessionState,
         session_name: str,
         strategy_name: str,
         request: TurnRequest,
         accepted: float,
-        watch: Watch | None = None,
+        fidelity_monitor: FidelityMonitor | None = None,
         keep_as: tuple[str, str] | None = None,
     ) -> None:
         self._bench = bench
-        self._dialogue = dialogue
+        self._dialogue = state
         self._session_name = session_name
         self._strategy_name = strategy_name
         self._request = request
         self._accepted = accepted
-        self._watch = watch
+        self._fidelity_monitor = fidelity_monitor
         self._keep_as = keep_as
 
     def __call__(self, emit: Callable[[str], None]) -> Steps[Finished]:
         """The steps of the turn."""
         begun = time.perf_counter()
-        with self._bench.residency.using(self._dialogue):
+        with self._bench.kv.using(self._dialogue):
             yield from recall(self._bench, self._dialogue)
-            conversation = self._dialogue.conversation(self._bench.runtime)
-            checkpoint = conversation.checkpoint()
+            sequence = self._dialogue.sequence(self._bench.runtime)
+            checkpoint = sequence.checkpoint()
             try:
                 images, parts = yield from self._compressed()
-                finished = yield from self._answered(conversation, parts, emit)
+                finished = yield from self._answered(sequence, parts, emit)
                 finished.images.extend(images)
                 finished.receipt.queue_ms = (begun - self._accepted) * 1000
-                said = Entry(tuple(conversation.log[checkpoint.items :]), len(images), answered=True)
+                said = Entry(tuple(sequence.log[checkpoint.items :]), len(images), answered=True)
                 yield from write_down(self._dialogue, said, self._kept(finished))
             except BaseException:  # GeneratorExit is how a cancelled turn ends
-                conversation.rollback(checkpoint)
+                sequence.rollback(checkpoint)
                 raise
             self._dialogue.commit_turn(len(images))
         return finished
@@ -148,22 +148,22 @@ class Turn:
         return receipts, parts
 
     def _answered(
-        self, conversation: Conversation, parts: list[str | CompressedImage], emit: Callable[[str], None]
+        self, sequence: Sequence, parts: list[str | CompressedImage], emit: Callable[[str], None]
     ) -> Steps[Finished]:
         """Run the prompt, then generate a token a step."""
         runtime = self._bench.runtime
         items = self._dialogue.turn(runtime.chat, parts)
-        check_context(conversation, items, self._request.max_new_tokens, runtime.context)
-        self._bench.residency.check_room(conversation, items)
-        (prompt_tokens,) = tokens_per_stage([*conversation.log, *items], 1)
-        resident = not conversation.log or conversation.resident
+        check_context(sequence, items, self._request.max_new_tokens, runtime.context)
+        self._bench.kv.check_room(sequence, items)
+        (prompt_tokens,) = tokens_per_stage([*sequence.log, *items], 1)
+        resident = not sequence.log or sequence.resident
 
         reading = yield from read(self._bench, self._dialogue, items)
         logits, ran = reading.logits, reading.ran
         assert logits is not None  # they were wanted
         # More than the prompt has may have been run, where pages ran short and some had to be run again.
         reused_tokens = max(prompt_tokens - ran, 0)
-        answer_begins, first_token = len(conversation.log), 0.0
+        answer_begins, first_token = len(sequence.log), 0.0
         sampler = Sampler(self._request.sampling)
         text = TextStream(runtime.chat, self._request.stop)
         reason = Finished.FINISH_REASON_UNSPECIFIED
@@ -183,19 +183,19 @@ class Turn:
                 emit(delta)
             if text.stopped or generated == self._request.max_new_tokens:
                 reason = Finished.STOP_STRING if text.stopped else Finished.LENGTH
-                conversation.log.append(token)  # said, but nothing follows yet that needs it run
+                sequence.log.append(token)  # said, but nothing follows yet that needs it run
                 break
-            conversation.log.append(token)
-            logits = yield Run(conversation)
+            sequence.log.append(token)
+            logits = yield Forward(sequence)
         if delta := text.finish():
             emit(delta)
         if text.stopped:  # what was held back completed a stop string
             reason = Finished.STOP_STRING
         if text.stopped:  # the model shall not remember what nobody was shown
-            conversation.truncate(answer_begins + text.tokens_shown)
+            sequence.truncate(answer_begins + text.tokens_shown)
         ended = time.perf_counter()
-        if self._watch is not None and self._watch.chooses():
-            self._watch.take(self._as_answered(conversation, answer_begins))
+        if self._fidelity_monitor is not None and self._fidelity_monitor.chooses():
+            self._fidelity_monitor.take(self._as_answered(sequence, answer_begins))
         return Finished(
             text=text.text,
             finish_reason=reason,
@@ -206,8 +206,8 @@ class Turn:
                 strategy=self._strategy_name,
                 new_prompt_tokens=ran,
                 reused_tokens=reused_tokens,
-                kv_bytes=conversation.kv_bytes,
-                kv_bytes_full=conversation.kv_bytes_full,
+                kv_bytes=sequence.kv_bytes,
+                kv_bytes_full=sequence.kv_bytes_full,
                 prefill_ms=(first_token - (reading.begun or first_token)) * 1000,
                 first_token_ms=(first_token - self._accepted) * 1000,
                 decode_ms=(ended - first_token) * 1000,
@@ -217,25 +217,25 @@ class Turn:
             ),
         )
 
-    def _as_answered(self, conversation: Conversation, answer_begins: int) -> AnsweredTurn:
+    def _as_answered(self, sequence: Sequence, answer_begins: int) -> AnsweredTurn:
         return AnsweredTurn(
             self._dialogue.tenant,
             self._strategy_name,
             self._dialogue.strategy,
-            tuple(conversation.log),
+            tuple(sequence.log),
             answer_begins,
             # Before the fewest tokens are said the most likely one may be one that it could not take.
             greedy=self._request.sampling.temperature == 0 and not self._request.min_new_tokens,
         )
 
 
-def check_context(conversation: Conversation, items: list[Item], max_new_tokens: int, context: int) -> None:
+def check_context(sequence: Sequence, items: list[Item], max_new_tokens: int, context: int) -> None:
     """Refuse what the model has no positions for.
 
     Raises:
         InvalidRequest: CONTEXT_EXCEEDED.
     """
-    position, new = conversation.position, sum(map(span, items))
+    position, new = sequence.position, sum(map(span, items))
     if position + new + max_new_tokens > context:
         raise InvalidRequest(
             "CONTEXT_EXCEEDED",

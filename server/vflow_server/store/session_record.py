@@ -47,7 +47,7 @@ class SessionFacts:
 
     Attributes:
         name: its resource name.
-        sequence: sessions count up in the order of their creation.
+        number: sessions count up in the order of their creation.
         tenant: whose it is.
         strategy_name: resource name of its strategy.
         strategy: that strategy, as JSON.
@@ -56,7 +56,7 @@ class SessionFacts:
     """
 
     name: str
-    sequence: int
+    number: int
     tenant: str
     strategy_name: str
     strategy: str
@@ -202,7 +202,7 @@ class SessionRecord:
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 facts.name,
-                facts.sequence,
+                facts.number,
                 facts.tenant,
                 facts.strategy_name,
                 facts.strategy,

@@ -69,7 +69,7 @@ def _comparing(
 
     def work(emit: Callable[[object], None]) -> Steps[list[Comparison]]:
         compared: list[Comparison] = []
-        yield from in_spare_time(bench, pieces(), lambda: calibration.conversations, compared.append)
+        yield from in_spare_time(bench, pieces(), lambda: calibration.sequences, compared.append)
         return compared
 
     return work

@@ -36,7 +36,7 @@ class StrategyRevision:
 
     Attributes:
         name: resource name.
-        sequence: strategies count up in the order of their creation.
+        number: strategies count up in the order of their creation.
         strategy: what it says.
         description: what it is for, in a person's words.
         created: Unix time in seconds.
@@ -46,7 +46,7 @@ class StrategyRevision:
     """
 
     name: str
-    sequence: int
+    number: int
     strategy: Strategy
     description: str
     created: float

@@ -52,7 +52,7 @@ class TurnEntry:
     receipt: conversations_pb2.TurnReceipt
 
 
-class Ledger:
+class ReceiptLog:
     """The receipts of one service.
 
     Args:

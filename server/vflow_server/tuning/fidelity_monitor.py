@@ -23,7 +23,7 @@ from vflow_server.images.store import PictureStore
 from vflow_server.rpc.errors import ServiceError
 from vflow_server.strategies.strategies import StrategyStore
 from vflowopt.media.picture import Identity, Picture
-from vflowopt.search.replay import AnsweredTurn, Fidelity, Rereading
+from vflowopt.search.replay import AnsweredTurn, Fidelity, Replay
 
 MOST_WAITING = 16
 """Turns that wait to be looked at; what comes beyond is skipped."""
@@ -69,7 +69,7 @@ class FidelityTotals:
         return self.tokens_agreed / self.tokens if self.tokens else None
 
 
-class Watch:
+class FidelityMonitor:
     """Looks at turns, one at a time, in spare time.
 
     Args:
@@ -150,11 +150,11 @@ class Watch:
             self._waiting.put_nowait((turn, pictures))
 
     async def _look(self, turn: AnsweredTurn, pictures: Mapping[Identity, Picture]) -> Fidelity:
-        rereading = Rereading(self._bench.runtime, turn, pictures)
+        replay = Replay(self._bench.runtime, turn, pictures)
 
         def work(emit: Callable[[object], None]) -> Steps[Fidelity]:
             seen: list[Fidelity] = []
-            yield from in_spare_time(self._bench, rereading.pieces(), lambda: rereading.conversations, seen.append)
+            yield from in_spare_time(self._bench, replay.pieces(), lambda: replay.sequences, seen.append)
             return seen[0]
 
         ticket = self._engine.submit(work, turn.tenant, background=True)

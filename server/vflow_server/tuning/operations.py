@@ -38,7 +38,7 @@ class Operation:
 
     Args:
         name: its resource name.
-        sequence: operations count up in the order of their beginning.
+        number: operations count up in the order of their beginning.
         tenant: whose it is.
         metadata: how far it has come; whoever runs it keeps it current.
         cancel: asks whoever runs it to end it.
@@ -51,13 +51,13 @@ class Operation:
     def __init__(
         self,
         name: str,
-        sequence: int,
+        number: int,
         tenant: str,
         metadata: Metadata,
         cancel: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
-        self.sequence = sequence
+        self.number = number
         self.tenant = tenant
         self.metadata = metadata
         self.cancel = cancel
@@ -84,11 +84,11 @@ class Operation:
         return message
 
     @classmethod
-    def from_message(cls, message: operations_pb2.Operation, sequence: int, tenant: str) -> Operation:
+    def from_message(cls, message: operations_pb2.Operation, number: int, tenant: str) -> Operation:
         """The operation in the state of ``message``; failed, if it was running."""
         metadata = Metadata()
         message.metadata.Unpack(metadata)
-        operation = cls(message.name, sequence, tenant, metadata)
+        operation = cls(message.name, number, tenant, metadata)
         if not message.done:
             operation.end(operation_interrupted(message.name).status())
             return operation
@@ -113,7 +113,7 @@ class OperationStore:
         self._file = file
         self._writing = asyncio.Lock()
         self._operations: dict[str, Operation] = {}
-        self._sequence = count()
+        self._numbers = count()
         if file is not None and file.exists():
             self._load(file)
 
@@ -135,7 +135,7 @@ class OperationStore:
     def begin(self, tenant: str, metadata: Metadata, cancel: Callable[[], None]) -> Operation:
         """A new operation of ``tenant``; nobody may be told of it before :meth:`write` has returned."""
         name = f"operations/r{secrets.token_hex(8)}"
-        operation = Operation(name, next(self._sequence), tenant, metadata, cancel)
+        operation = Operation(name, next(self._numbers), tenant, metadata, cancel)
         self._operations[name] = operation
         return operation
 
@@ -175,7 +175,7 @@ class OperationStore:
             check_schema(file, document["schema"], _SCHEMA)
             for entry in document["operations"]:
                 message = json_format.ParseDict(entry["operation"], operations_pb2.Operation())
-                operation = Operation.from_message(message, next(self._sequence), str(entry["tenant"]))
+                operation = Operation.from_message(message, next(self._numbers), str(entry["tenant"]))
                 if not message.done:
                     log.warning("an operation was interrupted by the end of the service", operation=message.name)
                 operations[message.name] = operation

@@ -1,5 +1,5 @@
 """The process that makes a search's proposals: fitting a model of what was tried is Python's work for a second at a
-time, and beside the engine in one process it would hold up every step of every conversation.
+time, and beside the engine in one process it would hold up every step of every sequence.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class Search:
             yield from in_spare_time(
                 self._bench,
                 self._pieces(emit),
-                lambda: self._calibration.conversations,
+                lambda: self._calibration.sequences,
                 lambda trial: emit(self._progress(Metadata.SEARCHING, trial)),
                 propose=proposer,
             )

@@ -80,7 +80,7 @@ def test_low_detail_answers_like_generate(folder: Path, monkeypatch: pytest.Monk
     assert [talk.ask(turn, 8) for turn in turns] == expected
     for ours, theirs in zip(talk.logits, reference.logits, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
-    talk.conversation.release()
+    talk.sequence.release()
 
 
 def _overviews(batch: Any) -> dict[str, Any]:

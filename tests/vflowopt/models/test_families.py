@@ -59,12 +59,12 @@ def test_a_reused_cache_answers_like_a_recomputed_one(runtime: Runtime) -> None:
     ]
     reused, recomputed = Talk(runtime, strategy), Talk(runtime, strategy)
     for turn in turns:
-        recomputed.conversation.release()
+        recomputed.sequence.release()
         assert reused.ask(turn, 4) == recomputed.ask(turn, 4)
     for held, again in zip(reused.logits, recomputed.logits, strict=True):
         torch.testing.assert_close(held, again, atol=1e-4, rtol=0)
-    reused.conversation.release()
-    recomputed.conversation.release()
+    reused.sequence.release()
+    recomputed.sequence.release()
 
 
 def test_a_prompt_read_in_pieces_equals_one_read_at_once(runtime: Runtime) -> None:
@@ -75,7 +75,7 @@ def test_a_prompt_read_in_pieces_equals_one_read_at_once(runtime: Runtime) -> No
     expected = runtime.extend(whole, items)
     pieces.log += items
     logits = None
-    while pieces.cached_items < len(items):
+    while pieces.num_cached_items < len(items):
         (logits,) = runtime.advance([pieces], [3])
     assert expected is not None and logits is not None
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
@@ -96,10 +96,10 @@ def test_kept_tokens_stand_where_the_unpruned_ones_stood(runtime: Runtime) -> No
     # So what follows the picture stands where it would stand behind the unpruned one.
     after = []
     for each, strategy in ((full, Strategy.full()), (image, tenth(runtime.layers))):
-        conversation = runtime.start(strategy)
-        runtime.extend(conversation, [65, each, 66])
-        after.append(conversation.position)
-        conversation.release()
+        sequence = runtime.start(strategy)
+        runtime.extend(sequence, [65, each, 66])
+        after.append(sequence.position)
+        sequence.release()
     assert after == [full.span + 2] * 2
 
 
@@ -115,9 +115,9 @@ def test_pruned_tokens_are_read_as_hugging_faces_layers_read_them(runtime: Runti
     strategy = tenth(runtime.layers)
     (image,) = runtime.compress([Picture.from_pixels(picture(*SIZE, 7))], strategy)
     before, behind = [65, 66], [67, 68, 69]
-    conversation = runtime.start(strategy)
-    logits = runtime.extend(conversation, [*before, image, *behind])
-    conversation.release()
+    sequence = runtime.start(strategy)
+    logits = runtime.extend(sequence, [*before, image, *behind])
+    sequence.release()
     assert logits is not None
     torch.testing.assert_close(logits, _plain_logits(folder, before, image, behind, strategy), atol=1e-4, rtol=0)
 
@@ -217,4 +217,4 @@ def test_half_precision_runs(folder: Path) -> None:
     talk = Talk(runtime, tenth(runtime.layers))
     assert talk.ask([picture(*SIZE, 0), "hi"], 2)
     assert all(logits.isfinite().all() for logits in talk.logits)
-    talk.conversation.release()
+    talk.sequence.release()

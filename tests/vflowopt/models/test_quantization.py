@@ -68,10 +68,10 @@ def test_a_quantized_model_reads_a_prompt_like_hugging_faces(model: Any, name: s
         talk.ask(TURN, 1)
         assert torch.cosine_similarity(talk.logits[0], reference.logits[0], dim=0) > 0.9999
         assert torch.cosine_similarity(talk.logits[0], whole.logits[0], dim=0) < 0.9995
-        talk.conversation.release()
+        talk.sequence.release()
         pruned = Talk(loaded, Strategy.preset(0.25, loaded.layers))
         assert pruned.ask(TURN, 3) and pruned.logits[-1].isfinite().all()
-        pruned.conversation.release()
+        pruned.sequence.release()
         revisions.add(loaded.revision)
     assert len(revisions) == 2, "quantized, it is another model, however its weights came to be so"
     with pytest.raises(ModelError, match="quantized already"):
@@ -94,7 +94,7 @@ def test_weights_that_are_tensors_of_another_type_are_read_too(tmp_path: Path) -
     assert isinstance(runtime.decoder, ModuleDecoder)
     talk = Talk(runtime, Strategy.full())
     assert [talk.ask(TURN, 6)] == reference.answers([TURN], 6)
-    talk.conversation.release()
+    talk.sequence.release()
 
 
 def test_an_unknown_quantization_is_refused(plain_folder: Path) -> None:

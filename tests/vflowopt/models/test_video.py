@@ -64,7 +64,7 @@ def test_three_turns_about_a_video_answer_like_generate(
     for ours, theirs in zip(talk.logits, reference.logits, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
     assert len({token for answer in answers for token in answer}) > 5, "answers too uniform to prove anything"
-    talk.conversation.release()
+    talk.sequence.release()
 
 
 TENTH = Strategy((0, 1, 3), (0.16, 0.7, 0.5), threshold=1.0, grid=2.0)
@@ -75,12 +75,12 @@ def test_a_reused_cache_answers_like_a_recomputed_one(runtime: Runtime) -> None:
     turns = [[clip, "what?"], ["one"], [picture(60, 90, 3), "two"]]
     reused, recomputed = Talk(runtime, TENTH), Talk(runtime, TENTH)
     for turn in turns:
-        recomputed.conversation.release()
+        recomputed.sequence.release()
         assert reused.ask(turn, 4) == recomputed.ask(turn, 4)
     for held, again in zip(reused.logits, recomputed.logits, strict=True):
         torch.testing.assert_close(held, again, atol=1e-4, rtol=0)
-    reused.conversation.release()
-    recomputed.conversation.release()
+    reused.sequence.release()
+    recomputed.sequence.release()
 
 
 def test_a_video_shown_ahead_is_one_shown_with_its_question(runtime: Runtime) -> None:
@@ -89,9 +89,9 @@ def test_a_video_shown_ahead_is_one_shown_with_its_question(runtime: Runtime) ->
     ahead.look(clip)
     ahead.look(other)
     assert ahead.ask(["same?"], 6) == together.ask([clip, other, "same?"], 6)
-    assert ahead.conversation.log[:3] == together.conversation.log[:3]
-    ahead.conversation.release()
-    together.conversation.release()
+    assert ahead.sequence.log[:3] == together.sequence.log[:3]
+    ahead.sequence.release()
+    together.sequence.release()
 
 
 def test_kept_tokens_stand_where_the_unpruned_ones_stood(runtime: Runtime) -> None:
@@ -224,8 +224,8 @@ def test_frames_of_a_long_video_stand_as_in_training(tmp_path: Path) -> None:
     time, row, column = image.positions
     assert time.max() == 16 > row.max() + column.max()  # two positions a second, two frames a step, four seconds apart
     assert image.span == 17
-    conversation = runtime.start(Strategy.full())
-    logits = runtime.extend(conversation, [65, image, 66, 67])
+    sequence = runtime.start(Strategy.full())
+    logits = runtime.extend(sequence, [65, image, 66, 67])
     assert logits is not None
     network = Reference(folder).network
     with torch.no_grad():
@@ -241,7 +241,7 @@ def test_frames_of_a_long_video_stand_as_in_training(tmp_path: Path) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
         expected: Tensor = network.lm_head(decoder.norm(hidden[0, -1]))
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
-    conversation.release()
+    sequence.release()
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_videos_in_half_precision(folder: Path, dtype: str) -> None:
     talk = Talk(runtime, TENTH)
     assert len(talk.ask([video(84, 112, (0.0, 1.0, 2.0), seed=11), "what?"], 2)) > 0
     assert all(torch.isfinite(logits).all() for logits in talk.logits)
-    talk.conversation.release()
+    talk.sequence.release()
 
 
 @pytest.mark.parametrize("tiny", INTERNVL, ids=lambda tiny: tiny.name)

@@ -1,11 +1,12 @@
-"""A dialogue: the engine's side of a session, its conversation and where its turns begin and end.
+"""A session: the engine's side of a session, its sequence and where its turns begin and end.
 
-Changed in the engine's thread only. The event loop reads :attr:`Dialogue.state`, which is replaced as a whole.
+Changed in the engine's thread only. The event loop reads :attr:`SessionState.snapshot`, which is replaced as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import abc
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vflow_server.store.session_record import Entry, SessionRecord
@@ -13,12 +14,12 @@ from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.compression.strategy import Strategy
 from vflowopt.runtime.chat import ChatFormat
 from vflowopt.runtime.model_runner import Runtime
-from vflowopt.runtime.sequence import Conversation, Item
+from vflowopt.runtime.sequence import Item, Sequence
 
 
 @dataclass(frozen=True)
-class DialogueState:
-    """What a session shows of its dialogue: counts of finished turns and pictures, bytes of KV cache."""
+class SessionSnapshot:
+    """What a session shows of its session: counts of finished turns and pictures, bytes of KV cache."""
 
     turns: int = 0
     images: int = 0
@@ -27,12 +28,12 @@ class DialogueState:
     resident: bool = False
 
 
-class Dialogue:
-    """A conversation in turns; pictures may be shown ahead of the turn that they belong to.
+class SessionState:
+    """A sequence in turns; pictures may be shown ahead of the turn that they belong to.
 
     Args:
-        strategy: compresses every picture of this dialogue.
-        tenant: whose it is; it shares what is computed for it with that tenant's other dialogues alone.
+        strategy: compresses every picture of this session.
+        tenant: whose it is; it shares what is computed for it with that tenant's other sessions alone.
         record: what the data folder holds of it; None: nothing.
 
     Attributes:
@@ -44,15 +45,15 @@ class Dialogue:
         self.tenant = tenant
         self.record = record
         self.recalled = True
-        self.state = DialogueState()
+        self.snapshot = SessionSnapshot()
         self.turns = 0
         self.images = 0
-        self._conversation: Conversation | None = None
+        self._conversation: Sequence | None = None
         self._ahead: list[CompressedImage] = []
         self._items_ahead = 0
 
-    def conversation(self, runtime: Runtime) -> Conversation:
-        """The conversation on ``runtime``, begun when first asked for."""
+    def sequence(self, runtime: Runtime) -> Sequence:
+        """The sequence on ``runtime``, begun when first asked for."""
         if self._conversation is None:
             self._conversation = runtime.start(self.strategy)
         return self._conversation
@@ -61,7 +62,7 @@ class Dialogue:
         """The items that showing ``image`` ahead of the next turn adds to the log."""
         return chat.turn(self.turns, [*self._ahead, image], generate=False)[self._items_ahead :]
 
-    def turn(self, chat: ChatFormat, parts: Sequence[str | CompressedImage]) -> list[Item]:
+    def turn(self, chat: ChatFormat, parts: abc.Sequence[str | CompressedImage]) -> list[Item]:
         """The items that the next turn adds to the log, without those of the pictures that were shown ahead of it."""
         return chat.turn(self.turns, [*self._ahead, *parts])[self._items_ahead :]
 
@@ -78,9 +79,9 @@ class Dialogue:
         self.images += images
         self.turns += 1
 
-    def continue_from(self, origin: Dialogue, runtime: Runtime) -> None:
+    def continue_from(self, origin: SessionState, runtime: Runtime) -> None:
         """Take over all that was said and shown in ``origin``, sharing its pages; nothing may have been said here."""
-        self._conversation = origin.conversation(runtime).fork()
+        self._conversation = origin.sequence(runtime).fork()
         self._ahead = list(origin._ahead)
         self._items_ahead = origin._items_ahead
         self.turns, self.images = origin.turns, origin.images
@@ -92,7 +93,7 @@ class Dialogue:
 
     def recall(self, runtime: Runtime, entries: Iterable[Entry]) -> None:
         """Take over the log of an earlier process."""
-        log = self.conversation(runtime).log
+        log = self.sequence(runtime).log
         self.turns = self.images = 0
         for entry in entries:
             log.extend(entry.items)
@@ -113,7 +114,7 @@ class Dialogue:
     def publish(self) -> None:
         """Let the event loop see the present state."""
         held = self._conversation
-        self.state = DialogueState(
+        self.snapshot = SessionSnapshot(
             turns=self.turns,
             images=self.images,
             kv_bytes=held.kv_bytes if held else 0,
