@@ -48,7 +48,7 @@ def test_the_answers_are_those_of_the_library(served: Served, strategy: str) -> 
         alone.look(pictures[0])
         turns = [["What is this?"], ["And now?"], [pictures[1], "And this?"]]
         answers = [runtime.chat.decode(alone.ask(turn, 10)) for turn in turns]
-        alone.conversation.release()
+        alone.sequence.release()
         return answers
 
     with served.client.session(strategy) as session:
@@ -83,7 +83,7 @@ def test_a_receipt_agrees_with_the_tensors(served: Served, picture: bytes) -> No
     with served.client.session("preset-10") as session:
         receipt = session.add_image(picture)
         state = served.live(session).state
-        cache = state.conversation(runtime).cache
+        cache = state.sequence(runtime).cache
         text = cache.lengths[0] - receipt.kept_tokens[0]
         assert list(receipt.kept_tokens) == [length - text for length in cache.lengths]
         layers = [len(stage.layers) for stage in cache.stages]
@@ -132,7 +132,7 @@ def test_later_turns_do_not_see_what_a_stop_text_ended(served: Served, client: C
         stop = whole[len(whole) // 2 :][:2]
         answer = stopped.ask("Tell me", max_new_tokens=40, stop=[stop])
         shown = answer.read()
-        log = served.live(stopped).state.conversation(served.service.bench.runtime).log
+        log = served.live(stopped).state.sequence(served.service.bench.runtime).log
         kept = len(log) - answer.usage.prompt_tokens
         assert shown and 0 < kept < answer.usage.completion_tokens
         chat = served.service.bench.runtime.chat
@@ -150,7 +150,7 @@ def test_a_model_cannot_end_its_answer_too_early(served: Served, monkeypatch: py
         free = one.ask("Tell me", max_new_tokens=8)
         free.read()
         # Now the very first token of that answer would end it.
-        first = served.live(one).state.conversation(served.service.bench.runtime).log[-8]
+        first = served.live(one).state.sequence(served.service.bench.runtime).log[-8]
         assert isinstance(first, int)
         monkeypatch.setattr(chat, "stop_ids", frozenset({first}))
         ended, kept_on = two.ask("Tell me", max_new_tokens=8), three.ask("Tell me", max_new_tokens=8, min_new_tokens=5)

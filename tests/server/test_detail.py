@@ -20,7 +20,7 @@ def test_a_picture_in_low_detail_is_answered_as_the_library_does(client: Client,
     talk = Talk(runtime, Strategy.preset(0.25, runtime.layers), "low")
     talk.look(first)
     expected = [runtime.chat.decode(talk.ask(turn, 6)) for turn in (["what?"], [second, "and?"])]
-    talk.conversation.release()
+    talk.sequence.release()
     with client.session("preset-25") as session:
         receipt = session.add_image(encoded(first), detail="low")
         assert receipt.detail == Image.LOW and receipt.visual_tokens == 17  # 4 x 4, and the newline
@@ -87,6 +87,6 @@ def test_the_watch_reads_a_picture_in_the_detail_that_it_was_shown_in(serve: Ser
         session.add_image(png(120, 200, seed=66), detail="low")
         session.add_image(png(120, 200, seed=66))
         session.ask("What?", max_new_tokens=4).read()
-    totals = served.service.watch.totals
+    totals = served.service.fidelity_monitor.totals
     until(lambda: totals["strategies/full"].watched == 1)
     assert totals["strategies/full"].cosine == pytest.approx(1, abs=1e-5)

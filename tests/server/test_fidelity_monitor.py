@@ -27,7 +27,7 @@ def talk(client: Client, strategy: str = "", **options: Any) -> None:
 
 
 def totals(served: Served, strategy: str) -> FidelityTotals:
-    return served.service.watch.totals[f"strategies/{strategy}"]
+    return served.service.fidelity_monitor.totals[f"strategies/{strategy}"]
 
 
 def seen(served: Served, strategy: str, turns: int) -> FidelityTotals:
@@ -59,13 +59,13 @@ def test_turns_without_pictures_and_all_turns_where_it_is_off_are_left_alone(ser
     off = serve()
     talk(off.client)
     off.stop()
-    assert not off.service.watch.totals
+    assert not off.service.fidelity_monitor.totals
     served = serve(watch_share="1")
     with served.client.session() as session:
         session.ask("Hello?", max_new_tokens=2).read()
     talk(served.client, "full")
     seen(served, "full", 3)
-    assert list(served.service.watch.totals) == ["strategies/full"]
+    assert list(served.service.fidelity_monitor.totals) == ["strategies/full"]
 
 
 def test_below_the_floor_the_strategy_before_becomes_active_again(serve: Serve, capsys: Any) -> None:

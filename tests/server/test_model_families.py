@@ -27,7 +27,7 @@ def test_a_conversation_about_several_pictures(family: Runtime, serve: Serve) ->
     talk.look(first)
     turns = [["what?"], [second, "and", third, "?"], ["so?"]]
     expected = [family.chat.decode(talk.ask(turn, 6)) for turn in turns]
-    talk.conversation.release()
+    talk.sequence.release()
 
     served = serve(runtime=family)
     with served.client.session("preset-10") as session:

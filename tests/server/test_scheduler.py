@@ -29,7 +29,7 @@ from vflowopt.runtime.sequence import Sequence
 def new_bench(model_folder: Path, kv_budget: int) -> Workbench:
     runtime = Runtime.load(model_folder, kv_budget=kv_budget)
     runtime.chat.stop_ids = frozenset()
-    return Workbench(runtime, compressed_bytes=1 << 20, parked=OffloadStore(0, None))
+    return Workbench(runtime, compressed_bytes=1 << 20, offloaded=OffloadStore(0, None))
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ T = TypeVar("T")
 @pytest.fixture
 def bench(model_folder: Path) -> Iterator[Workbench]:
     bench = Workbench(
-        Runtime.load(model_folder, kv_budget=200 << 10), compressed_bytes=1 << 20, parked=OffloadStore(0, None)
+        Runtime.load(model_folder, kv_budget=200 << 10), compressed_bytes=1 << 20, offloaded=OffloadStore(0, None)
     )
     yield bench
     bench.close()

@@ -75,7 +75,7 @@ def test_two_questions_about_a_video(family: Runtime, serve: Serve, strategy: st
     library = Talk(family, by)
     library.look(in_library(frames))
     expected = [family.chat.decode(library.ask([question], 6)) for question in QUESTIONS]
-    library.conversation.release()
+    library.sequence.release()
 
     with serve(runtime=family).client.session(strategy) as session:
         receipt = session.add_video([encoded(pixels) for pixels in frames], fps=2)
@@ -108,7 +108,7 @@ def test_pictures_and_videos_in_one_turn(family: Runtime, serve: Serve) -> None:
     library = Talk(family, Strategy.preset(0.25, family.layers))
     turns = [["Compare", picture, "with", in_library(frames), "please"], ["So?"]]
     expected = [family.chat.decode(library.ask(turn, 6)) for turn in turns]
-    library.conversation.release()
+    library.sequence.release()
     with serve(runtime=family).client.session("preset-25") as session:
         asked = session.ask("Compare", encoded(picture), "with", sent(frames), "please", max_new_tokens=6)
         assert [asked.read(), answer_of(session, "So?")] == expected
@@ -201,7 +201,7 @@ def test_no_sample_is_kept_of_a_video_and_the_watch_skips_it(serve: Serve) -> No
         answer_of(session, encoded(noise(50, 50)), "And here?")
     with served.client.session("full") as session:
         answer_of(session, sent(clip(9)), "What?")
-    totals = served.service.watch.totals["strategies/full"]
+    totals = served.service.fidelity_monitor.totals["strategies/full"]
     until(lambda: totals.skipped == 3)
     assert not totals.watched and not len(served.service.live_samples)
 

@@ -50,7 +50,7 @@ def test_what_is_not_of_this_conversation_is_refused(runtime: Runtime, tmp_path:
     other.ask(["hello"], 3)
     parked = offload(talk.sequence)
     for sequence in (other.sequence, runtime.start(STRATEGY)):
-        with pytest.raises(OffloadError, match="not of this conversation"):
+        with pytest.raises(OffloadError, match="not of this sequence"):
             restore(sequence, parked)
     parked.save(tmp_path / "cache")
     whole = (tmp_path / "cache").read_bytes()

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from tests.vflowopt.talk import picture
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture
@@ -25,9 +23,9 @@ class Answer:
     length: int
     tokens: list[int] = field(default_factory=list)
 
-    def take(self, logits: Tensor) -> None:
-        self.tokens.append(self.sampler(logits))
-        self.sequence.log.append(self.tokens[-1])
+    def put(self, token: int) -> None:
+        self.tokens.append(token)
+        self.sequence.log.append(token)
 
 
 def answer_one(runtime: Runtime, index: int) -> Answer:
@@ -45,9 +43,9 @@ def test_seeded_answers_are_the_same_in_any_company(runtime: Runtime) -> None:
     for index in range(len(LENGTHS)):
         answer = answer_one(runtime, index)
         while len(answer.tokens) < answer.length:
-            (logits,) = runtime.advance([answer.sequence])
-            assert logits is not None
-            answer.take(logits)
+            (token,) = runtime.step([answer.sequence], [None], [answer.sampler])
+            assert token is not None
+            answer.put(token)
         answer.sequence.release()
         alone.append(answer.tokens)
     assert len({tuple(tokens[:4]) for tokens in alone}) == len(alone)
@@ -57,10 +55,12 @@ def test_seeded_answers_are_the_same_in_any_company(runtime: Runtime) -> None:
     step = 0
     while len(together[-1].tokens) < together[-1].length:
         running = [each for each in together[: step // 2 + 1] if len(each.tokens) < each.length]
-        rows = runtime.advance([each.sequence for each in running], [15] * len(running))
-        for each, logits in zip(running, rows, strict=True):
-            if logits is not None:
-                each.take(logits)
+        tokens = runtime.step(
+            [each.sequence for each in running], [15] * len(running), [each.sampler for each in running]
+        )
+        for each, token in zip(running, tokens, strict=True):
+            if token is not None:
+                each.put(token)
         step += 1
     assert [each.tokens for each in together] == alone
     for each in together:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import abc
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from vflowopt.runtime.chat import ChatFormat
 from vflowopt.runtime.cuda_graph import DecodeGraphs, DecodePlan, Rotary
 from vflowopt.runtime.decode_kernel import DecodeKernel, build_decode_kernel
 from vflowopt.runtime.decoder import build_decoder
+from vflowopt.runtime.sampling import Sampler, sample
 from vflowopt.runtime.sequence import Item, Sequence, tokens_per_stage
 from vflowopt.runtime.varlen_attention import Reading, VarlenPlan, readable
 
@@ -196,11 +196,59 @@ class Runtime:
             Whatever is raised, every sequence is as it was before.
         """
         logits: list[Tensor | None] = [None] * len(sequences)
-        with self._running(sequences, limits or [None] * len(sequences)) as chunks:
+
+        def run(chunks: abc.Sequence[Chunk]) -> None:
             done = [place for place, chunk in enumerate(chunks) if want_logits and chunk.reaches_the_end]
             for place, row in zip(done, self._logits(chunks, done), strict=True):
                 logits[place] = row
+
+        self._run(sequences, limits or [None] * len(sequences), run)
         return logits
+
+    @torch.inference_mode()
+    def step(
+        self,
+        sequences: abc.Sequence[Sequence],
+        limits: abc.Sequence[int | None],
+        samplers: abc.Sequence[Sampler | None],
+    ) -> list[int | None]:
+        """Run what the caches of sequences do not cover of their logs yet, in one batch, and draw the next tokens.
+
+        The host waits for the device once, whatever the size of the batch.
+
+        Args:
+            sequences: each with something to run; all different.
+            limits: tokens to run of each at most (first-stage tokens, at least 1); None: all of them.
+            samplers: draw the next token of each; None where none is wanted.
+
+        Returns:
+            For each sequence the token that follows its log, or None where none is wanted or something is left to run.
+
+        Raises:
+            PoolExhausted: too few pages are free.
+            ValueError: a sequence has nothing to run.
+
+            Whatever is raised, every sequence is as it was before.
+        """
+        tokens: list[int | None] = [None] * len(sequences)
+
+        def run(chunks: abc.Sequence[Chunk]) -> None:
+            drawn = {
+                place: sampler
+                for place, (chunk, sampler) in enumerate(zip(chunks, samplers, strict=True))
+                if sampler is not None and chunk.reaches_the_end
+            }
+            logits = self._logits(chunks, list(drawn))
+            for place, token in zip(drawn, sample(logits, list(drawn.values())) if drawn else (), strict=True):
+                tokens[place] = token
+
+        self._run(sequences, limits, run)
+        return tokens
+
+    def synchronize(self) -> None:
+        """Return when the model has done all that was asked of it; a CUDA device only queues work."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
 
     @torch.inference_mode()
     def states(self, sequences: abc.Sequence[Sequence], items: abc.Sequence[abc.Sequence[int]]) -> list[Tensor]:
@@ -224,27 +272,42 @@ class Runtime:
             for place in places:
                 if not (each.num_cached_items <= place < len(each.log) and isinstance(each.log[place], int)):
                     raise ValueError(f"item {place} of the log is no token of text that is still to be run")
-        with self._running(sequences, [None] * len(sequences)) as chunks:
+        looked_at: list[Tensor] = []
+
+        def run(chunks: abc.Sequence[Chunk]) -> None:
             rows = [
                 (number, tokens_per_stage(each.log[place + 1 :], len(each.cache.stages))[-1])
                 for number, (each, places) in enumerate(zip(sequences, items, strict=True))
                 for place in places
             ]
             states: Tensor = self.decoder.norm(self._forward(chunks, rows)).float()
-        return list(states.split(list(map(len, items))))
+            looked_at.extend(states.split(list(map(len, items))))
 
-    @contextmanager
-    def _running(self, sequences: abc.Sequence[Sequence], limits: abc.Sequence[int | None]) -> Iterator[list[Chunk]]:
-        """What each sequence has to run, with room reserved; counted as run behind the block, unless it raises."""
+        self._run(sequences, [None] * len(sequences), run)
+        return looked_at
+
+    def _run(
+        self,
+        sequences: abc.Sequence[Sequence],
+        limits: abc.Sequence[int | None],
+        run: Callable[[abc.Sequence[Chunk]], None],
+    ) -> None:
+        """Reserve room for what each sequence has to run, ``run`` it, and count it as cached unless that raises."""
+        threads = torch.get_num_threads()
         try:
             chunks = [next_chunk(each, limit) for each, limit in zip(sequences, limits, strict=True)]
             reserve([each.cache for each in sequences], [chunk.counts for chunk in chunks])
-            with _threads_for(self._products_per_token * sum(map(len, chunks))):
-                yield chunks
+            small = self._products_per_token * sum(map(len, chunks)) < _ENOUGH_FOR_THREADS
+            if small and threads > 1:
+                torch.set_num_threads(1)
+            run(chunks)
         except BaseException:
             for sequence in sequences:
-                sequence.cache.truncate(sequence.cache.lengths)  # gives back the room reserved in vain
+                sequence.cache.truncate(sequence.cache.lengths)  # gives back the room that was reserved
             raise
+        finally:
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
         for chunk in chunks:
             chunk.commit()
 
@@ -326,26 +389,11 @@ class Runtime:
 
 
 _ENOUGH_FOR_THREADS = 8 << 20
-"""Multiplications in one product of a layer from which several threads are worth their meeting."""
+"""Multiplications in one product of a layer from which several threads are worth their meeting.
 
-
-@contextmanager
-def _threads_for(products: int) -> Iterator[None]:
-    """One thread for small steps, all that torch has for others.
-
-    Threads that meet in every one of a step's hundred small operations wait for each other longer than they compute,
-    and wait busily: on two cores a second thread made decode steps three times as slow, with nothing left for those who
-    send the answers out.
-    """
-    threads = torch.get_num_threads()
-    if products >= _ENOUGH_FOR_THREADS or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+Threads that meet in every one of a step's hundred small operations wait for each other longer than they compute, and
+wait busily: on two cores a second thread made decode steps three times as slow, with nothing left for those who send
+the answers out."""
 
 
 def _revision(model: MultimodalModel) -> str:

@@ -1,6 +1,6 @@
-"""Parking: a sequence's keys and values outside the pool, in host memory or in a file, to come back later.
+"""Offloading: a sequence's keys and values outside the pool, in host memory or in a file, to come back later.
 
-What is parked is exact: a cache that comes back holds the same numbers. Files are safetensors, never pickle, and are
+Offloading is exact: a cache that comes back holds the same numbers. Files are safetensors, never pickle, and are
 written whole or not at all.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass
+from enum import Enum, auto
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -18,8 +19,17 @@ from torch import Tensor
 from vflowopt.runtime.sequence import CachedLength, Sequence
 
 
+class Tier(Enum):
+    """Where an offloaded cache comes back from, by the names of the contract's ``RestoredFrom``."""
+
+    HOST_MEMORY = auto()
+    DISK = auto()
+    LOG = auto()
+    """Nowhere: it was computed again from the sequence's log."""
+
+
 class OffloadError(RuntimeError):
-    """A file that holds no parked cache of the sequence at hand."""
+    """A file that does not hold an offloaded cache of the sequence that it was read for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +84,7 @@ class OffloadedCache:
                     cached=cached,
                 )
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise OffloadError(f"{path} does not hold a parked cache: {error}; rebuild it from the log") from error
+            raise OffloadError(f"{path} does not hold an offloaded cache: {error}; rebuild it from the log") from error
 
 
 def offload(sequence: Sequence) -> OffloadedCache:
@@ -85,27 +95,27 @@ def offload(sequence: Sequence) -> OffloadedCache:
         # One read for all layers of the stage.
         keys.append(stage.pool.keys[slots].cpu())
         values.append(stage.pool.values[slots].cpu())
-    parked = OffloadedCache(tuple(keys), tuple(values), sequence.cached)
+    offloaded = OffloadedCache(tuple(keys), tuple(values), sequence.cached)
     sequence.release()
-    return parked
+    return offloaded
 
 
-def restore(sequence: Sequence, parked: OffloadedCache) -> None:
-    """Bring a parked cache back into the pool. The log must begin with what it had said when it was parked.
+def restore(sequence: Sequence, offloaded: OffloadedCache) -> None:
+    """Bring an offloaded cache back into the pool. The log must begin with what it had said when it was offloaded.
 
     Raises:
         PoolExhausted: too few pages are free; nothing changed.
         OffloadError: the sequence holds a cache already, or has other stages.
     """
     cache = sequence.cache
-    lengths = [keys.shape[1] for keys in parked.keys]
-    fits = [len(stage.layers) for stage in cache.stages] == [len(keys) for keys in parked.keys]
-    if sequence.resident or not fits or parked.cached.items > len(sequence.log):
-        raise OffloadError("the parked cache is not of this conversation, or that holds a cache already")
+    lengths = [keys.shape[1] for keys in offloaded.keys]
+    fits = [len(stage.layers) for stage in cache.stages] == [len(keys) for keys in offloaded.keys]
+    if sequence.resident or not fits or offloaded.cached.items > len(sequence.log):
+        raise OffloadError("the offloaded cache is not of this sequence, or the sequence holds a cache already")
     cache.reserve(lengths)
-    for stage, keys, values in zip(cache.stages, parked.keys, parked.values, strict=True):
+    for stage, keys, values in zip(cache.stages, offloaded.keys, offloaded.values, strict=True):
         slots = stage.slots(range(keys.shape[1]))
         stage.pool.keys[slots] = keys.to(stage.pool.keys)
         stage.pool.values[slots] = values.to(stage.pool.values)
     cache.advance(lengths)
-    sequence.cached = parked.cached
+    sequence.cached = offloaded.cached

@@ -1,8 +1,10 @@
-"""Choosing the next token from logits, per request and reproducibly."""
+"""Choosing the next token of every sequence of a batch, per request and reproducibly."""
 
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,23 +50,75 @@ class SamplingOptions:
 
 
 class Sampler:
-    """Draws the tokens of one request, from a generator of its own: what other requests do changes nothing."""
+    """How one request's tokens are drawn, and the random numbers that draw them: nobody else uses these.
 
-    def __init__(self, options: SamplingOptions) -> None:
-        self.options = options
-        self._generator = torch.Generator()
-        if options.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(options.seed)
+    Args:
+        options: how tokens are drawn.
 
-    def __call__(self, logits: Tensor) -> int:
-        """The next token, from logits [vocabulary]."""
-        if self.options.temperature == 0.0:
-            return int(logits.argmax())
-        # Sorted and summed in float64 on the CPU, so that a seed means the same wherever the model runs.
-        probabilities = torch.softmax(logits.double().cpu() / self.options.temperature, dim=-1)
-        ranked, tokens = probabilities.sort(descending=True, stable=True)
-        # A token stays while those before it have not reached top_p: the first one always does.
-        ranked = ranked.masked_fill(ranked.cumsum(0) - ranked >= self.options.top_p, 0.0)
-        return int(tokens[torch.multinomial(ranked, 1, generator=self._generator)])
+    Attributes:
+        options: as given.
+        banned: tokens that are not to be drawn next; may be changed between two draws.
+    """
+
+    def __init__(self, options: SamplingOptions | None = None) -> None:
+        self.options = options or SamplingOptions()
+        self.banned: Collection[int] = ()
+        # Greedy choices need no random numbers, and so no entropy of the system either.
+        self._random = None if self.options.temperature == 0.0 else random.Random(self.options.seed)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self._random is None
+
+    def uniform(self) -> float:
+        """The next random number, from 0 to below 1; 0 where tokens are not drawn at random."""
+        return 0.0 if self._random is None else self._random.random()
+
+
+def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """The next token of each sequence of a batch.
+
+    Each row goes by its own sampler alone: other rows change nothing. The whole batch waits for the device once.
+
+    Args:
+        logits: float32 [sequences, vocabulary].
+        samplers: one for each row; those that draw at random use up one random number.
+
+    Returns:
+        A token for each row.
+    """
+    banning = [row for row, sampler in enumerate(samplers) if sampler.banned]
+    if banning:
+        logits = logits.clone()
+        for row in banning:
+            logits[row, list(samplers[row].banned)] = -math.inf
+    tokens = logits.argmax(-1)
+    drawing = [row for row, sampler in enumerate(samplers) if not sampler.greedy]
+    if drawing:
+        rows = _to_device(drawing, torch.int64, logits)
+        tokens[rows] = _draw(logits[rows], [samplers[row] for row in drawing])
+    chosen: list[int] = tokens.tolist()
+    return chosen
+
+
+def _draw(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+    """A token at random for each row of logits [rows, vocabulary], int64 [rows]."""
+    knobs = [[sampler.options.temperature, sampler.options.top_p, sampler.uniform()] for sampler in samplers]
+    temperature, top_p, uniform = _to_device(knobs, torch.float64, logits).t().unsqueeze(-1)
+    # In float64, so that a seed means the same wherever the model runs. The best token stands at 0: dividing by a tiny
+    # temperature sends all others to minus infinity, and never makes infinity minus infinity.
+    shifted = logits.double() - logits.max(-1, keepdim=True).values
+    ranked, order = torch.softmax(shifted / temperature, dim=-1).sort(dim=-1, descending=True, stable=True)
+    # A token stays while those before it have not reached top_p: the first one always does.
+    ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0.0)
+    reached = ranked.cumsum(-1)
+    # The first token at which the sum passes the random number; rounding may leave none, then the last one kept.
+    place = (reached <= uniform * reached[:, -1:]).sum(-1, keepdim=True)
+    last = (ranked > 0).sum(-1, keepdim=True) - 1
+    return order.gather(-1, torch.minimum(place, last))[:, 0]
+
+
+def _to_device(values: Sequence[object], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """A tensor where ``like`` lives, without waiting for the device."""
+    return torch.tensor(values, dtype=dtype, pin_memory=like.is_cuda).to(like.device, non_blocking=True)

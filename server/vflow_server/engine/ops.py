@@ -9,9 +9,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from vflow_server.kv.offload import Tier
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.video import Visual
+from vflowopt.runtime.offload import Tier
 from vflowopt.runtime.sequence import Sequence
 
 

@@ -13,13 +13,13 @@ from contextlib import contextmanager
 import structlog
 
 from vflow_server.kv.logged_images import LoggedImages
-from vflow_server.kv.offload import OffloadStore, Tier
+from vflow_server.kv.offload import OffloadStore
 from vflow_server.kv.prefix_cache import PrefixCache
 from vflow_server.kv.session_state import SessionState
 from vflow_server.rpc.errors import CapacityExhausted
 from vflow_server.telemetry.metrics import Metrics
 from vflowopt.runtime.model_runner import Runtime
-from vflowopt.runtime.offload import offload, restore
+from vflowopt.runtime.offload import Tier, offload, restore
 from vflowopt.runtime.sequence import Item, Sequence, tokens_per_stage
 
 Evictable = Callable[[], abc.Sequence[Sequence]]

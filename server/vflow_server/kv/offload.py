@@ -5,24 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
-from enum import Enum, auto
 
 import structlog
 
 from vflow_server.kv.disk import DiskStore
 from vflow_server.kv.lru import ByteBoundedLRU
-from vflowopt.runtime.offload import OffloadedCache, OffloadError
+from vflowopt.runtime.offload import OffloadedCache, OffloadError, Tier
 from vflowopt.runtime.sequence import Sequence
 
 log = structlog.get_logger(__name__)
-
-
-class Tier(Enum):
-    """From where a cache comes back, by the names of the contract's ``RestoredFrom``."""
-
-    HOST_MEMORY = auto()
-    DISK = auto()
-    LOG = auto()
 
 
 class OffloadStore:

@@ -10,9 +10,9 @@ from torch import Tensor
 from vflow_server.engine.engine import Steps
 from vflow_server.engine.ops import Forward, Wait
 from vflow_server.engine.workbench import Workbench
-from vflow_server.kv.offload import Tier
 from vflow_server.kv.session_state import SessionState
 from vflowopt.compression.pipeline import CompressedImage
+from vflowopt.runtime.offload import Tier
 from vflowopt.runtime.sequence import Item, Sequence
 
 

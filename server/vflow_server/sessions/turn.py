@@ -6,18 +6,14 @@ nothing is committed: a turn that fails or is cancelled leaves the conversation 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-
-import torch
 
 from vflow_client.v1 import conversations_pb2, images_pb2
 from vflow_server.engine.engine import Steps
 from vflow_server.engine.ops import Encode, Forward
 from vflow_server.engine.workbench import Workbench
-from vflow_server.kv.offload import Tier
 from vflow_server.kv.session_state import SessionState
 from vflow_server.rpc.errors import InvalidRequest
 from vflow_server.sessions.reading import read
@@ -30,7 +26,8 @@ from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.media.picture import PictureError
 from vflowopt.media.video import Video, Visual
 from vflowopt.runtime.detokenize import TextStream
-from vflowopt.runtime.sampling import Sampler, SamplingOptions
+from vflowopt.runtime.offload import Tier
+from vflowopt.runtime.sampling import Sampler, SamplingOptions, sample
 from vflowopt.runtime.sequence import Item, Sequence, span, tokens_per_stage
 from vflowopt.search.replay import AnsweredTurn
 
@@ -169,10 +166,8 @@ class Turn:
         reason = Finished.FINISH_REASON_UNSPECIFIED
         generated = 0
         while True:
-            if generated < self._request.min_new_tokens:
-                stops = torch.tensor(list(runtime.chat.stop_ids), dtype=torch.int64, device=logits.device)
-                logits = logits.index_fill(0, stops, -math.inf)
-            token = sampler(logits)
+            sampler.banned = runtime.chat.stop_ids if generated < self._request.min_new_tokens else ()
+            (token,) = sample(logits[None], [sampler])
             generated += 1
             if generated == 1:
                 first_token = time.perf_counter()  # the token is known: so the prefill has ended on any device
