@@ -24,16 +24,20 @@ from vflow_client.v1 import (
 )
 from vflow_server.access.access import Access
 from vflow_server.access.certificates import CertificateFiles
+from vflow_server.engine.encoder import EncoderThread
 from vflow_server.engine.engine import Engine
 from vflow_server.engine.scheduler import Scheduler
-from vflow_server.engine.workbench import Workbench
 from vflow_server.images.store import PictureStore
 from vflow_server.images.video_reader import VideoReader
 from vflow_server.interceptors.calls import Calls
 from vflow_server.interceptors.draining import Draining
 from vflow_server.interceptors.guard import Guard
 from vflow_server.kv.disk import DiskStore
+from vflow_server.kv.image_cache import ImageCache
+from vflow_server.kv.logged_images import LoggedImages
+from vflow_server.kv.manager import KVCacheManager
 from vflow_server.kv.offload import OffloadStore
+from vflow_server.kv.prefix_cache import PrefixCache
 from vflow_server.monitoring.gauges import Gauges
 from vflow_server.monitoring.side_port import Answer, Page, Request, SidePort
 from vflow_server.monitoring.status_page import StatusPage
@@ -45,6 +49,7 @@ from vflow_server.servicers.conversations import Conversations
 from vflow_server.servicers.operations_service import Operations
 from vflow_server.servicers.quotas import Quota, Quotas
 from vflow_server.sessions.live_samples import LiveSamples
+from vflow_server.sessions.session import SessionParts
 from vflow_server.sessions.sessions import SessionStore
 from vflow_server.settings import Settings
 from vflow_server.store.archive import Archive
@@ -69,6 +74,9 @@ _FOR_ADMINISTRATORS = tuple(
 )
 NAMES = (*_FOR_USERS, *_FOR_ADMINISTRATORS)
 """Full names of the services, as health checks ask for them."""
+
+MAX_PREFIXES = 64
+"""Beginnings that are cached for sessions that begin the same way."""
 
 _LAST_WORDS = 0.2
 """Seconds, at least, between the end of a call and the end of its connection."""
@@ -95,20 +103,24 @@ class Service:
         self.receipt_log = ReceiptLog(self.metrics, self.tracing)
         stored = settings.data if not settings.ephemeral else None
         self.archive = Archive(stored, settings.data_bytes, self.metrics) if stored else None
-        self.bench = Workbench(
+        self.runtime = runtime
+        self.images = ImageCache(settings.compressed_memory, runtime.model.device)
+        self.kv = KVCacheManager(
             runtime,
-            compressed_bytes=settings.compressed_memory,
-            offloaded=OffloadStore(settings.parked_memory, self._spill_folder()),
-            metrics=self.metrics,
+            PrefixCache(MAX_PREFIXES),
+            OffloadStore(settings.parked_memory, self._spill_folder()),
+            LoggedImages(settings.compressed_memory),
+            self.metrics,
         )
+        self.encoder = EncoderThread(runtime)
         self._draining = Draining()
         self.engine = Engine(
             waiting=settings.max_waiting,
             running=settings.max_running,
-            schedule=Scheduler(self.bench),
+            schedule=Scheduler(runtime, self.kv, self.images, self.encoder, self.metrics),
             on_death=self._engine_died,
         )
-        self.retunes = Retunes(self.engine, self.bench, self.strategies, self.operations)
+        self.retunes = Retunes(self.engine, runtime, self.kv, self.encoder, self.strategies, self.operations)
         self.live_samples = LiveSamples(settings.calibration_samples, settings.picture_memory)
         self.pictures = PictureStore(
             PictureLimits(max_bytes=settings.max_picture_bytes, max_pixels=settings.max_picture_pixels),
@@ -119,15 +131,14 @@ class Service:
             floor=settings.watch_floor,
             window=settings.watch_window,
             engine=self.engine,
-            bench=self.bench,
+            runtime=runtime,
+            kv=self.kv,
+            encoder=self.encoder,
             strategies=self.strategies,
             pictures=self.pictures,
         )
         self.sessions = SessionStore(
-            self.engine,
-            self.bench,
-            self.live_samples,
-            self.fidelity_monitor,
+            SessionParts(self.engine, runtime, self.kv, self.images, self.live_samples, self.fidelity_monitor),
             most=settings.max_sessions,
             idle_timeout=settings.idle_timeout,
             archive=self.archive,
@@ -139,11 +150,13 @@ class Service:
             turns=settings.tenant_turns,
             tokens_per_minute=settings.tenant_tokens,
         )
-        self.quotas = Quotas(quota, self.sessions, self.engine, self.bench.kv)
+        self.quotas = Quotas(quota, self.sessions, self.engine, self.kv)
         self.metrics.registry.register(
             Gauges(
                 engine=self.engine,
-                bench=self.bench,
+                runtime=self.runtime,
+                kv=self.kv,
+                images=self.images,
                 sessions=self.sessions,
                 strategies=self.strategies,
                 pictures=self.pictures,
@@ -212,7 +225,8 @@ class Service:
         """End the engine and give back what it held; until then put KV caches where the next process finds them."""
         self.engine.stop()
         keeps = self.archive is not None and not self.failed.is_set()
-        self.bench.close(keep_until if keeps else None)
+        self.encoder.close()
+        self.kv.close(keep_until if keeps else None)
 
     def _spill_folder(self) -> DiskStore | None:
         """The folder of KV caches; in the data folder they have the room that sessions leave."""
@@ -257,7 +271,7 @@ class Service:
         )
 
     def _serve_users(self, server: grpc.aio.Server) -> None:
-        model, most_frames = self.bench.runtime.model, self.settings.max_video_frames
+        model, most_frames = self.runtime.model, self.settings.max_video_frames
         videos = VideoReader(self.pictures, model, most_frames=most_frames)
         conversations_pb2_grpc.add_ConversationsServicer_to_server(
             Conversations(self.sessions, self.strategies, self.pictures, videos, self.receipt_log, self.quotas), server
@@ -265,7 +279,7 @@ class Service:
         compression_pb2_grpc.add_CompressionServicer_to_server(
             Compression(
                 self.engine,
-                self.bench,
+                self.runtime,
                 self.strategies,
                 self.pictures,
                 self.receipt_log,
@@ -280,9 +294,9 @@ class Service:
             Strategies(
                 self.strategies,
                 self.retunes,
-                Comparisons(self.engine, self.bench),
+                Comparisons(self.engine, self.kv, self.encoder),
                 CalibrationReader(self.pictures, self.live_samples),
-                self.bench.runtime,
+                self.runtime,
             ),
             server,
         )
@@ -298,7 +312,9 @@ class Service:
             return {}
         return StatusPage(
             engine=self.engine,
-            bench=self.bench,
+            runtime=self.runtime,
+            kv=self.kv,
+            images=self.images,
             sessions=self.sessions,
             strategies=self.strategies,
             pictures=self.pictures,

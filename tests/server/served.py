@@ -41,11 +41,7 @@ class Served:
         """Call a function in the engine's thread, between two steps."""
 
         async def call() -> T:
-            def work(emit: Callable[[object], None]) -> Any:
-                return function()
-                yield
-
-            return await self.service.engine.submit(work, DEFAULT_TENANT, housekeeping=True).result()
+            return await self.service.engine.call(function, DEFAULT_TENANT).result()
 
         return self.run(call())
 
@@ -59,7 +55,7 @@ class Served:
 
     def kv_bytes(self) -> int:
         """KV bytes held by anybody, after proving that no page is lost."""
-        return self.on_engine(self.service.bench.kv.check)
+        return self.on_engine(self.service.kv.check)
 
     def stop(self) -> None:
         """Stop the service and wait for its thread."""

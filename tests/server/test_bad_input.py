@@ -199,7 +199,7 @@ def test_turns_that_cannot_be(small: Served, stubs: Stubs, fields: dict[str, Any
 
 
 def test_a_conversation_that_outgrows_the_context(small: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(small.service.bench.runtime, "context", 500)
+    monkeypatch.setattr(small.service.runtime, "context", 500)
     with small.client.session() as session:
         session.ask("a" * 200, max_new_tokens=1).read()
         with pytest.raises(ContextExceeded) as refused:
@@ -314,7 +314,7 @@ def test_a_fault_of_ours_is_internal_and_logged(
     def fail(*arguments: object) -> None:
         raise ZeroDivisionError("a fault")
 
-    monkeypatch.setattr(small.service.bench.runtime, "compress", fail)
+    monkeypatch.setattr(small.service.runtime, "compress", fail)
     with small.client.session() as session, pytest.raises(Exception, match="INTERNAL") as failed:
         ask: dict[str, Callable[[Session], Any]] = {
             "add_image": lambda session: session.add_image(png(33, 44, seed=9)),

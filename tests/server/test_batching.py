@@ -61,8 +61,8 @@ def test_answers_stay_the_same_where_pages_run_short(
     monkeypatch.setattr("vflow_server.engine.scheduler.PROMPT_TOKENS", 24)
     cramped = Runtime.load(model_folder, kv_budget=700 << 10)
     cramped.chat.stop_ids = frozenset()
-    preempted = _counting(monkeypatch, "vflow_server.kv.manager.Residency.preempt")
-    restored = _counting(monkeypatch, "vflow_server.kv.manager.unpark")
+    preempted = _counting(monkeypatch, "vflow_server.kv.manager.KVCacheManager.preempt")
+    restored = _counting(monkeypatch, "vflow_server.kv.manager.restore")
     assert together(serve(runtime=cramped).client, 6) == alone
     assert preempted() + restored() > 0, "pages never ran short: the test proves nothing"
 
@@ -71,10 +71,10 @@ def test_the_same_picture_in_two_sessions_is_held_once(served: Served) -> None:
     picture = png(112, 112, seed=5)
     with served.client.session() as first, served.client.session() as second:
         first.add_image(picture)
-        used = served.on_engine(lambda: served.service.bench.runtime.pool.bytes_used)
+        used = served.on_engine(lambda: served.service.runtime.pool.bytes_used)
         receipt = second.add_image(picture)
         assert receipt.cache_hit and receipt.encode_ms == 0
-        assert served.on_engine(lambda: served.service.bench.runtime.pool.bytes_used) == used
+        assert served.on_engine(lambda: served.service.runtime.pool.bytes_used) == used
         assert first.state().kv_bytes == second.state().kv_bytes > 0
         one, other = (session.ask("What is it?", max_new_tokens=6).read() for session in (first, second))
         assert one == other

@@ -89,8 +89,8 @@ def test_room_for_the_pictures_of_all_sessions(serve: Serve) -> None:
     pictures = [png(60, 60, seed) for seed in range(3)]
     with probe.client.session() as session:
         session.add_image(pictures[0])
-        size = probe.service.bench.kv._pictures.bytes_held
-    assert size > 0 and probe.service.bench.kv._pictures.bytes_held == 0
+        size = probe.service.kv._images.bytes_held
+    assert size > 0 and probe.service.kv._images.bytes_held == 0
     probe.stop()
     served = serve(compressed_memory=str(2 * size))
     with served.client.session() as one, served.client.session() as two, served.client.session() as three:
@@ -110,7 +110,7 @@ def test_room_for_the_pictures_of_all_sessions(serve: Serve) -> None:
             with pytest.raises(CapacityExhausted):
                 one.add_image(pictures[2])
         one.add_image(pictures[2])
-    assert served.service.bench.kv._pictures.bytes_held == 0
+    assert served.service.kv._images.bytes_held == 0
 
 
 def test_places_for_sessions(serve: Serve) -> None:

@@ -41,7 +41,7 @@ def test_a_picture_shown_ahead_is_answered_like_one_in_the_turn(client: Client, 
 @pytest.mark.parametrize("strategy", ["full", "preset-25"])
 def test_the_answers_are_those_of_the_library(served: Served, strategy: str) -> None:
     pictures = [noise(90, 120), noise(60, 60, seed=1)]
-    runtime = served.service.bench.runtime
+    runtime = served.service.runtime
 
     def straight() -> list[str]:
         alone = Talk(runtime, served.service.strategies.get(f"strategies/{strategy}").strategy)
@@ -79,11 +79,11 @@ def test_a_later_turn_reuses_everything_before_it(client: Client, picture: bytes
 
 
 def test_a_receipt_agrees_with_the_tensors(served: Served, picture: bytes) -> None:
-    runtime = served.service.bench.runtime
+    runtime = served.service.runtime
     with served.client.session("preset-10") as session:
         receipt = session.add_image(picture)
         state = served.live(session).state
-        cache = state.sequence(runtime).cache
+        cache = state.sequence.cache
         text = cache.lengths[0] - receipt.kept_tokens[0]
         assert list(receipt.kept_tokens) == [length - text for length in cache.lengths]
         layers = [len(stage.layers) for stage in cache.stages]
@@ -132,10 +132,10 @@ def test_later_turns_do_not_see_what_a_stop_text_ended(served: Served, client: C
         stop = whole[len(whole) // 2 :][:2]
         answer = stopped.ask("Tell me", max_new_tokens=40, stop=[stop])
         shown = answer.read()
-        log = served.live(stopped).state.sequence(served.service.bench.runtime).log
+        log = served.live(stopped).state.sequence.log
         kept = len(log) - answer.usage.prompt_tokens
         assert shown and 0 < kept < answer.usage.completion_tokens
-        chat = served.service.bench.runtime.chat
+        chat = served.service.runtime.chat
         assert shown.startswith(chat.decode([item for item in log[-kept:] if isinstance(item, int)]))
         # The same as if the answer had come to its end there.
         short.ask("Tell me", max_new_tokens=kept).read()
@@ -145,12 +145,12 @@ def test_later_turns_do_not_see_what_a_stop_text_ended(served: Served, client: C
 
 
 def test_a_model_cannot_end_its_answer_too_early(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    chat = served.service.bench.runtime.chat
+    chat = served.service.runtime.chat
     with served.client.session() as one, served.client.session() as two, served.client.session() as three:
         free = one.ask("Tell me", max_new_tokens=8)
         free.read()
         # Now the very first token of that answer would end it.
-        first = served.live(one).state.sequence(served.service.bench.runtime).log[-8]
+        first = served.live(one).state.sequence.log[-8]
         assert isinstance(first, int)
         monkeypatch.setattr(chat, "stop_ids", frozenset({first}))
         ended, kept_on = two.ask("Tell me", max_new_tokens=8), three.ask("Tell me", max_new_tokens=8, min_new_tokens=5)

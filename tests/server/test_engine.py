@@ -4,12 +4,15 @@ import asyncio
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 
 import pytest
 
-from vflow_server.engine.engine import Engine, Task, WorkCancelled
+from vflow_server.engine.engine import Engine, Steps, Task, WorkCancelled
 from vflow_server.engine.fair_queue import FairQueue
+from vflow_server.engine.ops import Wait
 from vflow_server.rpc.errors import ServiceError
 
 Emit = Callable[[object], None]
@@ -136,7 +139,7 @@ def test_work_cancelled_while_it_waits_never_begins() -> None:
     play(scene())
 
 
-def test_too_much_waiting_work_is_refused_with_a_time_to_retry_and_housekeeping_is_not() -> None:
+def test_too_much_waiting_work_is_refused_with_a_time_to_retry_and_a_call_is_not() -> None:
     async def scene() -> None:
         async with running_engine(waiting=1, running=1) as engine:
             endless = Endless()
@@ -146,7 +149,7 @@ def test_too_much_waiting_work_is_refused_with_a_time_to_retry_and_housekeeping_
             with pytest.raises(ServiceError) as refused:
                 engine.submit(counting(1), TENANT)
             assert refused.value.reason == "CAPACITY_EXHAUSTED" and refused.value.retry_after
-            assert await engine.submit(counting(1), TENANT, housekeeping=True).result() == "done"
+            assert await engine.call(lambda: "done", TENANT).result() == "done"
 
     play(scene())
 
@@ -219,13 +222,11 @@ def admitted(work: Sequence[str], running: int) -> list[str]:
         async with running_engine(waiting=len(work), running=running) as engine:
             holding, gate = threading.Event(), threading.Event()
 
-            def hold(emit: Emit) -> Generator[None, None, None]:
+            def hold() -> None:
                 holding.set()
                 gate.wait(5)
-                return
-                yield
 
-            engine.submit(hold, TENANT, housekeeping=True)
+            engine.call(hold, TENANT)
             await asyncio.to_thread(holding.wait, 5)
             tickets = [engine.submit(noting(tenant), tenant) for tenant in work]
             gate.set()
@@ -281,19 +282,95 @@ def test_a_tenant_that_fills_the_queue_fills_it_for_itself() -> None:
 
 
 def test_places_are_bounded_however_many_tenants_there_are() -> None:
-    room: FairQueue[Task[object, object]] = FairQueue(2)
-    loop = asyncio.new_event_loop()
-    try:
-        for tenant in "aabc":
-            room.put(Task(loop, tenant, counting(1), lambda: None))
-        for tenant in "ad":
-            with pytest.raises(ServiceError) as refused:
-                room.put(Task(loop, tenant, counting(1), lambda: None))
-            assert refused.value.retry_after and refused.value.metadata == {"resource": "queue", "waiting": "4"}
-        running: Counter[str] = Counter(a=2)
-        first, second = room.admit(running, 2), room.admit(running + Counter("b"), 2)
-        assert first is not None and second is not None and (first.tenant, second.tenant) == ("b", "c")
-        assert room.admit(Counter(a=2, b=1, c=1), 2) is None
-        assert [task.tenant for task in room] == ["a", "a"]
-    finally:
-        loop.close()
+    @dataclass
+    class Ticket:
+        cancelled: bool = False
+
+    @dataclass
+    class Waiting:
+        tenant: str
+        ticket: Ticket = field(default_factory=Ticket)
+
+    queue: FairQueue[Waiting] = FairQueue(2)
+    for tenant in "aabc":
+        queue.put(Waiting(tenant))
+    for tenant in "ad":
+        with pytest.raises(ServiceError) as refused:
+            queue.put(Waiting(tenant))
+        assert refused.value.retry_after and refused.value.metadata == {"resource": "queue", "waiting": "4"}
+    running: Counter[str] = Counter(a=2)
+    first, second = queue.admit(running, 2), queue.admit(running + Counter("b"), 2)
+    assert first is not None and second is not None and (first.tenant, second.tenant) == ("b", "c")
+    assert queue.admit(Counter(a=2, b=1, c=1), 2) is None
+    assert [task.tenant for task in queue] == ["a", "a"]
+
+
+def test_the_engine_sleeps_until_it_is_woken() -> None:
+    """At rest, and while nothing but futures is waited for, the thread makes no rounds."""
+    rounds: list[int] = []
+    opened: Future[None] = Future()
+
+    def schedule(tasks: Sequence[Task], wake: Callable[[], None]) -> bool:
+        rounds.append(len(tasks))
+        for task in tasks:
+            assert isinstance(task.op, Wait)
+            if task.op.future.done():
+                task.done()
+                return True
+            task.op.watch(wake)
+        return False
+
+    def waiting(emit: Emit) -> Steps[str]:
+        yield Wait(opened)
+        return "done"
+
+    async def scene() -> None:
+        engine = Engine(waiting=4, running=4, schedule=schedule)
+        engine.start()
+        try:
+            await asyncio.sleep(0.05)
+            assert rounds == []
+            ticket = engine.submit(waiting, TENANT)
+            await asyncio.sleep(0.1)
+            assert len(rounds) == 1
+            await asyncio.to_thread(opened.set_result, None)
+            assert await ticket.result() == "done"
+            assert len(rounds) == 2
+            # Neither a cancellation too late nor a wake-up without reason disturbs it.
+            ticket.cancel()
+            engine.wake()
+            assert await engine.call(lambda: "called", TENANT).result() == "called"
+            assert len(rounds) == 2
+        finally:
+            await asyncio.to_thread(engine.stop)
+
+    play(scene())
+
+
+def test_work_that_waits_for_a_future_is_cancelled_at_once() -> None:
+    never: Future[None] = Future()
+    undone = threading.Event()
+
+    def schedule(tasks: Sequence[Task], wake: Callable[[], None]) -> bool:
+        return False
+
+    def waiting(emit: Emit) -> Steps[None]:
+        try:
+            yield Wait(never)
+        finally:
+            undone.set()
+
+    async def scene() -> None:
+        engine = Engine(waiting=4, running=4, schedule=schedule)
+        engine.start()
+        try:
+            ticket = engine.submit(waiting, TENANT)
+            await asyncio.sleep(0.05)
+            ticket.cancel()
+            with pytest.raises(WorkCancelled):
+                await ticket.result()
+            assert undone.is_set()
+        finally:
+            await asyncio.to_thread(engine.stop)
+
+    play(scene())

@@ -39,7 +39,7 @@ def expected(runtime: Runtime, picture: bytes) -> dict[str, list[str]]:
 
 
 def pool_bytes(served: Served) -> int:
-    return served.on_engine(lambda: served.service.bench.runtime.pool.bytes_used)
+    return served.on_engine(lambda: served.service.runtime.pool.bytes_used)
 
 
 def test_each_goes_on_as_if_it_were_alone(
@@ -121,7 +121,7 @@ def put_aside(served: Served) -> None:
     """Have every idle session give up its pages."""
 
     def release() -> None:
-        while served.service.bench.kv.release_idle():
+        while served.service.kv.release_idle():
             pass
 
     served.on_engine(release)

@@ -31,4 +31,4 @@ def test_a_dead_engine_is_not_serving_and_refuses_at_once(served: Served, servic
     for answer in (under_way, session.ask("Still there?")):
         with pytest.raises(EngineFailed):
             answer.read()
-    assert served.service.bench.kv.check() == 0  # the turn under way was undone
+    assert served.service.kv.check() == 0  # the turn under way was undone

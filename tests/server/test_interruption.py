@@ -60,16 +60,16 @@ def test_a_cancelled_picture_in_a_turn_is_forgotten(served: Served, client: Clie
 
 
 def test_a_cancelled_turn_ends_within_a_step(served: Served, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = served.service.bench.runtime
-    advance, steps = runtime.advance, 0
+    runtime = served.service.runtime
+    step, steps = runtime.step, 0
 
     def slow(*arguments: object, **options: object) -> object:
         nonlocal steps
         steps += 1
         time.sleep(0.05)
-        return advance(*arguments, **options)  # type: ignore[arg-type]
+        return step(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(runtime, "advance", slow)
+    monkeypatch.setattr(runtime, "step", slow)
     with client.session() as session:
         answer = ask_at_length(session)
         ticket = served.live(session)._under_way.ticket  # type: ignore[union-attr]
@@ -84,20 +84,20 @@ def test_a_cancelled_turn_ends_within_a_step(served: Served, client: Client, mon
 def test_a_long_prompt_can_be_cancelled_on_the_way(
     served: Served, client: Client, picture: bytes, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    runtime, advance = served.service.bench.runtime, served.service.bench.runtime.advance
+    runtime, step = served.service.runtime, served.service.runtime.step
     pieces = 0
 
     def slow(*arguments: object, **options: object) -> object:
         nonlocal pieces
         pieces += 1
         time.sleep(0.1)
-        return advance(*arguments, **options)  # type: ignore[arg-type]
+        return step(*arguments, **options)  # type: ignore[arg-type]
 
     with client.session("full") as session:
         session.ask("Hello", max_new_tokens=2).read()
         before = session.state()
         monkeypatch.setattr("vflow_server.engine.scheduler.PROMPT_TOKENS", 4)
-        monkeypatch.setattr(runtime, "advance", slow)
+        monkeypatch.setattr(runtime, "step", slow)
         with pytest.raises(DeadlineExceeded):
             if where == "a turn":
                 session.ask("a" * 2000, timeout=0.6).read()
@@ -105,7 +105,7 @@ def test_a_long_prompt_can_be_cancelled_on_the_way(
                 session.add_image(picture, timeout=0.6)
         until(lambda: not is_busy(served, session))
         assert 1 < pieces < 15
-        monkeypatch.setattr(runtime, "advance", advance)
+        monkeypatch.setattr(runtime, "step", step)
         after = session.state()
         assert (after.turn_count, after.image_count, after.kv_bytes) == (1, 0, before.kv_bytes)
         session.ask("Still there?", max_new_tokens=2).read()

@@ -79,8 +79,8 @@ def test_those_that_had_made_room_are_kept_as_well(
 ) -> None:
     served = serve_data(parked_memory=memory)
     session = asked_once(served.client, picture, expected)
-    served.on_engine(served.service.bench.kv.release_idle)  # the prefix
-    served.on_engine(served.service.bench.kv.release_idle)
+    served.on_engine(served.service.kv.release_idle)  # the prefix
+    served.on_engine(served.service.kv.release_idle)
     assert not session.state().resident
     session = serve_data().client.attach(session.name)
     assert restored_from(session, QUESTIONS[1], expected[1]) == "DISK"
@@ -310,7 +310,7 @@ def test_whoever_watches_the_health_takes_no_time_from_it(
     served = serve_data(grace="1s")
     asked_once(served.client, picture, expected)
     with grpc.insecure_channel(served.address) as channel:
-        states = health_pb2_grpc.HealthStub(channel).FidelityMonitor(health_pb2.HealthCheckRequest())
+        states = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         assert next(states).status == health_pb2.HealthCheckResponse.SERVING
         served.stop()
     assert len(caches(kv)) == 1

@@ -102,7 +102,7 @@ def test_a_turn_shows_in_every_measure_as_its_receipt_says(watched: Served, pict
         assert read("vflow_model_tokens_total", phase="decode") == 4
         assert read("vflow_batch_size_count") == read("vflow_step_seconds_count") >= 5
         held = read("vflow_pool_pages", state="held")
-        assert held * read("vflow_pool_page_bytes") == watched.service.bench.runtime.pool.bytes_used > 0
+        assert held * read("vflow_pool_page_bytes") == watched.service.runtime.pool.bytes_used > 0
         assert read("vflow_session_kv_bytes", state="resident") == session.state().kv_bytes
         assert read("vflow_cached_prefixes") == 1 and read("vflow_prefixes_total", cache="miss") == 1
     with watched.client.session() as other:
@@ -116,7 +116,7 @@ def test_evictions_and_restores_are_counted(serve: Serve) -> None:
     with served.client.session() as session:
         session.ask("Hello", max_new_tokens=4).read()
         assert value(served, "vflow_sessions", state="resident") == 1
-        served.on_engine(served.service.bench.kv.release_idle)
+        served.on_engine(served.service.kv.release_idle)
         assert value(served, "vflow_sessions", state="evicted") == 1
         assert value(served, "vflow_evictions_total", held_by="idle") == 1
         assert value(served, "vflow_memory_bytes", what="parked_memory") > 0

@@ -93,7 +93,7 @@ def test_a_search_ends_with_a_strategy_that_says_where_it_comes_from(serve: Serv
     assert (source.operation, source.base) == (search.name, "strategies/preset-10")
     assert (source.samples, source.trials, source.seed) == (3, 5, 7)
     assert source.objective == told.best_objective and source.base_objective == told.base_objective
-    assert source.model_revision == first.service.bench.runtime.revision and source.code_version == "0.1.0"
+    assert source.model_revision == first.service.runtime.revision and source.code_version == "0.1.0"
     assert first.kv_bytes() == 0
 
     with first.client.session("found") as session:
@@ -129,7 +129,7 @@ def test_conversations_beside_a_search_are_answered_as_without_it(
     serve: Serve, model_folder: Path, kv_budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # So that the two meet often.
-    monkeypatch.setattr("vflow_server.engine.scheduler.SPARE_EVERY", 2)
+    monkeypatch.setattr("vflow_server.engine.scheduler.IDLE_EVERY", 2)
     runtime = Runtime.load(model_folder, kv_budget=kv_budget)
     runtime.chat.stop_ids = frozenset()
     served = serve(runtime)

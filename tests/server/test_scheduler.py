@@ -4,107 +4,102 @@ import asyncio
 import threading
 import time
 from collections import abc
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.server.drawing import noise
+from tests.server.engine_parts import EngineParts
 from vflow_client.v1.conversations_pb2 import Finished
 from vflow_server.access.caller import DEFAULT_TENANT
 from vflow_server.engine.engine import Engine, Steps, Work
-from vflow_server.engine.scheduler import Scheduler
-from vflow_server.engine.workbench import Workbench
-from vflow_server.kv.offload import OffloadStore
 from vflow_server.kv.session_state import SessionState
-from vflow_server.sessions.turn import Turn, TurnRequest
+from vflow_server.sessions.turn import TurnRequest, turn
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture
 from vflowopt.media.video import Video, Visual
-from vflowopt.runtime.model_runner import Runtime
 from vflowopt.runtime.sequence import Sequence
 
 
-def new_bench(model_folder: Path, kv_budget: int) -> Workbench:
-    runtime = Runtime.load(model_folder, kv_budget=kv_budget)
-    runtime.chat.stop_ids = frozenset()
-    return Workbench(runtime, compressed_bytes=1 << 20, offloaded=OffloadStore(0, None))
+class Unwatched:
+    """A fidelity monitor that looks at nothing."""
+
+    def chooses(self) -> bool:
+        return False
+
+
+def new_parts(model_folder: Path, kv_budget: int) -> Iterator[EngineParts]:
+    parts = EngineParts.load(model_folder, kv_budget)
+    parts.runtime.chat.stop_ids = frozenset()
+    yield parts
+    parts.kv.check()
+    parts.close()
 
 
 @pytest.fixture
-def bench(model_folder: Path) -> Iterator[Workbench]:
-    """Room for 256 tokens, and nowhere to park."""
-    bench = new_bench(model_folder, 400 << 10)
-    yield bench
-    bench.kv.check()
+def parts(model_folder: Path) -> Iterator[EngineParts]:
+    """Room for 256 tokens, and nowhere to offload to."""
+    yield from new_parts(model_folder, 400 << 10)
 
 
 @pytest.fixture
-def roomy(model_folder: Path) -> Iterator[Workbench]:
+def roomy(model_folder: Path) -> Iterator[EngineParts]:
     """Room for everything."""
-    bench = new_bench(model_folder, 32 << 20)
-    yield bench
-    bench.kv.check()
+    yield from new_parts(model_folder, 32 << 20)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A turn to be played in a dialogue of its own."""
+    """A turn to be played in a session of its own."""
 
     parts: tuple[str | Visual, ...]
     tenant: str = DEFAULT_TENANT
     tokens: int = 1
 
 
-def outcomes(bench: Workbench, texts: abc.Sequence[str], tokens: int) -> list[Finished | BaseException]:
+def outcomes(parts: EngineParts, texts: abc.Sequence[str], tokens: int) -> list[Finished | BaseException]:
     """What becomes of turns with these texts."""
-    return play(bench, [Asked((text,), tokens=tokens) for text in texts])
+    return play(parts, [Asked((text,), tokens=tokens) for text in texts])
 
 
 def play(
-    bench: Workbench, turns: abc.Sequence[Asked], ended: Callable[[int], None] = lambda number: None
+    parts: EngineParts, turns: abc.Sequence[Asked], ended: Callable[[int], None] = lambda number: None
 ) -> list[Finished | BaseException]:
     """What becomes of turns whose first step is the same; ``ended`` hears when one is answered."""
 
-    def noted(number: int, turn: Turn) -> Work[str, Finished]:
+    def noted(number: int, asked: Asked) -> Work[str, Finished]:
         def work(emit: Callable[[str], None]) -> Steps[Finished]:
-            finished = yield from turn(emit)
+            finished = yield from turn(
+                parts.runtime,
+                parts.kv,
+                parts.images,
+                SessionState(parts.runtime, Strategy.full(), asked.tenant),
+                TurnRequest(asked.parts, asked.tokens),
+                emit,
+                session_name=f"sessions/s{number}",
+                strategy_name="strategies/full",
+                accepted=time.perf_counter(),
+                monitor=Unwatched(),  # type: ignore[arg-type]
+            )
             ended(number)
             return finished
 
         return work
 
     async def scene() -> list[Finished | BaseException]:
-        engine = Engine(waiting=len(turns), running=len(turns) + 1, schedule=Scheduler(bench))
+        engine = Engine(waiting=len(turns), running=len(turns) + 1, schedule=parts.scheduler())
         engine.start()
         holding, all_are_here = threading.Event(), threading.Event()
 
-        def hold(emit: Callable[[object], None]) -> Generator[None, None, None]:
+        def hold() -> None:
             holding.set()
             all_are_here.wait(5)
-            return
-            yield
 
-        engine.submit(hold, DEFAULT_TENANT, housekeeping=True)
+        engine.call(hold, DEFAULT_TENANT)
         await asyncio.to_thread(holding.wait, 5)
-        tickets = [
-            engine.submit(
-                noted(
-                    number,
-                    Turn(
-                        bench,
-                        SessionState(Strategy.full(), asked.tenant),
-                        f"sessions/s{number}",
-                        "strategies/full",
-                        TurnRequest(asked.parts, asked.tokens),
-                        time.perf_counter(),
-                    ),
-                ),
-                asked.tenant,
-            )
-            for number, asked in enumerate(turns)
-        ]
+        tickets = [engine.submit(noted(number, asked), asked.tenant) for number, asked in enumerate(turns)]
         all_are_here.set()
         try:
             ends = await asyncio.gather(*(ticket.result() for ticket in tickets), return_exceptions=True)
@@ -117,17 +112,17 @@ def play(
 
 
 @pytest.mark.parametrize("tokens", [2, 30])
-def test_turns_that_fit_one_after_the_other_but_not_together_are_all_answered(bench: Workbench, tokens: int) -> None:
+def test_turns_that_fit_one_after_the_other_but_not_together_are_all_answered(parts: EngineParts, tokens: int) -> None:
     texts = [letter * 120 for letter in "abcd"]
-    together = [end.text if isinstance(end, Finished) else end for end in outcomes(bench, texts, tokens)]
-    alone = [end.text for text in texts for end in outcomes(bench, [text], tokens) if isinstance(end, Finished)]
+    together = [end.text if isinstance(end, Finished) else end for end in outcomes(parts, texts, tokens)]
+    alone = [end.text for text in texts for end in outcomes(parts, [text], tokens) if isinstance(end, Finished)]
     assert together == alone
 
 
 def test_a_fault_in_a_batch_fails_only_the_turn_that_causes_it(
-    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+    parts: EngineParts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    advance, (mark,) = bench.runtime.advance, bench.runtime.chat.text("z")
+    step, (mark,) = parts.runtime.step, parts.runtime.chat.text("z")
     longest = 0
 
     def faulty(conversations: abc.Sequence[Sequence], *arguments: object, **options: object) -> object:
@@ -135,35 +130,35 @@ def test_a_fault_in_a_batch_fails_only_the_turn_that_causes_it(
         longest = max(longest, len(conversations))
         if any(conversation.log.count(mark) > 20 for conversation in conversations):
             raise ZeroDivisionError("a fault")
-        return advance(conversations, *arguments, **options)  # type: ignore[arg-type]
+        return step(conversations, *arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(bench.runtime, "advance", faulty)
-    first, broken, last = outcomes(bench, ["One", "z" * 30, "Two"], 4)
+    monkeypatch.setattr(parts.runtime, "step", faulty)
+    first, broken, last = outcomes(parts, ["One", "z" * 30, "Two"], 4)
     assert longest == 3, "they did not meet: the test proves nothing"
     assert isinstance(broken, ZeroDivisionError)
     assert isinstance(first, Finished) and isinstance(last, Finished)
 
 
-def steps_to_answer(bench: Workbench, turns: abc.Sequence[Asked], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def steps_to_answer(parts: EngineParts, turns: abc.Sequence[Asked], monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """After how many steps of the model each turn is answered."""
-    advance, steps, answered = bench.runtime.advance, 0, [0] * len(turns)
+    step, steps, answered = parts.runtime.step, 0, [0] * len(turns)
 
     def counted(*arguments: object, **options: object) -> object:
         nonlocal steps
         steps += 1
-        return advance(*arguments, **options)  # type: ignore[arg-type]
+        return step(*arguments, **options)  # type: ignore[arg-type]
 
     def note(number: int) -> None:
         answered[number] = steps
 
-    monkeypatch.setattr(bench.runtime, "advance", counted)
-    for end in play(bench, turns, note):
+    monkeypatch.setattr(parts.runtime, "step", counted)
+    for end in play(parts, turns, note):
         assert isinstance(end, Finished), end
     return answered
 
 
 def test_thirty_long_prompts_of_a_tenant_cost_another_no_more_than_its_share(
-    roomy: Workbench, monkeypatch: pytest.MonkeyPatch
+    roomy: EngineParts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vflow_server.engine.scheduler.PROMPT_TOKENS", 64)
     many = [Asked(("b" * 200,), "busy") for _ in range(30)]
@@ -174,7 +169,7 @@ def test_thirty_long_prompts_of_a_tenant_cost_another_no_more_than_its_share(
     assert busy[0] <= 2 * alone + 1, "nor is the busy one kept waiting"
 
 
-def test_what_a_tenant_leaves_of_its_share_is_not_lost(roomy: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_tenant_leaves_of_its_share_is_not_lost(roomy: EngineParts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vflow_server.engine.scheduler.PROMPT_TOKENS", 64)
     (alone,) = steps_to_answer(roomy, [Asked(("b" * 400,), "busy")], monkeypatch)
     *quiet, busy = steps_to_answer(
@@ -183,7 +178,7 @@ def test_what_a_tenant_leaves_of_its_share_is_not_lost(roomy: Workbench, monkeyp
     assert max(quiet) <= 2 and busy <= alone + 2
 
 
-def test_a_video_is_encoded_by_itself(roomy: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_video_is_encoded_by_itself(roomy: EngineParts, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two, three, *frames = (Picture.from_pixels(noise(40, 40, seed)) for seed in range(6))
     clip, other = Video.of(frames, range(3)), Video.of(frames, range(1, 4))
     compress, encoded = roomy.runtime.compress, []
@@ -198,7 +193,7 @@ def test_a_video_is_encoded_by_itself(roomy: Workbench, monkeypatch: pytest.Monk
     assert encoded == [[1, 2], ["clip"], ["other"], [3]]
 
 
-def test_tenants_take_turns_with_their_pictures(roomy: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tenants_take_turns_with_their_pictures(roomy: EngineParts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vflow_server.engine.scheduler.PICTURES", 1)
     pictures = [Picture.from_pixels(noise(40, 40, seed)) for seed in range(8)]
     owners = {picture.digest: "busy" for picture in pictures[:6]} | {

@@ -32,7 +32,7 @@ def blue(served: Served) -> Iterator[Client]:
 
 
 def pool_bytes(served: Served) -> int:
-    return served.on_engine(lambda: served.service.bench.runtime.pool.bytes_used)
+    return served.on_engine(lambda: served.service.runtime.pool.bytes_used)
 
 
 def test_two_tenants_with_the_same_picture_share_nothing(served: Served, red: Client, blue: Client) -> None:

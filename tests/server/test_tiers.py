@@ -50,7 +50,7 @@ def put_aside(served: Served) -> None:
     """Have every idle session give up its pages."""
 
     def release() -> None:
-        while served.service.bench.kv.release_idle():
+        while served.service.kv.release_idle():
             pass
 
     served.on_engine(release)
@@ -87,7 +87,7 @@ def test_memory_overflows_into_files_least_recently_used_first(
     probe = serve()
     begun(probe.client, picture)
     put_aside(probe)
-    one = probe.service.bench.offloaded._memory.bytes_held
+    one = probe.service.kv.offloaded._memory.bytes_held
     probe.stop()
     served = serve(parked_memory=str(2 * one), spill_dir=str(tmp_path), spill_bytes=str(2 * one))
     sessions = [begun(served.client, picture) for _ in range(5)]
@@ -117,7 +117,7 @@ def test_a_damaged_file_means_rebuilding(
     served = serve(spill_dir=str(tmp_path), **NO_MEMORY)
     session = begun(served.client, picture)
     put_aside(served)
-    spill = served.service.bench.offloaded._spill
+    spill = served.service.kv.offloaded._spill
     assert spill is not None
     # A file is there a moment before its digest is known: damage done in between is a failure to write.
     until(lambda: bool(spill._unwritten) and all(digest.done() for digest in spill._unwritten))

@@ -216,7 +216,7 @@ def test_a_model_that_takes_no_videos_says_so_before_it_decodes_anything(serve: 
         ):
             with pytest.raises(VideoUnsupported, match="takes no videos") as refused:
                 show()
-            assert refused.value.metadata == {"family": served.service.bench.runtime.model.family}
+            assert refused.value.metadata == {"family": served.service.runtime.model.family}
         assert served.service.pictures.bytes_held == 0 and session.state().image_count == 0
         session.ask(picture, "Still there?", max_new_tokens=1).read()
 

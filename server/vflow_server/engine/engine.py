@@ -1,9 +1,10 @@
-"""The engine: one thread that owns the model. Units of work go in, events come out.
+"""The engine: one thread that owns the model. Work goes in, events come out.
 
-Work is a generator that yields what it needs of the model and is sent the answer. In every round the engine takes all
-running work to its next need, and hands the needs to a scheduler, which meets as many as it sees fit in one step of the
-model: so a long answer holds nobody up, and cancelled work ends within a step. Knows no calls, no sessions and no
-model: whoever submits work brings them along.
+Work is a generator that yields ops (:mod:`vflow_server.engine.ops`) and goes on when they are done. In every round the
+engine takes all running work to its next op and hands the ops to a scheduler, which does as many as it sees fit in one
+step of the model. So a long answer holds nobody up, and cancelled work ends within a step. Where nothing is left to do
+the thread sleeps until it is woken: by new work, a cancellation, or a future. The engine knows no calls, no sessions
+and no model: whoever submits work brings them along.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ import contextvars
 import threading
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Generic, Protocol, TypeVar
 
 import structlog
 
 from vflow_server.engine.fair_queue import FairQueue
+from vflow_server.engine.ops import Op
 from vflow_server.rpc.errors import ServiceError, engine_failed, server_stopping
 
 E = TypeVar("E")
 R = TypeVar("R")
+V = TypeVar("V")
 
-Steps = Generator[Any, Any, R]
-"""Yields needs, or None where it only lets others have their turn; returns the result."""
+Steps = Generator[Op | None, None, R]
+"""Yields ops, or None where it only lets others have their turn; returns the result."""
 
 Work = Callable[[Callable[[E], None]], Steps[R]]
 """Work: given a function that emits events, the steps.
@@ -39,10 +43,43 @@ class WorkCancelled(Exception):
     """The work was cancelled before it had a result; it has undone what it did."""
 
 
-class Ticket(Generic[E, R]):
-    """The event loop's end of submitted work. All methods are for the event loop's thread."""
+class Outbox:
+    """What the engine's thread has to say to event loops: collected, and delivered with one wake-up a round."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, wake: Callable[[], None]) -> None:
+    def __init__(self) -> None:
+        self._messages: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
+
+    def put(self, loop: asyncio.AbstractEventLoop, message: Callable[[], None]) -> None:
+        """Have ``message`` called on ``loop`` with the next delivery; messages stay in order."""
+        self._messages.setdefault(loop, []).append(message)
+
+    def deliver(self) -> None:
+        """Deliver all that was collected."""
+        if not self._messages:
+            return
+        messages, self._messages = self._messages, {}
+        for loop, those in messages.items():
+            try:
+                loop.call_soon_threadsafe(_call_all, those)
+            except RuntimeError:  # the event loop is closed: nobody is left to hear it
+                log.debug("event loop closed before the engine")
+
+
+def _call_all(messages: Sequence[Callable[[], None]]) -> None:
+    for message in messages:
+        message()
+
+
+class Ticket(Generic[E, R]):
+    """The event loop's end of submitted work. Its methods are for the event loop's thread, unless they say otherwise.
+
+    Attributes:
+        cancelled: whether the work is to be ended.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, outbox: Outbox, wake: Callable[[], None]) -> None:
+        self._loop = loop
+        self._outbox = outbox
         self._wake = wake
         self._events: asyncio.Queue[E | None] = asyncio.Queue()
         self._outcome: asyncio.Future[R] = loop.create_future()
@@ -87,65 +124,83 @@ class Ticket(Generic[E, R]):
 
         self._outcome.add_done_callback(deliver)
 
+    def emit(self, event: E) -> None:
+        """Deliver an event of the work. For the engine's thread."""
+        self._outbox.put(self._loop, partial(self._events.put_nowait, event))
 
-class Task(Generic[E, R]):
+    def succeed(self, result: R) -> None:
+        """Deliver the result of the work. For the engine's thread."""
+        self._outbox.put(self._loop, partial(self._end, self._outcome.set_result, result))
+
+    def fail(self, failure: Exception) -> None:
+        """Deliver why the work has none. For the engine's thread."""
+        self._outbox.put(self._loop, partial(self._end, self._outcome.set_exception, failure))
+
+    def _end(self, settle: Callable[[V], None], value: V) -> None:
+        settle(value)
+        self._events.put_nowait(None)
+
+
+class Caller(Protocol):
+    """What a task sees of the ticket."""
+
+    cancelled: bool
+
+    def fail(self, failure: Exception) -> None:
+        """Deliver why the work has no result."""
+        ...
+
+
+class Task:
     """The engine's end of submitted work.
 
-    Attributes:
+    Args:
         tenant: whose work it is.
-        need: what the work waits for; None if it can go on.
-        counted: whether it takes a place of those that there are for running work.
+        steps: the work; it delivers its events and its result by itself.
+        ticket: who is waiting for it.
+        counted: whether it takes one of the places for running work.
+
+    Attributes:
+        op: what the work waits for; None if it can go on.
     """
 
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        tenant: str,
-        work: Work[E, R],
-        wake: Callable[[], None],
-        *,
-        counted: bool = True,
-    ) -> None:
-        self.loop = loop
+    def __init__(self, tenant: str, steps: Steps[None], ticket: Caller, *, counted: bool = True) -> None:
         self.tenant = tenant
+        self.ticket = ticket
         self.counted = counted
-        self.ticket: Ticket[E, R] = Ticket(loop, wake)
-        self.need: Any = None
-        self._answer: Any = None
+        self.op: Op | None = None
+        self._steps = steps
         self._failure: Exception | None = None
-        self._steps = work(self._emit)
         # What is logged during the work says whose it is.
         self._context = contextvars.copy_context()
 
-    def answer(self, answer: Any) -> None:
-        """Meet the need."""
-        self.need, self._answer = None, answer
+    def done(self) -> None:
+        """The op is done: the work can go on."""
+        self.op = None
 
     def fail(self, failure: Exception) -> None:
-        """Raise ``failure`` where the work waits for its need."""
-        self.need, self._failure = None, failure
+        """Raise ``failure`` where the work waits for its op."""
+        self.op, self._failure = None, failure
 
     def advance(self) -> bool:
-        """Go on to the next need; False when the work has ended."""
-        answer, failure = self._answer, self._failure
-        self._answer = self._failure = None
+        """Go on to the next op; False when the work has ended."""
+        failure, self._failure = self._failure, None
         try:
             if self.ticket.cancelled:
                 self._context.run(self._steps.close)
                 raise WorkCancelled
             if failure is None:
-                self.need = self._context.run(self._steps.send, answer)
+                self.op = self._context.run(next, self._steps)
             else:
-                self.need = self._context.run(self._steps.throw, failure)
-        except StopIteration as end:
-            self._tell(self._end, end.value, None)
+                self.op = self._context.run(self._steps.throw, failure)
+        except StopIteration:
+            return False
         except Exception as error:
             if self.ticket.cancelled and not isinstance(error, WorkCancelled):
                 log.exception("cancelled work failed to undo itself")  # its caller is gone: nobody else would tell
-            self._tell(self._end, None, error)
-        else:
-            return True
-        return False
+            self.ticket.fail(error)
+            return False
+        return True
 
     def abandon(self, refusal: ServiceError) -> None:
         """End the work without another step: the engine is going down."""
@@ -153,23 +208,14 @@ class Task(Generic[E, R]):
             self._steps.close()
         except Exception:
             log.exception("abandoned work failed to undo itself")
-        self._tell(self._end, None, refusal)
+        self.ticket.fail(refusal)
 
-    def _emit(self, event: E) -> None:
-        self._tell(self.ticket._events.put_nowait, event)
 
-    def _end(self, result: R, failure: Exception | None) -> None:
-        if failure is None:
-            self.ticket._outcome.set_result(result)
-        else:
-            self.ticket._outcome.set_exception(failure)
-        self.ticket._events.put_nowait(None)
+Schedule = Callable[[Sequence[Task], Callable[[], None]], bool]
+"""Does some of the ops of tasks, given in the order in which they began; told how to wake the engine from any thread.
 
-    def _tell(self, function: Callable[..., None], *arguments: Any) -> None:
-        try:
-            self.loop.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:  # the event loop is closed: nobody is left to be told
-            log.debug("event loop closed before the engine")
+Returns whether anything was done: if not, the engine sleeps until it is woken.
+"""
 
 
 class Engine:
@@ -178,8 +224,7 @@ class Engine:
     Args:
         waiting: how much submitted work may wait for its first step; a tenant that has none waiting may go beyond.
         running: how much work may be under way at once; what is beyond waits, but for a tenant that has none running.
-        schedule: called once a round with the tasks that need something, in the order in which they began; meets one
-            need at least.
+        schedule: called once a round with the tasks that wait for an op.
         on_death: called in the engine's thread if it ends other than by :meth:`stop`.
     """
 
@@ -188,15 +233,17 @@ class Engine:
         *,
         waiting: int,
         running: int,
-        schedule: Callable[[Sequence[Task[Any, Any]]], None] = lambda tasks: None,
+        schedule: Schedule = lambda tasks, wake: False,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
         self._schedule = schedule
-        self._most_running = running
+        self._max_running = running
         self._on_death = on_death
         self._changed = threading.Condition()
-        self._waiting: FairQueue[Task[Any, Any]] = FairQueue(waiting)
-        self._running: deque[Task[Any, Any]] = deque()
+        self._woken = False
+        self._waiting: FairQueue[Task] = FairQueue(waiting)
+        self._running: deque[Task] = deque()
+        self._outbox = Outbox()
         self._open = False
         self._refusal: Callable[[], ServiceError] = server_stopping
         self._thread = threading.Thread(target=self._run, name="vflow-engine", daemon=True)
@@ -219,59 +266,84 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """How much work is under way, not counting what only takes spare time."""
+        """How much work is under way, not counting what only takes idle time."""
         with self._changed:
             return sum(task.counted for task in self._running)
 
-    def submit(
-        self, work: Work[E, R], tenant: str, *, housekeeping: bool = False, background: bool = False
-    ) -> Ticket[E, R]:
-        """Hand in work; must be called on an event loop, which is the one that hears of the events.
+    def submit(self, work: Work[E, R], tenant: str, *, background: bool = False) -> Ticket[E, R]:
+        """Hand in work; must be called on an event loop, which is the one that receives the events.
 
         Args:
             work: what to do.
             tenant: whose work it is: tenants get equal shares, the work of one is done in the order of its arrival.
-            housekeeping: work that frees something: it overtakes what waits and does not count against the bound.
-            background: work that only takes spare time: it waits for no place and takes none from others. Whoever
+            background: work that only takes idle time: it waits for no place and takes none from others. Whoever
                 submits such work must bound how much there is of it.
 
         Raises:
             ServiceError: CAPACITY_EXHAUSTED when too much work waits, SERVER_STOPPING or ENGINE_FAILED when the engine
                 takes none any more.
         """
-        task = Task(asyncio.get_running_loop(), tenant, work, self._wake, counted=not (housekeeping or background))
+        ticket, task = self._task(work, tenant, counted=not background)
         with self._changed:
-            if not self._open:
-                raise self._refusal()
-            if housekeeping:
-                self._running.appendleft(task)
-            elif background:
+            self._check_open()
+            if background:
                 self._running.append(task)
             else:
                 self._waiting.put(task)
-            self._changed.notify()
-        return task.ticket
+            self._wake_locked()
+        return ticket
+
+    def call(self, function: Callable[[], R], tenant: str) -> Ticket[None, R]:
+        """Call ``function`` in the engine's thread between two steps, before any work that waits.
+
+        Raises:
+            ServiceError: SERVER_STOPPING or ENGINE_FAILED when the engine takes no work any more.
+        """
+
+        def work(emit: Callable[[None], None]) -> Steps[R]:
+            return function()
+            yield  # makes this a generator
+
+        ticket, task = self._task(work, tenant, counted=False)
+        with self._changed:
+            self._check_open()
+            self._running.appendleft(task)
+            self._wake_locked()
+        return ticket
 
     def stop(self) -> None:
         """Cancel all work and end the thread; returns when it has ended. Idempotent."""
         with self._changed:
             self._open = False
-            self._changed.notify()
+            self._wake_locked()
         if self._thread.is_alive():
             self._thread.join()
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Have the engine look again whether there is something to do. For any thread."""
         with self._changed:
-            self._changed.notify()
+            self._wake_locked()
+
+    def _wake_locked(self) -> None:
+        self._woken = True
+        self._changed.notify()
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise self._refusal()
+
+    def _task(self, work: Work[E, R], tenant: str, *, counted: bool) -> tuple[Ticket[E, R], Task]:
+        ticket: Ticket[E, R] = Ticket(asyncio.get_running_loop(), self._outbox, self.wake)
+
+        def steps() -> Steps[None]:
+            ticket.succeed((yield from work(ticket.emit)))
+
+        return ticket, Task(tenant, steps(), ticket, counted=counted)
 
     def _run(self) -> None:
         try:
-            while (tasks := self._round()) is not None:
-                for task in tasks:
-                    if (task.need is None or task.ticket.cancelled) and not task.advance():
-                        self._remove(task)
-                if needing := [task for task in tasks if task.need is not None]:
-                    self._schedule(needing)
+            while self._open:
+                self._round()
         except BaseException:
             log.exception("the engine died")
             self._refusal = engine_failed
@@ -279,25 +351,39 @@ class Engine:
         finally:
             self._abandon_all()
 
-    def _round(self) -> list[Task[Any, Any]] | None:
-        """Wait for something to do; the work of the next round in the order in which it began, None to stop."""
-        with self._changed:
-            while self._open and not self._running and not len(self._waiting):
-                self._changed.wait()
-            if not self._open:
-                return None
-            self._running.extend(self._waiting.take_cancelled())
-            running = Counter(task.tenant for task in self._running if task.counted)
-            while (task := self._waiting.admit(running, self._most_running)) is not None:
-                self._running.append(task)
-                running[task.tenant] += 1
-            # Cancelled work gives its memory back before anybody else asks for memory.
-            return sorted(self._running, key=lambda task: not task.ticket.cancelled)
+    def _round(self) -> None:
+        """Admit work, take it to its next op, and have the scheduler do some; sleep where there is nothing to do."""
+        tasks = self._admit()
+        for task in tasks:
+            if (task.op is None or task.ticket.cancelled) and not task.advance():
+                task.op = None
+                with self._changed:
+                    self._running.remove(task)
+        self._outbox.deliver()
+        waiting = [task for task in tasks if task.op is not None]
+        progress = bool(waiting) and self._schedule(waiting, self.wake)
+        # Work that can go on at once: what was just done, what only let others have their turn, and what ended, which
+        # makes room for what waits.
+        if not progress and len(waiting) == len(tasks):
+            with self._changed:
+                while self._open and not self._woken:
+                    self._changed.wait()
 
-    def _remove(self, task: Task[Any, Any]) -> None:
-        task.need = None
+    def _admit(self) -> list[Task]:
+        """The work of the next round in the order in which it began; cancelled work first."""
         with self._changed:
-            self._running.remove(task)
+            self._woken = False
+            self._running.extend(self._waiting.take_cancelled())
+            if len(self._waiting):
+                running = Counter(task.tenant for task in self._running if task.counted)
+                while (task := self._waiting.admit(running, self._max_running)) is not None:
+                    self._running.append(task)
+                    running[task.tenant] += 1
+            tasks = list(self._running)
+        # Cancelled work gives its memory back before anybody else asks for memory.
+        if any(task.ticket.cancelled for task in tasks):
+            tasks.sort(key=lambda task: not task.ticket.cancelled)
+        return tasks
 
     def _abandon_all(self) -> None:
         with self._changed:
@@ -307,3 +393,4 @@ class Engine:
             self._waiting = FairQueue(0)
         for task in left:
             task.abandon(self._refusal())
+        self._outbox.deliver()

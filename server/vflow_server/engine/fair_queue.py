@@ -8,16 +8,26 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from vflow_server.rpc.errors import CapacityExhausted
+
+
+class Cancellable(Protocol):
+    """What may be cancelled."""
+
+    cancelled: bool
 
 
 class Waiting(Protocol):
     """What waits."""
 
     tenant: str
-    ticket: Any
+
+    @property
+    def ticket(self) -> Cancellable:
+        """Whether it is still wanted."""
+        ...
 
 
 T = TypeVar("T", bound=Waiting)
@@ -87,9 +97,12 @@ class FairQueue(Generic[T]):
 
 
 class Owned(Protocol):
-    """What is somebody's."""
+    """What belongs to a tenant."""
 
-    tenant: str
+    @property
+    def tenant(self) -> str:
+        """Whose it is."""
+        ...
 
 
 W = TypeVar("W", bound=Owned)

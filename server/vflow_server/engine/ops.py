@@ -1,63 +1,83 @@
-"""What work asks for: a picture or a video encoded, a sequence run, another thread, spare time.
+"""What work asks the engine for: a picture encoded, a sequence run, another thread's work, idle time.
 
-The scheduler answers.
+Work yields an op and goes on once it is done; the result is then an attribute of the op.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
 
+from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.video import Visual
-from vflowopt.runtime.offload import Tier
-from vflowopt.runtime.sequence import Sequence
+from vflowopt.runtime.generate import Forward
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Encode:
-    """A picture or a video to be encoded and compressed.
-
-    The answer: the ``CompressedImage``, and whether it was at hand.
+    """Encode and compress a picture or a video.
 
     Attributes:
         visual: the picture or video.
-        strategy: by which to compress it.
-        tenant: for whom; what was compressed for others is not at hand.
+        strategy: compresses it.
+        tenant: who asks; nothing that was compressed for others is handed out.
+        cache_hit: whether it was compressed before.
     """
 
     visual: Visual
     strategy: Strategy
     tenant: str
+    cache_hit: bool = False
+    _image: CompressedImage | None = field(default=None, init=False)
+
+    @property
+    def image(self) -> CompressedImage:
+        """The compressed picture, once the op is done."""
+        assert self._image is not None, "the op is not done"
+        return self._image
+
+    def put(self, image: CompressedImage, *, cache_hit: bool) -> None:
+        """Hand in the compressed picture."""
+        self._image, self.cache_hit = image, cache_hit
+
+
+class Completion(Protocol):
+    """A future of whatever result."""
+
+    def done(self) -> bool:
+        """Whether the result is there, or will never be."""
+        ...
+
+    def add_done_callback(self, callback: Callable[[object], object], /) -> None:
+        """Call ``callback`` as soon as it is done, in any thread."""
+        ...
 
 
 @dataclass(eq=False)
-class Forward:
-    """A sequence whose log shall be cached to its end.
-
-    The answer is the logits [vocabulary] after the last item, or None where they are not wanted.
+class Wait:
+    """Wait for what another thread does, such as reading a file.
 
     Attributes:
-        ran: tokens that the model ran for it, so far.
-        begun: ``time.perf_counter()`` at the beginning of the first step that it took part in.
-        restored: from where a parked cache of the sequence was brought back for it, if one was.
+        future: done when that is done; whoever waits takes its result.
     """
 
-    sequence: Sequence
-    want_logits: bool = True
-    ran: int = 0
-    begun: float | None = None
-    restored: Tier | None = None
+    future: Completion
+    _watched: bool = field(default=False, init=False)
+
+    def watch(self, wake: Callable[[], None]) -> None:
+        """Have ``wake`` called, in any thread, when the future is done; only the first call counts."""
+        if not self._watched:
+            self._watched = True
+            self.future.add_done_callback(lambda _: wake())
 
 
-@dataclass(frozen=True, eq=False)
-class Wait:
-    """What another thread does, such as reading a file. The answer, None, comes when ``future`` is done."""
-
-    future: Future[Any]
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Idle:
-    """Time that nobody else needs, for one bounded piece of work. The answer is None."""
+    """Time that nobody else needs, for one bounded piece of work."""
+
+
+__all__ = ["Encode", "Forward", "Idle", "Op", "Wait"]
+
+Op = Encode | Forward | Wait | Idle

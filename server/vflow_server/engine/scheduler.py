@@ -1,30 +1,34 @@
-"""The scheduler: which needs of the running work are met in a step, and what gives way when KV pages run short.
+"""The scheduler: which ops of the running work are done in a step, and what gives way when KV pages run short.
 
 Every step runs one batch of the model: one token of every answer that is under way and a bounded number of tokens of
 prompts. Pictures are encoded beside the steps, a few at a time. So neither a long prompt nor a picture stalls the
 streams of others for more than a step. Tenants have equal shares of the prompt tokens and take turns with their
-pictures; within a tenant it is first come, first served. Work in spare time gets on by one piece when nobody else
-needs the model, and rarely beside others. Belongs to the engine's thread.
+pictures; within a tenant it is first come, first served. Idle work gets on by one piece when nobody else needs the
+model, and rarely beside others. Belongs to the engine's thread.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, cast
 
 import torch
 
+from vflow_server.engine.batch import Batch, Scheduled
+from vflow_server.engine.encoder import EncoderThread
 from vflow_server.engine.engine import Task
 from vflow_server.engine.fair_queue import RoundRobin
 from vflow_server.engine.ops import Encode, Forward, Idle, Wait
-from vflow_server.engine.workbench import Workbench
+from vflow_server.kv.image_cache import ImageCache
+from vflow_server.kv.manager import KVCacheManager
+from vflow_server.telemetry.metrics import Metrics
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.media.picture import Picture
 from vflowopt.runtime.cache import PoolExhausted
+from vflowopt.runtime.model_runner import Runtime
 
 PROMPT_TOKENS = 512
 """Tokens of prompts that a step runs at most, over all sequences (and one of each tenant at least)."""
@@ -32,194 +36,250 @@ PROMPT_TOKENS = 512
 PICTURES = 4
 """Pictures that a step encodes at most; one only while answers are under way."""
 
-PATIENCE = 0.005
-"""Seconds to wait for a file or a picture, at a time, while there is nothing else to do."""
-
-SPARE_EVERY = 32
-"""Steps of sequences for each piece of work in spare time, where there is no spare time: so rare that the 95th
-percentile of the steps does not notice, and yet such work comes to an end."""
-
-Needing = Task[Any, Any]
+IDLE_EVERY = 32
+"""Steps of conversations for each piece of idle work, where there is no idle time: so rare that the 95th percentile of
+the steps does not notice, and yet such work comes to an end."""
 
 
-def _pending(task: Needing) -> int:
-    tokens: int = task.need.sequence.pending_tokens
-    return tokens
+@dataclass(frozen=True, eq=False)
+class _Asking:
+    """A task that waits for a picture, and the op that it waits for."""
+
+    task: Task
+    op: Encode
+
+    @property
+    def tenant(self) -> str:
+        return self.task.tenant
+
+    @property
+    def waits(self) -> bool:
+        """Whether the task still waits for it: it may have been cancelled."""
+        return self.task.op is self.op
 
 
 @dataclass(frozen=True)
 class _Encoding:
-    """A batch of pictures that is being encoded: who asked, for what, and what becomes of it."""
+    """A batch of pictures that is being encoded."""
 
-    tasks: Sequence[Needing]
-    needs: Sequence[Encode]
+    asking: Sequence[_Asking]
     future: Future[list[CompressedImage]]
 
 
 class Scheduler:
-    """Meets the needs of work.
+    """Does the ops of work.
 
     Args:
-        bench: the model, and what it has at hand.
+        runtime: the model.
+        kv: makes room for sequences.
+        images: compressed pictures.
+        encoder: compresses more.
+        metrics: counts the steps.
     """
 
-    def __init__(self, bench: Workbench) -> None:
-        self._bench = bench
-        self._kv = bench.kv
+    def __init__(
+        self, runtime: Runtime, kv: KVCacheManager, images: ImageCache, encoder: EncoderThread, metrics: Metrics
+    ) -> None:
+        self._runtime = runtime
+        self._kv = kv
+        self._images = images
+        self._encoder = encoder
+        self._metrics = metrics
         self._pictures = RoundRobin()
-        self._under_way: _Encoding | None = None
+        self._encoding: _Encoding | None = None
         self._threads = torch.get_num_threads()
-        self._steps_without_spare = 0
-        self._spared: Needing | None = None
+        self._steps_without_idle_work = 0
+        self._last_idle: Task | None = None
 
-    def __call__(self, tasks: Sequence[Needing]) -> None:
-        """One step: meet the needs of some of ``tasks``, which come in the order in which they began."""
-        running = [task for task in tasks if isinstance(task.need, Forward)]
-        awaiting = [task for task in tasks if isinstance(task.need, Wait)]
-        spared = self._spare(tasks)
-        self._await_others(awaiting, patience=0 if running or spared else PATIENCE)
-        answering = any(_pending(task) == 1 for task in running)
-        self._run(running)
-        encoding = [task for task in tasks if isinstance(task.need, Encode) and not self._at_hand(task)]
-        if encoding and self._under_way is None:
-            encoding = self._pictures.order(encoding)
-            self._encode([task for task in encoding if task.need.strategy == encoding[0].need.strategy], answering)
+    def __call__(self, tasks: Sequence[Task], wake: Callable[[], None]) -> bool:
+        """One step: do some of the ops of ``tasks``, which come in the order in which they began.
 
-    def _spare(self, tasks: Sequence[Needing]) -> bool:
-        """Let the next of those that wait for spare time go on by one piece, if it is time for that."""
-        spare = [task for task in tasks if isinstance(task.need, Idle)]
-        needed = any(isinstance(task.need, Forward | Encode) for task in tasks)
-        self._steps_without_spare += 1
-        if not spare or (needed and self._steps_without_spare < SPARE_EVERY):
+        Args:
+            tasks: those that wait for an op.
+            wake: to be called, in any thread, when another step may do more.
+
+        Returns:
+            Whether anything was done.
+        """
+        progress = False
+        if self._encoding is not None and self._encoding.future.done():
+            self._finish_encoding(self._encoding, wake)
+            progress = True
+        forwards: list[Scheduled] = []
+        asking: list[_Asking] = []
+        waiting: list[tuple[Task, Wait]] = []
+        idle: list[Task] = []
+        for task in tasks:
+            match task.op:
+                case Forward() as op:
+                    forwards.append(Scheduled(task, op, op.sequence.pending_tokens))
+                case Encode() as op:
+                    asking.append(_Asking(task, op))
+                case Wait() as op:
+                    waiting.append((task, op))
+                case Idle():
+                    idle.append(task)
+        if idle:
+            progress |= self._grant_idle_time(idle, needed=bool(forwards or asking))
+        if waiting:
+            progress |= self._finish_waiting(waiting, wake)
+        if forwards:
+            self._run(forwards)
+            progress = True
+        if asking:
+            progress |= self._encode(asking, wake, answering=any(each.num_tokens == 1 for each in forwards))
+        return progress
+
+    def _grant_idle_time(self, idle: Sequence[Task], *, needed: bool) -> bool:
+        """Let the next of the ``idle`` tasks go on by one piece, unless others need the model now."""
+        self._steps_without_idle_work += 1
+        if needed and self._steps_without_idle_work < IDLE_EVERY:
             return False
-        self._spared = spare[(spare.index(self._spared) + 1) % len(spare) if self._spared in spare else 0]
-        self._spared.answer(None)
-        self._steps_without_spare = 0
+        last = self._last_idle
+        self._last_idle = idle[(idle.index(last) + 1) % len(idle) if last in idle else 0]
+        self._last_idle.done()
+        self._steps_without_idle_work = 0
         return True
 
-    def _await_others(self, awaiting: Sequence[Needing], patience: float) -> None:
-        """Answer those whose file has been read or whose picture is encoded; wait a little for the first of them."""
-        futures: list[Future[Any]] = [task.need.future for task in awaiting]
-        if self._under_way is not None:
-            futures.append(self._under_way.future)
-        if not futures:
-            return
-        wait(futures, patience, FIRST_COMPLETED)
-        for task in awaiting:
-            if task.need.future.done():
-                task.answer(None)
-        if self._under_way is not None and self._under_way.future.done():
-            self._encoded(self._under_way)
+    @staticmethod
+    def _finish_waiting(waiting: Sequence[tuple[Task, Wait]], wake: Callable[[], None]) -> bool:
+        """Let those go on whose future is done; have the others wake the engine."""
+        progress = False
+        for task, op in waiting:
+            if op.future.done():
+                task.done()
+                progress = True
+            else:
+                op.watch(wake)
+        return progress
 
-    def _at_hand(self, task: Needing) -> bool:
-        """Answer with a picture that was compressed before, if there is one."""
-        image = self._bench.held(task.need)
-        if image is not None:
-            task.answer((image, True))
-        return image is not None
+    def _encode(self, asking: Sequence[_Asking], wake: Callable[[], None], *, answering: bool) -> bool:
+        """Hand out pictures that were compressed before, and begin to encode others if none are being encoded."""
+        missing = []
+        for each in asking:
+            image = self._images.get((each.op.visual.identity, each.op.strategy, each.op.tenant))
+            if image is None:
+                missing.append(each)
+            else:
+                each.op.put(image, cache_hit=True)
+                each.task.done()
+        if missing and self._encoding is None:
+            ordered = self._pictures.order(missing)
+            first = ordered[0].op.strategy
+            self._begin_encoding([each for each in ordered if each.op.strategy == first], wake, answering=answering)
+        return len(missing) < len(asking)
 
-    def _encode(self, tasks: Sequence[Needing], answering: bool) -> None:
+    def _begin_encoding(self, asking: Sequence[_Asking], wake: Callable[[], None], *, answering: bool) -> None:
         """Begin to encode the first few pictures in one batch; the same picture of a tenant is encoded once.
 
         A video is encoded by itself: no picture of the same batch waits for its frames. What comes later does.
         """
-        first = {(task.need.visual.identity, task.need.tenant): task for task in reversed(tasks)}
-        batch = [task for task in tasks if task in first.values()]
-        pictures = list(takewhile(lambda task: isinstance(task.need.visual, Picture), batch))
+        first = {(each.op.visual.identity, each.op.tenant): each for each in reversed(asking)}
+        batch = [each for each in asking if each in first.values()]
+        pictures = list(takewhile(lambda each: isinstance(each.op.visual, Picture), batch))
         batch = pictures[: 1 if answering else PICTURES] or batch[:1]
-        for task in batch:
-            self._pictures.served(task.tenant)
+        for each in batch:
+            self._pictures.served(each.tenant)
         # Answers that are under way keep a thread to themselves.
         threads = max(self._threads - 1, 1) if answering else self._threads
-        needs = [task.need for task in batch]
-        self._under_way = _Encoding(batch, needs, self._bench.compress(needs, threads=threads))
+        future = self._encoder.compress([each.op for each in batch], threads=threads)
+        self._encoding = _Encoding(batch, future)
+        future.add_done_callback(lambda _: wake())
 
-    def _encoded(self, done: _Encoding) -> None:
+    def _finish_encoding(self, encoded: _Encoding, wake: Callable[[], None]) -> None:
         """Hand out the pictures of a batch that has been encoded, to those who still wait for them."""
-        self._under_way = None
-        waiting = [(task, need) for task, need in zip(done.tasks, done.needs, strict=True) if task.need is need]
-        if (failure := done.future.exception()) is None:
-            images = done.future.result()
-            self._bench.keep(done.needs, images)
-            for task, need in waiting:
-                task.answer((images[done.needs.index(need)], False))
-        elif len(done.tasks) == 1:
-            for task, _ in waiting:
-                task.fail(cast(Exception, failure))
-        elif waiting:  # whose picture it was shows when the first is encoded alone
-            self._encode([task for task, _ in waiting[:1]], answering=True)
+        self._encoding = None
+        waiting = [each for each in encoded.asking if each.waits]
+        failure = encoded.future.exception()
+        if failure is None:
+            for each, image in zip(encoded.asking, encoded.future.result(), strict=True):
+                self._images.put((each.op.visual.identity, each.op.strategy, each.op.tenant), image)
+                if each.waits:
+                    each.op.put(image, cache_hit=False)
+                    each.task.done()
+        elif len(encoded.asking) > 1:
+            if waiting:  # whose picture it was shows when the first is encoded alone
+                self._begin_encoding(waiting[:1], wake, answering=True)
+        elif waiting:
+            assert isinstance(failure, Exception)
+            waiting[0].task.fail(failure)
 
-    def _run(self, tasks: Sequence[Needing]) -> None:
+    def _run(self, forwards: Sequence[Scheduled]) -> None:
         """Run one batch.
 
         Where pages run short, what is idle gives way first, then the youngest in use, then all but the eldest of the
         batch; that one is refused only where it needs more than the whole pool.
         """
-        while tasks:
-            eldest, batch = tasks[0], self._batch(tasks)
+        while True:
+            begun = time.perf_counter()
             try:
-                self._restore(eldest)
-                pending = [_pending(task) for task in batch]
-                begun = time.perf_counter()
-                logits = self._bench.runtime.advance(
-                    [task.need.sequence for task in batch],
-                    list(batch.values()),
-                    want_logits=any(task.need.want_logits for task in batch),
-                )
+                if self._restore(forwards[0]):
+                    forwards = [forwards[0].counted_again(), *forwards[1:]]
+                batch = self._batch(forwards)
+                tokens = self._runtime.step(batch.sequences, batch.limits, batch.samplers)
             except PoolExhausted as shortage:
-                if self._kv.release_idle() or self._kv.preempt(eldest.need.sequence):
-                    continue
-                if len(batch) > 1:
-                    tasks = [eldest]
-                    continue
-                held = len(eldest.need.sequence.cache.owned_pages())
-                eldest.fail(self._kv.too_large(held + shortage.needed))
-                tasks = [task for task in tasks if task is not eldest]
+                eldest = forwards[0]
+                if self._kv.release_idle() or self._kv.preempt(eldest.sequence):
+                    forwards = [each.counted_again() for each in forwards]
+                elif len(forwards) > 1:
+                    forwards = [eldest]
+                else:
+                    held = len(eldest.sequence.cache.owned_pages())
+                    eldest.task.fail(self._kv.too_large(held + shortage.needed))
+                    return
             except Exception as failure:
                 if len(batch) > 1:  # whose fault it was shows when each is run alone
-                    for task in batch:
-                        self._run([task])
+                    for each in batch:
+                        self._run([each.counted_again()])
                 else:
-                    eldest.fail(failure)
+                    forwards[0].task.fail(failure)
                 return
             else:
-                self._bench.metrics.step(time.perf_counter() - begun, pending, list(batch.values()))
-                for task, before, row in zip(batch, pending, logits, strict=True):
-                    sequence = task.need.sequence
-                    task.need.ran += before - _pending(task)
-                    task.need.begun = task.need.begun or begun
-                    if sequence.num_cached_items == len(sequence.log):
-                        task.answer(row if task.need.want_logits else None)
+                self._metrics.step(time.perf_counter() - begun, batch.pending, batch.limits)
+                batch.finish(tokens, begun)
                 return
 
-    def _batch(self, tasks: Sequence[Needing]) -> dict[Needing, int]:
-        """Who runs in this step, and how many tokens of each: the eldest of ``tasks``, every answer, and prompts.
+    def _batch(self, forwards: Sequence[Scheduled]) -> Batch:
+        """Who runs in this step, and how many tokens of each: the eldest, every answer, and prompts.
 
         A prompt that is not the eldest's runs only when there is room for all of it beside the batch: so two never keep
         taking each other's pages, and the eldest always gets on.
         """
-        batch = {task: 1 for task in tasks if _pending(task) == 1}
-        promised = sum(task.need.sequence.pages_wanted for task in {tasks[0], *batch})
-        prompts: dict[str, list[Needing]] = {}
-        for task in tasks:
-            if task not in batch:
-                prompts.setdefault(task.tenant, []).append(task)
+        batch = Batch()
+        prompts: dict[str, list[Scheduled]] = {}
+        for each in forwards:
+            if each.num_tokens == 1:
+                batch.add(each, 1)
+            else:
+                prompts.setdefault(each.task.tenant, []).append(each)
+        if not prompts:
+            return batch
+        eldest = forwards[0]
+        promised = sum(each.sequence.pages_wanted for each in {eldest, *batch})
         left = PROMPT_TOKENS
         # Who asks for least comes first: what a tenant leaves of its share falls to those after it.
-        for served, line in enumerate(sorted(prompts.values(), key=lambda line: sum(map(_pending, line)))):
-            share = max(left // (len(prompts) - served), 1)
-            for task in line:
+        queues = sorted(prompts.values(), key=lambda queue: sum(each.num_tokens for each in queue))
+        for served, queue in enumerate(queues):
+            share = max(left // (len(queues) - served), 1)
+            for each in queue:
                 if not share:
                     break
-                if task is not tasks[0]:
-                    if not self._kv.make_room(promised + task.need.sequence.pages_wanted):
+                scheduled = each
+                if each is not eldest:
+                    wanted = each.sequence.pages_wanted
+                    if not self._kv.make_room(promised + wanted):
                         continue
-                    self._restore(task)
-                    promised += task.need.sequence.pages_wanted
-                batch[task] = min(_pending(task), share)
-                share -= batch[task]
-                left -= batch[task]
+                    if self._restore(each):
+                        scheduled = each.counted_again()
+                    promised += wanted
+                share -= (count := min(scheduled.num_tokens, share))
+                left -= count
+                batch.add(scheduled, count)
         return batch
 
-    def _restore(self, task: Needing) -> None:
-        task.need.restored = self._kv.restore(task.need.sequence) or task.need.restored
+    def _restore(self, scheduled: Scheduled) -> bool:
+        """Bring back what was offloaded of a sequence, if it is there and nothing of it is cached; whether it was."""
+        tier = self._kv.restore(scheduled.sequence)
+        if tier is not None:
+            scheduled.op.restored_from = tier
+        return tier is not None

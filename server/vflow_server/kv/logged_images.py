@@ -34,7 +34,7 @@ class LoggedImages:
         for image in self._of[state]:
             self._dialogues_with[id(image)] += 1
             if self._dialogues_with[id(image)] == 1:
-                self.bytes_held += picture_bytes(image)
+                self.bytes_held += image_bytes(image)
 
     def forget(self, state: SessionState) -> None:
         """Count nothing for ``state`` any more."""
@@ -42,7 +42,7 @@ class LoggedImages:
             self._dialogues_with[id(image)] -= 1
             if not self._dialogues_with[id(image)]:
                 del self._dialogues_with[id(image)]
-                self.bytes_held -= picture_bytes(image)
+                self.bytes_held -= image_bytes(image)
 
     def check_room(self, items: Iterable[Item]) -> None:
         """Refuse pictures that are too many.
@@ -50,7 +50,7 @@ class LoggedImages:
         Raises:
             CapacityExhausted: with those of ``items`` that are new the bound is exceeded.
         """
-        new = sum(picture_bytes(image) for image in _distinct(items) if id(image) not in self._dialogues_with)
+        new = sum(image_bytes(image) for image in _distinct(items) if id(image) not in self._dialogues_with)
         if new and self.bytes_held + new > self._most_bytes:
             raise CapacityExhausted(
                 "session_pictures",
@@ -62,7 +62,7 @@ class LoggedImages:
             )
 
 
-def picture_bytes(image: CompressedImage) -> int:
+def image_bytes(image: CompressedImage) -> int:
     """Bytes of the tensors of a compressed picture."""
     layout = image.layout
     tensors: tuple[Tensor, ...] = (

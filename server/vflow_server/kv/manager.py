@@ -18,6 +18,7 @@ from vflow_server.kv.prefix_cache import PrefixCache
 from vflow_server.kv.session_state import SessionState
 from vflow_server.rpc.errors import CapacityExhausted
 from vflow_server.telemetry.metrics import Metrics
+from vflowopt.compression.strategy import Strategy
 from vflowopt.runtime.model_runner import Runtime
 from vflowopt.runtime.offload import Tier, offload, restore
 from vflowopt.runtime.sequence import Item, Sequence, tokens_per_stage
@@ -32,14 +33,14 @@ log = structlog.get_logger(__name__)
 class KVCacheManager:
     """The sessions on a runtime, by last use.
 
-    A session is in use while work on it is under way. What idle ones hold is parked outside the pool when pages run
-    short, and comes back with their next turn; what is not held there any more is rebuilt from the log.
+    A session is in use while work on it is under way. When pages run short, what idle sessions hold is offloaded and
+    comes back with their next turn; what is not held outside the pool any more is rebuilt from the log.
 
     Args:
         runtime: whose pages are held.
-        prefixes: they hold pages, too, and go before idle sessions; what is on loan goes before all.
+        prefixes: they hold pages, too, and go before idle sessions; evictable sequences go before all.
         offloaded: where the caches of idle sessions go.
-        pictures: those in the sessions' logs.
+        images: the pictures in the sessions' logs.
         metrics: counts who gave way.
     """
 
@@ -48,24 +49,24 @@ class KVCacheManager:
         runtime: Runtime,
         prefixes: PrefixCache,
         offloaded: OffloadStore,
-        pictures: LoggedImages,
+        images: LoggedImages,
         metrics: Metrics,
     ) -> None:
         self._runtime = runtime
-        self._prefixes = prefixes
-        self._offloaded = offloaded
-        self._pictures = pictures
+        self.prefixes = prefixes
+        self.offloaded = offloaded
+        self._images = images
         self._metrics = metrics
         self._in_use: OrderedDict[SessionState, None] = OrderedDict()
         self._idle: OrderedDict[SessionState, None] = OrderedDict()
-        self._loans: list[Evictable] = []
+        self._evictable: list[Evictable] = []
 
     def recover(self, states: Iterable[SessionState]) -> None:
-        """Take over what an earlier process kept of ``states``, the most recently used last."""
+        """Take over what an earlier process persisted of ``states``, the most recently used last."""
         owners = {_session(state): state for state in states}
-        found = self._offloaded.recover({name: owner.sequence(self._runtime) for name, owner in owners.items()})
+        found = self.offloaded.recover({name: owner.sequence for name, owner in owners.items()})
         self._idle.update((owners[name], None) for name in found)
-        log.info("KV caches recovered", sessions=len(found), bytes=self._offloaded.file_bytes)
+        log.info("KV caches recovered", sessions=len(found), bytes=self.offloaded.file_bytes)
 
     @contextmanager
     def using(self, state: SessionState) -> Iterator[None]:
@@ -77,53 +78,59 @@ class KVCacheManager:
         finally:
             del self._in_use[state]
             self._idle[state] = None
-            sequence = state.sequence(self._runtime)
-            self._offloaded.put_down(sequence)
-            self._offloaded.fit()
-            self._pictures.note(state, sequence.log)
+            sequence = state.sequence
+            self.offloaded.put_down(sequence)
+            self.offloaded.fit()
+            self._images.note(state, sequence.log)
             state.publish()
 
     @contextmanager
-    def lending(self, loan: Evictable) -> Iterator[None]:
-        """Let the sequences of ``loan`` hold pages as long as nobody else needs them."""
-        self._loans.append(loan)
+    def lending(self, sequences: Evictable) -> Iterator[None]:
+        """Let ``sequences`` hold pages as long as nobody else needs them."""
+        self._evictable.append(sequences)
         try:
             yield
         finally:
-            self._loans.remove(loan)
+            self._evictable.remove(sequences)
+
+    def find_prefix(self, tenant: str, strategy: Strategy, items: abc.Sequence[Item]) -> Sequence | None:
+        """The longest prefix of ``items`` that is cached for ``tenant``; None where there is none."""
+        prefix = self.prefixes.find(tenant, strategy, items)
+        self._metrics.prefix(hit=prefix is not None)
+        return prefix
 
     def release_idle(self) -> bool:
         """Free some pages that no work under way needs; False when there are none."""
-        for sequence in self._on_loan():
+        for sequence in self._evictables():
             if sequence.kv_bytes:
                 sequence.release()
                 self._metrics.evicted("search")
                 return True
-        if self._prefixes.release_one():
+        if self.prefixes.release_one():
             self._metrics.evicted("prefix")
             return True
-        return self._park(self._idle)
+        return self._offload(self._idle)
 
     def limit(self, tenant: str, most: int) -> int:
-        """Park what is idle of ``tenant`` until its sessions hold ``most`` bytes; the bytes that they hold then."""
+        """Offload what is idle of ``tenant`` until its sessions hold ``most`` bytes; the bytes that they hold then."""
         while (held := self._held(tenant)) > most:
-            if not self._park(state for state in self._idle if state.tenant == tenant):
+            if not self._offload(state for state in self._idle if state.tenant == tenant):
                 break
         return held
 
     def _held(self, tenant: str) -> int:
         held = (state for state in (*self._idle, *self._in_use) if state.tenant == tenant)
-        return sum(state.sequence(self._runtime).kv_bytes for state in held)
+        return sum(state.sequence.kv_bytes for state in held)
 
-    def _park(self, idle: Iterable[SessionState]) -> bool:
-        """Park the first of the ``idle`` sessions that holds pages; False if none does."""
+    def _offload(self, idle: Iterable[SessionState]) -> bool:
+        """Offload the first of the ``idle`` sessions that holds pages; False if none does."""
         resident = next((state for state in idle if state.snapshot.kv_bytes), None)
         if resident is None:
             return False
         self._metrics.evicted("idle")
-        log.info("parked the KV cache of an idle session", kv_bytes=resident.snapshot.kv_bytes)
-        sequence = resident.sequence(self._runtime)
-        self._offloaded.put(sequence, offload(sequence))
+        log.info("offloaded the KV cache of an idle session", kv_bytes=resident.snapshot.kv_bytes)
+        sequence = resident.sequence
+        self.offloaded.put(sequence, offload(sequence))
         resident.publish()
         return True
 
@@ -137,10 +144,10 @@ class KVCacheManager:
     def preempt(self, spare: Sequence) -> bool:
         """Release the sequence in use that began last and holds pages, but not ``spare``; False if none does.
 
-        It is not parked: only a cache that covers nothing but finished turns stays true whatever becomes of this one.
+        It is not offloaded: only a cache of finished turns alone stays true whatever becomes of this one.
         """
         for state in reversed(self._in_use):
-            sequence = state.sequence(self._runtime)
+            sequence = state.sequence
             if sequence is not spare and sequence.kv_bytes:
                 self._metrics.evicted("running")
                 log.info("preempted a running turn", kv_bytes=sequence.kv_bytes)
@@ -149,63 +156,75 @@ class KVCacheManager:
         return False
 
     def restore(self, sequence: Sequence) -> Tier | None:
-        """Bring back what was parked of a sequence, if anything is at hand and it has nothing cached.
+        """Bring back what was offloaded of a sequence, if that is in memory and the sequence has nothing cached.
 
         Returns:
-            From where it came back; None if it did not.
+            Where it came back from; None if it did not.
 
         Raises:
-            PoolExhausted: too few pages are free; it stays parked.
+            PoolExhausted: too few pages are free; it stays offloaded.
         """
-        if sequence.resident or (found := self._offloaded.find(sequence)) is None:
+        if sequence.resident or (found := self.offloaded.find(sequence)) is None:
             return None
         offloaded, tier = found
         restore(sequence, offloaded)
-        self._offloaded.forget(sequence)
+        self.offloaded.forget(sequence)
         return tier
 
     def fork(self, origin: SessionState, twin: SessionState) -> None:
-        """Give ``twin`` the past of ``origin``, and what is parked of it. Pages and tensors are shared, not copied."""
-        twin.continue_from(origin, self._runtime)
-        if (found := self._offloaded.find(origin.sequence(self._runtime))) is not None:
-            self._offloaded.put(twin.sequence(self._runtime), found[0])
+        """Give ``twin`` the past of ``origin``, and its offloaded cache. Pages and tensors are shared, not copied."""
+        twin.continue_from(origin)
+        if (found := self.offloaded.find(origin.sequence)) is not None:
+            self.offloaded.put(twin.sequence, found[0])
 
     def forget(self, state: SessionState) -> None:
         """Release all that is held of ``state`` for good."""
-        self._offloaded.forget(state.sequence(self._runtime))
-        self._pictures.forget(state)
+        self.offloaded.forget(state.sequence)
+        self._images.forget(state)
         state.release()
         self._idle.pop(state, None)
 
-    def keep(self, until: float) -> dict[str, Sequence]:
-        """Have what idle sessions hold in files, for the next process, once no work is done any more.
+    def persist(self, until: float) -> dict[str, Sequence]:
+        """Put what idle sessions hold into files, for the next process, once no work is done any more.
 
         Those used last come first, as many as the files have room for, and until the monotonic clock says ``until``.
 
         Returns:
             The sequences in files, by session.
         """
-        room, worth = self._offloaded.fit(), list[tuple[str, Sequence]]()
+        room, worth = self.offloaded.fit(), list[tuple[str, Sequence]]()
         for state in reversed(self._idle):
-            sequence = state.sequence(self._runtime)
-            size = sequence.kv_bytes or self._offloaded.size(sequence)
+            sequence = state.sequence
+            size = sequence.kv_bytes or self.offloaded.size(sequence)
             if state.record is not None and 0 < size <= room:
                 room -= size
                 worth.append((_session(state), sequence))
             else:
-                self._offloaded.forget(sequence)  # gives its room to others
-        kept: dict[str, Sequence] = {}
+                self.offloaded.forget(sequence)  # gives its room to others
+        persisted: dict[str, Sequence] = {}
         for session, sequence in worth:
             offloaded = offload(sequence) if sequence.resident and time.monotonic() < until else None
-            if self._offloaded.file(sequence, offloaded, until):
-                kept[session] = sequence
-        log.info("kept KV caches for the next process", sessions=len(kept), without=len(self._idle) - len(kept))
-        return kept
+            if self.offloaded.file(sequence, offloaded, until):
+                persisted[session] = sequence
+        log.info(
+            "persisted KV caches for the next process",
+            sessions=len(persisted),
+            without=len(self._idle) - len(persisted),
+        )
+        return persisted
 
-    def release_all(self) -> None:
-        """Give back all pages, once no work is done any more."""
+    def close(self, persist_until: float | None = None) -> None:
+        """Give back all pages, once no work is done any more.
+
+        Args:
+            persist_until: by the monotonic clock, until when to put KV caches into files for the next process; None:
+                none are put there.
+        """
+        persisted = {} if persist_until is None else self.persist(persist_until)
+        self.prefixes.clear()
         for state in (*self._idle, *self._in_use):
             state.release()
+        self.offloaded.close(persisted)
 
     def check(self) -> int:
         """Bytes of the pages that sessions hold, after proving that each page is held as often as it has owners.
@@ -213,9 +232,9 @@ class KVCacheManager:
         Raises:
             AssertionError: a page is lost, or its references and its owners differ.
         """
-        owners = [state.sequence(self._runtime).cache for state in (*self._idle, *self._in_use)]
-        owners += [sequence.cache for sequence in self._on_loan()]
-        self._runtime.pool.check_integrity([*owners, *self._prefixes.caches()])
+        owners = [state.sequence.cache for state in (*self._idle, *self._in_use)]
+        owners += [sequence.cache for sequence in self._evictables()]
+        self._runtime.pool.check_integrity([*owners, *self.prefixes.caches()])
         return sum(owner.bytes_held for owner in owners)
 
     def check_room(self, sequence: Sequence, items: abc.Sequence[Item]) -> None:
@@ -225,18 +244,18 @@ class KVCacheManager:
             CapacityExhausted: the sequence with ``items`` needs more pages than there are, or the pictures of all
                 sequences more memory than they may have.
         """
-        self._pictures.check_room(items)
+        self._images.check_room(items)
         stages = sequence.cache.stages
         tokens = tokens_per_stage([*sequence.log, *items], len(stages))
         needed = sum(stage.pages_for(count) for stage, count in zip(stages, tokens, strict=True))
         if needed > self._runtime.pool.pages:
             raise self.too_large(needed)
 
-    def _on_loan(self) -> Iterator[Sequence]:
-        return (sequence for loan in self._loans for sequence in loan())
+    def _evictables(self) -> Iterator[Sequence]:
+        return (sequence for sequences in self._evictable for sequence in sequences())
 
     def too_large(self, pages: int) -> CapacityExhausted:
-        """What to tell whose sequence alone needs ``pages`` pages and can never have them."""
+        """The refusal of a sequence that alone needs ``pages`` pages and can never have them."""
         pool = self._runtime.pool
         return CapacityExhausted(
             "kv_cache",

@@ -44,7 +44,7 @@ class PrefixCache:
                     return prefix
         return None
 
-    def keep(self, tenant: str, sequence: Sequence) -> None:
+    def put(self, tenant: str, sequence: Sequence) -> None:
         """Hold the present state of ``sequence`` of ``tenant``, all of it cached and its last item a picture."""
         key = (tenant, sequence.strategy, _content(sequence.log))
         if key not in self._prefixes:

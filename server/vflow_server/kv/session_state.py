@@ -1,4 +1,4 @@
-"""A session: the engine's side of a session, its sequence and where its turns begin and end.
+"""The state of a session: its sequence, and where its turns begin and end.
 
 Changed in the engine's thread only. The event loop reads :attr:`SessionState.snapshot`, which is replaced as a whole.
 """
@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from vflow_server.store.session_record import Entry, SessionRecord
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.compression.strategy import Strategy
-from vflowopt.runtime.chat import ChatFormat
 from vflowopt.runtime.model_runner import Runtime
 from vflowopt.runtime.sequence import Item, Sequence
 
 
 @dataclass(frozen=True)
 class SessionSnapshot:
-    """What a session shows of its session: counts of finished turns and pictures, bytes of KV cache."""
+    """What a session shows of its state: counts of finished turns and pictures, bytes of KV cache."""
 
     turns: int = 0
     images: int = 0
@@ -29,18 +28,19 @@ class SessionSnapshot:
 
 
 class SessionState:
-    """A sequence in turns; pictures may be shown ahead of the turn that they belong to.
+    """The engine's side of a session; pictures may be shown ahead of the turn that they belong to.
 
     Args:
+        runtime: the model.
         strategy: compresses every picture of this session.
-        tenant: whose it is; it shares what is computed for it with that tenant's other sessions alone.
+        tenant: whose session it is; what is computed for it is shared with that tenant's other sessions alone.
         record: what the data folder holds of it; None: nothing.
 
     Attributes:
         recalled: whether the log is in memory; that of an earlier process is read when it is needed.
     """
 
-    def __init__(self, strategy: Strategy, tenant: str, record: SessionRecord | None = None) -> None:
+    def __init__(self, runtime: Runtime, strategy: Strategy, tenant: str, record: SessionRecord | None = None) -> None:
         self.strategy = strategy
         self.tenant = tenant
         self.record = record
@@ -48,23 +48,25 @@ class SessionState:
         self.snapshot = SessionSnapshot()
         self.turns = 0
         self.images = 0
-        self._conversation: Sequence | None = None
+        self._runtime = runtime
+        self._sequence: Sequence | None = None
         self._ahead: list[CompressedImage] = []
         self._items_ahead = 0
 
-    def sequence(self, runtime: Runtime) -> Sequence:
-        """The sequence on ``runtime``, begun when first asked for."""
-        if self._conversation is None:
-            self._conversation = runtime.start(self.strategy)
-        return self._conversation
+    @property
+    def sequence(self) -> Sequence:
+        """The tokens and pictures of the session, begun when first asked for: sessions of another model never are."""
+        if self._sequence is None:
+            self._sequence = self._runtime.start(self.strategy)
+        return self._sequence
 
-    def picture(self, chat: ChatFormat, image: CompressedImage) -> list[Item]:
+    def picture(self, image: CompressedImage) -> list[Item]:
         """The items that showing ``image`` ahead of the next turn adds to the log."""
-        return chat.turn(self.turns, [*self._ahead, image], generate=False)[self._items_ahead :]
+        return self._runtime.chat.turn(self.turns, [*self._ahead, image], generate=False)[self._items_ahead :]
 
-    def turn(self, chat: ChatFormat, parts: abc.Sequence[str | CompressedImage]) -> list[Item]:
+    def turn(self, parts: abc.Sequence[str | CompressedImage]) -> list[Item]:
         """The items that the next turn adds to the log, without those of the pictures that were shown ahead of it."""
-        return chat.turn(self.turns, [*self._ahead, *parts])[self._items_ahead :]
+        return self._runtime.chat.turn(self.turns, [*self._ahead, *parts])[self._items_ahead :]
 
     def commit_picture(self, image: CompressedImage, items: int) -> None:
         """Count ``image``, whose ``items`` items are in the log now, as shown ahead of the next turn."""
@@ -79,9 +81,9 @@ class SessionState:
         self.images += images
         self.turns += 1
 
-    def continue_from(self, origin: SessionState, runtime: Runtime) -> None:
+    def continue_from(self, origin: SessionState) -> None:
         """Take over all that was said and shown in ``origin``, sharing its pages; nothing may have been said here."""
-        self._conversation = origin.sequence(runtime).fork()
+        self._sequence = origin.sequence.fork()
         self._ahead = list(origin._ahead)
         self._items_ahead = origin._items_ahead
         self.turns, self.images = origin.turns, origin.images
@@ -91,9 +93,9 @@ class SessionState:
         self.turns, self.images, self.recalled = turns, images, False
         self.publish()
 
-    def recall(self, runtime: Runtime, entries: Iterable[Entry]) -> None:
+    def recall(self, entries: Iterable[Entry]) -> None:
         """Take over the log of an earlier process."""
-        log = self.sequence(runtime).log
+        log = self.sequence.log
         self.turns = self.images = 0
         for entry in entries:
             log.extend(entry.items)
@@ -107,13 +109,13 @@ class SessionState:
 
     def release(self) -> None:
         """Give back the KV pages; the log stays, and the next turn rebuilds them."""
-        if self._conversation is not None:
-            self._conversation.release()
+        if self._sequence is not None:
+            self._sequence.release()
         self.publish()
 
     def publish(self) -> None:
         """Let the event loop see the present state."""
-        held = self._conversation
+        held = self._sequence
         self.snapshot = SessionSnapshot(
             turns=self.turns,
             images=self.images,

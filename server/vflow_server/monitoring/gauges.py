@@ -12,12 +12,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from vflow_server.engine.engine import Engine
-from vflow_server.engine.workbench import Workbench
 from vflow_server.images.store import PictureStore
+from vflow_server.kv.image_cache import ImageCache
+from vflow_server.kv.manager import KVCacheManager
 from vflow_server.sessions.sessions import SessionStore
 from vflow_server.strategies.strategies import StrategyStore
 from vflow_server.tuning.fidelity_monitor import FidelityMonitor
 from vflow_server.tuning.retune import Retunes
+from vflowopt.runtime.model_runner import Runtime
 
 
 class Gauges(Collector):
@@ -25,7 +27,9 @@ class Gauges(Collector):
 
     Args:
         engine: what runs and waits.
-        bench: the KV pool, and the memory beside it.
+        runtime: the model and its KV pool.
+        kv: caches outside the pool.
+        images: compressed pictures.
         sessions: that live.
         strategies: which one is active.
         pictures: that are held.
@@ -37,7 +41,9 @@ class Gauges(Collector):
         self,
         *,
         engine: Engine,
-        bench: Workbench,
+        runtime: Runtime,
+        kv: KVCacheManager,
+        images: ImageCache,
         sessions: SessionStore,
         strategies: StrategyStore,
         pictures: PictureStore,
@@ -45,7 +51,9 @@ class Gauges(Collector):
         retunes: Retunes,
     ) -> None:
         self._engine = engine
-        self._bench = bench
+        self._runtime = runtime
+        self._kv = kv
+        self._images = images
         self._sessions = sessions
         self._strategies = strategies
         self._pictures = pictures
@@ -61,7 +69,7 @@ class Gauges(Collector):
         yield from self._of_retune()
 
     def _of_service(self) -> Iterator[Metric]:
-        runtime = self._bench.runtime
+        runtime = self._runtime
         yield InfoMetricFamily(
             "vflow_build",
             "What is served by what.",
@@ -80,7 +88,7 @@ class Gauges(Collector):
         yield GaugeMetricFamily("vflow_running", "Requests that share the model's steps.", self._engine.running)
 
     def _of_memory(self) -> Iterator[Metric]:
-        pool = self._bench.runtime.pool
+        pool = self._runtime.pool
         pages = GaugeMetricFamily("vflow_pool_pages", "Pages of the KV pool, by state.", labels=("state",))
         free = pool.free_pages
         pages.add_metric(("free",), free)
@@ -88,15 +96,15 @@ class Gauges(Collector):
         yield pages
         yield GaugeMetricFamily("vflow_pool_page_bytes", "Bytes of a page.", pool.page_bytes)
         held = GaugeMetricFamily("vflow_memory_bytes", "Bytes of what is held beside the KV pool.", labels=("what",))
-        held.add_metric(("parked_memory",), self._bench.offloaded.memory_bytes)
-        held.add_metric(("parked_disk",), self._bench.offloaded.file_bytes)
-        held.add_metric(("compressed_pictures",), self._bench.compressed_bytes)
+        held.add_metric(("parked_memory",), self._kv.offloaded.memory_bytes)
+        held.add_metric(("parked_disk",), self._kv.offloaded.file_bytes)
+        held.add_metric(("compressed_pictures",), self._images.bytes_held)
         held.add_metric(("pictures",), self._pictures.bytes_held)
         yield held
         yield GaugeMetricFamily(
             "vflow_cached_prefixes",
             "Beginnings that are kept for others who begin the same way.",
-            len(self._bench.prefixes),
+            len(self._kv.prefixes),
         )
 
     def _of_sessions(self) -> Iterator[Metric]:

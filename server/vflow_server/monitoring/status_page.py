@@ -9,7 +9,7 @@ import asyncio
 import base64
 import ipaddress
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from http import HTTPStatus
 from importlib.metadata import version
 from urllib.parse import urlsplit
@@ -19,10 +19,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from vflow_client.v1 import images_pb2
 from vflow_server.access.access import Access
 from vflow_server.access.caller import Caller, bind_caller, current_caller
-from vflow_server.engine.engine import Engine, Steps
-from vflow_server.engine.ops import Encode
-from vflow_server.engine.workbench import Workbench
+from vflow_server.engine.engine import Engine
 from vflow_server.images.store import PictureStore
+from vflow_server.kv.image_cache import ImageCache
+from vflow_server.kv.manager import KVCacheManager
 from vflow_server.monitoring.overlay import overlay
 from vflow_server.monitoring.side_port import Answer, Page, Request, refusal
 from vflow_server.rpc.errors import ServiceError
@@ -33,6 +33,7 @@ from vflow_server.tuning.fidelity_monitor import FidelityMonitor
 from vflow_server.tuning.retune import Retunes
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.media.picture import Detail
+from vflowopt.runtime.model_runner import Runtime
 
 MOST_ROWS = 25
 """Rows of a table; the latest ones are shown."""
@@ -50,7 +51,9 @@ class StatusPage:
 
     Args:
         engine: what runs and waits.
-        bench: the KV pool, and compressed pictures.
+        runtime: the model and its KV pool.
+        kv: caches outside the pool.
+        images: compressed pictures.
         sessions: that live.
         strategies: that exist.
         pictures: that are held.
@@ -65,7 +68,9 @@ class StatusPage:
         self,
         *,
         engine: Engine,
-        bench: Workbench,
+        runtime: Runtime,
+        kv: KVCacheManager,
+        images: ImageCache,
         sessions: SessionStore,
         strategies: StrategyStore,
         pictures: PictureStore,
@@ -75,7 +80,9 @@ class StatusPage:
         access: Access,
     ) -> None:
         self._engine = engine
-        self._bench = bench
+        self._runtime = runtime
+        self._kv = kv
+        self._images = images
         self._sessions = sessions
         self._strategies = strategies
         self._pictures = pictures
@@ -134,7 +141,7 @@ class StatusPage:
         return self._access.open or current_caller().tenant == tenant
 
     async def _show(self, request: Request) -> Answer:
-        runtime, operation = self._bench.runtime, self._retunes.running
+        runtime, operation = self._runtime, self._retunes.running
         visible = [session for session in self._sessions if self._visible(session.tenant)]
         sessions = sorted(visible, key=lambda session: session.used, reverse=True)
         return _page(
@@ -145,7 +152,7 @@ class StatusPage:
                 now=time.time(),
                 started=self._started,
                 pool=runtime.pool,
-                offloaded=self._bench.offloaded,
+                offloaded=self._kv.offloaded,
                 sessions=sessions[:MOST_ROWS],
                 session_count=len(sessions),
                 strategies=list(self._strategies),
@@ -195,13 +202,8 @@ class StatusPage:
         try:
             strategy = self._strategies.get(request.query.get("strategy", "")).strategy
             detail: Detail = "low" if request.query.get("detail") == "low" else "high"
-            held = Encode(picture.in_detail(detail), strategy, tenant)
-
-            def work(emit: Callable[[object], None]) -> Steps[CompressedImage | None]:
-                return self._bench.held(held)
-                yield  # makes this a generator: one step
-
-            return await self._engine.submit(work, tenant, housekeeping=True).result()
+            key = (picture.in_detail(detail).identity, strategy, tenant)
+            return await self._engine.call(lambda: self._images.get(key), tenant).result()
         except ServiceError:
             return None
 

@@ -12,7 +12,6 @@ from vflow_client.v1 import compression_pb2, compression_pb2_grpc
 from vflow_server.access.caller import current_caller
 from vflow_server.engine.engine import Engine, Steps
 from vflow_server.engine.ops import Encode
-from vflow_server.engine.workbench import Workbench
 from vflow_server.images.store import PictureStore
 from vflow_server.rpc.errors import CapacityExhausted
 from vflow_server.rpc.names import check_name
@@ -22,6 +21,7 @@ from vflow_server.strategies.strategies import StrategyRevision, StrategyStore
 from vflow_server.telemetry.receipt_log import ReceiptLog
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.media.picture import Picture
+from vflowopt.runtime.model_runner import Runtime
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Response = compression_pb2.CompressImageResponse
@@ -32,7 +32,7 @@ class Compression(compression_pb2_grpc.CompressionServicer):
 
     Args:
         engine: does the work.
-        bench: what the work is done with.
+        runtime: the model.
         strategies: that a request may ask for.
         pictures: takes in what requests bring.
         receipt_log: hears what became of them.
@@ -43,7 +43,7 @@ class Compression(compression_pb2_grpc.CompressionServicer):
     def __init__(
         self,
         engine: Engine,
-        bench: Workbench,
+        runtime: Runtime,
         strategies: StrategyStore,
         pictures: PictureStore,
         receipt_log: ReceiptLog,
@@ -52,7 +52,7 @@ class Compression(compression_pb2_grpc.CompressionServicer):
         most_bytes: int,
     ) -> None:
         self._engine = engine
-        self._bench = bench
+        self._runtime = runtime
         self._strategies = strategies
         self._pictures = pictures
         self._receipt_log = receipt_log
@@ -73,8 +73,9 @@ class Compression(compression_pb2_grpc.CompressionServicer):
         self, picture: Picture, revision: StrategyRevision, tenant: str, *, embeddings: bool
     ) -> Response:
         def work(emit: Callable[[None], None]) -> Steps[Response]:
-            image, hit = yield Encode(picture, revision.strategy, tenant)
-            return self._response(picture, image, revision, cache_hit=hit, embeddings=embeddings)
+            op = Encode(picture, revision.strategy, tenant)
+            yield op
+            return self._response(picture, op.image, revision, cache_hit=op.cache_hit, embeddings=embeddings)
 
         ticket = self._engine.submit(work, tenant)
         try:
@@ -94,7 +95,7 @@ class Compression(compression_pb2_grpc.CompressionServicer):
         embeddings: bool,
     ) -> Response:
         layout = image.layout
-        runtime = self._bench.runtime
+        runtime = self._runtime
         response = Response(
             grids=[compression_pb2.TokenGrid(rows=rows, columns=columns) for rows, columns in layout.shapes()],
             tokens=compression_pb2.VisualTokens(

@@ -19,7 +19,7 @@ from vflow_server.rpc.errors import reader_stalled
 from vflow_server.rpc.names import check_name
 from vflow_server.rpc.paging import Pager
 from vflow_server.servicers.chat_request import fingerprint, read_turn
-from vflow_server.servicers.quotas import Quotas, Work
+from vflow_server.servicers.quotas import Charge, Quotas
 from vflow_server.sessions.session import Session
 from vflow_server.sessions.sessions import SessionStore
 from vflow_server.strategies.strategies import StrategyStore
@@ -108,25 +108,25 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
     ) -> conversations_pb2.AddImageResponse:
         """Show a picture ahead of its question."""
         session = self._find(request.session, "session")
-        async with self._quotas.work(session.tenant) as work:
+        async with self._quotas.work(session.tenant) as charge:
             picture = await self._pictures.take(request.image, "image", session.tenant)
-            return conversations_pb2.AddImageResponse(receipt=await self._show(picture, session, work))
+            return conversations_pb2.AddImageResponse(receipt=await self._show(picture, session, charge))
 
     async def AddVideo(
         self, request: conversations_pb2.AddVideoRequest, context: Context
     ) -> conversations_pb2.AddVideoResponse:
         """Show a video ahead of its question."""
         session = self._find(request.session, "session")
-        async with self._quotas.work(session.tenant) as work:
+        async with self._quotas.work(session.tenant) as charge:
             self._videos.check({"video": request.video})
             pixels = PixelBound(self._pictures.limits, "scale them down, or send fewer")
             video = await self._videos.read(request.video, "video", session.tenant, pixels)
-            return conversations_pb2.AddVideoResponse(receipt=await self._show(video, session, work))
+            return conversations_pb2.AddVideoResponse(receipt=await self._show(video, session, charge))
 
-    async def _show(self, visual: Visual, session: Session, work: Work) -> images_pb2.ImageReceipt:
-        self._quotas.show(session.tenant, work, 1)
+    async def _show(self, visual: Visual, session: Session, charge: Charge) -> images_pb2.ImageReceipt:
+        self._quotas.show(session.tenant, charge, 1)
         receipt = await session.show(visual)
-        work.tokens = receipt.kept_tokens[0]
+        charge.tokens = receipt.kept_tokens[0]
         self._receipt_log.picture(session.tenant, receipt)
         return receipt
 
@@ -138,11 +138,16 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         """
         accepted = time.perf_counter()
         session = self._find(request.session, "session")
-        async with self._quotas.work(session.tenant) as work:
-            await self._answer(request, context, session, work, accepted)
+        async with self._quotas.work(session.tenant) as charge:
+            await self._answer(request, context, session, charge, accepted)
 
     async def _answer(
-        self, request: conversations_pb2.ChatRequest, context: Context, session: Session, work: Work, accepted: float
+        self,
+        request: conversations_pb2.ChatRequest,
+        context: Context,
+        session: Session,
+        charge: Charge,
+        accepted: float,
     ) -> None:
         turn = await read_turn(request, self._pictures, self._videos, session.tenant)
         pictures = sum(not isinstance(part, str) for part in turn.parts)
@@ -151,7 +156,7 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
             accepted=accepted,
             request_id=request.request_id,
             fingerprint=fingerprint(turn),
-            admit=lambda: self._quotas.show(session.tenant, work, pictures),
+            admit=lambda: self._quotas.show(session.tenant, charge, pictures),
         )
         if isinstance(answer, conversations_pb2.Finished):
             if answer.text:
@@ -160,10 +165,10 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
             return
         try:
             async for text in answer.events():
-                work.tokens += 1  # or more, by a few: what is cut off here is never told exactly
+                charge.tokens += 1  # or more, by a few: what is cut off here is never told exactly
                 await _write(context, _delta(text))
             finished = await session.outcome(answer)
-            work.tokens = finished.receipt.new_prompt_tokens + finished.usage.completion_tokens
+            charge.tokens = finished.receipt.new_prompt_tokens + finished.usage.completion_tokens
             self._receipt_log.turn(session.tenant, session.name, finished)
             await _write(context, conversations_pb2.ChatResponse(finished=finished))
         finally:

@@ -7,11 +7,11 @@ Belongs to the event loop's thread.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from vflow_server.engine.engine import Engine, Steps
+from vflow_server.engine.engine import Engine
 from vflow_server.kv.manager import KVCacheManager
 from vflow_server.rpc.errors import CapacityExhausted
 from vflow_server.sessions.sessions import SessionStore
@@ -67,8 +67,8 @@ class Allowance:
 
 
 @dataclass(eq=False)
-class Work:
-    """Work of a tenant that is under way; whoever does it says what it comes to.
+class Charge:
+    """Charge of a tenant that is under way; whoever does it says what it comes to.
 
     Attributes:
         tokens: that were run or generated.
@@ -84,7 +84,7 @@ class _Use:
     """What a tenant is doing, and has lately done."""
 
     allowance: Allowance | None
-    under_way: set[Work] = field(default_factory=set)
+    under_way: set[Charge] = field(default_factory=set)
 
     @property
     def over(self) -> bool:
@@ -121,7 +121,7 @@ class Quotas:
         self._check_pictures(tenant, pictures)
 
     @asynccontextmanager
-    async def work(self, tenant: str) -> AsyncIterator[Work]:
+    async def work(self, tenant: str) -> AsyncIterator[Charge]:
         """Count a turn, a picture to be shown or one to be compressed as under way.
 
         Raises:
@@ -129,7 +129,7 @@ class Quotas:
         """
         use = self._use(tenant)
         self._check_work(use)
-        work = Work()
+        work = Charge()
         use.under_way.add(work)
         try:
             await self._make_room(tenant)
@@ -139,7 +139,7 @@ class Quotas:
             if use.allowance is not None:
                 use.allowance.take(work.tokens)
 
-    def show(self, tenant: str, work: Work, pictures: int) -> None:
+    def show(self, tenant: str, work: Charge, pictures: int) -> None:
         """Count so many ``pictures`` as about to be shown to a session by ``work``.
 
         Raises:
@@ -185,11 +185,8 @@ class Quotas:
         if most is None:
             return
 
-        def offload(emit: Callable[[None], None]) -> Steps[int]:
-            return self._kv.limit(tenant, most)
-            yield  # makes this a generator: one step
-
-        if (held := await self._engine.submit(offload, tenant, housekeeping=True).result()) > most:
+        held = await self._engine.call(lambda: self._kv.limit(tenant, most), tenant).result()
+        if held > most:
             raise _exceeded(
                 "tenant_kv",
                 most,

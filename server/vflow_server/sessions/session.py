@@ -10,18 +10,19 @@ from typing import Any, TypeVar
 
 from vflow_client.v1 import conversations_pb2, images_pb2
 from vflow_server.engine.engine import Engine, Steps, Ticket, Work, WorkCancelled
-from vflow_server.engine.workbench import Workbench
+from vflow_server.kv.image_cache import ImageCache
+from vflow_server.kv.manager import KVCacheManager
 from vflow_server.kv.session_state import SessionState
 from vflow_server.rpc.errors import model_changed, session_busy, session_deleted, session_not_found
-from vflow_server.sessions.forking import Forking
 from vflow_server.sessions.live_samples import LiveSamples
-from vflow_server.sessions.showing import Showing
-from vflow_server.sessions.turn import Turn, TurnRequest
-from vflow_server.store.replays import Answer, Replays
+from vflow_server.sessions.turn import TurnRequest, turn
+from vflow_server.sessions.work import add_image, fork
+from vflow_server.store.answers import AnswerCache, StoredAnswer
 from vflow_server.store.session_record import Recovered, SessionRecord
 from vflow_server.strategies.strategies import StrategyRevision
 from vflow_server.tuning.fidelity_monitor import FidelityMonitor
 from vflowopt.media.video import Visual
+from vflowopt.runtime.model_runner import Runtime
 
 R = TypeVar("R")
 
@@ -38,6 +39,27 @@ class _UnderWay:
     request_id: str = ""
 
 
+@dataclass(frozen=True)
+class SessionParts:
+    """What all sessions of a service share.
+
+    Attributes:
+        engine: does their work.
+        runtime: the model.
+        kv: their KV caches.
+        images: compressed pictures.
+        live_samples: notes what is shown and asked.
+        monitor: looks at some turns afterwards.
+    """
+
+    engine: Engine
+    runtime: Runtime
+    kv: KVCacheManager
+    images: ImageCache
+    live_samples: LiveSamples
+    monitor: FidelityMonitor
+
+
 class Session:
     """One session.
 
@@ -46,10 +68,7 @@ class Session:
         number: sessions count up in the order of their creation.
         tenant: whose it is.
         revision: the strategy that it keeps for as long as it lives.
-        engine: does the work.
-        bench: what the work is done with.
-        live_samples: hears what is shown and asked.
-        fidelity_monitor: looks at turns afterwards.
+        parts: what it shares with others.
         record: what the data folder holds of it; None: nothing.
     """
 
@@ -59,10 +78,7 @@ class Session:
         number: int,
         tenant: str,
         revision: StrategyRevision,
-        engine: Engine,
-        bench: Workbench,
-        live_samples: LiveSamples,
-        fidelity_monitor: FidelityMonitor,
+        parts: SessionParts,
         record: SessionRecord | None = None,
     ) -> None:
         self.name = name
@@ -70,15 +86,12 @@ class Session:
         self.tenant = tenant
         self.revision = revision
         self.record = record
-        self.state = SessionState(revision.strategy, tenant, record)
+        self.state = SessionState(parts.runtime, revision.strategy, tenant, record)
         self.created = self.used = time.time() if record is None else record.facts.created
         self.deleted = False
-        self._engine = engine
-        self._bench = bench
-        self._live_samples = live_samples
-        self._fidelity_monitor = fidelity_monitor
+        self._parts = parts
         # Those of an earlier process are read when the first request comes.
-        self._replays: Replays | None = Replays()
+        self._answers: AnswerCache | None = AnswerCache()
         self.idle_from = self.used
         """Unix time in seconds since when it has been idle, for people; see :attr:`idle`."""
         self._idle_since = time.monotonic()  # sessions expire by a clock that nobody sets
@@ -97,12 +110,12 @@ class Session:
     @property
     def goes_on(self) -> bool:
         """Whether it was held with the model that is served now; if not, it is only kept."""
-        return self.record is None or self.record.facts.model == self._bench.runtime.revision
+        return self.record is None or self.record.facts.model == self._parts.runtime.revision
 
     def recover(self, found: Recovered) -> None:
         """Go on where an earlier process ended."""
         self.used, self.idle_from = found.used, time.time()
-        self._replays = None
+        self._answers = None
         self.state.resume(found.turns, found.images)
 
     async def show(self, visual: Visual) -> images_pb2.ImageReceipt:
@@ -113,7 +126,20 @@ class Session:
                 for.
         """
         await self._until_free()
-        ticket = self._begin(Showing(self._bench, self.state, self.name, self.revision.name, visual))
+        parts = self._parts
+
+        def work(emit: Callable[[None], None]) -> Steps[images_pb2.ImageReceipt]:
+            return add_image(
+                parts.runtime,
+                parts.kv,
+                parts.images,
+                self.state,
+                visual,
+                session_name=self.name,
+                strategy_name=self.revision.name,
+            )
+
+        ticket = self._begin(work)
         ticket.on_result(lambda _: self._showed(visual))
         try:
             return await self.outcome(ticket)
@@ -144,25 +170,32 @@ class Session:
             ServiceError: SESSION_BUSY, SESSION_NOT_FOUND, REQUEST_ID_REUSED, MODEL_CHANGED, or what the work was
                 refused for.
         """
-        replays = await self._remembered()
+        answers = await self._stored_answers()
         await self._until_free(request_id)
-        if (replay := replays.find(request_id, fingerprint)) is not None:
-            return replay
+        if (stored := answers.find(request_id, fingerprint)) is not None:
+            return stored
         admit()
-        turn = Turn(
-            self._bench,
-            self.state,
-            self.name,
-            self.revision.name,
-            request,
-            accepted,
-            self._fidelity_monitor,
-            (request_id, fingerprint) if request_id else None,
-        )
-        ticket = self._begin(turn, request_id)
+        parts = self._parts
+
+        def work(emit: Callable[[str], None]) -> Steps[conversations_pb2.Finished]:
+            return turn(
+                parts.runtime,
+                parts.kv,
+                parts.images,
+                self.state,
+                request,
+                emit,
+                session_name=self.name,
+                strategy_name=self.revision.name,
+                accepted=accepted,
+                monitor=parts.monitor,
+                store_as=(request_id, fingerprint) if request_id else None,
+            )
+
+        ticket = self._begin(work, request_id)
         # Not the caller's task: a caller that is gone when the turn is done will ask for it again.
         if request_id:
-            ticket.on_result(lambda finished: replays.keep(Answer(request_id, fingerprint, finished)))
+            ticket.on_result(lambda finished: answers.put(StoredAnswer(request_id, fingerprint, finished)))
         ticket.on_result(lambda _: self._answered(request))
         return ticket
 
@@ -174,7 +207,12 @@ class Session:
                 for.
         """
         await self._until_free()
-        ticket = twin._follow(self._begin(Forking(self._bench, self.state, twin.state)))
+        parts = self._parts
+
+        def work(emit: Callable[[None], None]) -> Steps[None]:
+            return fork(parts.kv, parts.images, self.state, twin.state)
+
+        ticket = twin._follow(self._begin(work))
         try:
             await self.outcome(ticket)
         finally:
@@ -191,17 +229,17 @@ class Session:
         except WorkCancelled:  # a caller that cancelled its own work does not ask for the outcome
             raise session_deleted(self.name) from None
 
-    def delete(self) -> Ticket[Any, None]:
+    def delete(self) -> Ticket[None, None]:
         """Cancel what is under way and give back all memory; the ticket ends when that is done."""
         self.deleted = True
         if self._under_way is not None:
             self._under_way.ticket.cancel()
-        return self._engine.submit(self._forget, self.tenant, housekeeping=True)
+        return self._parts.engine.call(lambda: self._parts.kv.forget(self.state), self.tenant)
 
     def _begin(self, work: Work[Any, R], request_id: str = "") -> Ticket[Any, R]:
         if self.record is not None and not self.goes_on:
-            raise model_changed(self.name, self.record.facts.model, self._bench.runtime.revision)
-        return self._follow(self._engine.submit(work, self.tenant), request_id)
+            raise model_changed(self.name, self.record.facts.model, self._parts.runtime.revision)
+        return self._follow(self._parts.engine.submit(work, self.tenant), request_id)
 
     def _follow(self, ticket: Ticket[Any, R], request_id: str = "") -> Ticket[Any, R]:
         self._under_way = _UnderWay(ticket, request_id)
@@ -210,28 +248,25 @@ class Session:
         return ticket
 
     def _showed(self, visual: Visual) -> None:
-        self._live_samples.showed(self.tenant, self.name, visual, images=self.state.snapshot.images)
+        self._parts.live_samples.showed(self.tenant, self.name, visual, images=self.state.snapshot.images)
 
     def _answered(self, request: TurnRequest) -> None:
         snapshot = self.state.snapshot
-        self._live_samples.asked(self.tenant, self.name, request.parts, turns=snapshot.turns, images=snapshot.images)
+        self._parts.live_samples.asked(
+            self.tenant, self.name, request.parts, turns=snapshot.turns, images=snapshot.images
+        )
 
     def _ended(self) -> None:
         self._under_way = None
         self.used = self.idle_from = time.time()
         self._idle_since = time.monotonic()
 
-    async def _remembered(self) -> Replays:
-        if self._replays is None and self.record is not None:
+    async def _stored_answers(self) -> AnswerCache:
+        if self._answers is None and self.record is not None:
             answers = await asyncio.wrap_future(self.record.answers())
-            self._replays = self._replays or Replays(answers)
-        assert self._replays is not None, "only a session with a record has answers to read"
-        return self._replays
-
-    def _forget(self, emit: Callable[[None], None]) -> Steps[None]:
-        self._bench.kv.forget(self.state)
-        return
-        yield  # makes this a generator: one step
+            self._answers = self._answers or AnswerCache(answers)
+        assert self._answers is not None, "only a session with a record has answers to read"
+        return self._answers
 
     async def _until_free(self, request_id: str = "") -> None:
         """Wait for what is being undone, and for an earlier call of the very same turn; refuse beside anything else."""

@@ -15,16 +15,12 @@ from itertools import count
 
 import structlog
 
-from vflow_server.engine.engine import Engine
 from vflow_server.engine.fair_queue import may_admit
-from vflow_server.engine.workbench import Workbench
 from vflow_server.rpc.errors import CapacityExhausted, ServiceError, session_not_found
-from vflow_server.sessions.live_samples import LiveSamples
-from vflow_server.sessions.session import Session
+from vflow_server.sessions.session import Session, SessionParts
 from vflow_server.store.archive import Archive
 from vflow_server.store.session_record import SessionFacts, SessionRecord, recover
 from vflow_server.strategies.strategies import StrategyRevision
-from vflow_server.tuning.fidelity_monitor import FidelityMonitor
 from vflowopt.compression.strategy import Strategy, StrategyError
 
 log = structlog.get_logger(__name__)
@@ -34,10 +30,7 @@ class SessionStore:
     """The sessions that live, those of an earlier process among them.
 
     Args:
-        engine: does their work.
-        bench: what the work is done with.
-        live_samples: hears what is shown and asked in them.
-        fidelity_monitor: looks at their turns afterwards.
+        parts: what all sessions share.
         most: how many may live at the same time; a tenant that has none may go beyond.
         idle_timeout: seconds without use after which a session is deleted.
         archive: where their records are; None: sessions end with the process.
@@ -48,26 +41,20 @@ class SessionStore:
 
     def __init__(
         self,
-        engine: Engine,
-        bench: Workbench,
-        live_samples: LiveSamples,
-        fidelity_monitor: FidelityMonitor,
+        parts: SessionParts,
         *,
         most: int,
         idle_timeout: float,
         archive: Archive | None = None,
     ) -> None:
-        self._engine = engine
-        self._bench = bench
-        self._live_samples = live_samples
-        self._fidelity_monitor = fidelity_monitor
+        self._parts = parts
         self._most = most
         self.idle_timeout = idle_timeout
         self._archive = archive
         self._sessions: dict[str, Session] = {}
         self._numbers = count(self._recover(archive) if archive is not None else 0)
         by_use = sorted(self, key=lambda session: session.used)
-        bench.kv.recover([session.state for session in by_use if session.goes_on])
+        parts.kv.recover([session.state for session in by_use if session.goes_on])
 
     async def create(self, tenant: str, revision: StrategyRevision) -> Session:
         """A new session of ``tenant`` under ``revision``.
@@ -104,7 +91,7 @@ class SessionStore:
                 tenant,
                 revision.name,
                 revision.strategy.to_json(),
-                self._bench.runtime.revision,
+                self._parts.runtime.revision,
                 time.time(),
             )
             record = SessionRecord(facts, self._archive)
@@ -113,17 +100,7 @@ class SessionStore:
     def _add(
         self, name: str, number: int, tenant: str, revision: StrategyRevision, record: SessionRecord | None
     ) -> Session:
-        session = Session(
-            name,
-            number,
-            tenant,
-            revision,
-            self._engine,
-            self._bench,
-            self._live_samples,
-            self._fidelity_monitor,
-            record,
-        )
+        session = Session(name, number, tenant, revision, self._parts, record)
         self._sessions[name] = session
         return session
 

@@ -19,9 +19,9 @@ from google.protobuf.message import DecodeError
 
 from vflow_client.v1 import conversations_pb2
 from vflow_server.rpc.errors import session_damaged, session_deleted
+from vflow_server.store.answers import REMEMBERED, StoredAnswer
 from vflow_server.store.archive import Archive
 from vflow_server.store.picture_folder import PictureLost
-from vflow_server.store.replays import REMEMBERED, Answer
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.runtime.sequence import Item
 
@@ -85,7 +85,7 @@ class SessionRecord:
         """Make the record."""
         return self._archive.submit(self._insert)
 
-    def write(self, entry: Entry, answer: Answer | None = None) -> Future[None]:
+    def write(self, entry: Entry, answer: StoredAnswer | None = None) -> Future[None]:
         """Write the next entry, and the answer that it brought. Call :meth:`commit` or :meth:`take_back` next.
 
         The future raises SESSION_DELETED where there is no record any more, CAPACITY_EXHAUSTED where the folder holds
@@ -163,23 +163,23 @@ class SessionRecord:
 
         return self._archive.submit(read)
 
-    def answers(self) -> Future[list[Answer]]:
+    def answers(self) -> Future[list[StoredAnswer]]:
         """Read the latest answers, oldest first; the future raises SESSION_DAMAGED."""
 
-        def answers(connection: sqlite3.Connection) -> list[Answer]:
+        def answers(connection: sqlite3.Connection) -> list[StoredAnswer]:
             rows = connection.execute(
                 "SELECT entry, request_id, fingerprint, finished, checksum FROM answers WHERE session = ? "
                 "ORDER BY entry",
                 (self.facts.name,),
             )
-            found: list[Answer] = []
+            found: list[StoredAnswer] = []
             for entry, request_id, fingerprint, finished, checksum in rows:
                 self._check(checksum, entry, request_id, fingerprint, finished)
                 try:
                     message = conversations_pb2.Finished.FromString(finished)
                 except DecodeError as error:
                     raise session_damaged(self.facts.name, error) from error
-                found.append(Answer(request_id, fingerprint, message))
+                found.append(StoredAnswer(request_id, fingerprint, message))
             return found
 
         return self._archive.submit(answers)
@@ -218,7 +218,7 @@ class SessionRecord:
             raise session_deleted(self.facts.name)
         self._archive.check_room(connection)
 
-    def _insert_answer(self, connection: sqlite3.Connection, number: int, answer: Answer) -> None:
+    def _insert_answer(self, connection: sqlite3.Connection, number: int, answer: StoredAnswer) -> None:
         name = self.facts.name
         message = answer.finished.SerializeToString()
         self._insert_row(connection, "answers", number, answer.request_id, answer.fingerprint, message)

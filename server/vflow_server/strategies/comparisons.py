@@ -1,16 +1,17 @@
-"""Comparing strategies on samples, in spare time. Belongs to the event loop's thread, but for the work itself."""
+"""Comparing strategies on samples, in idle time. Belongs to the event loop's thread, but for the work itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
 
+from vflow_server.engine.encoder import EncoderThread
 from vflow_server.engine.engine import Engine, Steps
-from vflow_server.engine.spare_time import in_spare_time
-from vflow_server.engine.workbench import Workbench
+from vflow_server.engine.idle_work import idle_work
+from vflow_server.kv.manager import KVCacheManager
 from vflow_server.rpc.errors import CapacityExhausted
 from vflowopt.compression.strategy import Strategy
 from vflowopt.search.calibration import Calibration, Comparison
+from vflowopt.search.pause import Pause
 
 
 class Comparisons:
@@ -18,12 +19,14 @@ class Comparisons:
 
     Args:
         engine: does the work.
-        bench: what the work is done with.
+        kv: makes room for it.
+        encoder: encodes the samples' pictures.
     """
 
-    def __init__(self, engine: Engine, bench: Workbench) -> None:
+    def __init__(self, engine: Engine, kv: KVCacheManager, encoder: EncoderThread) -> None:
         self._engine = engine
-        self._bench = bench
+        self._kv = kv
+        self._encoder = encoder
         self._under_way = False
 
     def check_free(self) -> None:
@@ -48,7 +51,9 @@ class Comparisons:
         self.check_free()
         self._under_way = True
         try:
-            ticket = self._engine.submit(_comparing(self._bench, strategies, calibration), tenant, background=True)
+            ticket = self._engine.submit(
+                _comparing(self._kv, self._encoder, strategies, calibration), tenant, background=True
+            )
             try:
                 return await ticket.result()
             finally:
@@ -58,18 +63,18 @@ class Comparisons:
 
 
 def _comparing(
-    bench: Workbench, strategies: Sequence[Strategy], calibration: Calibration
+    kv: KVCacheManager, encoder: EncoderThread, strategies: Sequence[Strategy], calibration: Calibration
 ) -> Callable[[Callable[[object], None]], Steps[list[Comparison]]]:
     """The work of comparing."""
 
-    def pieces() -> Generator[Any, None, None]:
+    def pieces() -> Generator[Comparison | Pause, None, None]:
         yield from calibration.prepare()
         for strategy in strategies:
             yield from calibration.compare(strategy)
 
     def work(emit: Callable[[object], None]) -> Steps[list[Comparison]]:
         compared: list[Comparison] = []
-        yield from in_spare_time(bench, pieces(), lambda: calibration.sequences, compared.append)
+        yield from idle_work(kv, encoder, pieces(), lambda: calibration.sequences, compared.append)
         return compared
 
     return work

@@ -16,13 +16,15 @@ from dataclasses import asdict, dataclass
 
 import structlog
 
+from vflow_server.engine.encoder import EncoderThread
 from vflow_server.engine.engine import Engine, Steps
-from vflow_server.engine.spare_time import in_spare_time
-from vflow_server.engine.workbench import Workbench
+from vflow_server.engine.idle_work import idle_work
 from vflow_server.images.store import PictureStore
+from vflow_server.kv.manager import KVCacheManager
 from vflow_server.rpc.errors import ServiceError
 from vflow_server.strategies.strategies import StrategyStore
 from vflowopt.media.picture import Identity, Picture
+from vflowopt.runtime.model_runner import Runtime
 from vflowopt.search.replay import AnsweredTurn, Fidelity, Replay
 
 MOST_WAITING = 16
@@ -70,14 +72,16 @@ class FidelityTotals:
 
 
 class FidelityMonitor:
-    """Looks at turns, one at a time, in spare time.
+    """Looks at turns, one at a time, in idle time.
 
     Args:
         share: of the turns that are looked at, 0 to 1.
         floor: mean cosine below which the active strategy is rolled back; None: it never is.
         window: the latest turns of the active strategy that the mean is of; fewer never suffice.
         engine: does the work.
-        bench: what the work is done with.
+        runtime: the model.
+        kv: makes room for it.
+        encoder: encodes the pictures again.
         strategies: what is rolled back.
         pictures: where the turns' pictures are still held.
 
@@ -92,7 +96,9 @@ class FidelityMonitor:
         floor: float | None,
         window: int,
         engine: Engine,
-        bench: Workbench,
+        runtime: Runtime,
+        kv: KVCacheManager,
+        encoder: EncoderThread,
         strategies: StrategyStore,
         pictures: PictureStore,
     ) -> None:
@@ -100,7 +106,9 @@ class FidelityMonitor:
         self._share = share
         self._floor = floor
         self._engine = engine
-        self._bench = bench
+        self._runtime = runtime
+        self._kv = kv
+        self._encoder = encoder
         self._strategies = strategies
         self._pictures = pictures
         self._loop = asyncio.get_running_loop()
@@ -115,7 +123,7 @@ class FidelityMonitor:
         """Whether to look at the turn that has just ended. For any thread."""
         return random.random() < self._share
 
-    def take(self, turn: AnsweredTurn) -> None:
+    def submit(self, turn: AnsweredTurn) -> None:
         """Look at ``turn`` when there is time. For any thread."""
         with suppress(RuntimeError):  # the event loop is closed: the service has ended
             self._loop.call_soon_threadsafe(self._put, turn)
@@ -150,11 +158,11 @@ class FidelityMonitor:
             self._waiting.put_nowait((turn, pictures))
 
     async def _look(self, turn: AnsweredTurn, pictures: Mapping[Identity, Picture]) -> Fidelity:
-        replay = Replay(self._bench.runtime, turn, pictures)
+        replay = Replay(self._runtime, turn, pictures)
 
         def work(emit: Callable[[object], None]) -> Steps[Fidelity]:
             seen: list[Fidelity] = []
-            yield from in_spare_time(self._bench, replay.pieces(), lambda: replay.sequences, seen.append)
+            yield from idle_work(self._kv, self._encoder, replay.pieces(), lambda: replay.sequences, seen.append)
             return seen[0]
 
         ticket = self._engine.submit(work, turn.tenant, background=True)

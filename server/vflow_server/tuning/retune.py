@@ -15,8 +15,9 @@ import grpc
 import structlog
 
 from vflow_client.v1 import strategies_pb2
+from vflow_server.engine.encoder import EncoderThread
 from vflow_server.engine.engine import Engine, Ticket, WorkCancelled
-from vflow_server.engine.workbench import Workbench
+from vflow_server.kv.manager import KVCacheManager
 from vflow_server.rpc.errors import (
     InvalidRequest,
     ServiceError,
@@ -32,6 +33,7 @@ from vflow_server.strategies.strategy_message import bare_message, revision_mess
 from vflow_server.tuning.operations import Operation, OperationStore
 from vflow_server.tuning.search import Search, SearchProgress
 from vflowopt.compression.strategy import StrategyError
+from vflowopt.runtime.model_runner import Runtime
 from vflowopt.search.calibration import Calibration, Sample
 from vflowopt.search.tuner import Trial, Tuner
 
@@ -177,14 +179,26 @@ class Retunes:
 
     Args:
         engine: does the work.
-        bench: what the work is done with.
+        runtime: the model.
+        kv: makes room for it.
+        encoder: encodes the samples' pictures.
         strategies: where a search's result goes.
         operations: by which searches are followed.
     """
 
-    def __init__(self, engine: Engine, bench: Workbench, strategies: StrategyStore, operations: OperationStore) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        runtime: Runtime,
+        kv: KVCacheManager,
+        encoder: EncoderThread,
+        strategies: StrategyStore,
+        operations: OperationStore,
+    ) -> None:
         self._engine = engine
-        self._bench = bench
+        self._runtime = runtime
+        self._kv = kv
+        self._encoder = encoder
         self._strategies = strategies
         self._operations = operations
         self._running: Retune | None = None
@@ -221,7 +235,7 @@ class Retunes:
             ServiceError: RETUNE_RUNNING, SERVER_STOPPING, ENGINE_FAILED.
         """
         self.check_free()
-        runtime = self._bench.runtime
+        runtime = self._runtime
         calibration = Calibration(runtime, order.samples)
         try:
             tuner = Tuner(
@@ -234,7 +248,7 @@ class Retunes:
             )
         except StrategyError as error:
             raise InvalidRequest("STRATEGY_INVALID", error.field, str(error)) from error
-        ticket = self._engine.submit(Search(self._bench, calibration, tuner), tenant, background=True)
+        ticket = self._engine.submit(Search(self._kv, self._encoder, calibration, tuner), tenant, background=True)
         metadata = strategies_pb2.RetuneMetadata(
             budget=order.budget,
             base=order.base.name,

@@ -1,4 +1,4 @@
-"""A search for a strategy, as work for the engine in spare time."""
+"""A search for a strategy, as work for the engine in idle time."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vflow_client.v1 import strategies_pb2
+from vflow_server.engine.encoder import EncoderThread
 from vflow_server.engine.engine import Steps
-from vflow_server.engine.spare_time import in_spare_time
-from vflow_server.engine.workbench import Workbench
+from vflow_server.engine.idle_work import idle_work
+from vflow_server.kv.manager import KVCacheManager
 from vflow_server.tuning.proposer import Proposer
 from vflowopt.search.calibration import Calibration
 from vflowopt.search.pause import Aside
@@ -38,13 +39,15 @@ class Search:
     """The work of one search. Emits :class:`SearchProgress` as it gets on; its result is the best trial.
 
     Args:
-        bench: the engine's things.
+        kv: makes room for it.
+        encoder: encodes the samples' pictures.
         calibration: what strategies are measured on.
         tuner: the search itself, which measures on ``calibration``.
     """
 
-    def __init__(self, bench: Workbench, calibration: Calibration, tuner: Tuner) -> None:
-        self._bench = bench
+    def __init__(self, kv: KVCacheManager, encoder: EncoderThread, calibration: Calibration, tuner: Tuner) -> None:
+        self._kv = kv
+        self._encoder = encoder
         self._calibration = calibration
         self._tuner = tuner
 
@@ -52,8 +55,9 @@ class Search:
         """The steps of the search."""
         proposer = Proposer()
         try:
-            yield from in_spare_time(
-                self._bench,
+            yield from idle_work(
+                self._kv,
+                self._encoder,
                 self._pieces(emit),
                 lambda: self._calibration.sequences,
                 lambda trial: emit(self._progress(Metadata.SEARCHING, trial)),

@@ -1,70 +1,74 @@
-"""Work in spare time: pieces of bounded size that come between those of sequences, and give way to them."""
+"""Work in idle time: pieces of bounded size that come between those of conversations, and give way to them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from contextlib import closing
-from typing import Any
+from typing import TypeVar
 
 import torch
 
+from vflow_server.engine.encoder import EncoderThread
 from vflow_server.engine.engine import Steps
 from vflow_server.engine.ops import Idle, Wait
-from vflow_server.engine.workbench import Workbench
-from vflow_server.kv.manager import Evictable
+from vflow_server.kv.manager import Evictable, KVCacheManager
 from vflowopt.runtime.cache import PoolExhausted
-from vflowopt.search.pause import Aside, Shortage
+from vflowopt.search.pause import Aside, Pause, Shortage
 
-Elsewhere = Callable[[Callable[[], Any]], Future[Any]]
+T = TypeVar("T")
+
+Propose = Callable[[Callable[[], object]], Future[object]]
 """Has work that needs nothing of the engine's done somewhere else."""
 
 
-def in_spare_time(
-    bench: Workbench,
-    pieces: Generator[Any, None, None],
+def idle_work(
+    kv: KVCacheManager,
+    encoder: EncoderThread,
+    pieces: Generator[T | Pause, None, None],
     sequences: Evictable,
-    told: Callable[[Any], None],
+    receive: Callable[[T], None],
     *,
-    propose: Elsewhere | None = None,
+    propose: Propose | None = None,
 ) -> Steps[None]:
-    """Go through ``pieces``, each in spare time; they are closed at the end, whatever it is.
+    """Go through ``pieces``, each in idle time; they are closed at the end, whatever it is.
 
     Args:
-        bench: the engine's things.
+        kv: makes room for it, and takes it back.
+        encoder: encodes its pictures.
         pieces: work that pauses after each of them as :mod:`vflowopt.search.pause` says.
         sequences: what it holds pages with between two pieces; others may take them away.
-        told: called with each value that is no pause.
+        receive: called with each value that is no pause.
         propose: where proposals are made; None: pieces make none.
 
     Raises:
         CapacityExhausted: a piece needs more KV pages than there are.
         Exception: whatever a piece raised.
     """
-    with bench.kv.lending(sequences), closing(pieces):
+    with kv.lending(sequences), closing(pieces):
         while True:
             yield Idle()
             try:
-                said = next(pieces)
+                value = next(pieces)
             except StopIteration:
                 return
             except PoolExhausted as shortage:
-                raise bench.kv.too_large(shortage.needed) from shortage
-            match said:
+                raise kv.too_large(shortage.needed) from shortage
+            match value:
                 case None:
                     pass
                 case Shortage():
-                    while not bench.kv.make_room(said.pages):
+                    while not kv.make_room(value.pages):
                         yield Idle()
                 case Aside(kind="encode"):
                     # On a processor answers keep a thread to themselves.
-                    encoding = bench.on_encoder(said.work, threads=max(torch.get_num_threads() - 1, 1))
+                    encoding = encoder.submit(value.work, threads=max(torch.get_num_threads() - 1, 1))
                     yield Wait(encoding)
-                    said.finish(encoding.result())
+                    value.finish(encoding.result())
                 case Aside():
                     assert propose is not None
-                    proposing = propose(said.work)
+                    proposing = propose(value.work)
                     yield Wait(proposing)
-                    said.finish(proposing.result())
+                    value.finish(proposing.result())
                 case _:
-                    told(said)
+                    receive(value)

@@ -28,19 +28,19 @@ def test_one_of_each_then_a_second_of_each_and_those_of_one_in_order() -> None:
 
 
 def test_who_was_served_last_comes_last() -> None:
-    rota, served = RoundRobin(), ""
+    turns, served = RoundRobin(), ""
     for _ in range(6):
-        first = rota.order(wishes("aaabbc"))[0]
-        rota.served(first.tenant)
+        first = turns.order(wishes("aaabbc"))[0]
+        turns.served(first.tenant)
         served += first.tenant
     assert served == "abcabc"
 
 
 def test_those_who_come_and_go_keep_nobody_from_being_served() -> None:
     """Each of the others is new in the line every second time, and one or the other always is."""
-    rota, served = RoundRobin(), ""
+    turns, served = RoundRobin(), ""
     for step in range(12):
-        first = rota.order(wishes("aaaa" + ("bc" if step % 2 else "de")))[0]
-        rota.served(first.tenant)
+        first = turns.order(wishes("aaaa" + ("bc" if step % 2 else "de")))[0]
+        turns.served(first.tenant)
         served += first.tenant
     assert served.count("a") >= 4

@@ -1,4 +1,4 @@
-"""Work in spare time: when it gets on, what it holds and what it takes from others."""
+"""Idle work: when it gets on, what it holds and what it takes from others."""
 
 import asyncio
 import os
@@ -12,17 +12,15 @@ from typing import Any, TypeVar
 
 import pytest
 
+from tests.server.engine_parts import EngineParts
 from vflow_server.engine.engine import Engine, Steps, Work, WorkCancelled
+from vflow_server.engine.idle_work import idle_work
 from vflow_server.engine.ops import Forward, Idle, Wait
-from vflow_server.engine.scheduler import SPARE_EVERY, Scheduler
-from vflow_server.engine.spare_time import in_spare_time
-from vflow_server.engine.workbench import Workbench
-from vflow_server.kv.offload import OffloadStore
+from vflow_server.engine.scheduler import IDLE_EVERY
 from vflow_server.rpc.errors import CapacityExhausted
 from vflow_server.tuning.proposer import Proposer
 from vflowopt.compression.strategy import Strategy
 from vflowopt.runtime.cache import PoolExhausted
-from vflowopt.runtime.model_runner import Runtime
 from vflowopt.runtime.sequence import Sequence
 from vflowopt.search.pause import Aside, Shortage
 
@@ -30,20 +28,17 @@ T = TypeVar("T")
 
 
 @pytest.fixture
-def bench(model_folder: Path) -> Iterator[Workbench]:
-    bench = Workbench(
-        Runtime.load(model_folder, kv_budget=200 << 10), compressed_bytes=1 << 20, offloaded=OffloadStore(0, None)
-    )
-    yield bench
-    bench.close()
-    assert bench.kv.check() == 0
+def parts(model_folder: Path) -> Iterator[EngineParts]:
+    parts = EngineParts.load(model_folder, 200 << 10)
+    yield parts
+    parts.close()
 
 
-def on(bench: Workbench, scene: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
+def on(parts: EngineParts, scene: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
     """What becomes of ``scene`` on an engine of its own."""
 
     async def play() -> T:
-        engine = Engine(waiting=4, running=1, schedule=Scheduler(bench))
+        engine = Engine(waiting=4, running=1, schedule=parts.scheduler())
         engine.start()
         try:
             return await asyncio.wait_for(scene(engine), 20)
@@ -64,11 +59,11 @@ def counting(pieces: int, counted: list[int]) -> Work[object, None]:
     return work
 
 
-def talking(bench: Workbench, steps: int, before: Callable[[int], None]) -> Work[object, None]:
+def talking(parts: EngineParts, steps: int, before: Callable[[int], None]) -> Work[object, None]:
     """Work of so many steps of the model, such as a turn; ``before`` hears of each."""
 
     def work(emit: Callable[[object], None]) -> Steps[None]:
-        conversation = bench.runtime.start(Strategy.full())
+        conversation = parts.runtime.start(Strategy.full())
         try:
             for step in range(steps):
                 before(step)
@@ -80,7 +75,7 @@ def talking(bench: Workbench, steps: int, before: Callable[[int], None]) -> Work
     return work
 
 
-def test_it_gets_on_rarely_beside_conversations_and_at_once_where_there_are_none(bench: Workbench) -> None:
+def test_it_gets_on_rarely_beside_conversations_and_at_once_where_there_are_none(parts: EngineParts) -> None:
     counted: list[int] = []
     beside: list[int] = []
     both_are_here = threading.Event()
@@ -90,30 +85,30 @@ def test_it_gets_on_rarely_beside_conversations_and_at_once_where_there_are_none
         beside.append(len(counted))
 
     async def scene(engine: Engine) -> None:
-        talk = engine.submit(talking(bench, 4 * SPARE_EVERY, before), "a")
+        talk = engine.submit(talking(parts, 4 * IDLE_EVERY, before), "a")
         search = engine.submit(counting(1000, counted), "a", background=True)
         both_are_here.set()
         await talk.result()
         await search.result()
 
-    on(bench, scene)
+    on(parts, scene)
     assert 3 <= beside[-1] <= 4 and len(counted) == 1000
 
 
-def test_it_takes_no_place_of_running_work_and_waits_for_none(bench: Workbench) -> None:
+def test_it_takes_no_place_of_running_work_and_waits_for_none(parts: EngineParts) -> None:
     async def scene(engine: Engine) -> None:
         counted: list[int] = []
         endless = [engine.submit(counting(1 << 30, counted), "a", background=True) for _ in range(3)]
-        await engine.submit(talking(bench, 3, lambda step: None), "a").result()  # running=1
+        await engine.submit(talking(parts, 3, lambda step: None), "a").result()  # running=1
         for each in endless:
             each.cancel()
             with pytest.raises(WorkCancelled):
                 await each.result()
 
-    on(bench, scene)
+    on(parts, scene)
 
 
-def test_several_take_turns(bench: Workbench) -> None:
+def test_several_take_turns(parts: EngineParts) -> None:
     order: list[str] = []
 
     def noting(name: str, go: threading.Event) -> Work[object, None]:
@@ -132,44 +127,44 @@ def test_several_take_turns(bench: Workbench) -> None:
         for each in tickets:
             await each.result()
 
-    on(bench, scene)
+    on(parts, scene)
     assert sorted(order) == sorted("xyz" * 4)
     # From when all are there each gets on as often as the others.
     whole = "".join(order)[-9:]
     assert all(len(set(whole[place : place + 3])) == 3 for place in range(0, 9, 3)), order
 
 
-def run_steps(bench: Workbench, steps: Steps[T], between: Callable[[], None] = lambda: None) -> T:
+def run_steps(parts: EngineParts, steps: Steps[T], between: Callable[[], None] = lambda: None) -> T:
     """Go through steps as an engine does that has nothing else to do."""
-    answer = None
     while True:
         try:
-            need = steps.send(answer)
+            op = next(steps)
         except StopIteration as end:
             result: T = end.value
             return result
-        if isinstance(need, Wait):
-            need.future.result(20)
+        if isinstance(op, Wait):
+            assert isinstance(op.future, Future)
+            op.future.result(20)
         between()
 
 
-def held(bench: Workbench, tokens: int) -> Sequence:
-    conversation = bench.runtime.start(Strategy.full())
-    bench.runtime.extend(conversation, [5] * tokens)
+def held(parts: EngineParts, tokens: int) -> Sequence:
+    conversation = parts.runtime.start(Strategy.full())
+    parts.runtime.extend(conversation, [5] * tokens)
     return conversation
 
 
-def test_its_pages_are_lent_and_the_first_to_go(bench: Workbench) -> None:
+def test_its_pages_are_lent_and_the_first_to_go(parts: EngineParts) -> None:
     conversations: list[Sequence] = []
     released: list[bool] = []
 
     def pieces() -> Generator[None, None, None]:
-        conversation = held(bench, 40)
+        conversation = held(parts, 40)
         conversations.append(conversation)
         try:
             yield None
             released.append(not conversation.resident)
-            bench.runtime.extend(conversation, [6])
+            parts.runtime.extend(conversation, [6])
             yield None
         finally:
             conversations.remove(conversation)
@@ -179,17 +174,17 @@ def test_its_pages_are_lent_and_the_first_to_go(bench: Workbench) -> None:
 
     def take_away() -> None:
         if conversations and not freed:
-            assert bench.kv.check() == conversations[0].kv_bytes > 0
-            freed.append(bench.kv.release_idle())
-            assert not bench.kv.release_idle(), "nothing is left to be released"
+            assert parts.kv.check() == conversations[0].kv_bytes > 0
+            freed.append(parts.kv.release_idle())
+            assert not parts.kv.release_idle(), "nothing is left to be released"
 
-    run_steps(bench, in_spare_time(bench, pieces(), lambda: conversations, pytest.fail), take_away)
+    run_steps(parts, idle_work(parts.kv, parts.encoder, pieces(), lambda: conversations, pytest.fail), take_away)
     assert freed == released == [True]
 
 
-def test_it_goes_on_after_a_shortage_once_there_is_room(bench: Workbench) -> None:
-    pool = bench.runtime.pool
-    live = held(bench, 100)
+def test_it_goes_on_after_a_shortage_once_there_is_room(parts: EngineParts) -> None:
+    pool = parts.runtime.pool
+    live = held(parts, 100)
     waited = 0
 
     def pieces() -> Generator[Shortage, None, None]:
@@ -202,20 +197,20 @@ def test_it_goes_on_after_a_shortage_once_there_is_room(bench: Workbench) -> Non
         if waited == 5:
             live.release()
 
-    run_steps(bench, in_spare_time(bench, pieces(), lambda: [], pytest.fail), somebody_ends)
+    run_steps(parts, idle_work(parts.kv, parts.encoder, pieces(), lambda: [], pytest.fail), somebody_ends)
     assert waited == 6, "it is not asked to go on before there is room"
 
 
-def test_what_can_never_have_room_is_refused_with_what_it_needs(bench: Workbench) -> None:
+def test_what_can_never_have_room_is_refused_with_what_it_needs(parts: EngineParts) -> None:
     def pieces() -> Generator[None, None, None]:
         yield None
-        raise PoolExhausted(1000, 0, bench.runtime.pool.pages)
+        raise PoolExhausted(1000, 0, parts.runtime.pool.pages)
 
     with pytest.raises(CapacityExhausted, match="KV cache"):
-        run_steps(bench, in_spare_time(bench, pieces(), lambda: [], pytest.fail))
+        run_steps(parts, idle_work(parts.kv, parts.encoder, pieces(), lambda: [], pytest.fail))
 
 
-def test_pictures_are_encoded_where_pictures_are_and_proposals_made_elsewhere(bench: Workbench) -> None:
+def test_pictures_are_encoded_where_pictures_are_and_proposals_made_elsewhere(parts: EngineParts) -> None:
     told: list[object] = []
     threads: list[str] = []
 
@@ -235,12 +230,12 @@ def test_pictures_are_encoded_where_pictures_are_and_proposals_made_elsewhere(be
             yield aside
             yield f"{kind}: {aside.run()}"
 
-    run_steps(bench, in_spare_time(bench, pieces(), lambda: [], told.append, propose=propose))
+    run_steps(parts, idle_work(parts.kv, parts.encoder, pieces(), lambda: [], told.append, propose=propose))
     assert told == ["encode: done", "propose: proposed"]
     assert [name.partition("_")[0] for name in threads] == ["encoder", "elsewhere"]
 
 
-def test_the_pieces_are_closed_however_it_ends(bench: Workbench) -> None:
+def test_the_pieces_are_closed_however_it_ends(parts: EngineParts) -> None:
     closed: list[bool] = []
 
     def pieces() -> Generator[None, None, None]:
@@ -250,7 +245,7 @@ def test_the_pieces_are_closed_however_it_ends(bench: Workbench) -> None:
         finally:
             closed.append(True)
 
-    steps = in_spare_time(bench, pieces(), lambda: [], pytest.fail)
+    steps = idle_work(parts.kv, parts.encoder, pieces(), lambda: [], pytest.fail)
     next(steps)
     next(steps)
     steps.close()

@@ -14,7 +14,7 @@ REMEMBERED = 16
 
 
 @dataclass(frozen=True)
-class Answer:
+class StoredAnswer:
     """The end of a turn, and what it was the answer to.
 
     Attributes:
@@ -28,17 +28,17 @@ class Answer:
     finished: conversations_pb2.Finished
 
 
-class Replays:
+class AnswerCache:
     """The latest answers of one session. Belongs to the event loop's thread.
 
     Args:
         answers: those that are known already, oldest first.
     """
 
-    def __init__(self, answers: Iterable[Answer] = ()) -> None:
-        self._answers: OrderedDict[str, Answer] = OrderedDict()
+    def __init__(self, answers: Iterable[StoredAnswer] = ()) -> None:
+        self._answers: OrderedDict[str, StoredAnswer] = OrderedDict()
         for answer in answers:
-            self.keep(answer)
+            self.put(answer)
 
     def find(self, request_id: str, fingerprint: str) -> conversations_pb2.Finished | None:
         """The stored answer to the request, marked as replayed; None if it is new.
@@ -65,7 +65,7 @@ class Replays:
         replay.receipt.replayed = True
         return replay
 
-    def keep(self, answer: Answer) -> None:
+    def put(self, answer: StoredAnswer) -> None:
         """Remember an answer; the oldest goes when there are too many."""
         self._answers[answer.request_id] = answer
         while len(self._answers) > REMEMBERED:

@@ -1,0 +1,59 @@
+"""Compressed pictures that are kept, so that a tenant's picture is not encoded twice under the same strategy.
+
+Belongs to the engine's thread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from weakref import WeakValueDictionary
+
+import torch
+
+from vflow_server.kv.logged_images import image_bytes
+from vflow_server.kv.lru import ByteBoundedLRU
+from vflowopt.compression.pipeline import CompressedImage
+from vflowopt.compression.strategy import Strategy
+from vflowopt.media.picture import Identity
+
+Key = tuple[Identity, Strategy, str]
+"""The picture's identity, the strategy, and the tenant."""
+
+
+class ImageCache:
+    """Compressed pictures by identity, strategy and tenant.
+
+    Args:
+        max_bytes: bytes of pictures to keep; those that a session's log holds are found beyond that, too.
+        device: where the decoder reads them.
+    """
+
+    def __init__(self, max_bytes: int, device: torch.device) -> None:
+        self._device = device
+        self._latest: ByteBoundedLRU[Key, CompressedImage] = ByteBoundedLRU(max_bytes, image_bytes)
+        self._in_use: WeakValueDictionary[Key, CompressedImage] = WeakValueDictionary()
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of the pictures that are kept whether a session holds them or not."""
+        return self._latest.bytes_held
+
+    def get(self, key: Key) -> CompressedImage | None:
+        """The compressed picture; None if it is not there."""
+        image = self._latest.get(key)
+        return self._in_use.get(key) if image is None else image
+
+    def put(self, key: Key, image: CompressedImage) -> None:
+        """Keep a picture that was just compressed."""
+        self._in_use[key] = image
+        self._latest.put(key, image)
+
+    def intern(self, image: CompressedImage, strategy: Strategy, tenant: str) -> CompressedImage:
+        """The one copy to use of ``image``, which was read from a store: the one that is there, or else this one."""
+        key = (image.identity, strategy, tenant)
+        if (known := self._in_use.get(key)) is not None:
+            return known
+        if image.embeddings.device != self._device:
+            image = replace(image, embeddings=image.embeddings.to(self._device))
+        self._in_use[key] = image
+        return image
