@@ -1,12 +1,14 @@
 """The contract is well formed and documented, and the stubs are typed, documented and those of its present text."""
 
 import os
+import pickle
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import google.api
 import pytest
 from google.api.field_behavior_pb2 import FieldBehavior, field_behavior
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FileDescriptor
@@ -43,6 +45,18 @@ def test_buf_has_no_complaints() -> None:
 def test_the_files_are_formatted() -> None:
     formatted = buf("format", "--diff", "--exit-code", "--path", "vflow")
     assert formatted.returncode == 0, formatted.stdout.decode()
+
+
+def test_what_it_imports_is_shipped_unchanged() -> None:
+    (api,) = {Path(folder) for folder in google.api.__path__ if (Path(folder) / "resource.proto").exists()}
+    shipped = sorted((CONTRACT / "google").rglob("*.proto"))
+    assert shipped
+    for file in shipped:
+        original = api.parent / file.relative_to(CONTRACT / "google")
+        # The only one that the package gives another name than the one by which it is imported.
+        if original.name == "operations.proto":
+            original = original.with_name("operations_proto.proto")
+        assert file.read_text() == original.read_text(), f"{file} differs from googleapis-common-protos: copy it anew"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -167,16 +181,14 @@ def test_the_docstring_of_a_service_lists_its_methods(stub: type) -> None:
 
 
 def test_messages_can_be_pickled() -> None:
-    """Their classes know the module that they are in."""
-    import pickle
-
+    """Because their classes know the module that they are in."""
     receipt = images_pb2.ImageReceipt(width=3)
     assert pickle.loads(pickle.dumps(receipt)) == receipt
 
 
 def strictly_typed(source: Path, cache: Path) -> subprocess.CompletedProcess[str]:
     """What mypy says of a program outside this repository's own configuration."""
-    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", f"--cache-dir={cache}", source]
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", f"--cache-dir={cache}", str(source)]
     return subprocess.run(command, cwd=cache, capture_output=True, text=True, timeout=300)
 
 
