@@ -208,7 +208,9 @@ class Turn:
                 decode_ms=(ended - first_token) * 1000,
                 total_ms=(ended - self._accepted) * 1000,
                 restored=not resident,
-                restored_from=None if resident else (reading.restored or Tier.LOG).name,
+                restored_from=conversations_pb2.TurnReceipt.RestoredFrom.Value(
+                    "RESTORED_FROM_UNSPECIFIED" if resident else (reading.restored or Tier.LOG).name
+                ),
             ),
         )
 
