@@ -36,8 +36,8 @@ def create_strategy_request(
         alpha=alpha,
         grid=grid,
         diversity=diversity,
-        positions=positions.upper(),
-        reserve=reserve.upper(),
+        positions=Strategy.Positions.Value(positions.upper()),
+        reserve=Strategy.Reserve.Value(reserve.upper()),
     )
     return CreateStrategyRequest(strategy_id=strategy_id, strategy=strategy)
 

@@ -167,7 +167,7 @@ class Service:
         self.failed = asyncio.Event()
         """Set when the engine has died: nothing can be served any more."""
         self._loop = asyncio.get_running_loop()
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing from the stubs
+        self._health = health.aio.HealthServicer()
         self._listeners = self._listen()
         self.admin_port: int | None = None
         """Where the services for administrators listen, once they do, if that is a port of their own."""

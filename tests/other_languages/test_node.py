@@ -12,6 +12,7 @@ from tests.repository.source import ROOT
 from tests.server.drawing import png
 from tests.server.served import Served
 from tests.vflowopt.tiny_models import SHAPES, save
+from vflow_client.v1 import compression_pb2, conversations_pb2, strategies_pb2
 from vflowopt.runtime.model_runner import Runtime
 
 HERE = Path(__file__).parent
@@ -26,19 +27,19 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program beside what it needs; skips where that cannot be installed."""
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the programs and the packages that they need. Skips if these cannot be installed."""
     folder = tmp_path_factory.mktemp("node")
-    for file in ("package.json", "conversation.js"):
+    for file in ("package.json", "conversation.js", "contract.js"):
         shutil.copy(HERE / file, folder)
     install = ["npm", "install", "--no-package-lock", "--no-audit", "--no-fund", "--ignore-scripts"]
     try:
         installed = subprocess.run(install, cwd=folder, capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
-        pytest.skip("npm install did not come to an end")
+        pytest.skip("npm install took too long")
     if installed.returncode:
         pytest.skip(f"npm install failed: {installed.stderr[-300:]}")
-    return folder / "conversation.js"
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +50,23 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     served.stop()
 
 
+def test_the_folder_holds_all_that_the_contract_imports(programs: Path, tmp_path: Path) -> None:
+    """Every service, with a copy of the folder and nothing beside it."""
+    shutil.copytree(ROOT / "proto", tmp_path / "proto")
+    command = ["node", programs / "contract.js", tmp_path / "proto"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    services = json.loads(ended.stdout)
+    for module in (compression_pb2, conversations_pb2, strategies_pb2):
+        for service in module.DESCRIPTOR.services_by_name.values():
+            assert services[service.full_name] == [method.name for method in service.methods]
+
+
 @pytest.mark.parametrize("contract", [str(ROOT / "proto"), "reflection"], ids=["proto", "reflection"])
-def test_a_conversation(contract: str, program: Path, served: Served, tmp_path: Path) -> None:
+def test_a_conversation(contract: str, programs: Path, served: Served, tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
     picture.write_bytes(png(60, 80))
-    command = ["node", program, served.address, picture, contract]
+    command = ["node", programs / "conversation.js", served.address, picture, contract]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
     heard = json.loads(ended.stdout)

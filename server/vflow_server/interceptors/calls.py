@@ -34,7 +34,7 @@ COUNTED = ("/vflow.v1.", "/google.longrunning.Operations/")
 """What the methods begin with that are counted: those of health and reflection are left alone."""
 
 
-class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
+class Calls(grpc.aio.ServerInterceptor):
     """Stands before all other interceptors, so that it sees what they refuse.
 
     Args:

@@ -14,7 +14,7 @@ from vflow_server.rpc.handlers import Behaviour, Context, around
 _COUNTED = "/vflow.v1."
 
 
-class Draining(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
+class Draining(grpc.aio.ServerInterceptor):
     """Counts the calls of the contract's services that are under way; belongs within the guard."""
 
     def __init__(self) -> None:

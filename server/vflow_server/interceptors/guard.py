@@ -31,7 +31,7 @@ _GUARDED = ("/vflow.v1.", "/google.longrunning.Operations/")
 log = structlog.get_logger(__name__)
 
 
-class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
+class Guard(grpc.aio.ServerInterceptor):
     """Wraps the methods of the contract's services and of Operations; health and reflection are open to all.
 
     Args:
@@ -102,9 +102,7 @@ def _guarded(behaviour: Behaviour, name: str, caller: Caller | None) -> Behaviou
             outcome = refusal.reason
             try:
                 async with asyncio.timeout(_LAST_WORD):
-                    await context.abort_with_status(  # type: ignore[attr-defined]  # missing from the stubs
-                        rpc_status.to_status(refusal.status())
-                    )
+                    await context.abort_with_status(rpc_status.to_status(refusal.status()))
             except TimeoutError:  # who reads nothing does not hear of it, either: gRPC is left to see the caller go
                 raise asyncio.CancelledError from None
         finally:

@@ -43,7 +43,7 @@ class Listener:
         option: str,
         *,
         credentials: grpc.ServerCredentials | None,
-        interceptors: Sequence[grpc.aio.ServerInterceptor],  # type: ignore[type-arg]  # generic in the stubs only
+        interceptors: Sequence[grpc.aio.ServerInterceptor],
         most_bytes: int,
         longest_idle: float,
         longest_age: float,

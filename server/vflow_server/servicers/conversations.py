@@ -130,7 +130,9 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         self._receipt_log.picture(session.tenant, receipt)
         return receipt
 
-    async def Chat(self, request: conversations_pb2.ChatRequest, context: Context) -> None:
+    async def Chat(  # type: ignore[override]  # the stubs only know handlers that yield
+        self, request: conversations_pb2.ChatRequest, context: Context
+    ) -> None:
         """Say a turn and stream the answer.
 
         Writes to the context instead of yielding: when the client is gone, gRPC cancels this coroutine wherever it

@@ -143,7 +143,9 @@ def turn(
                 decode_ms=(ended - first_token) * 1000,
                 total_ms=(ended - accepted) * 1000,
                 restored=not resident,
-                restored_from=None if resident else (prefilled.restored_from or Tier.LOG).name,
+                restored_from=conversations_pb2.TurnReceipt.RestoredFrom.Value(
+                    "RESTORED_FROM_UNSPECIFIED" if resident else (prefilled.restored_from or Tier.LOG).name
+                ),
             ),
         )
         entry = Entry(tuple(sequence.log[checkpoint.items :]), len(receipts), answered=True)

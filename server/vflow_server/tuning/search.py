@@ -30,7 +30,7 @@ class SearchProgress:
         base_objective: of the strategy that the search began with, once it is known.
     """
 
-    phase: Metadata.Phase
+    phase: Metadata.Phase.ValueType
     trial: Trial | None
     base_objective: float | None
 
@@ -84,5 +84,5 @@ class Search:
                     last = phase
                 yield said
 
-    def _progress(self, phase: Metadata.Phase, trial: Trial | None = None) -> SearchProgress:
+    def _progress(self, phase: Metadata.Phase.ValueType, trial: Trial | None = None) -> SearchProgress:
         return SearchProgress(phase, trial, self._tuner.base_objective)
