@@ -20,12 +20,14 @@ class Option:
     """What is known of an option beside its name and default.
 
     Attributes:
+        group: heading under which ``--help`` shows it.
         help: what it does, for ``--help``.
         parse: from text to value; raises ValueError saying what was expected.
         metavar: stands for the value in ``--help``.
         shown: the default, as a user would write it; None if it is unset.
     """
 
+    group: str
     help: str
     parse: Callable[[str], Any]
     metavar: str
@@ -36,10 +38,12 @@ class Option:
         return self.help if self.shown is None else f"{self.help} (default: {self.shown})"
 
 
-def option(default: str | None, help: str, parse: Callable[[str], Any] = str, *, metavar: str = "TEXT") -> Any:
+def option(
+    group: str, default: str | None, help: str, parse: Callable[[str], Any] = str, *, metavar: str = "TEXT"
+) -> Any:
     """Declare a field of a settings dataclass. ``default`` is written as a user would write it; None means unset."""
     value = None if default is None else parse(default)
-    return field(default=value, metadata={"option": Option(help, parse, metavar, default)})
+    return field(default=value, metadata={"option": Option(group, help, parse, metavar, default)})
 
 
 def size(text: str) -> int:
