@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,10 +23,20 @@ Vflow = Callable[..., tuple[int, str, str]]
 
 
 class FakeTerminal(io.StringIO):
-    """An error stream on which lines may be written over."""
+    """A stream that says it is a terminal."""
 
     def isatty(self) -> bool:
         return True
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> FakeTerminal:
+    """A terminal of 100 columns with colours."""
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "100")
+    return FakeTerminal()
 
 
 @pytest.fixture
@@ -45,6 +57,17 @@ def data(tmp_path: Path) -> Path:
     lines = [{"image": "a.png", "question": question} for question in ("What?", "Where?", "How many?")]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return tmp_path
+
+
+@pytest.fixture
+def retune_on_terminal(vflow: Vflow, data: Path, terminal: FakeTerminal, monkeypatch: pytest.MonkeyPatch) -> Vflow:
+    """Runs a search whose error stream is the terminal."""
+
+    def run() -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stderr", terminal)
+        return vflow("retune", "--budget", 0.1, "--data", data)
+
+    return run
 
 
 def test_a_list_is_aligned_and_marks_the_active_strategy(vflow: Vflow) -> None:
@@ -211,9 +234,9 @@ def test_a_search_in_a_log(vflow: Vflow, service: FakeService, data: Path) -> No
         "comparing with preset-10 on the same samples",
     ]
     assert out.startswith(
-        "strategies/tuned-one found: objective 0.9500 at a budget of 10.0%, preset-10 has 0.9000\n\nobjective against"
+        "strategies/tuned-one found: objective 0.9500 at a budget of 10.0%, preset-10 has 0.9000\n\nobjective by trial"
     )
-    assert "objective      0.9000                0.9500                +0.0500\n" in out
+    assert "objective      0.9000                0.9500                +0.0500\n" in out and "\x1b" not in out
     assert out.endswith("\nactivate it with: vflow strategies activate tuned-one\n")
     request = service.requests["Retune"][0]
     assert (request.trials, request.seed, request.base) == (4, 7, "strategies/preset-10")
@@ -221,17 +244,87 @@ def test_a_search_in_a_log(vflow: Vflow, service: FakeService, data: Path) -> No
     assert "ActivateStrategy" not in service.requests
 
 
-def test_a_search_on_a_terminal(vflow: Vflow, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
-    terminal = FakeTerminal()
-    monkeypatch.setattr("sys.stderr", terminal)
-    assert vflow("retune", "--budget", 0.1, "--data", data)[0] == 0
-    drawn = terminal.getvalue().split("\n")[1].split("\r")
-    assert drawn[1] == "[.........................] encoding 2 pictures"
-    assert drawn[4].rstrip() == "[############.............] trial 2 of 4, best 0.9100, base 0.9000, 1 min 40 s left"
-    assert drawn[-1].rstrip() == "[#########################] trial 4 of 4, best 0.9500, base 0.9000"
-    assert all(len(line) < 100 for line in drawn)
-    assert all(len(after) >= len(before.rstrip()) for before, after in zip(drawn, drawn[1:], strict=False))
+def frames(terminal: FakeTerminal) -> list[str]:
+    """What the last line of the terminal showed, one state after the other."""
+    drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    return [frame.rstrip() for line in drawn.split("\n") for frame in line.split("\r")]
+
+
+def test_a_search_on_a_terminal(retune_on_terminal: Vflow, terminal: FakeTerminal) -> None:
+    assert retune_on_terminal()[0] == 0
+    shown = frames(terminal)
+    bar = "━" * 25
+    half = "━" * 12 + "╸" + "━" * 12
+    assert f"{bar} encoding 2 pictures" in shown
+    assert f"{half} trial 2 of 4, best 0.9100, base 0.9000, 1 min 40 s left" in shown
+    assert shown[-3] == f"{bar} trial 4 of 4, best 0.9500, base 0.9000"
+    assert shown[-2:] == ["comparing with preset-10 on the same samples", ""]
+    assert terminal.getvalue().count("\x1b[?25h") == 1, "the cursor is visible again"
+
+
+@pytest.mark.parametrize("columns", [12, 24, 60])
+def test_a_search_on_a_narrow_terminal(
+    retune_on_terminal: Vflow, terminal: FakeTerminal, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out, _ = retune_on_terminal()
+    bars = [frame for frame in frames(terminal) if "trial" in frame]
+    assert code == 0 and bars and max(map(len, bars)) <= columns
+    chart = [line for line in out.splitlines() if "┤" in line or "│" in line]
+    assert chart and max(map(len, chart)) <= columns
+
+
+def test_no_color_is_respected(
+    retune_on_terminal: Vflow, terminal: FakeTerminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    colors = re.compile(r"\x1b\[[0-9;]*[349][0-9]")
+    assert retune_on_terminal()[0] == 0
+    assert colors.search(terminal.getvalue())
+    monkeypatch.setenv("NO_COLOR", "1")
+    terminal.truncate(0)
+    assert retune_on_terminal()[0] == 0
+    assert not colors.search(terminal.getvalue())
+
+
+def test_a_terminal_that_cannot_redraw_gets_a_log(
+    retune_on_terminal: Vflow, terminal: FakeTerminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    assert retune_on_terminal()[0] == 0
+    written = terminal.getvalue()
+    assert "trial 4 of 4: 0.9300, best 0.9500\n" in written and not set("\x1b\r") & set(written)
+
+
+def test_colors_in_a_file_are_no_reason_to_redraw(vflow: Vflow, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    code, out, err = vflow("retune", "--budget", 0.1, "--data", data)
+    assert code == 0 and "\x1b[" in out, "whoever asks for colours gets them"
+    assert "trial 4 of 4: 0.9300, best 0.9500\n" in err and not set("\x1b\r") & set(err)
+
+
+def test_a_table_on_a_narrow_terminal_wraps_and_loses_nothing(
+    vflow: Vflow, service: FakeService, terminal: FakeTerminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert vflow("strategies", "show", "tuned-one")[0] == 0
+    shown = frames(terminal)
+    assert max(map(len, shown)) <= 60
+    assert "from layers 0, 8, 16; each keeps 0.125/1.000/0.500 of those before it" in " ".join(
+        line[13:].strip() for line in shown
+    )
+
+
+def test_a_stream_that_cannot_encode_the_chart(address: str, data: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "vflow_server", "retune", "--budget", "0.1", "--data", data, "--address", address],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "0.9500?" in result.stdout and "*" in result.stdout
 
 
 def test_live_traffic_is_not_asked_for_twice(vflow: Vflow, service: FakeService) -> None:

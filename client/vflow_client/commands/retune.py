@@ -1,11 +1,14 @@
-"""`vflow retune`: has a running service search for a better strategy, and follows the search.
+"""`vflow retune`: starts a search for a better strategy in a running service, and follows it.
 
-Progress and errors go to the error stream, what was found to the standard output.
+Progress and errors go to the error stream, the result to the standard output.
 """
+
+from __future__ import annotations
 
 import argparse
 import shutil
 import sys
+from typing import TYPE_CHECKING
 
 from vflow_client.calibration import Sample
 from vflow_client.client import Client
@@ -19,12 +22,16 @@ from vflow_client.commands.connection import add_connection_arguments, connected
 from vflow_client.commands.exit_code import DONE, FAILED, USAGE, complain, exit_code_of
 from vflow_client.commands.message_json import as_json, print_json
 from vflow_client.commands.objective_chart import LEGEND, objective_chart
+from vflow_client.commands.output import print_output
 from vflow_client.commands.progress import progress_on
 from vflow_client.commands.strategy_text import announce_active, describe_change, describe_comparison, short
 from vflow_client.commands.whole_number import at_least
 from vflow_client.errors import Unavailable, VFlowError
 from vflow_client.retune import Retune
 from vflow_client.v1.strategies_pb2 import CompareStrategiesResponse, LiveTraffic, RetuneMetadata, Strategy
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 CALL_TIMEOUT = 600.0
 """Seconds for one call: to send many pictures, or for the comparison at the end."""
@@ -183,22 +190,22 @@ def _tell_success(
     """Tells what was found and what it would change, and activates it where that was asked for."""
     base, metadata = search.metadata.base, search.metadata
     if not arguments.json:
-        print(_describe_search(metadata, strategy))
+        print_output(_describe_search(metadata, strategy))
     comparison = _compare(client, base, strategy, source)
     if not arguments.json:
         change = (
             describe_comparison(comparison) if comparison else describe_change(client.strategies.get(base), strategy)
         )
-        print(f"\n{change}\n")
+        print_output("", change, "")
     if arguments.activate:
         strategy = client.strategies.activate(strategy.name)
     if arguments.json:
         found = {"strategy": as_json(strategy), "comparison": as_json(comparison) if comparison else None}
         print_json({"operation": search.name, "metadata": as_json(metadata), **found})
     elif arguments.activate:
-        print(announce_active(strategy))
+        print_output(announce_active(strategy))
     else:
-        print(f"activate it with: vflow strategies activate {short(strategy.name)}")
+        print_output(f"activate it with: vflow strategies activate {short(strategy.name)}")
 
 
 def _compare(
@@ -215,12 +222,17 @@ def _compare(
         return None
 
 
-def _describe_search(metadata: RetuneMetadata, strategy: Strategy) -> str:
+def _describe_search(metadata: RetuneMetadata, strategy: Strategy) -> RenderableType:
+    from rich.console import Group
+
     found = strategy.provenance
-    chart = objective_chart(metadata.tried, width=min(shutil.get_terminal_size().columns, 100))
-    return (
+    columns = shutil.get_terminal_size().columns
+    return Group(
         f"{strategy.name} found: objective {found.objective:.4f} at a budget of {strategy.budget:.1%}, "
-        f"{short(found.base)} has {found.base_objective:.4f}\n\n{LEGEND}\n{chart}"
+        f"{short(found.base)} has {found.base_objective:.4f}",
+        "",
+        LEGEND,
+        objective_chart(metadata.tried, width=min(columns, 100)),
     )
 
 
