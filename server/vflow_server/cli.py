@@ -29,7 +29,6 @@ _CLIENTS: Mapping[str, Callable[[argparse.Namespace], int]] = {
 }
 """The commands that talk with a running service."""
 
-
 _COMMANDS: Mapping[str, Mapping[str, str]] = {
     "operate the service": {
         "serve": "run the service",
@@ -104,8 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     terminal.add_arguments(
         commands.add_parser(
             "chat",
-            description="Ask a running service about pictures. Answers stream as they come, each with a line that says "
-            f"what it cost. {terminal.HELP}.",
+            description="Ask a running service about pictures. Each answer streams, followed by a line with its "
+            f"receipt. {terminal.HELP}.",
         )
     )
     strategies.add_arguments(
@@ -116,8 +115,8 @@ def _parser() -> argparse.ArgumentParser:
     retune.add_arguments(
         commands.add_parser(
             "retune",
-            description="Have a running service search for the strategy that keeps its answers best within a budget. "
-            "Ctrl-C has the service cancel the search and keep the best so far.",
+            description="Have a running service search for the strategy that preserves its answers best within a "
+            "budget. Ctrl-C cancels the search and stores the best strategy so far as a draft.",
         )
     )
     health = commands.add_parser(

@@ -94,7 +94,7 @@ def test_without_a_name_the_active_strategy_is_shown(vflow: Vflow) -> None:
 
 def test_activating_and_rolling_back(vflow: Vflow, service: FakeService) -> None:
     code, out, _ = vflow("strategies", "activate", "mine", "--etag", "e1")
-    assert code == 0 and out == "mine is active: new sessions begin with it, those that exist keep theirs\n"
+    assert code == 0 and out == "mine is active: new sessions use it, existing sessions are not affected\n"
     request = service.requests["ActivateStrategy"][0]
     assert (request.name, request.etag) == ("strategies/mine", "e1")
     code, out, _ = vflow("strategies", "rollback", "--tenant", "red")
@@ -126,11 +126,14 @@ def test_a_comparison_is_a_table(vflow: Vflow, service: FakeService, data: Path)
 @pytest.mark.parametrize(
     ("arguments", "look"),
     [
-        (["list"], lambda told: [strategy["name"] for strategy in told] == ["strategies/full", "strategies/tuned-one"]),
-        (["show", "full"], lambda told: told["draft"] is False and told["ratios"] == [0.125, 1.0, 0.5]),
-        (["activate", "mine"], lambda told: told["active"] is True),
-        (["rollback"], lambda told: told["name"] == "strategies/preset-25"),
-        (["compare", "a", "b", "--live"], lambda told: told["compared"][1]["agreement"] == 0.75),
+        (
+            ["list"],
+            lambda printed: [strategy["name"] for strategy in printed] == ["strategies/full", "strategies/tuned-one"],
+        ),
+        (["show", "full"], lambda printed: printed["draft"] is False and printed["ratios"] == [0.125, 1.0, 0.5]),
+        (["activate", "mine"], lambda printed: printed["active"] is True),
+        (["rollback"], lambda printed: printed["name"] == "strategies/preset-25"),
+        (["compare", "a", "b", "--live"], lambda printed: printed["compared"][1]["agreement"] == 0.75),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -166,8 +169,8 @@ def test_a_picture_that_is_none_is_named(
             fields={"calibration.samples.samples[1].image": "refused on purpose"},
         )
     ]
-    told = f"error: {data / 'b.png'}: PICTURE_NOT_AN_IMAGE: refused on purpose\n"
-    assert vflow(*arguments, "--data", data) == (2, "", told)
+    message = f"error: {data / 'b.png'}: PICTURE_NOT_AN_IMAGE: refused on purpose\n"
+    assert vflow(*arguments, "--data", data) == (2, "", message)
 
 
 def test_a_reader_that_leaves_early_is_no_mistake_of_ours(address: str) -> None:
@@ -329,11 +332,11 @@ def test_a_stream_that_cannot_encode_the_chart(address: str, data: Path) -> None
 
 def test_live_traffic_is_not_asked_for_twice(vflow: Vflow, service: FakeService) -> None:
     code, out, err = vflow("retune", "--budget", 0.1, "--live", 20, "--activate")
-    assert code == 0 and "measured on the latest 20 conversations held" in err
+    assert code == 0 and "measured on the latest 20 conversations" in err
     assert service.requests["Retune"][0].calibration.live.max_samples == 20
     assert "CompareStrategies" not in service.requests
     assert "ratios       0.125/1.000/0.500  0.200/0.500/0.600\n" in out
-    assert out.endswith("tuned-one is active: new sessions begin with it, those that exist keep theirs\n")
+    assert out.endswith("tuned-one is active: new sessions use it, existing sessions are not affected\n")
     assert service.requests["ActivateStrategy"][0].name == "strategies/tuned-one"
 
 
@@ -346,10 +349,10 @@ def test_a_comparison_that_fails_spoils_nothing(vflow: Vflow, service: FakeServi
 
 def test_a_search_for_programs(vflow: Vflow, data: Path) -> None:
     code, out, _ = vflow("retune", "--budget", 0.1, "--data", data, "--json")
-    told = json.loads(out)
-    assert code == 0 and told["operation"] == "operations/one"
-    assert [trial["objective"] for trial in told["metadata"]["tried"]] == [0.91, 0.88, 0.95, 0.93]
-    assert told["strategy"]["name"] == "strategies/tuned-one" and told["comparison"]["questions"] == 4
+    printed = json.loads(out)
+    assert code == 0 and printed["operation"] == "operations/one"
+    assert [trial["objective"] for trial in printed["metadata"]["tried"]] == [0.91, 0.88, 0.95, 0.93]
+    assert printed["strategy"]["name"] == "strategies/tuned-one" and printed["comparison"]["questions"] == 4
 
 
 def test_leaving_a_search_and_taking_it_up_again(vflow: Vflow, service: FakeService, data: Path) -> None:
@@ -384,9 +387,9 @@ def test_ctrl_c_cancels_and_names_the_draft(
     code, out, err = vflow("retune", "--budget", 0.1, "--data", data, "--activate")
     assert (code, out) == (1, "")
     assert err.splitlines()[-3:] == [
-        "cancelling; the best so far is kept as a draft (Ctrl-C again: leave at once)",
+        "cancelling; the best strategy so far is stored as a draft (Ctrl-C again: leave at once)",
         "error: OPERATION_CANCELLED: ended on purpose",
-        "the best of 2 trials, objective 0.9100, is kept as the draft strategies/tuned-draft",
+        "the best of 2 trials, objective 0.9100, is stored as the draft strategies/tuned-draft",
     ]
     assert len(service.requests["CancelOperation"]) == 1 and "ActivateStrategy" not in service.requests
 
@@ -397,8 +400,8 @@ def test_ctrl_c_before_the_first_trial_leaves_nothing(
     interrupt_after(0, monkeypatch)
     code, out, err = vflow("retune", "--budget", 0.1, "--data", data, "--json")
     assert code == 1 and "draft strategies/" not in err
-    told = json.loads(out)
-    assert told["error"]["reason"] == "OPERATION_CANCELLED" and told["metadata"]["tried"] == []
+    printed = json.loads(out)
+    assert printed["error"]["reason"] == "OPERATION_CANCELLED" and printed["metadata"]["tried"] == []
 
 
 def test_a_second_ctrl_c_leaves_at_once(
@@ -413,7 +416,7 @@ def test_a_second_ctrl_c_leaves_at_once(
     monkeypatch.setattr("vflow_client.retune.Retune.wait", interrupted)
     code, out, err = vflow("retune", "--budget", 0.1, "--data", data)
     assert (code, out) == (1, "") and len(service.requests["CancelOperation"]) == 1
-    assert err.endswith("left; how it ended tells: vflow retune --follow operations/one\n")
+    assert err.endswith("left before the search ended; see its result with: vflow retune --follow operations/one\n")
 
 
 def test_ctrl_c_at_the_very_end_activates_nothing(
@@ -423,7 +426,7 @@ def test_ctrl_c_at_the_very_end_activates_nothing(
     service.search.advance()
     monkeypatch.setattr(service.search, "cancel", lambda: None)
     code, out, err = vflow("retune", "--budget", 0.1, "--data", data, "--activate")
-    assert (code, out) == (1, "") and "had ended already: strategies/tuned-one is there, and was not activated" in err
+    assert (code, out) == (1, "") and "had ended already: strategies/tuned-one was created, but not activated" in err
     assert "ActivateStrategy" not in service.requests
 
 
@@ -433,7 +436,7 @@ def test_a_search_that_was_interrupted_by_a_restart(vflow: Vflow, service: FakeS
     service.search.fail(code_pb2.ABORTED, "OPERATION_INTERRUPTED", draft="strategies/tuned-draft")
     code, _, err = vflow("retune", "--follow", "operations/one")
     assert code == 1 and "error: OPERATION_INTERRUPTED: ended on purpose\n" in err
-    assert err.endswith("the best of 3 trials, objective 0.9500, is kept as the draft strategies/tuned-draft\n")
+    assert err.endswith("the best of 3 trials, objective 0.9500, is stored as the draft strategies/tuned-draft\n")
 
 
 def test_a_service_that_goes_away_tells_how_to_come_back(vflow: Vflow, service: FakeService, data: Path) -> None:

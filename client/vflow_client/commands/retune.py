@@ -16,10 +16,10 @@ from vflow_client.commands.calibration_arguments import (
     add_calibration_arguments,
     calibration_of,
     describe_calibration,
-    pictures_named,
+    naming_rejected_picture,
 )
 from vflow_client.commands.connection import add_connection_arguments, connected
-from vflow_client.commands.exit_code import DONE, FAILED, USAGE, complain, exit_code_of
+from vflow_client.commands.exit_code import DONE, FAILED, USAGE, exit_code_of, print_error
 from vflow_client.commands.message_json import as_json, print_json
 from vflow_client.commands.objective_chart import LEGEND, objective_chart
 from vflow_client.commands.output import print_output
@@ -43,32 +43,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget",
         type=float,
         metavar="SHARE",
-        help="of a picture's tokens to keep, such as 0.1; required for a search",
+        help="share of the visual tokens to keep, such as 0.1; required for a new search",
     )
     add_calibration_arguments(parser, required=False)
     parser.add_argument("--trials", type=at_least(1), metavar="N", help="strategies to try (default: the service's)")
     parser.add_argument(
-        "--seed", type=at_least(0), metavar="N", help="the same search with the same seed finds the same (default: 0)"
+        "--seed",
+        type=at_least(0),
+        metavar="N",
+        help="the same search with the same seed gives the same result (default: 0)",
     )
-    parser.add_argument("--base", metavar="NAME", help="strategy to begin with (default: the active one)")
+    parser.add_argument("--base", metavar="NAME", help="strategy to start from (default: the active one)")
     parser.add_argument(
         "--id", metavar="ID", help="last part of the new strategy's name (default: the service's choice)"
     )
     parser.add_argument("--activate", action="store_true", help="activate the strategy that is found")
-    parser.add_argument("--detach", action="store_true", help="print the operation's name and leave the search alone")
+    parser.add_argument(
+        "--detach", action="store_true", help="print the name of the operation and do not wait for the search"
+    )
     parser.add_argument(
         "--follow",
         metavar="OPERATION",
-        help="take up a search that runs or has ended; --data here is only for the comparison at the end",
+        help="follow a search that is running or has ended; --data is then used only for the comparison at the end",
     )
-    parser.add_argument("--json", action="store_true", help="for programs: what was found as JSON")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, for programs")
     add_connection_arguments(parser, timeout=CALL_TIMEOUT, limits="per call")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Does what the parsed `arguments` ask for; returns the exit code. Ctrl-C has the service cancel the search."""
+    """Runs the command with the parsed `arguments`; returns the exit code. Ctrl-C cancels the search in the service."""
     if problem := _contradiction(arguments):
-        complain(problem)
+        print_error(problem)
         return USAGE
     return exit_code_of(lambda: _retune(arguments), arguments.address)
 
@@ -87,27 +92,27 @@ def _retune(arguments: argparse.Namespace) -> int:
 
 
 def _contradiction(arguments: argparse.Namespace) -> str | None:
-    """What is wrong with the options together, if anything."""
+    """The problem with the combination of options, if any."""
     if arguments.detach and arguments.activate:
-        return "--activate has to wait for the end, --detach does not: give one of them"
+        return "--activate waits for the end of the search, --detach does not: give one of them"
     if arguments.follow is None:
         if arguments.budget is None:
-            return "a search needs --budget, such as --budget 0.1 (or take one up with --follow OPERATION)"
+            return "a search needs --budget, such as --budget 0.1 (or follow one with --follow OPERATION)"
         if arguments.data is None and arguments.live is None:
             return "a search needs --data DIR or --live to measure strategies on"
         return None
     for option in ("budget", "live", "trials", "seed", "base", "id"):
         if getattr(arguments, option) is not None:
-            return f"--{option} is for a new search, --follow takes up one that was begun: give one of them"
+            return f"--{option} is for a new search, --follow is for one that has started: give one of them"
     return "--detach and --follow contradict each other: give one of them" if arguments.detach else None
 
 
 def _search(client: Client, source: list[Sample] | LiveTraffic | None, arguments: argparse.Namespace) -> Retune:
-    """The search to follow, begun now unless it was before."""
+    """The search to follow: a new one, or the one that `--follow` names."""
     if arguments.follow is not None:
         return client.strategies.operation(arguments.follow)
     assert source is not None, "a search without data was refused"
-    with pictures_named(source):
+    with naming_rejected_picture(source):
         search = client.strategies.retune(
             arguments.budget,
             source,
@@ -116,43 +121,45 @@ def _search(client: Client, source: list[Sample] | LiveTraffic | None, arguments
             base=arguments.base,
             strategy_id=arguments.id or "",
         )
-    _say(f"{search.name}: budget {arguments.budget:.1%}, measured on {describe_calibration(source)}")
+    _print_status(f"{search.name}: budget {arguments.budget:.1%}, measured on {describe_calibration(source)}")
     return search
 
 
 def _follow(
     client: Client, search: Retune, source: list[Sample] | LiveTraffic | None, arguments: argparse.Namespace
 ) -> int:
-    """Shows the progress until the end, then what was found."""
-    uninterrupted = _watch(search)
+    """Shows the progress until the end, then the result."""
+    uninterrupted = _follow_to_end(search)
     if not search.done:
         return FAILED
     try:
         strategy = search.result()
     except VFlowError as error:
-        return _tell_failure(search, error, arguments)
+        return _print_failure(search, error, arguments)
     if not uninterrupted:
-        complain(f"the search had ended already: {strategy.name} is there, and was not activated")
+        print_error(f"the search had ended already: {strategy.name} was created, but not activated")
         return FAILED
-    _tell_success(client, search, strategy, source, arguments)
+    _print_result(client, search, strategy, source, arguments)
     return DONE
 
 
-def _watch(search: Retune) -> bool:
-    """Shows the progress; returns whether nobody interrupted it. Then the search has ended, or was left to end."""
+def _follow_to_end(search: Retune) -> bool:
+    """Shows the progress until the search has ended or the user has left; returns False if the user interrupted."""
     try:
         _show_progress(search)
         return True
     except Unavailable:
-        _say(f"the service is out of reach; the search may go on there: vflow retune --follow {search.name}")
+        _print_status(
+            f"the service cannot be reached; the search may still be running: vflow retune --follow {search.name}"
+        )
         raise
     except KeyboardInterrupt:
-        _say("cancelling; the best so far is kept as a draft (Ctrl-C again: leave at once)")
+        _print_status("cancelling; the best strategy so far is stored as a draft (Ctrl-C again: leave at once)")
     try:
         search.cancel()
         search.wait()
     except KeyboardInterrupt:
-        _say(f"left; how it ended tells: vflow retune --follow {search.name}")
+        _print_status(f"left before the search ended; see its result with: vflow retune --follow {search.name}")
     return False
 
 
@@ -165,29 +172,29 @@ def _show_progress(search: Retune) -> None:
         progress.close()
 
 
-def _tell_failure(search: Retune, error: VFlowError, arguments: argparse.Namespace) -> int:
-    """Tells why a search came to nothing, and what it left."""
+def _print_failure(search: Retune, error: VFlowError, arguments: argparse.Namespace) -> int:
+    """Prints why a search failed, and the draft that it left."""
     metadata = search.metadata
     if arguments.json:
         failure = {"reason": error.reason or error.code.name, "message": error.message}
         print_json({"operation": search.name, "metadata": as_json(metadata), "error": failure})
-    complain(str(error))
+    print_error(str(error))
     if metadata.best.name:
-        _say(
-            f"the best of {len(metadata.tried)} trials, objective {metadata.best_objective:.4f}, is kept as the draft "
-            f"{metadata.best.name}"
+        _print_status(
+            f"the best of {len(metadata.tried)} trials, objective {metadata.best_objective:.4f}, is stored as the "
+            f"draft {metadata.best.name}"
         )
     return FAILED
 
 
-def _tell_success(
+def _print_result(
     client: Client,
     search: Retune,
     strategy: Strategy,
     source: list[Sample] | LiveTraffic | None,
     arguments: argparse.Namespace,
 ) -> None:
-    """Tells what was found and what it would change, and activates it where that was asked for."""
+    """Prints the strategy that was found and what it changes, and activates it with `--activate`."""
     base, metadata = search.metadata.base, search.metadata
     if not arguments.json:
         print_output(_describe_search(metadata, strategy))
@@ -211,14 +218,14 @@ def _tell_success(
 def _compare(
     client: Client, base: str, strategy: Strategy, source: list[Sample] | LiveTraffic | None
 ) -> CompareStrategiesResponse | None:
-    """The strategy against the one that the search began with; None where there is nothing to measure them on."""
+    """Compares the strategy with the one that the search started from; None without samples to measure them on."""
     if not isinstance(source, list):
-        return None  # Live traffic was used up by the search.
-    _say(f"comparing with {short(base)} on the same samples")
+        return None  # The search has consumed the live traffic.
+    _print_status(f"comparing with {short(base)} on the same samples")
     try:
         return client.strategies.compare(base, strategy.name, source)
     except VFlowError as error:
-        complain(f"no comparison: {error}")
+        print_error(f"no comparison: {error}")
         return None
 
 
@@ -236,5 +243,5 @@ def _describe_search(metadata: RetuneMetadata, strategy: Strategy) -> Renderable
     )
 
 
-def _say(text: str) -> None:
+def _print_status(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, TypeVar
 from google.protobuf.message import Message
 
 from vflow_client.client import Client
-from vflow_client.commands.calibration_arguments import add_calibration_arguments, calibration_of, pictures_named
+from vflow_client.commands.calibration_arguments import (
+    add_calibration_arguments,
+    calibration_of,
+    naming_rejected_picture,
+)
 from vflow_client.commands.connection import add_connection_arguments, connected
 from vflow_client.commands.exit_code import DONE, exit_code_of
 from vflow_client.commands.message_json import as_json, print_json
@@ -46,11 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_calibration_arguments(compare, required=True)
     add_connection_arguments(compare, timeout=COMPARISON_TIMEOUT, limits="for the comparison")
     for action in (listing, show, activate, rollback, compare):
-        action.add_argument("--json", action="store_true", help="for programs: the messages of the contract as JSON")
+        action.add_argument(
+            "--json", action="store_true", help="print the messages of the contract as JSON, for programs"
+        )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Does what the parsed `arguments` ask for; returns the exit code."""
+    """Runs the command with the parsed `arguments`; returns the exit code."""
     return exit_code_of(lambda: _act(arguments), arguments.address)
 
 
@@ -84,7 +90,7 @@ def _rollback(client: Client, arguments: argparse.Namespace) -> None:
 def _compare(client: Client, arguments: argparse.Namespace) -> None:
     source = calibration_of(arguments)
     assert source is not None, "the parser requires one"
-    with pictures_named(source):
+    with naming_rejected_picture(source):
         comparison = client.strategies.compare(arguments.first, arguments.second, source)
     _print(comparison, describe_comparison, arguments)
 

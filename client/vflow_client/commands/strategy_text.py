@@ -57,7 +57,7 @@ def describe_strategy(strategy: Strategy) -> Table:
     if strategy.HasField("provenance"):
         found = strategy.provenance
         rows += [
-            ("objective", f"{found.objective:.4f}; of {short(found.base)}, where it began: {found.base_objective:.4f}"),
+            ("objective", f"{found.objective:.4f}; {short(found.base)}, the base: {found.base_objective:.4f}"),
             ("found by", f"{found.operation}, {found.trials} trials, {found.samples} samples, seed {found.seed}"),
             ("data", found.data_digest),
             ("model", f"{found.model_revision} (service {found.code_version})"),
@@ -71,7 +71,7 @@ def describe_strategy(strategy: Strategy) -> Table:
 
 def announce_active(strategy: Strategy) -> str:
     """What changes now that a strategy is active."""
-    return f"{short(strategy.name)} is active: new sessions begin with it, those that exist keep theirs"
+    return f"{short(strategy.name)} is active: new sessions use it, existing sessions are not affected"
 
 
 def describe_change(first: Strategy, second: Strategy) -> Table:
