@@ -18,7 +18,8 @@ _FIELD_OF_SAMPLE = re.compile(r"calibration\.samples\.samples\[(\d+)\]")
 
 def add_calibration_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
     """Declares `--data` and `--live`, one of which may be `required`, and how much of the data is used."""
-    source = parser.add_mutually_exclusive_group(required=required)
+    samples = parser.add_argument_group("samples to measure strategies on")
+    source = samples.add_mutually_exclusive_group(required=required)
     source.add_argument(
         "--data",
         type=Path,
@@ -34,14 +35,14 @@ def add_calibration_arguments(parser: argparse.ArgumentParser, *, required: bool
         metavar="N",
         help="the latest N conversations of the service (default: all); it must run with --calibration-samples",
     )
-    parser.add_argument(
+    samples.add_argument(
         "--pictures",
         type=at_least(1),
         default=32,
         metavar="N",
         help="use the first N pictures of the data (default: 32)",
     )
-    parser.add_argument(
+    samples.add_argument(
         "--questions",
         type=at_least(1),
         default=8,

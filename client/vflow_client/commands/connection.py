@@ -9,24 +9,25 @@ from vflow_client.tls import Tls
 
 def add_connection_arguments(parser: argparse.ArgumentParser, *, timeout: float, limits: str) -> None:
     """Declares address, caller and timeout; `timeout` is the default in seconds, `limits` says what it limits."""
-    parser.add_argument(
+    connection = parser.add_argument_group("connection")
+    connection.add_argument(
         "--address",
         default=os.environ.get("VFLOW_ADDRESS", "localhost:50051"),
         help="host and port of the service (environment: VFLOW_ADDRESS; default: %(default)s)",
     )
-    parser.add_argument(
+    connection.add_argument(
         "--token",
         default=os.environ.get("VFLOW_TOKEN"),
         help="token of the caller, where the service requires one; prefer the environment (VFLOW_TOKEN), because other "
         "users can see the arguments of a process",
     )
-    parser.add_argument(
+    connection.add_argument(
         "--tenant", default=os.environ.get("VFLOW_TENANT"), help="tenant of the calls (environment: VFLOW_TENANT)"
     )
-    add_tls_arguments(parser)
-    parser.add_argument(
-        "--timeout", type=_seconds, default=timeout, help=f"most seconds {limits} (default: %(default)g)"
+    connection.add_argument(
+        "--timeout", type=_seconds, default=timeout, help=f"time limit {limits}, in seconds (default: %(default)g)"
     )
+    add_tls_arguments(parser)
 
 
 def _seconds(text: str) -> float:
@@ -42,9 +43,8 @@ def _seconds(text: str) -> float:
 
 def add_tls_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of TLS."""
-    parser.add_argument(
-        "--tls", action="store_true", help="encrypt the connection; implied by the other options of TLS"
-    )
+    tls = parser.add_argument_group("TLS")
+    tls.add_argument("--tls", action="store_true", help="encrypt the connection; implied by the other options of TLS")
     for option, variable, value, help_text in (
         ("--ca", "VFLOW_CA", "FILE", "root certificates that verify the service, PEM; default: public ones"),
         ("--cert", "VFLOW_CERT", "FILE", "client certificate for mutual TLS, PEM"),
@@ -56,7 +56,7 @@ def add_tls_arguments(parser: argparse.ArgumentParser) -> None:
             "name in the certificate of the service; default: that of the address",
         ),
     ):
-        parser.add_argument(
+        tls.add_argument(
             option, metavar=value, default=os.environ.get(variable), help=f"{help_text} (environment: {variable})"
         )
 

@@ -39,34 +39,36 @@ CALL_TIMEOUT = 600.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the search on `parser`."""
-    parser.add_argument(
+    search = parser.add_argument_group("search")
+    search.add_argument(
         "--budget",
         type=float,
         metavar="SHARE",
         help="share of the visual tokens to keep, such as 0.1; required for a new search",
     )
-    add_calibration_arguments(parser, required=False)
-    parser.add_argument("--trials", type=at_least(1), metavar="N", help="strategies to try (default: the service's)")
-    parser.add_argument(
+    search.add_argument("--trials", type=at_least(1), metavar="N", help="strategies to try (default: the service's)")
+    search.add_argument(
         "--seed",
         type=at_least(0),
         metavar="N",
         help="the same search with the same seed gives the same result (default: 0)",
     )
-    parser.add_argument("--base", metavar="NAME", help="strategy to start from (default: the active one)")
-    parser.add_argument(
+    search.add_argument("--base", metavar="NAME", help="strategy to start from (default: the active one)")
+    search.add_argument(
         "--id", metavar="ID", help="last part of the new strategy's name (default: the service's choice)"
     )
-    parser.add_argument("--activate", action="store_true", help="activate the strategy that is found")
-    parser.add_argument(
+    add_calibration_arguments(parser, required=False)
+    result = parser.add_argument_group("result")
+    result.add_argument("--activate", action="store_true", help="activate the strategy that is found")
+    result.add_argument(
         "--detach", action="store_true", help="print the name of the operation and do not wait for the search"
     )
-    parser.add_argument(
+    result.add_argument(
         "--follow",
         metavar="OPERATION",
         help="follow a search that is running or has ended; --data is then used only for the comparison at the end",
     )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON, for programs")
+    result.add_argument("--json", action="store_true", help="print the result as JSON, for programs")
     add_connection_arguments(parser, timeout=CALL_TIMEOUT, limits="per call")
 
 
