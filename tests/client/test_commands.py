@@ -319,6 +319,19 @@ def test_a_table_on_a_narrow_terminal_wraps_and_loses_nothing(
     )
 
 
+@pytest.mark.parametrize(("columns", "head"), [(100, "RATIOS  "), (60, "OBJECTIVE  ORIGIN"), (30, "ORIGIN")])
+def test_a_list_fits_the_terminal(
+    vflow: Vflow, terminal: FakeTerminal, monkeypatch: pytest.MonkeyPatch, columns: int, head: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert vflow("strategies", "list")[0] == 0
+    shown = frames(terminal)
+    assert max(map(len, shown)) <= columns and any(head in line for line in shown)
+    assert ("DIVERSITY" in " ".join(shown)) == (columns == 100)
+    assert any(line.startswith("*  full") for line in shown)
+
+
 def test_a_stream_that_cannot_encode_the_chart(address: str, data: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "vflow_server", "retune", "--budget", "0.1", "--data", data, "--address", address],

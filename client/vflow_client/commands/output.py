@@ -39,6 +39,12 @@ def print_output(*parts: RenderableType) -> None:
     print("\n".join(line.rstrip(" ") for line in captured.get().splitlines()), flush=True)
 
 
+def fits_output(renderable: RenderableType) -> bool:
+    """Whether the standard output is wide enough to show `renderable` without wrapping it."""
+    console = console_on(sys.stdout)
+    return console.measure(renderable, options=console.options.update(width=UNLIMITED)).maximum <= console.width
+
+
 def table(rows: Sequence[Sequence[str]], *, head: Sequence[str] = (), right: Collection[int] = ()) -> Table:
     """A table of `rows`, all of one length, below `head`; columns whose number is in `right` are aligned right."""
     from rich.table import Column, Table

@@ -17,7 +17,7 @@ from vflow_client.commands.calibration_arguments import (
 from vflow_client.commands.connection import add_connection_arguments, connected
 from vflow_client.commands.exit_code import DONE, exit_code_of
 from vflow_client.commands.message_json import as_json, print_json
-from vflow_client.commands.output import print_output
+from vflow_client.commands.output import fits_output, print_output
 from vflow_client.commands.strategy_text import announce_active, describe_comparison, describe_strategy, list_strategies
 from vflow_client.retry import DEFAULT_TIMEOUT
 from vflow_client.v1.strategies_pb2 import Strategy
@@ -71,7 +71,8 @@ def _list(client: Client, arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json([as_json(strategy) for strategy in strategies])
     else:
-        print_output(list_strategies(strategies))
+        full = list_strategies(strategies)
+        print_output(full if fits_output(full) else list_strategies(strategies, parameters=False))
 
 
 def _show(client: Client, arguments: argparse.Namespace) -> None:

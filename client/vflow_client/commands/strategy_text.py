@@ -21,21 +21,22 @@ def short(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def list_strategies(strategies: Sequence[Strategy]) -> Table:
-    """A table with a row for each; the active one is marked."""
-    head = ("", "NAME", "BUDGET", "RATIOS", "T", "ALPHA", "GRID", "DIVERSITY", "OBJECTIVE", "ORIGIN")
+def list_strategies(strategies: Sequence[Strategy], *, parameters: bool = True) -> Table:
+    """A table with a row for each, the active one marked; without `parameters` it fits narrow terminals."""
+    names = ("RATIOS", "T", "ALPHA", "GRID", "DIVERSITY") if parameters else ()
+    head = ("", "NAME", "BUDGET", *names, "OBJECTIVE", "ORIGIN")
     rows = [
         (
             "*" if strategy.active else "",
             short(strategy.name),
             f"{strategy.budget:.1%}",
-            *_parameters(strategy),
+            *(_parameters(strategy) if parameters else ()),
             f"{strategy.provenance.objective:.4f}" if strategy.HasField("provenance") else "-",
             _origin(strategy),
         )
         for strategy in strategies
     ]
-    return table(rows, head=head, right=(2, 4, 5, 6, 7, 8))
+    return table(rows, head=head, right=(2, 4, 5, 6, 7, 8) if parameters else (2, 3))
 
 
 def describe_strategy(strategy: Strategy) -> Table:
