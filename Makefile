@@ -20,7 +20,7 @@ setup: $(READY) ## create the virtual environment (once, and again when what is 
 # torch goes first and pinned: left to the resolver it may bring gigabytes of CUDA libraries. Which index pip takes it
 # from is pip's own business (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS). Nothing is compiled ahead
 # (--no-compile), which saves time: most modules are never imported, and Python compiles those that are.
-$(READY): pyproject.toml constraints.txt client/pyproject.toml client/setup.py $(wildcard proto/vflow/v1/*.proto)
+$(READY): pyproject.toml constraints.txt client/pyproject.toml client/setup.py $(wildcard proto/*/*/*.proto)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "VFlow needs Python 3.11 or newer: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --no-compile --constraint constraints.txt torch

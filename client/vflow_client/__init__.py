@@ -7,8 +7,8 @@
         for piece in session.ask("What is in the picture?"):
             print(piece, end="", flush=True)
 
-The same for asyncio is in `vflow_client.aio`. Receipts, usage, sessions and strategies are messages of the contract
-(`vflow.v1`), documented there field by field. Failures are exceptions; `vflow_client.errors` draws their tree.
+`vflow_client.aio` is the same for asyncio. Receipts, usage, sessions and strategies are messages of the contract
+(`vflow.v1`), documented there field by field. Failures are exceptions; `vflow_client.errors` shows their hierarchy.
 """
 
 from vflow_client.answer import Answer

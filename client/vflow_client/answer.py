@@ -1,4 +1,4 @@
-"""An answer as it comes, synchronously."""
+"""An answer while it streams, synchronously."""
 
 import time
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ from vflow_client.v1.conversations_pb2 import ChatRequest, ChatResponse
 
 
 class Answer(Transcript, Iterator[str]):
-    """Iterate over it for the pieces of text as they come; `usage` and `receipt` are there after the last one.
+    """Iterating yields pieces of text as they arrive; after the last one, `usage` and `receipt` can be read.
 
-    Closing an answer before its end (`close()`, or leaving it as a context manager) cancels the turn: the session is
-    then as if it had not been asked, unless the service, which may be ahead of the reader, had finished the turn
-    already (`Session.state().turn_count` tells). One answer is read by one thread.
+    Closing an answer before its end (`close()`, or leaving it as a context manager) cancels the turn and
+    leaves the session as it was before the question. If the service, which may be ahead of the reader, has finished the
+    turn already, the turn counts (see `Session.state().turn_count`). Only one thread may read an answer.
     """
 
     def __init__(self, method: Any, request: ChatRequest, attempts: Attempts) -> None:
@@ -37,7 +37,7 @@ class Answer(Transcript, Iterator[str]):
             VFlowError: the turn failed, and the session is as it was before.
         """
         while not self.finished:
-            if piece := self._take(self._next_event()):
+            if piece := self._append(self._next_event()):
                 return piece
         raise StopIteration
 
@@ -76,17 +76,17 @@ class Answer(Transcript, Iterator[str]):
             try:
                 event: ChatResponse = next(self._call)
             except StopIteration:
-                raise self._broken_off() from None
+                raise self._incomplete() from None
             except grpc.RpcError as failure:
                 self._refuse_if_closed()
                 error = error_from_call(failure)
-                # Text that the caller has seen cannot be taken back: only an answer that has not begun starts over.
+                # The caller may have used the text already, so only an answer without any text is requested again.
                 delay = None if self.text else self._attempts.delay_after(error)
                 if delay is None:
                     raise error from failure
             else:
                 if event.HasField("finished"):
-                    # Let the call end by itself; dropping it would cancel it. The turn counts whatever comes now.
+                    # Let the call end by itself, because dropping it would cancel it. The turn counts in any case.
                     with suppress(grpc.RpcError):
                         next(self._call, None)
                 return event

@@ -1,4 +1,4 @@
-"""Building the request of a turn: pure, shared by the synchronous and the asyncio face."""
+"""The request of a turn: shared by the synchronous and the asyncio client, without input or output of its own."""
 
 import uuid
 from collections.abc import Iterable, Sequence
@@ -38,10 +38,10 @@ def chat_request(
     Raises:
         OSError: a picture's path that cannot be read.
         TypeError: a part that is neither text nor a picture nor a video.
-        ValueError: a number outside what its field can hold, or a detail that there is not.
+        ValueError: a number outside the range of its field, or an unknown detail.
     """
     pictures = [Part(image=to_image(image, detail)) for image in images]
-    said = [_part(part, detail) for part in parts]
+    message = [*pictures, *(_part(part, detail) for part in parts)]
     options = ChatOptions(
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,
@@ -50,7 +50,7 @@ def chat_request(
         seed=seed,
         stop=[stop] if isinstance(stop, str) else list(stop),
     )
-    return ChatRequest(session=session, parts=pictures + said, options=options, request_id=str(uuid.uuid4()))
+    return ChatRequest(session=session, parts=message, options=options, request_id=str(uuid.uuid4()))
 
 
 def _part(source: PartSource, detail: Detail) -> Part:

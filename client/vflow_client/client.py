@@ -38,14 +38,14 @@ class Client:
         token: str | None = None,
         tenant: str | None = None,
     ) -> None:
-        """Takes over `channel`, which `close()` closes; `connect()` makes one from an address.
+        """Uses `channel`, which `close()` closes; `connect()` makes one from an address.
 
         Args:
-            channel: where the service is.
+            channel: a channel to the service.
             timeout: seconds that each call may take, its retries included; None: no limit.
             retry: when failed calls are tried again; None: the defaults of `RetryPolicy`.
-            token: says whose calls these are, where the service asks.
-            tenant: whose calls these are; None: the token's tenant or, without one, the service's default.
+            token: authenticates the caller, where the service requires it.
+            tenant: the tenant of these calls; None: the tenant of the token or, without a token, the service's default.
         """
         self._channel = channel
         self._caller = Caller(timeout, retry or RetryPolicy(), token=token, tenant=tenant)
@@ -58,19 +58,19 @@ class Client:
 
         Raises:
             StrategyNotFound: there is no such strategy.
-            CapacityExhausted: the service holds as many sessions as it can.
+            CapacityExhausted: the service has as many sessions as it can hold.
         """
         request = CreateSessionRequest(session=SessionState(strategy=strategy_name(strategy)))
-        # Repeatable: a session that was opened, but never heard of, expires.
+        # Repeatable: a session whose name was lost with its response expires.
         state: SessionState = self._caller.unary(self._conversations.CreateSession, request, timeout, repeatable=True)
         return self.attach(state.name)
 
     def attach(self, name: str) -> Session:
-        """A session that exists already, by its resource name `sessions/{session}`. Makes no call."""
+        """An existing session, by its resource name `sessions/{session}`. Makes no call."""
         return Session(name, self._conversations, self._caller)
 
     def sessions(self, *, timeout: float | None = None) -> Iterator[SessionState]:
-        """All sessions that live, oldest first, read page by page; `timeout` is for each page."""
+        """Yields the sessions of the tenant, oldest first, page by page; `timeout` is for each page."""
         request = ListSessionsRequest()
         while True:
             page: ListSessionsResponse = self._caller.unary(
@@ -100,7 +100,7 @@ class Client:
             timeout: seconds; None: the client's.
 
         Raises:
-            PictureRejected: it is not a picture that the service takes.
+            PictureRejected: the service cannot use the picture.
             StrategyNotFound: there is no such strategy.
         """
         request = CompressImageRequest(
@@ -150,19 +150,19 @@ def connect(
         address: host and port, or any gRPC target (`dns:///...`, `unix:...`).
         timeout: seconds that each call may take, its retries included; None: no limit.
         retry: when failed calls are tried again; None: the defaults of `RetryPolicy`.
-        token: says whose calls these are, where the service asks. Whoever listens can read it unless `tls` is used.
+        token: authenticates the caller, where the service requires it. Without `tls` it can be read on the network.
         tls: whether to encrypt the connection, or how: the path of a file (PEM) with the roots of the service's
             certificate, or a `Tls`.
-        tenant: whose sessions and pictures these calls see and share, 1 to 63 lower-case letters, digits and hyphens;
-            None: those of the token's tenant or, without a token, of the service's default one.
+        tenant: the tenant whose sessions and pictures these calls can use, 1 to 63 lower-case letters, digits and
+            hyphens; None: the tenant of the token or, without a token, the service's default.
 
     Raises:
         OSError: a file of `tls` cannot be read.
     """
-    how = to_tls(tls)
+    encryption = to_tls(tls)
     channel = (
         grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-        if how is None
-        else grpc.secure_channel(address, how.credentials(), options=(*CHANNEL_OPTIONS, *how.options()))
+        if encryption is None
+        else grpc.secure_channel(address, encryption.credentials(), options=(*CHANNEL_OPTIONS, *encryption.options()))
     )
     return Client(channel, timeout=timeout, retry=retry, token=token, tenant=tenant)

@@ -1,4 +1,4 @@
-"""What can go wrong, as exceptions: one class for each reason that a program would treat differently.
+"""The exceptions of the client: one class for each reason that a program would treat differently.
 
     VFlowError                    everything below; also status codes that have no class of their own
     ├── InvalidRequest            the request is wrong: sending it again cannot help
@@ -12,39 +12,39 @@
     │   ├── PageTokenInvalid
     │   ├── NameInvalid           not a resource name or digest of the kind that was asked for
     │   ├── TenantInvalid         not the name of a tenant
-    │   └── MessageInvalid        not the message that the method takes: the contracts of both sides differ
-    ├── Unauthenticated           TOKEN_*: no token, or none that is valid (see `reason`)
+    │   └── MessageInvalid        not the message that the method expects: client and service use different contracts
+    ├── Unauthenticated           TOKEN_*: the token is missing or invalid (see `reason`)
     ├── PermissionDenied          the token is valid, but not for this
     │   ├── AdminRequired         the method is for administrators
     │   └── TenantForbidden       the token is of another tenant
     ├── NotFound
     │   ├── SessionNotFound       never created, deleted, or expired
     │   ├── StrategyNotFound
-    │   ├── OperationNotFound     never begun, deleted, or another tenant's
-    │   └── PictureNotHeld        the service does not hold that digest: send the bytes
+    │   ├── OperationNotFound     never started, deleted, or another tenant's
+    │   └── PictureNotHeld        the service does not store that digest: send the bytes
     ├── Conflict                  the request is right, but not now
     │   ├── SessionBusy           another turn of the session is running
     │   ├── SessionDeleted        the session was deleted while the turn ran
-    │   ├── ModelChanged          the session was held with another model, and cannot go on with this one
-    │   ├── VideoUnsupported      the service's model takes no videos
+    │   ├── ModelChanged          the session belongs to another model and cannot go on with this one
+    │   ├── VideoUnsupported      the model of the service does not support videos
     │   ├── ReaderStalled         this side did not read the answer for too long
     │   ├── StrategyExists
-    │   ├── EtagMismatch          the active strategy changed in between
+    │   ├── EtagMismatch          the active strategy changed since the etag was read
     │   ├── NothingToRollBack     no strategy was active before this one
     │   ├── RetuneRunning         another search runs; `metadata` names its operation
-    │   ├── CalibrationUnavailable  the service holds no live traffic to measure on
-    │   └── OperationInterrupted  the service ended while the operation ran: begin it anew
-    ├── Unavailable               the service cannot be reached, or takes no work
+    │   ├── CalibrationUnavailable  the service has no live traffic to measure on
+    │   └── OperationInterrupted  the service stopped while the operation ran: start it again
+    ├── Unavailable               the service cannot be reached, or accepts no work
     │   ├── ServerStopping
     │   ├── EngineFailed
-    │   └── StorageFailed         the service cannot use its data folder; nothing was kept of the request
+    │   └── StorageFailed         the service cannot use its data folder; nothing of the request was stored
     ├── ResourceExhausted         a limit on the way, such as the size of a message
-    │   └── CapacityExhausted     no room; without a `retry_after` waiting does not help
+    │   └── CapacityExhausted     no capacity; without a `retry_after`, waiting does not help
     ├── DeadlineExceeded          the timeout passed before the call ended
-    ├── Cancelled                 this side cancelled the call, or the service ended
-    │   └── OperationCancelled    somebody cancelled the operation; `metadata` names the draft that it left
+    ├── Cancelled                 the client cancelled the call, or the service stopped
+    │   └── OperationCancelled    the operation was cancelled; `metadata` names the draft that it left
     ├── ServerFault               a fault of the service itself
-    └── SessionDamaged            what the service stored of the session cannot be read any more
+    └── SessionDamaged            the stored session can no longer be read
 
 Reasons are the values of `vflow.v1.ErrorReason`. A reason that this client does not know yet falls back to the class
 for its status code.
@@ -67,9 +67,9 @@ class VFlowError(Exception):
         message: what is wrong and what to do about it.
         code: the gRPC status code.
         reason: the name of an `ErrorReason`, or None where the error did not come from the service.
-        metadata: what the reason is about, as documented with each `ErrorReason`.
-        fields: for each field of the request that is wrong (its path), what is wrong with it.
-        retry_after: seconds after which the service asks to be tried again, or None.
+        metadata: details of the reason, as documented with each `ErrorReason`.
+        fields: the problem with each wrong field of the request, by the path of the field.
+        retry_after: seconds after which the service suggests another attempt, or None.
     """
 
     def __init__(
@@ -100,15 +100,15 @@ class InvalidRequest(VFlowError):
 
 
 class PictureRejected(InvalidRequest):
-    """The picture cannot be used; `reason` (PICTURE_...) tells why."""
+    """The picture cannot be used; `reason` (PICTURE_...) says why."""
 
 
 class VideoRejected(InvalidRequest):
-    """The frames are no video that can be used; `reason` (VIDEO_...) tells why."""
+    """The frames cannot be used as a video; `reason` (VIDEO_...) says why."""
 
 
 class EmptyTurn(InvalidRequest):
-    """The turn, or a part of it, says nothing."""
+    """The turn, or a part of it, is empty."""
 
 
 class OptionOutOfRange(InvalidRequest):
@@ -124,11 +124,11 @@ class StrategyInvalid(InvalidRequest):
 
 
 class RequestIdReused(InvalidRequest):
-    """The request_id came before, with another request."""
+    """The request_id was used before, for another request."""
 
 
 class PageTokenInvalid(InvalidRequest):
-    """The page token is not one that the service gave out."""
+    """The page token was not issued by the service."""
 
 
 class NameInvalid(InvalidRequest):
@@ -140,11 +140,11 @@ class TenantInvalid(InvalidRequest):
 
 
 class MessageInvalid(InvalidRequest):
-    """Not the message that the method takes: this client and the service hold to different contracts."""
+    """Not the message that the method expects: this client and the service use different contracts."""
 
 
 class Unauthenticated(VFlowError):
-    """The service asks who calls: there is no token, or none that is valid; `reason` (TOKEN_...) tells which."""
+    """The service requires a token, and it is missing, invalid or expired; `reason` (TOKEN_...) says which."""
 
 
 class PermissionDenied(VFlowError):
@@ -152,15 +152,15 @@ class PermissionDenied(VFlowError):
 
 
 class AdminRequired(PermissionDenied):
-    """The method is for administrators, and the token is of a user."""
+    """The method is for administrators, and the token belongs to a user."""
 
 
 class TenantForbidden(PermissionDenied):
-    """The token is of another tenant than the one that the call names."""
+    """The token belongs to another tenant than the one that the call names."""
 
 
 class NotFound(VFlowError):
-    """What the request names is not there."""
+    """The request names something that does not exist."""
 
 
 class SessionNotFound(NotFound):
@@ -172,11 +172,11 @@ class StrategyNotFound(NotFound):
 
 
 class OperationNotFound(NotFound):
-    """The operation was never begun, was deleted, or belongs to another tenant."""
+    """The operation was never started, was deleted, or belongs to another tenant."""
 
 
 class PictureNotHeld(NotFound):
-    """The service does not hold the picture with this digest; send its bytes."""
+    """The service does not store the picture with this digest; send its bytes."""
 
 
 class Conflict(VFlowError):
@@ -184,7 +184,7 @@ class Conflict(VFlowError):
 
 
 class SessionBusy(Conflict):
-    """Another turn or picture of this session is being worked on."""
+    """Another turn or picture of this session is being processed."""
 
 
 class SessionDeleted(Conflict):
@@ -192,15 +192,15 @@ class SessionDeleted(Conflict):
 
 
 class ModelChanged(Conflict):
-    """The session was held with another model than the service serves now; it is kept, but cannot go on."""
+    """The session belongs to another model than the service has now; it is still stored, but cannot go on."""
 
 
 class VideoUnsupported(Conflict):
-    """The service's model takes no videos: show frames as pictures."""
+    """The model of the service does not support videos: add the frames as pictures."""
 
 
 class ReaderStalled(Conflict):
-    """Nothing of the answer was read for too long, so the service ended the call."""
+    """The answer was not read for too long, so the service ended the call."""
 
 
 class StrategyExists(Conflict):
@@ -216,19 +216,19 @@ class NothingToRollBack(Conflict):
 
 
 class RetuneRunning(Conflict):
-    """A search is under way already; `metadata["operation"]` names it."""
+    """Another search is running; `metadata["operation"]` names it."""
 
 
 class CalibrationUnavailable(Conflict):
-    """The service holds no live traffic: it keeps none, or none has come since the last search."""
+    """The service has no live traffic: it records none, or there was none since the last search."""
 
 
 class OperationInterrupted(Conflict):
-    """The service ended while the operation ran: begin it anew. `metadata["strategy"]` names the draft, if any."""
+    """The service stopped while the operation ran: start it again. `metadata["strategy"]` names the draft, if any."""
 
 
 class Unavailable(VFlowError):
-    """The service cannot be reached, or takes no work."""
+    """The service cannot be reached, or accepts no work."""
 
 
 class ServerStopping(Unavailable):
@@ -240,7 +240,7 @@ class EngineFailed(Unavailable):
 
 
 class StorageFailed(Unavailable):
-    """The service cannot use its data folder, and kept nothing of the request; `retry_after` says when to try again."""
+    """The service cannot use its data folder and stored nothing of the request; try again after `retry_after`."""
 
 
 class ResourceExhausted(VFlowError):
@@ -252,23 +252,23 @@ class CapacityExhausted(ResourceExhausted):
 
 
 class DeadlineExceeded(VFlowError):
-    """The timeout passed before the call ended; a turn that the service had not finished by then was not said."""
+    """The timeout passed before the call ended; a turn that the service had not finished does not count."""
 
 
 class Cancelled(VFlowError):
-    """This side cancelled the call, or the service ended before it had looked at it."""
+    """The client cancelled the call, or the service stopped before it handled the call."""
 
 
 class OperationCancelled(Cancelled):
-    """Somebody cancelled the operation; `metadata["strategy"]` names the draft, if any."""
+    """The operation was cancelled; `metadata["strategy"]` names the draft, if any."""
 
 
 class ServerFault(VFlowError):
-    """A fault of the service itself; its log tells more."""
+    """An internal error of the service; see its log."""
 
 
 class SessionDamaged(VFlowError):
-    """What the service stored of the session cannot be read any more; delete it, and open a new one."""
+    """The stored session can no longer be read; delete it and open a new one."""
 
 
 CLASS_OF_REASON: Mapping[str, type[VFlowError]] = {
@@ -380,7 +380,7 @@ def _error(code: grpc.StatusCode, message: str | None, details: Iterable[any_pb2
             retry_after = retry.retry_delay.ToNanoseconds() / 1e9
     reason = info.reason if info is not None else None
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and info is None and "message larger than max" in (message or ""):
-        # gRPC itself refuses it, before the service could say what may be done.
+        # gRPC refuses the message before the service sees it, so the advice is added here.
         message = f"{message}: send fewer or smaller pictures at once, or raise the service's --max-message-bytes"
     kind = CLASS_OF_REASON.get(reason or "", CLASS_OF_CODE.get(code, VFlowError))
     return kind(

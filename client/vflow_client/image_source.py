@@ -1,6 +1,6 @@
-"""The forms in which a caller may hand over a picture, and how each becomes the contract's `Image`.
+"""The forms in which a caller can pass a picture, and their conversion to the contract's `Image`.
 
-Knows no picture format: whether bytes are a picture is for the service to say.
+This module knows no picture formats: the service decides whether bytes are a picture.
 """
 
 import io
@@ -12,11 +12,11 @@ from vflow_client.v1.images_pb2 import Image
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Image | Any"
 """A path, the bytes of a picture file, a `PIL.Image.Image`, or an `Image` of the contract (`Image(digest=...)` for a
-picture that the service still holds). `Any` stands for the PIL class, which this package does not import."""
+picture that the service has stored). `Any` stands for the PIL class, which this package does not import."""
 
 
 Detail: TypeAlias = Literal["auto", "low", "high"]
-"""How closely the model looks at a picture: at an overview alone, as closely as it can, or as the service chooses."""
+"""How closely the model looks at a picture: "low": an overview; "high": every detail; "auto": the service's choice."""
 
 _DETAILS = {"low": Image.LOW, "high": Image.HIGH}
 
@@ -26,19 +26,19 @@ def to_image(source: ImageSource, detail: Detail = "auto") -> Image:
 
     Args:
         source: the picture.
-        detail: how closely to look at it; "auto" leaves that to the service, or to what an `Image` says of itself.
+        detail: how closely to look at it; "auto" leaves the choice to the service, or to the detail of an `Image`.
 
     Raises:
         OSError: a path that cannot be read.
-        TypeError: something that is none of the forms of `ImageSource`.
-        ValueError: another detail.
+        TypeError: `source` is no `ImageSource`.
+        ValueError: `detail` is unknown.
     """
     if detail == "auto":
         return _read(source)
     if detail not in _DETAILS:
         raise ValueError(f"detail is {detail!r}; give 'auto', 'low' or 'high'")
     image = Image()
-    image.CopyFrom(_read(source))  # what a caller handed over stays as it is
+    image.CopyFrom(_read(source))  # the caller's own message is not changed
     image.detail = _DETAILS[detail]
     return image
 
@@ -57,7 +57,7 @@ def _read(source: ImageSource) -> Image:
 
 
 def _is_pil_image(source: object) -> bool:
-    """Whether `source` is a PIL image, without importing PIL: a caller who has one has imported it already."""
+    """Whether `source` is a PIL image, without importing PIL: a caller who has one has imported it."""
     return any(cls.__module__ == "PIL.Image" and cls.__name__ == "Image" for cls in type(source).__mro__)
 
 

@@ -11,7 +11,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time span to the second, such as `1 min 40 s`; beyond an hour to the minute."""
+    """A duration to the second, such as `1 min 40 s`; from an hour on to the minute."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60} min"
@@ -19,5 +19,5 @@ def duration(seconds: float) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """A count of something whose plural is regular, such as `1 picture` or `3 pictures`."""
+    """A count with a noun whose plural is regular, such as `1 picture` or `3 pictures`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

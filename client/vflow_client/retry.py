@@ -1,9 +1,8 @@
-"""When a failed call is tried again, and after how long: pure, shared by the synchronous and the asyncio face.
+"""When a failed call is tried again, and after how long: shared by the synchronous and the asyncio client.
 
-Only two failures are worth another attempt. The service says that it has no room or is stopping: then it did nothing,
-and any call may be sent again. Or it cannot be reached, or ends the call without a word, as a server does that shuts
-down: then nobody knows whether it acted, and only a call that may be repeated without harm (`repeatable`) is sent
-again.
+Two kinds of failure are worth another attempt. If the service reports that it has no capacity or is stopping, it did
+nothing, and any call is sent again. If it cannot be reached, or ends the call without a reason, as a server does that
+shuts down, it may have acted, and only a call that can be repeated without harm (`repeatable`) is sent again.
 """
 
 import random
@@ -31,7 +30,7 @@ class RetryPolicy:
     longest_delay: float = 5.0
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a policy that could never make a call or would wait backwards."""
+        """Raises ValueError for a policy without any attempt, or with delays out of order."""
         if self.attempts < 1:
             raise ValueError(f"attempts must be at least 1, got {self.attempts}")
         if not 0 <= self.first_delay <= self.longest_delay:
@@ -58,16 +57,16 @@ class Attempts:
         """Seconds to wait before trying again after `error`, or None to give up and raise it."""
         self.made += 1
         nothing_happened = isinstance(error, CapacityExhausted | ServerStopping)
-        # Whoever cancels a call on this side does not ask: so what is cancelled here was so by the server's end.
+        # A call that this client cancels is not retried, so a cancelled call here was ended by the server.
         unreachable = isinstance(error, Unavailable | Cancelled) and error.reason is None
         if not nothing_happened and not (unreachable and self.repeatable):
             return None
         if isinstance(error, CapacityExhausted) and error.retry_after is None:
-            return None  # The service saw no point in waiting.
+            return None  # The service says that waiting does not help.
         if self.made >= self.policy.attempts:
             return None
         backoff = min(self.policy.longest_delay, self.policy.first_delay * 2 ** (self.made - 1))
-        # Spread out, so that clients that were refused together do not come back together.
+        # The jitter spreads the retries of clients that were refused at the same time.
         delay = max(backoff * random.uniform(0.5, 1.0), error.retry_after or 0.0)
         remaining = self.remaining()
         return None if remaining is not None and delay >= remaining else delay

@@ -12,10 +12,10 @@ from vflow_client.v1.strategies_pb2 import RetuneMetadata, Strategy
 
 
 class Retune(RetuneProgress):
-    """A search that the service runs, whether anybody follows it or not.
+    """A search that the service runs. It goes on whether or not anybody follows it.
 
-    Iterate over it for its `RetuneMetadata`: how far it is, then how far whenever that has changed, until it has ended.
-    Iterating does not raise where the search fails; `result()` does.
+    Iterating yields its `RetuneMetadata`: the present one, then every new one until the search has ended. A search that
+    fails does not raise while iterating; `result()` raises.
     """
 
     def __init__(self, operation: Operation, stub: OperationsStub, caller: Caller) -> None:
@@ -25,16 +25,16 @@ class Retune(RetuneProgress):
         self._caller = caller
 
     def __iter__(self) -> Iterator[RetuneMetadata]:
-        """How far it has come, as it goes on. Raises VFlowError if the service stops telling; the search goes on."""
+        """Yields its progress. Raises VFlowError if the service cannot be asked any more; the search goes on."""
         yield self.metadata
         while not self.done:
             if self._poll(POLL_SECONDS):
                 yield self.metadata
 
     def refresh(self, *, timeout: float | None = None) -> RetuneMetadata:
-        """Reads how far it has come. Raises OperationNotFound if the service has forgotten it."""
+        """Reads its progress. Raises OperationNotFound if the service no longer stores the search."""
         request = GetOperationRequest(name=self.name)
-        self._take(self._caller.unary(self._stub.GetOperation, request, timeout, repeatable=True))
+        self._update(self._caller.unary(self._stub.GetOperation, request, timeout, repeatable=True))
         return self.metadata
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -51,17 +51,17 @@ class Retune(RetuneProgress):
         """Waits for the end and returns the strategy that was found.
 
         Raises:
-            OperationCancelled: it was cancelled; `metadata.best` is the draft that was kept, if it had tried anything.
-            OperationInterrupted: the service ended while it ran.
+            OperationCancelled: it was cancelled; `metadata.best` is the draft of its best trial, if there was any.
+            OperationInterrupted: the service stopped while the search ran.
             DeadlineExceeded: it has not ended within `timeout` seconds (None: no limit), and goes on.
             VFlowError: any other failure, of the search or of following it.
         """
         if not self.wait(timeout):
-            raise self._too_slow(timeout)
+            raise self._timed_out(timeout)
         return self._strategy()
 
     def cancel(self, *, timeout: float | None = None) -> None:
-        """Asks the service to end it and to keep the best so far as a draft. Returns before it has: `wait()` for that.
+        """Asks the service to end the search and store its best strategy as a draft. Does not wait for the end.
 
         No error if it has ended already.
         """
@@ -72,8 +72,8 @@ class Retune(RetuneProgress):
         """Waits up to `seconds` for the end; returns whether anything has changed."""
         started = time.monotonic()
         request = self._wait_request(seconds)
-        changed = self._take(self._caller.unary(self._stub.WaitOperation, request, None, repeatable=True))
+        changed = self._update(self._caller.unary(self._stub.WaitOperation, request, None, repeatable=True))
         if not self.done:
-            # A service may answer at once; it is not asked again any sooner for that.
+            # The service may respond early; the next request still waits for the full interval.
             time.sleep(max(0.0, seconds - (time.monotonic() - started)))
         return changed

@@ -1,4 +1,4 @@
-"""What is known of a search for a strategy: pure, the common part of `Retune` and `AsyncRetune`."""
+"""The last known state of a search: the part that `Retune` and `AsyncRetune` share, without input or output."""
 
 from google.longrunning.operations_pb2 import Operation, WaitOperationRequest
 from google.protobuf.duration_pb2 import Duration
@@ -7,37 +7,37 @@ from vflow_client.errors import DeadlineExceeded, ServerFault, error_from_status
 from vflow_client.v1.strategies_pb2 import RetuneMetadata, RetuneResponse, Strategy
 
 POLL_SECONDS = 0.5
-"""How long the service is asked to wait for the end before it tells how far the search has come."""
+"""Seconds after which the service reports the progress of a search that has not ended."""
 
 
 class RetuneProgress:
-    """A search as the service last told of it."""
+    """The state of a search that the service reported last."""
 
     def __init__(self, operation: Operation) -> None:
-        """Starts with what `operation` says."""
+        """Starts with the state in `operation`."""
         self._operation = operation
 
     @property
     def name(self) -> str:
-        """Resource name, `operations/{operation}`; by it `StrategyAdmin.operation()` finds the search again."""
+        """Resource name, `operations/{operation}`; `StrategyAdmin.operation()` finds the search again by it."""
         name: str = self._operation.name
         return name
 
     @property
     def done(self) -> bool:
-        """Whether it had ended, well or not, when the service last told of it."""
+        """Whether the search had ended, with or without success, at the last report."""
         done: bool = self._operation.done
         return done
 
     @property
     def metadata(self) -> RetuneMetadata:
-        """How far it had come when the service last told of it. `best` names the draft that a cancelled one kept."""
+        """The progress at the last report. `best` names the draft that a cancelled search left."""
         metadata = RetuneMetadata()
         self._operation.metadata.Unpack(metadata)
         return metadata
 
-    def _take(self, operation: Operation) -> bool:
-        """Notes a newer state; returns whether it differs from the one before."""
+    def _update(self, operation: Operation) -> bool:
+        """Stores a newer state; returns whether it differs from the one before."""
         changed: bool = operation != self._operation
         self._operation = operation
         return changed
@@ -48,7 +48,7 @@ class RetuneProgress:
         return WaitOperationRequest(name=self.name, timeout=timeout)
 
     def _strategy(self) -> Strategy:
-        """The strategy that an ended search found; raises the VFlowError with which it failed."""
+        """The strategy that the search found, once it has ended; raises the VFlowError with which it failed."""
         if self._operation.HasField("error"):
             raise error_from_status(self._operation.error)
         response = RetuneResponse()
@@ -56,5 +56,5 @@ class RetuneProgress:
             raise ServerFault(f"{self.name} ended with neither a strategy nor an error")
         return response.strategy
 
-    def _too_slow(self, timeout: float | None) -> DeadlineExceeded:
+    def _timed_out(self, timeout: float | None) -> DeadlineExceeded:
         return DeadlineExceeded(f"{self.name} did not end within {timeout:g} s; it goes on in the service")

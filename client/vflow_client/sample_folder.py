@@ -14,21 +14,21 @@ def load_samples(
 ) -> list[Sample]:
     """Reads a folder of pictures with a file `questions.jsonl`.
 
-    Each line is an object with `image` (a file in the folder) and `question`; other keys, such as `answer`, are left
-    unread. The lines of one image are the turns of one conversation, in order. The pictures themselves are read when
+    Each line is an object with `image` (a file in the folder) and `question`; other keys, such as `answer`, are
+    ignored. The lines of one image are the turns of one conversation, in order. The pictures themselves are read when
     the samples are sent.
 
     Args:
-        folder: where they are.
-        pictures: how many are taken at most, the first in the file; None: all.
-        questions: about each, at most; None: all.
+        folder: the folder.
+        pictures: largest number of pictures, the first in the file; None: all.
+        questions: largest number of questions about each picture; None: all.
 
     Raises:
         OSError: `questions.jsonl` cannot be read.
-        ValueError: it is not UTF-8 or holds no question, or a line is not of that form or names a picture that is not
-            there; file and line are named.
+        ValueError: the file is not UTF-8 or has no questions, or a line is malformed or names a missing picture; the
+            message names file and line.
     """
-    asked: dict[Path, list[str]] = {}
+    questions_of: dict[Path, list[str]] = {}
     path = Path(folder) / QUESTIONS_FILE
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -38,14 +38,14 @@ def load_samples(
         if line.strip():
             image, question = _read(line, f"{path}, line {number}")
             picture = Path(folder) / image
-            if picture not in asked and not picture.is_file():
+            if picture not in questions_of and not picture.is_file():
                 raise ValueError(f"{path}, line {number}: there is no picture {image!r} in the folder")
-            asked.setdefault(picture, []).append(question)
-    if not asked:
+            questions_of.setdefault(picture, []).append(question)
+    if not questions_of:
         raise ValueError(
             f'{path}: no questions; expected lines such as {{"image": "1.png", "question": "What is it?"}}'
         )
-    return [Sample(picture, tuple(about[:questions])) for picture, about in list(asked.items())[:pictures]]
+    return [Sample(picture, tuple(turns[:questions])) for picture, turns in list(questions_of.items())[:pictures]]
 
 
 def _read(line: str, where: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Building the requests of the administration of strategies: pure, shared by the synchronous and the asyncio face."""
+"""The requests about strategies: shared by the synchronous and the asyncio client."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -25,7 +25,7 @@ def create_strategy_request(
     """The request for a new strategy; the arguments are the fields of the contract's `Strategy`.
 
     Raises:
-        ValueError: `positions` or `reserve` is none of its values, or a number is outside what its field can hold.
+        ValueError: `positions` or `reserve` has an unknown value, or a number is outside the range of its field.
     """
     strategy = Strategy(
         description=description,
@@ -55,8 +55,8 @@ def retune_request(
 
     Raises:
         OSError: a picture's path that cannot be read.
-        TypeError: a picture in none of the forms of `ImageSource`.
-        ValueError: a number is outside what its field can hold.
+        TypeError: a picture that is no `ImageSource`.
+        ValueError: a number is outside the range of its field.
     """
     return RetuneRequest(
         budget=budget,

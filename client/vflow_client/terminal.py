@@ -1,7 +1,7 @@
-"""A conversation in the terminal with any running service: `vflow chat`, or `python -m vflow_client`.
+"""A conversation in the terminal with a running service: `vflow chat`, or `python -m vflow_client`.
 
-Answers stream as they come, and each is followed by one line of receipt. Ctrl-C cancels the answer that is coming,
-Ctrl-D ends the conversation.
+Each answer is printed while it streams, followed by one line of receipt. Ctrl-C cancels the current answer, Ctrl-D ends
+the conversation.
 """
 
 import argparse
@@ -23,16 +23,16 @@ from vflow_client.session import Session
 from vflow_client.v1.conversations_pb2 import TurnReceipt, Usage
 from vflow_client.v1.images_pb2 import ImageReceipt
 
-HELP = "/image PATH shows another picture, Ctrl-C cancels an answer, Ctrl-D ends"
+HELP = "/image PATH adds a picture, Ctrl-C cancels an answer, Ctrl-D ends the conversation"
 
 
 class Terminal:
     """A conversation between a person and a session.
 
     Args:
-        out: where answers and receipts go.
-        err: where errors go.
-        read: asks for a line with a prompt, raising EOFError at the end, as `input` does.
+        out: stream for answers and receipts.
+        err: stream for errors.
+        read: reads a line after showing a prompt; raises EOFError at the end, as `input` does.
     """
 
     def __init__(self, out: TextIO, err: TextIO, read: Callable[[str], str] = input) -> None:
@@ -48,45 +48,47 @@ class Terminal:
         detail: Detail = "auto",
         max_new_tokens: int | None = None,
     ) -> bool:
-        """Shows `pictures`, then asks for questions until there are no more. Returns whether all went well.
+        """Adds `pictures`, then reads questions until there are no more. Returns whether everything succeeded.
 
         Args:
-            session: what is talked to.
-            pictures: what is shown before the first question; one that cannot be shown ends the conversation.
-            detail: how closely the model looks at all pictures.
+            session: the session.
+            pictures: added before the first question; one that cannot be added ends the conversation.
+            detail: how closely the model looks at the pictures.
             max_new_tokens: tokens of an answer at most.
         """
         for picture in pictures:
-            if not self._show(session, picture, detail):
+            if not self._add_image(session, picture, detail):
                 return False
         self._print(HELP)
-        went_well = True
+        succeeded = True
         while True:
             try:
                 line = self._read("> ").strip()
             except EOFError:
                 self._print("")
-                return went_well
+                return succeeded
             except KeyboardInterrupt:
                 self._print("")
                 continue
             command, _, argument = line.partition(" ")
             if command == "/image" and (path := argument.strip()):
-                went_well &= self._show(session, Path(os.path.expanduser(path)), detail)  # no shell has seen it
+                succeeded &= self._add_image(
+                    session, Path(os.path.expanduser(path)), detail
+                )  # no shell has expanded it
             elif command.startswith("/"):
-                went_well = self._complain(f"{line!r} is no command; {HELP}")
+                succeeded = self._print_error(f"{line!r} is no command; {HELP}")
             elif line:
-                went_well &= self._ask(session, line, max_new_tokens)
+                succeeded &= self._ask(session, line, max_new_tokens)
 
-    def _show(self, session: Session, picture: Path, detail: Detail) -> bool:
+    def _add_image(self, session: Session, picture: Path, detail: Detail) -> bool:
         try:
             receipt = session.add_image(picture, detail=detail)
         except OSError as error:
-            return self._complain(f"{picture}: {error.strerror or error}")
+            return self._print_error(f"{picture}: {error.strerror or error}")
         except VFlowError as error:
-            return self._complain(f"{picture}: {error}")
+            return self._print_error(f"{picture}: {error}")
         except KeyboardInterrupt:
-            return self._complain(f"{picture}: not shown")
+            return self._print_error(f"{picture}: interrupted")
         self._print(f"{picture}: {describe_picture(receipt)}")
         return True
 
@@ -102,7 +104,7 @@ class Terminal:
             return True
         except VFlowError as error:
             self._print("")
-            return self._complain(str(error))
+            return self._print_error(str(error))
         finally:
             answer.close()
         self._print(f"\n{describe_turn(answer.usage, answer.receipt)}")
@@ -111,24 +113,24 @@ class Terminal:
     def _print(self, text: str) -> None:
         print(text, file=self._out, flush=True)
 
-    def _complain(self, text: str) -> bool:
+    def _print_error(self, text: str) -> bool:
         print(f"error: {text}", file=self._err, flush=True)
         return False
 
 
 def describe_picture(receipt: ImageReceipt) -> str:
-    """One line: what became of a picture."""
+    """The receipt of a picture in one line."""
     kept = "/".join(str(count) for count in receipt.kept_tokens)
     seconds = (receipt.encode_ms + receipt.score_ms + receipt.prune_ms + receipt.prefill_ms) / 1000
     return (
         f"[{receipt.width} x {receipt.height}, {receipt.visual_tokens} visual tokens, kept {kept} "
         f"({receipt.recycled_tokens} recycled), KV {_saving(receipt.kv_bytes, receipt.kv_bytes_full)}, {seconds:.2f} s"
-        f"{', known already' if receipt.cache_hit else ''}]"
+        f"{', from the cache' if receipt.cache_hit else ''}]"
     )
 
 
 def describe_turn(usage: Usage, receipt: TurnReceipt) -> str:
-    """One line: what a turn cost."""
+    """The receipt of a turn in one line."""
     return (
         f"[{usage.completion_tokens} tokens, {usage.reused_tokens} of {usage.prompt_tokens} prompt tokens reused, "
         f"first token {receipt.first_token_ms:.0f} ms, in all {receipt.total_ms / 1000:.2f} s, "
@@ -145,19 +147,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the conversation on `parser`."""
     parser.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE", help="pictures to talk about")
     add_connection_arguments(parser, timeout=DEFAULT_TIMEOUT, limits="per answer")
-    parser.add_argument("--strategy", help="strategy that compresses the pictures, such as preset-25 (default: active)")
+    parser.add_argument(
+        "--strategy", help="strategy that compresses the pictures, such as preset-25 (default: the active one)"
+    )
     parser.add_argument(
         "--detail",
         choices=get_args(Detail),
         default="auto",
-        help="how closely the model looks at the pictures: low costs fewer tokens (default: auto, the service's)",
+        help="how closely the model looks at the pictures; low costs fewer tokens (default: auto)",
     )
-    parser.add_argument("--max-new-tokens", type=at_least(1), help="tokens per answer at most (default: the service's)")
+    parser.add_argument("--max-new-tokens", type=at_least(1), help="most tokens of an answer (default: the service's)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Holds the conversation that the parsed `arguments` ask for; returns the exit code: 0, or 1 if anything failed."""
-    # With it, input() has line editing and a history; not every platform has it.
+    """Holds a conversation with the parsed `arguments`; returns the exit code: 0, or 1 if anything failed."""
+    # With this module, input() has line editing and a history. Some platforms lack it.
     with suppress(ImportError):
         import readline  # noqa: F401
     return exit_code_of(lambda: _converse(arguments), arguments.address)
@@ -166,10 +170,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _converse(arguments: argparse.Namespace) -> int:
     terminal = Terminal(sys.stdout, sys.stderr)
     with connected(arguments) as client, client.session(arguments.strategy) as session:
-        went_well = terminal.converse(
+        succeeded = terminal.converse(
             session, arguments.pictures, detail=arguments.detail, max_new_tokens=arguments.max_new_tokens
         )
-    return DONE if went_well else FAILED
+    return DONE if succeeded else FAILED
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Encrypted connections: how the service is known, and what this side shows it."""
+"""Encrypted connections: how the client verifies the service, and which certificate it presents."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +11,10 @@ class Tls:
     """How to encrypt a connection. All files are PEM.
 
     Attributes:
-        ca: roots of the service's certificate; None: the public ones that gRPC brings.
-        certificate: shown to a service that asks for one (mutual TLS), with those between it and its root.
+        ca: root certificates that verify the service; None: the public ones that gRPC includes.
+        certificate: the client certificate for mutual TLS, with its intermediate certificates.
         key: the private key of `certificate`.
-        server_name: the name that the service's certificate must bear; None: that of the address.
+        server_name: the name in the service's certificate; None: that of the address.
     """
 
     ca: str | Path | None = None
@@ -28,7 +28,7 @@ class Tls:
             raise ValueError("certificate and key go together: give both or neither")
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """What gRPC makes an encrypted channel with.
+        """The credentials of an encrypted channel.
 
         Raises:
             OSError: a file cannot be read.
@@ -45,7 +45,7 @@ TlsSource = bool | str | Path | Tls
 
 
 def to_tls(source: TlsSource) -> Tls | None:
-    """How to encrypt the connection that `source` stands for; None: not at all."""
+    """The `Tls` that `source` stands for; None: no encryption."""
     match source:
         case Tls():
             return source

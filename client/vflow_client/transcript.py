@@ -1,4 +1,4 @@
-"""What has arrived of an answer: pure, the common part of `Answer` and `AsyncAnswer`."""
+"""The received part of an answer: what `Answer` and `AsyncAnswer` share, without input or output."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from vflow_client.v1.images_pb2 import ImageReceipt
 
 
 class Transcript:
-    """The text of an answer so far, and, once it is finished, what it cost."""
+    """The text of an answer so far and, once it is finished, its usage and receipts."""
 
     def __init__(self) -> None:
         """Starts with no text."""
@@ -20,7 +20,7 @@ class Transcript:
 
     @property
     def text(self) -> str:
-        """The text that has been read so far; the whole answer once it is finished."""
+        """The text read so far; the whole answer once it is finished."""
         return "".join(self._pieces)
 
     @property
@@ -35,7 +35,7 @@ class Transcript:
 
     @property
     def usage(self) -> Usage:
-        """Tokens of the turn. Raises RuntimeError before the answer has been read to its end."""
+        """Token counts of the turn. Raises RuntimeError before the answer has been read to its end."""
         return self._end().usage
 
     @property
@@ -48,8 +48,8 @@ class Transcript:
         """The receipts of the turn's own pictures. Raises RuntimeError before the answer has been read to its end."""
         return self._end().images
 
-    def _take(self, event: ChatResponse) -> str:
-        """Notes an event and returns the text that it brings, empty for the final one."""
+    def _append(self, event: ChatResponse) -> str:
+        """Appends the text of an event and returns it; the final event has none."""
         if event.HasField("finished"):
             self._finished = event.finished
             return ""
@@ -65,5 +65,5 @@ class Transcript:
         if self._closed:
             raise Cancelled("the answer was closed before its end", code=grpc.StatusCode.CANCELLED)
 
-    def _broken_off(self) -> ServerFault:
+    def _incomplete(self) -> ServerFault:
         return ServerFault("the stream ended without a final event", code=grpc.StatusCode.INTERNAL)

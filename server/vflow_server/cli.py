@@ -17,17 +17,33 @@ from vflow_client.commands.exit_code import exit_code_of
 from vflow_client.tls import Tls
 from vflow_server import token_command
 from vflow_server.option import OptionError, switch
-from vflow_server.settings import CONFIG_VARIABLE, ENVIRONMENT_PREFIX, Settings, load, options
+from vflow_server.settings import CONFIG_VARIABLE, ENVIRONMENT_PREFIX, Group, Settings, load, options
 
 USAGE = 2
-"""Exit code of a command that was asked for something it cannot do."""
+"""Exit code for wrong arguments or settings."""
 
 _CLIENTS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "chat": terminal.run,
     "strategies": strategies.run,
     "retune": retune.run,
 }
-"""What the commands do that talk with a running service."""
+"""The commands that talk with a running service."""
+
+_COMMANDS: Mapping[str, Mapping[str, str]] = {
+    "operate the service": {
+        "serve": "run the service",
+        "token": "make a token for a caller",
+        "health": "ask a running service whether it serves: exit code 0, otherwise 1",
+    },
+    "talk with a running service": {
+        "chat": "hold a conversation in the terminal",
+    },
+    "improve how pictures are pruned": {
+        "strategies": "list, show, compare and activate strategies",
+        "retune": "search for a better strategy",
+    },
+}
+"""What ``vflow --help`` says about each command, by heading."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,57 +65,78 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="vflow", description="Conversations about pictures on a small KV cache: every picture is pruned once."
+        prog="vflow",
+        usage="vflow [-h] [--version] COMMAND ...",
+        description="Conversations about pictures on a small KV cache: every picture is pruned once.\n\n" + _overview(),
+        epilog="`vflow COMMAND --help` explains the options of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"vflow {version('vflowopt')}")
-    commands = parser.add_subparsers(dest="command", required=True)
+    # argparse lists commands without headings: they are hidden from its list, and _overview() shows them in groups.
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", prog="vflow", help=argparse.SUPPRESS
+    )
     serve = commands.add_parser(
         "serve",
-        help="run the service",
+        usage="vflow serve [option ...]",
         description="Run the service in the foreground until SIGTERM or Ctrl-C.",
         epilog="Every option can also be set by an environment variable "
         f"({ENVIRONMENT_PREFIX}KV_BUDGET for --kv-budget) or in a TOML file (kv_budget = ...); "
         "a flag wins over a variable, a variable over the file. "
-        "(*) A tenant that has none may go beyond by one: nobody is kept out because another took all there were.",
+        "(*) A tenant without any may exceed this limit by one, so that no tenant can shut out the others.",
     )
     serve.add_argument("--config", type=Path, metavar="FILE", help=f"TOML file with settings [{CONFIG_VARIABLE}]")
+    groups = {group: serve.add_argument_group(group) for group in Group}
     for name, declared in options().items():
-        told = declared.described().replace("%", "%%")  # argparse would take it for a placeholder
+        help_text = declared.described().replace("%", "%%")  # argparse reads % as the start of a placeholder
         bare: dict[str, Any] = {"nargs": "?", "const": "on"} if declared.parse is switch else {}
-        serve.add_argument(f"--{name.replace('_', '-')}", metavar=declared.metavar, help=told, **bare)
+        groups[Group(declared.group)].add_argument(
+            f"--{name.replace('_', '-')}", metavar=declared.metavar, help=help_text, **bare
+        )
     token_command.add_arguments(
         commands.add_parser(
             "token",
-            help="make a token for a caller",
-            description="Make a token for a caller, and the line that lists it in the file that --tokens names. The "
-            "service keeps its hash alone; a line that is taken out of the file, or has expired, lets nobody in.",
+            description="Make a token for a caller, and its line for the file of `vflow serve --tokens`. The "
+            "file holds only a hash of the token. A token stops working when its line is removed or has expired.",
         )
     )
     terminal.add_arguments(
         commands.add_parser(
             "chat",
-            help="a conversation in the terminal with a running service",
-            description="Ask a running service about pictures. Answers stream as they come, each with a line that says "
-            f"what it cost. {terminal.HELP}.",
+            description="Ask a running service about pictures. Each answer streams, followed by a line with its "
+            f"receipt. {terminal.HELP}.",
         )
     )
-    strategies.add_arguments(commands.add_parser("strategies", help="look at strategies, compare and activate them"))
+    strategies.add_arguments(
+        commands.add_parser(
+            "strategies", description="List, show, compare and activate the strategies of a running service."
+        )
+    )
     retune.add_arguments(
         commands.add_parser(
             "retune",
-            help="search for a better strategy",
-            description="Have a running service search for the strategy that keeps its answers best within a budget. "
-            "Ctrl-C has the service cancel the search and keep the best so far.",
+            description="Have a running service search for the strategy that preserves its answers best within a "
+            "budget. Ctrl-C cancels the search and stores the best strategy so far as a draft.",
         )
     )
-    health = commands.add_parser("health", help="ask a running service whether it serves (exit code 0) or not (1)")
-    health.add_argument("--address", metavar="HOST:PORT", help="where it listens (default: this machine)")
+    health = commands.add_parser(
+        "health", description="Ask a running service whether it serves: exit code 0 if it does, otherwise 1."
+    )
+    health.add_argument("--address", metavar="HOST:PORT", help="address of the service (default: this machine)")
     add_tls_arguments(health)
     return parser
 
 
+def _overview() -> str:
+    """The commands in groups."""
+    return "\n\n".join(
+        "\n".join([f"{heading}:", *(f"  {command:<12}{summary}" for command, summary in commands.items())])
+        for heading, commands in _COMMANDS.items()
+    )
+
+
 def _serve(settings: Settings) -> int:
-    # The model's libraries take seconds to import: --help and a wrong option do not wait for them.
+    # The libraries of the model take seconds to import; --help and wrong settings must not wait for them.
     from vflow_server.app import EngineDied, StartError, run
     from vflow_server.telemetry.logging import configure
 
@@ -108,29 +145,29 @@ def _serve(settings: Settings) -> int:
         run(settings)
     except StartError as error:
         return _refuse(error)
-    except EngineDied:  # the log has said why; a supervisor sees the exit code and starts anew
+    except EngineDied:  # the log says why; a supervisor sees the exit code and restarts the service
         return 1
     return 0
 
 
 def _health(arguments: argparse.Namespace) -> int:
     address = arguments.address or f"127.0.0.1:{os.environ.get(f'{ENVIRONMENT_PREFIX}PORT', Settings.port)}"
-    return exit_code_of(lambda: _asked_for_health(address, tls_of(arguments)), address)
+    return exit_code_of(lambda: _check_health(address, tls_of(arguments)), address)
 
 
-def _asked_for_health(address: str, tls: Tls | None) -> int:
+def _check_health(address: str, tls: Tls | None) -> int:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     channel = grpc.secure_channel(address, tls.credentials(), tls.options()) if tls else grpc.insecure_channel(address)
     with channel:
         try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=3)
+            response = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=3)
         except grpc.RpcError as error:
             print(f"{address}: {error.details()}", file=sys.stderr)
             return 1
-    print(f"{address}: {health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)}")
-    return 0 if answer.status == health_pb2.HealthCheckResponse.SERVING else 1
+    print(f"{address}: {health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)}")
+    return 0 if response.status == health_pb2.HealthCheckResponse.SERVING else 1
 
 
 def _refuse(error: Exception) -> int:

@@ -1,4 +1,4 @@
-"""An option of the service: one declaration gives its flag, its environment variable, its TOML key, type and help."""
+"""An option of the service: one declaration gives its flag, environment variable, TOML key, type and help."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ _SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0
 
 
 class OptionError(ValueError):
-    """An option whose value cannot be used; the message says where it came from and what was expected."""
+    """A value that an option cannot have; the message says where it came from and what was expected."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of an option beside its name and default.
+    """The declaration of an option, without its name and default value.
 
     Attributes:
-        help: what it does, for ``--help``.
+        group: heading under which ``--help`` shows it.
+        help: text for ``--help``.
         parse: from text to value; raises ValueError saying what was expected.
-        metavar: stands for the value in ``--help``.
+        metavar: placeholder of the value in ``--help``.
         shown: the default, as a user would write it; None if it is unset.
     """
 
+    group: str
     help: str
     parse: Callable[[str], Any]
     metavar: str
@@ -36,10 +38,12 @@ class Option:
         return self.help if self.shown is None else f"{self.help} (default: {self.shown})"
 
 
-def option(default: str | None, help: str, parse: Callable[[str], Any] = str, *, metavar: str = "TEXT") -> Any:
+def option(
+    group: str, default: str | None, help: str, parse: Callable[[str], Any] = str, *, metavar: str = "TEXT"
+) -> Any:
     """Declare a field of a settings dataclass. ``default`` is written as a user would write it; None means unset."""
     value = None if default is None else parse(default)
-    return field(default=value, metadata={"option": Option(help, parse, metavar, default)})
+    return field(default=value, metadata={"option": Option(group, help, parse, metavar, default)})
 
 
 def size(text: str) -> int:

@@ -1,4 +1,4 @@
-"""What can be set about the service, and from where: flag, then environment, then TOML file, then default.
+"""The settings of the service. A flag wins over an environment variable, that over the TOML file, that over a default.
 
 Each setting is declared once, as a field of :class:`Settings`: ``kv_budget`` is the flag ``--kv-budget``, the
 environment variable ``VFLOW_KV_BUDGET`` and the TOML key ``kv_budget``.
@@ -10,6 +10,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -34,154 +35,255 @@ CONFIG_VARIABLE = "VFLOW_CONFIG"
 """Environment variable that names the TOML file."""
 
 
+class Group(StrEnum):
+    """Headings of the options in ``vflow serve --help``, in the order in which they are shown there."""
+
+    MODEL = "model"
+    LISTENING = "listening"
+    ACCESS = "tokens and TLS"
+    MEMORY = "memory"
+    LIMITS = "limits"
+    TENANTS = "limits of each tenant"
+    STORAGE = "storage"
+    STRATEGIES = "strategies"
+    MONITORING = "monitoring"
+    LOGGING = "logging"
+
+
 @dataclass(frozen=True)
 class Settings:
     """The settings of one service process."""
 
-    model: str | None = option(None, "model folder or hub id (unset: the embedded model)", metavar="PATH")
-    device: str = option("cpu", "cpu, cuda or cuda:N", metavar="NAME")
-    dtype: str = option("float32", "float32, bfloat16 or float16", metavar="NAME")
+    model: str | None = option(Group.MODEL, None, "model folder or hub id (unset: the embedded model)", metavar="PATH")
+    device: str = option(Group.MODEL, "cpu", "cpu, cuda or cuda:N", metavar="NAME")
+    dtype: str = option(Group.MODEL, "float32", "float32, bfloat16 or float16", metavar="NAME")
     quantization: str | None = option(
-        None, "8bit or 4bit: quantize the weights as they are read (unset: leave them as they come)", metavar="NAME"
-    )
-    threads: int | None = option(None, "CPU threads of the model (unset: torch decides)", whole(1), metavar="N")
-    kv_budget: int | Share = option(
-        "25%",
-        "memory for the KV cache of all sessions; N% is of what is available",
-        size_or_share,
-        metavar="SIZE",
-    )
-    host: str = option("127.0.0.1", "address to listen on", metavar="HOST")
-    port: int = option("50051", "port to listen on; 0 takes a free one", whole(0, 65535), metavar="N")
-    tokens: Path | tuple[TokenEntry, ...] | None = option(
+        Group.MODEL,
         None,
-        "file that lists those who may call, as `vflow token` writes it, or the entries themselves (unset: whoever "
-        "reaches the service may do everything, so that it listens to this machine only)",
-        entries_or_file,
-        metavar="FILE",
+        "8bit or 4bit: quantize the weights while they are read (unset: no quantization)",
+        metavar="NAME",
     )
-    insecure: bool = option("off", "on listens to other machines without tokens, too", switch, metavar="on|off")
-    tls_cert: Path | None = option(
-        None, "certificate chain to show callers, PEM; read again when it changes (unset: no TLS)", Path, metavar="FILE"
+    threads: int | None = option(
+        Group.MODEL, None, "CPU threads of the model (unset: torch decides)", whole(1), metavar="N"
     )
-    tls_key: Path | None = option(None, "its private key, PEM", Path, metavar="FILE")
-    tls_client_ca: Path | None = option(
-        None, "roots of the certificates that callers must show, PEM (unset: they need none)", Path, metavar="FILE"
-    )
-    admin_host: str = option("127.0.0.1", "address of the port for administrators", metavar="HOST")
+
+    host: str = option(Group.LISTENING, "127.0.0.1", "address to listen on", metavar="HOST")
+    port: int = option(Group.LISTENING, "50051", "port to listen on; 0 takes a free one", whole(0, 65535), metavar="N")
+    admin_host: str = option(Group.LISTENING, "127.0.0.1", "address of the port for administrators", metavar="HOST")
     admin_port: int | None = option(
+        Group.LISTENING,
         None,
-        "port of its own for the services Strategies and Operations (unset: the same as all; 0 takes a free one)",
+        "separate port for the services Strategies and Operations; 0 takes a free one (unset: --port serves them)",
         whole(0, 65535),
         metavar="N",
     )
-    max_sessions: int = option("1000", "sessions that may live at the same time (*)", whole(1), metavar="N")
-    idle_timeout: float = option("15m", "a session unused for this long is deleted", seconds, metavar="TIME")
-    max_running: int = option("32", "requests that share the model's steps (*)", whole(1), metavar="N")
-    max_waiting: int = option("64", "requests that may wait for the model (*)", whole(1), metavar="N")
+    connection_idle: float = option(
+        Group.LISTENING,
+        "30m",
+        "close a connection after this long without a call; clients reconnect",
+        seconds,
+        metavar="TIME",
+    )
+    connection_age: float = option(
+        Group.LISTENING,
+        "1h",
+        "accept no more calls on a connection of this age; clients reconnect",
+        seconds,
+        metavar="TIME",
+    )
+    grace: float = option(
+        Group.LISTENING,
+        "10s",
+        "how long running calls may take to finish when the service is stopped",
+        seconds,
+        metavar="TIME",
+    )
+
+    tokens: Path | tuple[TokenEntry, ...] | None = option(
+        Group.ACCESS,
+        None,
+        "file that lists who may call, in the format of `vflow token`, or the entries themselves (unset: everybody who "
+        "can reach the service may call, so it listens on this machine only)",
+        entries_or_file,
+        metavar="FILE",
+    )
+    insecure: bool = option(
+        Group.ACCESS, "off", "accept calls from other machines even without tokens", switch, metavar="on|off"
+    )
+    tls_cert: Path | None = option(
+        Group.ACCESS,
+        None,
+        "certificate chain of the service, PEM; reloaded when the file changes (unset: no TLS)",
+        Path,
+        metavar="FILE",
+    )
+    tls_key: Path | None = option(Group.ACCESS, None, "private key of that certificate, PEM", Path, metavar="FILE")
+    tls_client_ca: Path | None = option(
+        Group.ACCESS,
+        None,
+        "root certificates that sign client certificates, PEM (unset: clients need no certificate)",
+        Path,
+        metavar="FILE",
+    )
+
+    kv_budget: int | Share = option(
+        Group.MEMORY,
+        "25%",
+        "memory for the KV cache of all sessions, in bytes or as a share of the available memory",
+        size_or_share,
+        metavar="SIZE",
+    )
+    parked_memory: int = option(
+        Group.MEMORY, "1GiB", "memory for KV caches of idle sessions, beside the KV budget", size, metavar="SIZE"
+    )
+    picture_memory: int = option(
+        Group.MEMORY, "256MiB", "memory for decoded pictures, which requests can name by digest", size, metavar="SIZE"
+    )
+    compressed_memory: int = option(
+        Group.MEMORY,
+        "256MiB",
+        "memory for the compressed pictures of sessions, and as much again for those that may be reused",
+        size,
+        metavar="SIZE",
+    )
+
+    max_sessions: int = option(
+        Group.LIMITS, "1000", "sessions that may exist at the same time (*)", whole(1), metavar="N"
+    )
+    idle_timeout: float = option(
+        Group.LIMITS, "15m", "delete a session that has not been used for this long", seconds, metavar="TIME"
+    )
+    max_running: int = option(Group.LIMITS, "32", "requests that run in one batch (*)", whole(1), metavar="N")
+    max_waiting: int = option(
+        Group.LIMITS, "64", "requests that may wait for a place in the batch (*)", whole(1), metavar="N"
+    )
+    max_picture_bytes: int = option(Group.LIMITS, "20MiB", "largest picture file", size, metavar="SIZE")
+    max_picture_pixels: int = option(Group.LIMITS, "50000000", "largest picture, in pixels", whole(1), metavar="N")
+    max_video_frames: int = option(
+        Group.LIMITS, "256", "largest number of video frames in one request", whole(1), metavar="N"
+    )
+    max_message_bytes: int = option(Group.LIMITS, "64MiB", "largest request or response", size, metavar="SIZE")
+
     tenant_sessions: int | None = option(
-        None, "sessions of one tenant that may live at the same time (unset: no limit)", whole(1), metavar="N"
+        Group.TENANTS,
+        None,
+        "sessions of one tenant at the same time (unset: no limit)",
+        whole(1),
+        metavar="N",
     )
     tenant_pictures: int | None = option(
-        None, "pictures in the sessions of one tenant (unset: no limit)", whole(1), metavar="N"
+        Group.TENANTS, None, "pictures in the sessions of one tenant (unset: no limit)", whole(1), metavar="N"
     )
     tenant_kv: int | None = option(
+        Group.TENANTS,
         None,
-        "KV cache that the sessions of one tenant may hold when a turn begins; idle ones are parked for it (unset: no "
-        "limit)",
+        "KV cache of the sessions of one tenant when a turn begins; idle sessions are offloaded to stay below it "
+        "(unset: no limit)",
         size,
         metavar="SIZE",
     )
     tenant_turns: int | None = option(
+        Group.TENANTS,
         None,
-        "turns, and pictures to show or compress, of one tenant at the same time (unset: no limit)",
+        "turns and pictures of one tenant in work at the same time (unset: no limit)",
         whole(1),
         metavar="N",
     )
     tenant_tokens: int | None = option(
-        None, "tokens run or generated a minute for one tenant (unset: no limit)", whole(1), metavar="N"
-    )
-    max_picture_bytes: int = option("20MiB", "largest picture file", size, metavar="SIZE")
-    max_picture_pixels: int = option("50000000", "most pixels of a picture", whole(1), metavar="N")
-    max_video_frames: int = option("256", "most frames of the videos of one request", whole(1), metavar="N")
-    max_message_bytes: int = option("64MiB", "largest request, and largest response", size, metavar="SIZE")
-    picture_memory: int = option("256MiB", "decoded pictures held, to be named by digest", size, metavar="SIZE")
-    compressed_memory: int = option(
-        "256MiB", "compressed pictures in sessions, and as much again for use again", size, metavar="SIZE"
-    )
-    parked_memory: int = option("1GiB", "KV caches of idle sessions held outside the KV budget", size, metavar="SIZE")
-    spill_dir: Path | None = option(
+        Group.TENANTS,
         None,
-        "folder for KV caches beyond parked_memory, and of idle sessions when the service stops (unset: kv in the data "
-        "folder; without one they are rebuilt when needed)",
-        Path,
-        metavar="PATH",
+        "tokens prefilled or generated for one tenant per minute (unset: no limit)",
+        whole(1),
+        metavar="N",
     )
-    spill_bytes: int = option("8GiB", "KV caches in that folder", size, metavar="SIZE")
+
     data: Path | None = option(
+        Group.STORAGE,
         None,
-        "folder for sessions, created strategies and searches (unset: forgotten at the end)",
+        "folder for sessions, created strategies and searches (unset: they are lost when the service stops)",
         Path,
         metavar="PATH",
     )
     data_bytes: int = option(
+        Group.STORAGE,
         "8GiB",
-        "sessions and their compressed pictures in that folder; KV caches in it have what these leave",
+        "disk space for the data folder; KV caches in it use what sessions and compressed pictures leave",
         size,
         metavar="SIZE",
     )
     ephemeral: bool = option(
-        "off", "keep sessions in memory only, though there is such a folder", switch, metavar="on|off"
+        Group.STORAGE, "off", "hold sessions in memory only, even with a data folder", switch, metavar="on|off"
     )
+    spill_dir: Path | None = option(
+        Group.STORAGE,
+        None,
+        "folder for KV caches that do not fit --parked-memory, and for those of idle sessions when the service stops "
+        "(unset: `kv` in the data folder; without a data folder they are rebuilt when needed)",
+        Path,
+        metavar="PATH",
+    )
+    spill_bytes: int = option(Group.STORAGE, "8GiB", "disk space for KV caches in that folder", size, metavar="SIZE")
+
     calibration_samples: int = option(
+        Group.STRATEGIES,
         "0",
-        "latest conversations whose picture and questions are kept in memory, of at most picture_memory, for their "
-        "tenant to search for strategies with",
+        "how many of the latest conversations stay in memory, with picture and questions and within "
+        "--picture-memory, so that their tenant can search for strategies on them",
         whole(0),
         metavar="N",
     )
     watch_share: float = option(
+        Group.STRATEGIES,
         "0",
-        "share of the turns that are read again without pruning, in spare time",
+        "share of the turns, from 0 to 1, that are replayed without pruning in spare time",
         fraction,
         metavar="N",
     )
     watch_floor: float | None = option(
+        Group.STRATEGIES,
         None,
-        "mean cosine of the last hidden states of such turns with the unpruned ones, below which the active strategy "
-        "is rolled back (unset: it never is)",
+        "roll the active strategy back when the mean cosine between the last hidden states of the replayed turns, "
+        "pruned and unpruned, falls below this (unset: never)",
         fraction,
         metavar="N",
     )
     watch_window: int = option(
-        "20", "latest such turns of the active strategy that this mean is of", whole(1), metavar="N"
+        Group.STRATEGIES,
+        "20",
+        "number of replayed turns in that mean, the latest of the active strategy",
+        whole(1),
+        metavar="N",
     )
-    metrics_host: str = option("127.0.0.1", "address of the side port", metavar="HOST")
+
+    metrics_host: str = option(Group.MONITORING, "127.0.0.1", "address of the metrics port", metavar="HOST")
     metrics_port: int | None = option(
+        Group.MONITORING,
         None,
-        "HTTP port that tells Prometheus its metrics at /metrics (unset: none; 0 takes a free one)",
+        "HTTP port that serves Prometheus metrics at /metrics; 0 takes a free one (unset: none)",
         whole(0, 65535),
         metavar="N",
     )
     status_page: bool = option(
+        Group.MONITORING,
         "off",
-        "on shows sessions, receipts and pictures at / of the side port, on this machine alone",
+        "serve a page with sessions, receipts and pictures at / of the metrics port, on this machine only",
         switch,
         metavar="on|off",
     )
     otlp_endpoint: str | None = option(
-        None, "OpenTelemetry collector to send traces to, such as http://localhost:4317 (unset: none)", metavar="URL"
+        Group.MONITORING,
+        None,
+        "OpenTelemetry collector that receives traces, such as http://localhost:4317 (unset: none)",
+        metavar="URL",
     )
-    connection_idle: float = option(
-        "30m", "a connection without a call for this long is closed; callers make another", seconds, metavar="TIME"
-    )
-    connection_age: float = option(
-        "1h", "a connection of this age takes no more calls; callers make another", seconds, metavar="TIME"
-    )
-    grace: float = option("10s", "time for running calls to end when the service is stopped", seconds, metavar="TIME")
-    log_format: str = option("console", "console or json", one_of(("console", "json")), metavar="NAME")
+
+    log_format: str = option(Group.LOGGING, "console", "console or json", one_of(("console", "json")), metavar="NAME")
     log_level: str = option(
-        "info", "debug, info, warning or error", one_of(("debug", "info", "warning", "error")), metavar="NAME"
+        Group.LOGGING,
+        "info",
+        "debug, info, warning or error",
+        one_of(("debug", "info", "warning", "error")),
+        metavar="NAME",
     )
 
     def __post_init__(self) -> None:
@@ -189,33 +291,33 @@ class Settings:
             if getattr(self, given) and not getattr(self, needed):
                 raise OptionError(f"{given} is set without {needed}; TLS needs a certificate and its key: set both")
         if self.status_page and self.metrics_port is None:
-            raise OptionError("status_page is on without metrics_port, where the page would be: set that, too")
+            raise OptionError("status_page is on without metrics_port, which serves the page: set metrics_port, too")
         if self.status_page and not is_loopback(self.metrics_host):
             raise OptionError(
-                f"status_page shows what users sent to whoever reaches metrics_host, which is {self.metrics_host!r}; "
-                "make that 127.0.0.1, or leave the page out"
+                f"status_page shows what users sent to everybody who reaches metrics_host, which is "
+                f"{self.metrics_host!r}; set metrics_host to 127.0.0.1, or turn the page off"
             )
         hosts = {"host": self.host, **({} if self.admin_port is None else {"admin_host": self.admin_host})}
         for name, host in hosts.items():
             if self.tokens is None and not self.insecure and not is_loopback(host):
                 raise OptionError(
-                    f"{name} is {host!r}, and without tokens whoever reaches it may do everything; list those who may "
-                    "call (--tokens FILE, `vflow token` makes them), listen on 127.0.0.1, or say --insecure if nobody "
-                    "else can reach it"
+                    f"{name} is {host!r}, and without tokens whoever reaches it may do everything; list who may call "
+                    "(--tokens FILE; `vflow token` makes the entries), listen on 127.0.0.1, or give --insecure if "
+                    "nobody else can reach it"
                 )
 
     def stored(self, file: str) -> Path | None:
-        """Where a file of the data folder is; None where there is no such folder."""
+        """Path of a file in the data folder; None without a data folder."""
         return None if self.data is None else self.data / file
 
     @property
     def spill_folder(self) -> Path | None:
-        """Where KV caches go beyond memory, and when the service stops; None: they do not."""
+        """Folder for KV caches that leave memory, and for all of them when the service stops; None: there is none."""
         return self.spill_dir if self.spill_dir is not None or self.ephemeral else self.stored("kv")
 
 
 def options() -> dict[str, Option]:
-    """Every setting's declaration, by name."""
+    """The declaration of every setting, by name."""
     return {declared.name: declared.metadata["option"] for declared in fields(Settings)}
 
 
@@ -223,16 +325,16 @@ def load(flags: Mapping[str, str], environment: Mapping[str, str], file: Path | 
     """Put the settings together.
 
     Args:
-        flags: given on the command line, by name, as text.
-        environment: the process's variables.
-        file: a TOML file; None takes the one that the environment names, if it does.
+        flags: values from the command line, as text, by the name of the setting.
+        environment: environment variables of the process.
+        file: TOML file; None: the one that the environment names, if any.
 
     Raises:
-        OptionError: a value cannot be used, or the file cannot be read or sets what there is not.
+        OptionError: a value cannot be used, the file cannot be read, or it sets something unknown.
     """
     if file is None and environment.get(CONFIG_VARIABLE):
         file = Path(environment[CONFIG_VARIABLE])
-    written = _read(file) if file else {}
+    document = _read(file) if file else {}
     values: dict[str, Any] = {}
     for name, declared in options().items():
         variable = f"{ENVIRONMENT_PREFIX}{name.upper()}"
@@ -240,8 +342,8 @@ def load(flags: Mapping[str, str], environment: Mapping[str, str], file: Path | 
             source, text = f"--{name.replace('_', '-')}", flags[name]
         elif environment.get(variable):
             source, text = variable, environment[variable]
-        elif name in written:
-            source, text = f"{name} in {file}", written[name]
+        elif name in document:
+            source, text = f"{name} in {file}", document[name]
         else:
             continue
         try:

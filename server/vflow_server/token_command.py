@@ -19,17 +19,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         default=DEFAULT_TENANT,
         metavar="TENANT",
-        help="whose sessions and pictures it sees (default: %(default)s)",
+        help="tenant whose sessions and pictures the token gives access to (default: %(default)s)",
     )
-    parser.add_argument("--role", choices=ROLES, default=ROLES[0], help="what it may do (default: %(default)s)")
-    parser.add_argument("--expires", metavar="TIME", help="for how long it is valid, such as 90d (default: for ever)")
+    parser.add_argument("--role", choices=ROLES, default=ROLES[0], help="what the token allows (default: %(default)s)")
     parser.add_argument(
-        "--into", type=Path, metavar="FILE", help="append its line to this file, and print the token alone"
+        "--expires", metavar="TIME", help="how long the token is valid, such as 90d (default: without end)"
+    )
+    parser.add_argument(
+        "--into", type=Path, metavar="FILE", help="append the line to this file and print only the token"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Makes the token that the parsed ``arguments`` ask for; returns the exit code.
+    """Makes a token with the parsed ``arguments`` and prints it; returns the exit code.
 
     Raises:
         OptionError: an argument cannot be used, or the file cannot be written.

@@ -1,4 +1,4 @@
-"""A service that says what it is told to: the servicers of the contract and of operations, without any model."""
+"""A service with scripted responses: the servicers of the contract and of operations, without any model."""
 
 import threading
 from collections.abc import Iterator

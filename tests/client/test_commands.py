@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,10 +23,20 @@ Vflow = Callable[..., tuple[int, str, str]]
 
 
 class FakeTerminal(io.StringIO):
-    """An error stream on which lines may be written over."""
+    """A stream that says it is a terminal."""
 
     def isatty(self) -> bool:
         return True
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> FakeTerminal:
+    """A terminal of 100 columns with colours."""
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "100")
+    return FakeTerminal()
 
 
 @pytest.fixture
@@ -45,6 +57,17 @@ def data(tmp_path: Path) -> Path:
     lines = [{"image": "a.png", "question": question} for question in ("What?", "Where?", "How many?")]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return tmp_path
+
+
+@pytest.fixture
+def retune_on_terminal(vflow: Vflow, data: Path, terminal: FakeTerminal, monkeypatch: pytest.MonkeyPatch) -> Vflow:
+    """Runs a search whose error stream is the terminal."""
+
+    def run() -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stderr", terminal)
+        return vflow("retune", "--budget", 0.1, "--data", data)
+
+    return run
 
 
 def test_a_list_is_aligned_and_marks_the_active_strategy(vflow: Vflow) -> None:
@@ -71,7 +94,7 @@ def test_without_a_name_the_active_strategy_is_shown(vflow: Vflow) -> None:
 
 def test_activating_and_rolling_back(vflow: Vflow, service: FakeService) -> None:
     code, out, _ = vflow("strategies", "activate", "mine", "--etag", "e1")
-    assert code == 0 and out == "mine is active: new sessions begin with it, those that exist keep theirs\n"
+    assert code == 0 and out == "mine is active: new sessions use it, existing sessions are not affected\n"
     request = service.requests["ActivateStrategy"][0]
     assert (request.name, request.etag) == ("strategies/mine", "e1")
     code, out, _ = vflow("strategies", "rollback", "--tenant", "red")
@@ -103,11 +126,14 @@ def test_a_comparison_is_a_table(vflow: Vflow, service: FakeService, data: Path)
 @pytest.mark.parametrize(
     ("arguments", "look"),
     [
-        (["list"], lambda told: [strategy["name"] for strategy in told] == ["strategies/full", "strategies/tuned-one"]),
-        (["show", "full"], lambda told: told["draft"] is False and told["ratios"] == [0.125, 1.0, 0.5]),
-        (["activate", "mine"], lambda told: told["active"] is True),
-        (["rollback"], lambda told: told["name"] == "strategies/preset-25"),
-        (["compare", "a", "b", "--live"], lambda told: told["compared"][1]["agreement"] == 0.75),
+        (
+            ["list"],
+            lambda printed: [strategy["name"] for strategy in printed] == ["strategies/full", "strategies/tuned-one"],
+        ),
+        (["show", "full"], lambda printed: printed["draft"] is False and printed["ratios"] == [0.125, 1.0, 0.5]),
+        (["activate", "mine"], lambda printed: printed["active"] is True),
+        (["rollback"], lambda printed: printed["name"] == "strategies/preset-25"),
+        (["compare", "a", "b", "--live"], lambda printed: printed["compared"][1]["agreement"] == 0.75),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -143,8 +169,8 @@ def test_a_picture_that_is_none_is_named(
             fields={"calibration.samples.samples[1].image": "refused on purpose"},
         )
     ]
-    told = f"error: {data / 'b.png'}: PICTURE_NOT_AN_IMAGE: refused on purpose\n"
-    assert vflow(*arguments, "--data", data) == (2, "", told)
+    message = f"error: {data / 'b.png'}: PICTURE_NOT_AN_IMAGE: refused on purpose\n"
+    assert vflow(*arguments, "--data", data) == (2, "", message)
 
 
 def test_a_reader_that_leaves_early_is_no_mistake_of_ours(address: str) -> None:
@@ -211,9 +237,9 @@ def test_a_search_in_a_log(vflow: Vflow, service: FakeService, data: Path) -> No
         "comparing with preset-10 on the same samples",
     ]
     assert out.startswith(
-        "strategies/tuned-one found: objective 0.9500 at a budget of 10.0%, preset-10 has 0.9000\n\nobjective against"
+        "strategies/tuned-one found: objective 0.9500 at a budget of 10.0%, preset-10 has 0.9000\n\nobjective by trial"
     )
-    assert "objective      0.9000                0.9500                +0.0500\n" in out
+    assert "objective      0.9000                0.9500                +0.0500\n" in out and "\x1b" not in out
     assert out.endswith("\nactivate it with: vflow strategies activate tuned-one\n")
     request = service.requests["Retune"][0]
     assert (request.trials, request.seed, request.base) == (4, 7, "strategies/preset-10")
@@ -221,26 +247,109 @@ def test_a_search_in_a_log(vflow: Vflow, service: FakeService, data: Path) -> No
     assert "ActivateStrategy" not in service.requests
 
 
-def test_a_search_on_a_terminal(vflow: Vflow, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
-    terminal = FakeTerminal()
-    monkeypatch.setattr("sys.stderr", terminal)
-    assert vflow("retune", "--budget", 0.1, "--data", data)[0] == 0
-    drawn = terminal.getvalue().split("\n")[1].split("\r")
-    assert drawn[1] == "[.........................] encoding 2 pictures"
-    assert drawn[4].rstrip() == "[############.............] trial 2 of 4, best 0.9100, base 0.9000, 1 min 40 s left"
-    assert drawn[-1].rstrip() == "[#########################] trial 4 of 4, best 0.9500, base 0.9000"
-    assert all(len(line) < 100 for line in drawn)
-    assert all(len(after) >= len(before.rstrip()) for before, after in zip(drawn, drawn[1:], strict=False))
+def frames(terminal: FakeTerminal) -> list[str]:
+    """What the last line of the terminal showed, one state after the other."""
+    drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    return [frame.rstrip() for line in drawn.split("\n") for frame in line.split("\r")]
+
+
+def test_a_search_on_a_terminal(retune_on_terminal: Vflow, terminal: FakeTerminal) -> None:
+    assert retune_on_terminal()[0] == 0
+    shown = frames(terminal)
+    bar = "━" * 25
+    half = "━" * 12 + "╸" + "━" * 12
+    assert f"{bar} encoding 2 pictures" in shown
+    assert f"{half} trial 2 of 4, best 0.9100, base 0.9000, 1 min 40 s left" in shown
+    assert shown[-3] == f"{bar} trial 4 of 4, best 0.9500, base 0.9000"
+    assert shown[-2:] == ["comparing with preset-10 on the same samples", ""]
+    assert terminal.getvalue().count("\x1b[?25h") == 1, "the cursor is visible again"
+
+
+@pytest.mark.parametrize("columns", [12, 24, 60])
+def test_a_search_on_a_narrow_terminal(
+    retune_on_terminal: Vflow, terminal: FakeTerminal, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out, _ = retune_on_terminal()
+    bars = [frame for frame in frames(terminal) if "trial" in frame]
+    assert code == 0 and bars and max(map(len, bars)) <= columns
+    chart = [line for line in out.splitlines() if "┤" in line or "│" in line]
+    assert chart and max(map(len, chart)) <= columns
+
+
+def test_no_color_is_respected(
+    retune_on_terminal: Vflow, terminal: FakeTerminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    colors = re.compile(r"\x1b\[[0-9;]*[349][0-9]")
+    assert retune_on_terminal()[0] == 0
+    assert colors.search(terminal.getvalue())
+    monkeypatch.setenv("NO_COLOR", "1")
+    terminal.truncate(0)
+    assert retune_on_terminal()[0] == 0
+    assert not colors.search(terminal.getvalue())
+
+
+def test_a_terminal_that_cannot_redraw_gets_a_log(
+    retune_on_terminal: Vflow, terminal: FakeTerminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    assert retune_on_terminal()[0] == 0
+    written = terminal.getvalue()
+    assert "trial 4 of 4: 0.9300, best 0.9500\n" in written and not set("\x1b\r") & set(written)
+
+
+def test_colors_in_a_file_are_no_reason_to_redraw(vflow: Vflow, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    code, out, err = vflow("retune", "--budget", 0.1, "--data", data)
+    assert code == 0 and "\x1b[" in out, "whoever asks for colours gets them"
+    assert "trial 4 of 4: 0.9300, best 0.9500\n" in err and not set("\x1b\r") & set(err)
+
+
+def test_a_table_on_a_narrow_terminal_wraps_and_loses_nothing(
+    vflow: Vflow, service: FakeService, terminal: FakeTerminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert vflow("strategies", "show", "tuned-one")[0] == 0
+    shown = frames(terminal)
+    assert max(map(len, shown)) <= 60
+    assert "from layers 0, 8, 16; each keeps 0.125/1.000/0.500 of those before it" in " ".join(
+        line[13:].strip() for line in shown
+    )
+
+
+@pytest.mark.parametrize(("columns", "head"), [(100, "RATIOS  "), (60, "OBJECTIVE  ORIGIN"), (30, "ORIGIN")])
+def test_a_list_fits_the_terminal(
+    vflow: Vflow, terminal: FakeTerminal, monkeypatch: pytest.MonkeyPatch, columns: int, head: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert vflow("strategies", "list")[0] == 0
+    shown = frames(terminal)
+    assert max(map(len, shown)) <= columns and any(head in line for line in shown)
+    assert ("DIVERSITY" in " ".join(shown)) == (columns == 100)
+    assert any(line.startswith("*  full") for line in shown)
+
+
+def test_a_stream_that_cannot_encode_the_chart(address: str, data: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "vflow_server", "retune", "--budget", "0.1", "--data", data, "--address", address],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "0.9500?" in result.stdout and "*" in result.stdout
 
 
 def test_live_traffic_is_not_asked_for_twice(vflow: Vflow, service: FakeService) -> None:
     code, out, err = vflow("retune", "--budget", 0.1, "--live", 20, "--activate")
-    assert code == 0 and "measured on the latest 20 conversations held" in err
+    assert code == 0 and "measured on the latest 20 conversations" in err
     assert service.requests["Retune"][0].calibration.live.max_samples == 20
     assert "CompareStrategies" not in service.requests
     assert "ratios       0.125/1.000/0.500  0.200/0.500/0.600\n" in out
-    assert out.endswith("tuned-one is active: new sessions begin with it, those that exist keep theirs\n")
+    assert out.endswith("tuned-one is active: new sessions use it, existing sessions are not affected\n")
     assert service.requests["ActivateStrategy"][0].name == "strategies/tuned-one"
 
 
@@ -253,10 +362,10 @@ def test_a_comparison_that_fails_spoils_nothing(vflow: Vflow, service: FakeServi
 
 def test_a_search_for_programs(vflow: Vflow, data: Path) -> None:
     code, out, _ = vflow("retune", "--budget", 0.1, "--data", data, "--json")
-    told = json.loads(out)
-    assert code == 0 and told["operation"] == "operations/one"
-    assert [trial["objective"] for trial in told["metadata"]["tried"]] == [0.91, 0.88, 0.95, 0.93]
-    assert told["strategy"]["name"] == "strategies/tuned-one" and told["comparison"]["questions"] == 4
+    printed = json.loads(out)
+    assert code == 0 and printed["operation"] == "operations/one"
+    assert [trial["objective"] for trial in printed["metadata"]["tried"]] == [0.91, 0.88, 0.95, 0.93]
+    assert printed["strategy"]["name"] == "strategies/tuned-one" and printed["comparison"]["questions"] == 4
 
 
 def test_leaving_a_search_and_taking_it_up_again(vflow: Vflow, service: FakeService, data: Path) -> None:
@@ -291,9 +400,9 @@ def test_ctrl_c_cancels_and_names_the_draft(
     code, out, err = vflow("retune", "--budget", 0.1, "--data", data, "--activate")
     assert (code, out) == (1, "")
     assert err.splitlines()[-3:] == [
-        "cancelling; the best so far is kept as a draft (Ctrl-C again: leave at once)",
+        "cancelling; the best strategy so far is stored as a draft (Ctrl-C again: leave at once)",
         "error: OPERATION_CANCELLED: ended on purpose",
-        "the best of 2 trials, objective 0.9100, is kept as the draft strategies/tuned-draft",
+        "the best of 2 trials, objective 0.9100, is stored as the draft strategies/tuned-draft",
     ]
     assert len(service.requests["CancelOperation"]) == 1 and "ActivateStrategy" not in service.requests
 
@@ -304,8 +413,8 @@ def test_ctrl_c_before_the_first_trial_leaves_nothing(
     interrupt_after(0, monkeypatch)
     code, out, err = vflow("retune", "--budget", 0.1, "--data", data, "--json")
     assert code == 1 and "draft strategies/" not in err
-    told = json.loads(out)
-    assert told["error"]["reason"] == "OPERATION_CANCELLED" and told["metadata"]["tried"] == []
+    printed = json.loads(out)
+    assert printed["error"]["reason"] == "OPERATION_CANCELLED" and printed["metadata"]["tried"] == []
 
 
 def test_a_second_ctrl_c_leaves_at_once(
@@ -320,7 +429,7 @@ def test_a_second_ctrl_c_leaves_at_once(
     monkeypatch.setattr("vflow_client.retune.Retune.wait", interrupted)
     code, out, err = vflow("retune", "--budget", 0.1, "--data", data)
     assert (code, out) == (1, "") and len(service.requests["CancelOperation"]) == 1
-    assert err.endswith("left; how it ended tells: vflow retune --follow operations/one\n")
+    assert err.endswith("left before the search ended; see its result with: vflow retune --follow operations/one\n")
 
 
 def test_ctrl_c_at_the_very_end_activates_nothing(
@@ -330,7 +439,7 @@ def test_ctrl_c_at_the_very_end_activates_nothing(
     service.search.advance()
     monkeypatch.setattr(service.search, "cancel", lambda: None)
     code, out, err = vflow("retune", "--budget", 0.1, "--data", data, "--activate")
-    assert (code, out) == (1, "") and "had ended already: strategies/tuned-one is there, and was not activated" in err
+    assert (code, out) == (1, "") and "had ended already: strategies/tuned-one was created, but not activated" in err
     assert "ActivateStrategy" not in service.requests
 
 
@@ -340,7 +449,7 @@ def test_a_search_that_was_interrupted_by_a_restart(vflow: Vflow, service: FakeS
     service.search.fail(code_pb2.ABORTED, "OPERATION_INTERRUPTED", draft="strategies/tuned-draft")
     code, _, err = vflow("retune", "--follow", "operations/one")
     assert code == 1 and "error: OPERATION_INTERRUPTED: ended on purpose\n" in err
-    assert err.endswith("the best of 3 trials, objective 0.9500, is kept as the draft strategies/tuned-draft\n")
+    assert err.endswith("the best of 3 trials, objective 0.9500, is stored as the draft strategies/tuned-draft\n")
 
 
 def test_a_service_that_goes_away_tells_how_to_come_back(vflow: Vflow, service: FakeService, data: Path) -> None:

@@ -66,7 +66,7 @@ def test_a_detail_is_said_beside_the_picture_and_leaves_the_source_alone() -> No
     assert to_image(digest, "low") == Image(digest="ab" * 32, detail=Image.LOW)
     assert digest == Image(digest="ab" * 32)
     assert to_image(b"contents", "high") == Image(data=b"contents", detail=Image.HIGH)
-    said = Image(data=b"contents", detail=Image.LOW)
-    assert to_image(said, "auto") is said
+    low = Image(data=b"contents", detail=Image.LOW)
+    assert to_image(low, "auto") is low
     with pytest.raises(ValueError, match="'medium'; give 'auto', 'low' or 'high'"):
         to_image(b"contents", "medium")  # type: ignore[arg-type]

@@ -29,15 +29,15 @@ def converse(
     client: vflow_client.Client, lines: Iterable[str | type[BaseException]], pictures: Iterable[Path] = ()
 ) -> tuple[bool, str, str]:
     out, err = io.StringIO(), io.StringIO()
-    went_well = Terminal(out, err, typing(lines)).converse(client.attach("sessions/one"), list(pictures))
-    return went_well, out.getvalue(), err.getvalue()
+    succeeded = Terminal(out, err, typing(lines)).converse(client.attach("sessions/one"), list(pictures))
+    return succeeded, out.getvalue(), err.getvalue()
 
 
 def test_pictures_answers_and_receipts(client: vflow_client.Client, tmp_path: Path) -> None:
     picture = tmp_path / "a.png"
     picture.write_bytes(b"picture")
-    went_well, out, err = converse(client, ["How many?", "", f"/image {picture}"], [picture])
-    assert went_well and err == ""
+    succeeded, out, err = converse(client, ["How many?", "", f"/image {picture}"], [picture])
+    assert succeeded and err == ""
     shown = (
         f"{picture}: [30 x 20, 256 visual tokens, kept 40/20/10 (4 recycled), KV 2.0 KiB instead of 20.0 KiB, 0.00 s]"
     )
@@ -47,24 +47,24 @@ def test_pictures_answers_and_receipts(client: vflow_client.Client, tmp_path: Pa
 
 def test_errors_are_told_and_the_conversation_goes_on(client: vflow_client.Client, service: FakeService) -> None:
     service.refusals["Chat"] = [Refusal(grpc.StatusCode.ABORTED, "SESSION_BUSY")]
-    went_well, out, err = converse(client, ["How many?", "And now?", "/image /no/such/picture.png"])
-    assert not went_well
+    succeeded, out, err = converse(client, ["How many?", "And now?", "/image /no/such/picture.png"])
+    assert not succeeded
     assert "error: SESSION_BUSY: refused on purpose" in err
     assert "error: /no/such/picture.png: No such file or directory" in err
     assert "two red stars" in out
 
 
 def test_a_first_picture_that_cannot_be_shown_ends_it(client: vflow_client.Client, service: FakeService) -> None:
-    went_well, out, err = converse(client, ["How many?"], [Path("/no/such/picture.png")])
-    assert not went_well and "No such file" in err and "Chat" not in service.requests
+    succeeded, out, err = converse(client, ["How many?"], [Path("/no/such/picture.png")])
+    assert not succeeded and "No such file" in err and "Chat" not in service.requests
 
 
 @pytest.mark.parametrize("line", ["/quit", "/image", "/images a.png"])
 def test_what_is_no_command_is_not_asked_of_the_model(
     client: vflow_client.Client, service: FakeService, line: str
 ) -> None:
-    went_well, _, err = converse(client, [line, "How many?"])
-    assert not went_well and f"error: '{line}' is no command; /image PATH shows another picture" in err
+    succeeded, _, err = converse(client, [line, "How many?"])
+    assert not succeeded and f"error: '{line}' is no command; /image PATH adds a picture" in err
     assert [request.parts[0].text for request in service.requests["Chat"]] == ["How many?"]
 
 
@@ -73,30 +73,30 @@ def test_a_picture_may_be_named_from_home(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a b.png").write_bytes(b"picture")
-    went_well, out, _ = converse(client, ["/image ~/a b.png"])
-    assert went_well and f"{tmp_path}/a b.png: [30 x 20" in out
+    succeeded, out, _ = converse(client, ["/image ~/a b.png"])
+    assert succeeded and f"{tmp_path}/a b.png: [30 x 20" in out
 
 
 def test_interrupting_at_the_prompt_does_nothing(client: vflow_client.Client) -> None:
-    went_well, out, _ = converse(client, [KeyboardInterrupt, "How many?"])
-    assert went_well and "two red stars" in out
+    succeeded, out, _ = converse(client, [KeyboardInterrupt, "How many?"])
+    assert succeeded and "two red stars" in out
 
 
 def test_interrupting_an_answer_cancels_it(
     client: vflow_client.Client, service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service.go_on.clear()
-    taken = vflow_client.Answer.__next__
-    pieces = iter([taken])
+    read_piece = vflow_client.Answer.__next__
+    pieces = iter([read_piece])
 
     def interrupted(answer: vflow_client.Answer) -> str:
-        for take in pieces:
-            return take(answer)
+        for read in pieces:
+            return read(answer)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(vflow_client.Answer, "__next__", interrupted)
-    went_well, out, _ = converse(client, ["How many?"])
-    assert went_well and "two \n[cancelled" in out
+    succeeded, out, _ = converse(client, ["How many?"])
+    assert succeeded and "two \n[cancelled" in out
     assert service.cancelled.wait(timeout=5)
 
 

@@ -54,10 +54,17 @@ def test_the_library_knows_no_service() -> None:
         assert "asyncio" not in set(imports(path)), f"{path} must not import asyncio"
 
 
+DRAWING = ("objective_chart", "output", "progress", "retune", "strategies", "strategy_text")
+
+
 def test_the_client_needs_grpc_and_protobuf_only() -> None:
     found = foreign("client/vflow_client")
     # Pillow is imported only once a caller hands over one of its images.
     assert found.pop("PIL") == {"client/vflow_client/image_source.py"}
+    # The extra `cli` draws what two commands print.
+    commands = "client/vflow_client/commands"
+    assert found.pop("rich") == {f"{commands}/{name}.py" for name in DRAWING}
+    assert found.pop("plotext") == {f"{commands}/objective_chart.py"}
     assert set(found) == {"google", "grpc", "vflow_client"}
 
 

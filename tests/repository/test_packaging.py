@@ -28,6 +28,7 @@ def requirements() -> list[str]:
         *SERVICE["project"]["optional-dependencies"]["otel"],
         *SERVICE["project"]["optional-dependencies"]["dev"],
         *CLIENT["project"]["dependencies"],
+        *CLIENT["project"]["optional-dependencies"]["cli"],
     ]
 
 
@@ -43,7 +44,7 @@ def test_every_package_is_typed_and_its_folder_has_its_import_name(folder: str) 
 def test_both_distributions_have_one_version() -> None:
     version = SERVICE["project"]["version"]
     assert CLIENT["project"]["version"] == version
-    assert f"vflowopt-client=={version}" in SERVICE["project"]["dependencies"]
+    assert f"vflowopt-client[cli]=={version}" in SERVICE["project"]["dependencies"]
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
 
 

@@ -1,12 +1,13 @@
 """Where settings come from, and which of them wins."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from vflow_server.cli import main
 from vflow_server.option import OptionError, Share, switch
-from vflow_server.settings import Settings, load, options
+from vflow_server.settings import Group, Settings, load, options
 
 
 def test_a_flag_wins_over_a_variable_over_the_file_over_the_default(tmp_path: Path) -> None:
@@ -103,6 +104,29 @@ def test_settings_that_do_not_go_together(flags: dict[str, str], complaint: str)
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="cannot be read"):
         load({}, {}, tmp_path / "none.toml")
+
+
+def test_help_shows_the_options_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    shown = re.findall(r"^(?:(\w[\w ]*):$|  --([a-z-]+))", capsys.readouterr().out, re.MULTILINE)
+    headings = [heading for heading, _ in shown if heading]
+    assert headings == ["options", *Group], "every group is shown, in its order"
+    heading, groups = "", {}
+    for new_heading, name in shown:
+        heading = new_heading or heading
+        groups[name.replace("-", "_")] = heading
+    assert {name: groups[name] for name in options()} == {name: one.group for name, one in options().items()}
+
+
+def test_help_shows_the_commands_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    commands = re.findall(r"^  ([a-z]+)  +[a-z]", capsys.readouterr().out, re.MULTILINE)
+    with pytest.raises(SystemExit):
+        main(["nothing"])
+    known = re.search(r"choose from (.*)\)", capsys.readouterr().err)
+    assert known and sorted(commands) == sorted(known[1].replace("'", "").split(", "))
 
 
 def test_help_names_every_option_and_default(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The asyncio face of the client: the same names and arguments as the synchronous one, awaited.
+"""The asyncio client: the same names and arguments as the synchronous one, awaited.
 
 async with vflow_client.aio.connect("localhost:50051") as client, await client.session() as session:
     await session.add_image("picture.png")

@@ -1,4 +1,4 @@
-"""An answer as it comes, for asyncio."""
+"""An answer while it streams, for asyncio."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -14,11 +14,12 @@ from vflow_client.v1.conversations_pb2 import ChatRequest, ChatResponse
 
 
 class AsyncAnswer(Transcript, AsyncIterator[str]):
-    """Iterate over it for the pieces of text as they come; `usage` and `receipt` are there after the last one.
+    """Iterating yields pieces of text as they arrive; after the last one, `usage` and `receipt` can be read.
 
     Closing an answer before its end (`close()`, or leaving it as an async context manager), or cancelling the task that
-    reads it, cancels the turn: the session is then as if it had not been asked, unless the service, which may be ahead
-    of the reader, had finished the turn already (`AsyncSession.state()` tells). One answer is read by one task.
+    reads it, cancels the turn and leaves the session as it was before the question. If the service, which may be ahead
+    of the reader, has finished the turn already, it counts (see `AsyncSession.state()`). Only one task may
+    read an answer.
     """
 
     def __init__(self, method: Any, request: ChatRequest, attempts: Attempts) -> None:
@@ -36,7 +37,7 @@ class AsyncAnswer(Transcript, AsyncIterator[str]):
             VFlowError: the turn failed, and the session is as it was before.
         """
         while not self.finished:
-            if piece := self._take(await self._next_event()):
+            if piece := self._append(await self._next_event()):
                 return piece
         raise StopAsyncIteration
 
@@ -70,21 +71,21 @@ class AsyncAnswer(Transcript, AsyncIterator[str]):
             try:
                 event: ChatResponse = await anext(self._events)
             except StopAsyncIteration:
-                raise self._broken_off() from None
+                raise self._incomplete() from None
             except grpc.RpcError as failure:
                 self._refuse_if_closed()
                 error = error_from_call(failure)
-                # Text that the caller has seen cannot be taken back: only an answer that has not begun starts over.
+                # The caller may have used the text already, so only an answer without any text is requested again.
                 delay = None if self.text else self._attempts.delay_after(error)
                 if delay is None:
                     raise error from failure
             except asyncio.CancelledError:
-                # Closed by another task while this one was reading; otherwise it is this task that is cancelled.
+                # Another task may have closed the answer while this one was reading; otherwise this task is cancelled.
                 self._refuse_if_closed()
                 raise
             else:
                 if event.HasField("finished"):
-                    # Let the call end by itself; dropping it would cancel it. The turn counts whatever comes now.
+                    # Let the call end by itself, because dropping it would cancel it. The turn counts in any case.
                     await self._call.code()
                 return event
             await asyncio.sleep(delay)

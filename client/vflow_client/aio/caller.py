@@ -22,17 +22,17 @@ class AsyncCaller:
         self._metadata = identity_metadata(token, tenant)
 
     def attempts(self, timeout: float | None, *, repeatable: bool) -> Attempts:
-        """A fresh account of attempts for one call; a `timeout` of None stands for the default."""
+        """Counts the attempts of one call; `timeout` in seconds, None: the default."""
         return Attempts(self._retry, self._timeout if timeout is None else timeout, repeatable)
 
     def streaming(self, method: Any) -> Any:
-        """A streaming method, bound to token and tenant; retries are the caller's business."""
+        """A streaming method, bound to token and tenant; the caller retries it."""
         return partial(method, metadata=self._metadata)
 
     async def unary(self, method: Any, request: Any, timeout: float | None, *, repeatable: bool) -> Any:
         """Calls a unary method and returns its response.
 
-        `repeatable`: the call may be sent again although an earlier attempt may have been carried out.
+        `repeatable`: the call may be sent again even if an earlier attempt may have been carried out.
 
         Raises:
             VFlowError: the call failed for good.

@@ -13,10 +13,10 @@ from vflow_client.v1.strategies_pb2 import RetuneMetadata, Strategy
 
 
 class AsyncRetune(RetuneProgress):
-    """A search that the service runs, whether anybody follows it or not.
+    """A search that the service runs. It goes on whether or not anybody follows it.
 
-    Iterate over it for its `RetuneMetadata`: how far it is, then how far whenever that has changed, until it has ended.
-    Iterating does not raise where the search fails; `result()` does.
+    Iterating yields its `RetuneMetadata`: the present one, then every new one until the search has ended. A search that
+    fails does not raise while iterating; `result()` raises.
     """
 
     def __init__(self, operation: Operation, stub: OperationsStub, caller: AsyncCaller) -> None:
@@ -26,16 +26,16 @@ class AsyncRetune(RetuneProgress):
         self._caller = caller
 
     async def __aiter__(self) -> AsyncIterator[RetuneMetadata]:
-        """How far it has come, as it goes on. Raises VFlowError if the service stops telling; the search goes on."""
+        """Yields its progress. Raises VFlowError if the service cannot be asked any more; the search goes on."""
         yield self.metadata
         while not self.done:
             if await self._poll(POLL_SECONDS):
                 yield self.metadata
 
     async def refresh(self, *, timeout: float | None = None) -> RetuneMetadata:
-        """Reads how far it has come. Raises OperationNotFound if the service has forgotten it."""
+        """Reads its progress. Raises OperationNotFound if the service no longer stores the search."""
         request = GetOperationRequest(name=self.name)
-        self._take(await self._caller.unary(self._stub.GetOperation, request, timeout, repeatable=True))
+        self._update(await self._caller.unary(self._stub.GetOperation, request, timeout, repeatable=True))
         return self.metadata
 
     async def wait(self, timeout: float | None = None) -> bool:
@@ -52,17 +52,17 @@ class AsyncRetune(RetuneProgress):
         """Waits for the end and returns the strategy that was found.
 
         Raises:
-            OperationCancelled: it was cancelled; `metadata.best` is the draft that was kept, if it had tried anything.
-            OperationInterrupted: the service ended while it ran.
+            OperationCancelled: it was cancelled; `metadata.best` is the draft of its best trial, if there was any.
+            OperationInterrupted: the service stopped while the search ran.
             DeadlineExceeded: it has not ended within `timeout` seconds (None: no limit), and goes on.
             VFlowError: any other failure, of the search or of following it.
         """
         if not await self.wait(timeout):
-            raise self._too_slow(timeout)
+            raise self._timed_out(timeout)
         return self._strategy()
 
     async def cancel(self, *, timeout: float | None = None) -> None:
-        """Asks the service to end it and to keep the best so far as a draft. Returns before it has: `wait()` for that.
+        """Asks the service to end the search and store its best strategy as a draft. Does not wait for the end.
 
         No error if it has ended already.
         """
@@ -73,8 +73,8 @@ class AsyncRetune(RetuneProgress):
         """Waits up to `seconds` for the end; returns whether anything has changed."""
         started = time.monotonic()
         request = self._wait_request(seconds)
-        changed = self._take(await self._caller.unary(self._stub.WaitOperation, request, None, repeatable=True))
+        changed = self._update(await self._caller.unary(self._stub.WaitOperation, request, None, repeatable=True))
         if not self.done:
-            # A service may answer at once; it is not asked again any sooner for that.
+            # The service may respond early; the next request still waits for the full interval.
             await asyncio.sleep(max(0.0, seconds - (time.monotonic() - started)))
         return changed

@@ -26,7 +26,7 @@ from vflow_client.video_source import Video, to_video
 
 
 class AsyncSession:
-    """A conversation that the service holds. Leaving it as an async context manager deletes it there."""
+    """A conversation in the service. Leaving it as an async context manager deletes it there."""
 
     def __init__(self, name: str, stub: ConversationsStub, caller: AsyncCaller) -> None:
         """For `AsyncClient.session()` and `AsyncClient.attach()`."""
@@ -37,7 +37,7 @@ class AsyncSession:
     async def add_image(
         self, image: ImageSource, *, detail: Detail = "auto", timeout: float | None = None
     ) -> ImageReceipt:
-        """Shows a picture ahead of any question about it, so that the question will be answered sooner.
+        """Adds a picture before any question about it, so that the first answer comes sooner.
 
         Args:
             image: a path, the bytes of a picture file, a PIL image, or `Image(digest=...)`.
@@ -45,10 +45,10 @@ class AsyncSession:
             timeout: seconds; None: the client's.
 
         Returns:
-            What the picture cost, and what its compression saved.
+            The receipt: what the picture cost, and what its compression saved.
 
         Raises:
-            PictureRejected: it is not a picture that the service takes.
+            PictureRejected: the service cannot use the picture.
             SessionBusy: a turn of this session is running.
             VFlowError: any other failure.
         """
@@ -64,22 +64,22 @@ class AsyncSession:
         seconds: Sequence[float] | None = None,
         timeout: float | None = None,
     ) -> ImageReceipt:
-        """Shows a video ahead of any question about it, where the service's model takes videos.
+        """Adds a video before any question about it; the model of the service must support videos.
 
         Args:
-            frames: of the clip, pictures of one size in the order in which they were seen, as `add_image` takes them.
-            fps: frames in a second; or
-            seconds: when each frame was seen, from the beginning of the clip, each later than the one before.
+            frames: of the clip, in order: pictures of one size, in any form that `add_image` accepts.
+            fps: frames per second; or
+            seconds: the time of each frame from the beginning of the clip, each later than the one before.
             timeout: seconds; None: the client's.
 
         Returns:
-            What the video cost, and what its compression saved; `kept_by_frame` tells how the frames share it.
+            The receipt: what the video cost, and what its compression saved, with the tokens of each frame.
 
         Raises:
-            TypeError, ValueError: it is not clear what the frames are, or when they were seen.
-            PictureRejected: a frame is not a picture that the service takes.
-            VideoRejected: the frames are not a video that the service takes.
-            VideoUnsupported: the service's model takes no videos.
+            TypeError, ValueError: the frames or their times are not given as described above.
+            PictureRejected: the service cannot use a frame.
+            VideoRejected: the service cannot use the frames as a video.
+            VideoUnsupported: the model of the service does not support videos.
             SessionBusy: a turn of this session is running.
             VFlowError: any other failure.
         """
@@ -101,22 +101,22 @@ class AsyncSession:
         stop: str | Sequence[str] = (),
         timeout: float | None = None,
     ) -> AsyncAnswer:
-        """Says one turn and returns its answer, to be iterated over while it comes.
+        """Sends one turn and returns its answer, to be iterated over while it streams.
 
         Args:
             parts: the turn in order: a `str` is text, a `Video` a video, anything else a picture (a path as
                 `pathlib.Path`).
             images: pictures that come before the parts; here a `str` is a path.
-            detail: how closely the model looks at the turn's pictures; `Image(..., detail=Image.LOW)` says it of one.
+            detail: how closely the model looks at the turn's pictures; `Image(..., detail=Image.LOW)` sets it for one.
             max_new_tokens: tokens to generate at most.
-            min_new_tokens: the model cannot end its answer before it has so many tokens.
+            min_new_tokens: the answer does not end before it has this many tokens.
             temperature: 0 for greedy; None: the service's default, which is greedy.
             top_p: sample from the most probable tokens that together have this probability.
             seed: the same seed on the same conversation gives the same answer.
             stop: the answer ends before the first of these texts.
             timeout: seconds for the whole turn; None: the client's.
 
-        A turn is sent under a random request_id, so that it is never said twice. Failures are raised by the answer.
+        A turn has a random request_id, so it counts once however often it is sent. Reading the answer raises failures.
         """
         request = await asyncio.to_thread(
             chat_request,
@@ -136,19 +136,19 @@ class AsyncSession:
         )
 
     async def fork(self, *, timeout: float | None = None) -> "AsyncSession":
-        """Opens a second session with the same past. From then on, what is said in one is not heard in the other.
+        """Opens a second session with the same history. Later turns of one session do not affect the other.
 
         Raises:
             SessionBusy: a turn of this session is running.
-            CapacityExhausted: the service holds as many sessions as it can.
+            CapacityExhausted: the service has as many sessions as it can hold.
         """
         request = ForkSessionRequest(name=self.name)
-        # Repeatable: a session that was opened, but never heard of, expires.
+        # Repeatable: a session whose name was lost with its response expires.
         state: SessionState = await self._caller.unary(self._stub.ForkSession, request, timeout, repeatable=True)
         return AsyncSession(state.name, self._stub, self._caller)
 
     async def state(self, *, timeout: float | None = None) -> SessionState:
-        """Reads what the service knows of the session: turns, pictures, KV bytes, when it expires."""
+        """Reads the state of the session: turns, pictures, KV bytes, time of expiry."""
         request = GetSessionRequest(name=self.name)
         state: SessionState = await self._caller.unary(self._stub.GetSession, request, timeout, repeatable=True)
         return state

@@ -43,7 +43,7 @@ class AsyncStrategyAdmin:
         self._caller = caller
 
     async def list(self, *, timeout: float | None = None) -> AsyncIterator[Strategy]:
-        """All strategies, read page by page; `timeout` is for each page."""
+        """Yields all strategies, page by page; `timeout` is for each page."""
         request = ListStrategiesRequest()
         while True:
             page: ListStrategiesResponse = await self._caller.unary(
@@ -56,7 +56,7 @@ class AsyncStrategyAdmin:
             request = ListStrategiesRequest(page_token=page.next_page_token)
 
     async def get(self, name: str, *, timeout: float | None = None) -> Strategy:
-        """Reads a strategy. Raises StrategyNotFound if there is none of that name."""
+        """Reads a strategy. Raises StrategyNotFound if there is none with that name."""
         request = GetStrategyRequest(name=strategy_name(name))
         strategy: Strategy = await self._caller.unary(self._stub.GetStrategy, request, timeout, repeatable=True)
         return strategy
@@ -105,25 +105,25 @@ class AsyncStrategyAdmin:
         """Makes a strategy the default of new sessions.
 
         Raises:
-            StrategyNotFound: there is none of that name.
+            StrategyNotFound: there is none with that name.
             EtagMismatch: `etag` was given, and the active strategy has changed since it was read.
         """
         request = ActivateStrategyRequest(name=strategy_name(name), etag=etag)
-        # With an etag, a second attempt would be refused for the change that the first one made.
+        # With an etag, a second attempt would be refused because the first one changed the active strategy.
         strategy: Strategy = await self._caller.unary(
             self._stub.ActivateStrategy, request, timeout, repeatable=not etag
         )
         return strategy
 
     async def rollback(self, *, etag: str = "", timeout: float | None = None) -> Strategy:
-        """Makes the strategy active again that was so before the active one, and returns it. Sessions keep theirs.
+        """Activates the strategy that was active before the present one, and returns it. Sessions are not affected.
 
         Raises:
-            NothingToRollBack: none was active before.
+            NothingToRollBack: no other strategy was active before.
             EtagMismatch: `etag` was given, and the active strategy has changed since it was read.
         """
         request = RollbackStrategyRequest(etag=etag)
-        # A second attempt could go back one strategy further than asked, or, with an etag, be refused for the first.
+        # A second attempt could roll back one strategy too far or, with an etag, be refused because of the first.
         strategy: Strategy = await self._caller.unary(self._stub.RollbackStrategy, request, timeout, repeatable=False)
         return strategy
 
@@ -138,49 +138,49 @@ class AsyncStrategyAdmin:
         strategy_id: str = "",
         timeout: float | None = None,
     ) -> AsyncRetune:
-        """Begins a search for the strategy that serves calibration samples best within a budget.
+        """Starts a search for the strategy that preserves the answers to calibration samples best within a budget.
 
         Args:
             budget: fraction of a picture's tokens to keep, averaged over the decoder layers, above 0 and below 1.
             calibration: samples (`load_samples()` reads a folder), or `LiveTraffic()`.
             trials: strategies to try; None: the service's default.
             seed: the same request with the same seed finds the same strategy.
-            base: strategy to begin with; None: the active one.
-            strategy_id: last part of the new strategy's name; empty: the service makes one up.
-            timeout: seconds until the search has begun; None: the client's.
+            base: strategy to start from; None: the active one.
+            strategy_id: last part of the new strategy's name; empty: the service chooses one.
+            timeout: seconds until the search has started; None: the client's.
 
         Returns:
-            The search as it begins: iterate over it for its progress, `result()` waits for its strategy.
+            The search: iterate over it for its progress; `result()` waits for its strategy.
 
         Raises:
             RetuneRunning: another search runs; its `metadata["operation"]` names it.
-            CalibrationUnavailable: the service holds no live traffic.
+            CalibrationUnavailable: the service has no live traffic.
             StrategyNotFound: there is no strategy `base`.
             StrategyExists: `strategy_id` belongs to another strategy.
-            InvalidRequest: a field is wrong (see `fields`), a picture is none, or the budget cannot be reached.
+            InvalidRequest: a field is wrong (see `fields`), a picture cannot be used, or the budget cannot be met.
         """
         request = await asyncio.to_thread(
             retune_request, budget, calibration, trials=trials, seed=seed, base=base, strategy_id=strategy_id
         )
-        # Sent again after an attempt that was carried out, it would be refused for the search that this one began.
+        # Not repeatable: if a lost attempt has started the search, the next one is refused because of that search.
         operation: Operation = await self._caller.unary(self._stub.Retune, request, timeout, repeatable=False)
         return AsyncRetune(operation, self._operations, self._caller)
 
     async def compare(
         self, first: str, second: str, calibration: CalibrationSource, *, timeout: float | None = None
     ) -> CompareStrategiesResponse:
-        """Holds two strategies against each other and against the unpruned model, on the same samples.
+        """Compares two strategies with each other and with the unpruned model, on the same samples.
 
-        The service does it beside its conversations: allow it a `timeout` (seconds; None: the client's) that grows with
-        the samples.
+        The service compares in spare time between conversations: choose a `timeout` (seconds; None: the client's) that
+        grows with the number of samples.
 
         Raises:
-            StrategyNotFound: there is none of one of the names.
-            CalibrationUnavailable: the service holds no live traffic.
+            StrategyNotFound: one of the two does not exist.
+            CalibrationUnavailable: the service has no live traffic.
             InvalidRequest: a sample is wrong (see `fields`).
         """
         request = await asyncio.to_thread(compare_strategies_request, first, second, calibration)
-        # Live traffic is used up by the attempt that gets it.
+        # Live traffic is consumed by the first attempt that reads it.
         repeatable = request.calibration.WhichOneof("source") == "samples"
         response: CompareStrategiesResponse = await self._caller.unary(
             self._stub.CompareStrategies, request, timeout, repeatable=repeatable
@@ -191,7 +191,7 @@ class AsyncStrategyAdmin:
         """Finds a search again by its name, in full (`operations/...`) or its last part.
 
         Raises:
-            OperationNotFound: it never began, was deleted, or is another tenant's.
+            OperationNotFound: it never started, was deleted, or belongs to another tenant.
         """
         request = GetOperationRequest(name=operation_name(name))
         operation: Operation = await self._caller.unary(
@@ -200,7 +200,7 @@ class AsyncStrategyAdmin:
         return AsyncRetune(operation, self._operations, self._caller)
 
     async def operations(self, *, timeout: float | None = None) -> AsyncIterator[AsyncRetune]:
-        """All searches that the service remembers, read page by page; `timeout` is for each page."""
+        """Yields all searches that the service stores, page by page; `timeout` is for each page."""
         request = ListOperationsRequest(name=OPERATIONS)
         while True:
             page: ListOperationsResponse = await self._caller.unary(

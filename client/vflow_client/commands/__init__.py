@@ -1,1 +1,1 @@
-"""Commands for people and scripts that administer a running service: `vflow strategies`, `vflow retune`."""
+"""Commands that administer a running service: `vflow strategies` and `vflow retune`."""

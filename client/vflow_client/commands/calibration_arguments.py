@@ -1,4 +1,4 @@
-"""What a command measures strategies on."""
+"""Arguments for the data that strategies are measured on."""
 
 import argparse
 import re
@@ -17,14 +17,15 @@ _FIELD_OF_SAMPLE = re.compile(r"calibration\.samples\.samples\[(\d+)\]")
 
 
 def add_calibration_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """Declares `--data` or `--live`, one of which may be `required`, and how much of the data is used."""
-    source = parser.add_mutually_exclusive_group(required=required)
+    """Declares `--data` and `--live`, one of which may be `required`, and how much of the data is used."""
+    samples = parser.add_argument_group("samples to measure strategies on")
+    source = samples.add_mutually_exclusive_group(required=required)
     source.add_argument(
         "--data",
         type=Path,
         metavar="DIR",
-        help=f"folder of pictures with a file {QUESTIONS_FILE}: for each question a line, an object with image and "
-        "question; the lines of one image are the turns of one conversation",
+        help=f"folder of pictures with a file {QUESTIONS_FILE}; each line is an object with image and question; the "
+        "lines of one image are the turns of one conversation",
     )
     source.add_argument(
         "--live",
@@ -32,26 +33,30 @@ def add_calibration_arguments(parser: argparse.ArgumentParser, *, required: bool
         nargs="?",
         const=0,
         metavar="N",
-        help="the latest N conversations (default: all) that the service held; it must run with --calibration-samples",
+        help="the latest N conversations of the service (default: all); it must run with --calibration-samples",
     )
-    parser.add_argument(
-        "--pictures", type=at_least(1), default=32, metavar="N", help="of the data at most (default: the first 32)"
+    samples.add_argument(
+        "--pictures",
+        type=at_least(1),
+        default=32,
+        metavar="N",
+        help="use the first N pictures of the data (default: 32)",
     )
-    parser.add_argument(
+    samples.add_argument(
         "--questions",
         type=at_least(1),
         default=8,
         metavar="N",
-        help="about each picture at most, the first (default: 8)",
+        help="use the first N questions about each picture (default: 8)",
     )
 
 
 def calibration_of(arguments: argparse.Namespace) -> list[Sample] | LiveTraffic | None:
-    """What the parsed `arguments` name, or None.
+    """The data that the parsed `arguments` name, or None.
 
     Raises:
         OSError: the folder's questions cannot be read.
-        ValueError: they are not of the form that they must have.
+        ValueError: the questions are malformed.
     """
     if arguments.data is not None:
         return load_samples(arguments.data, pictures=arguments.pictures, questions=arguments.questions)
@@ -59,11 +64,11 @@ def calibration_of(arguments: argparse.Namespace) -> list[Sample] | LiveTraffic 
 
 
 @contextmanager
-def pictures_named(source: list[Sample] | LiveTraffic) -> Iterator[None]:
-    """Around a call that sends `source`: the service knows its pictures by their places, a person by their files.
+def naming_rejected_picture(source: list[Sample] | LiveTraffic) -> Iterator[None]:
+    """Wraps a call that sends `source`. The service names a bad picture by its index, a person needs its file.
 
     Raises:
-        ValueError: the service takes one of the pictures for none; its file is named.
+        ValueError: the service rejected a picture; the message names its file.
     """
     try:
         yield
@@ -75,7 +80,7 @@ def pictures_named(source: list[Sample] | LiveTraffic) -> Iterator[None]:
 
 
 def describe_calibration(source: list[Sample] | LiveTraffic) -> str:
-    """How much there is of it."""
+    """The size of `source`, for people."""
     if isinstance(source, LiveTraffic):
-        return f"the latest {source.max_samples} conversations held" if source.max_samples else "all live traffic held"
+        return f"the latest {source.max_samples} conversations" if source.max_samples else "all live traffic"
     return f"{counted(len(source), 'picture')}, {counted(sum(len(sample.questions) for sample in source), 'question')}"

@@ -1,4 +1,4 @@
-"""How a command finds its service, and says who calls."""
+"""Arguments for the address of the service, the caller and TLS."""
 
 import argparse
 import os
@@ -8,29 +8,30 @@ from vflow_client.tls import Tls
 
 
 def add_connection_arguments(parser: argparse.ArgumentParser, *, timeout: float, limits: str) -> None:
-    """Declares where the service is and for whom it is called; `timeout` is the default of what it `limits`."""
-    parser.add_argument(
+    """Declares address, caller and timeout; `timeout` is the default in seconds, `limits` says what it limits."""
+    connection = parser.add_argument_group("connection")
+    connection.add_argument(
         "--address",
         default=os.environ.get("VFLOW_ADDRESS", "localhost:50051"),
         help="host and port of the service (environment: VFLOW_ADDRESS; default: %(default)s)",
     )
-    parser.add_argument(
+    connection.add_argument(
         "--token",
         default=os.environ.get("VFLOW_TOKEN"),
-        help="says whose calls they are, where the service asks; others can see it among the arguments of a process, "
-        "but not in its environment (VFLOW_TOKEN)",
+        help="token of the caller, where the service requires one; prefer the environment (VFLOW_TOKEN), because other "
+        "users can see the arguments of a process",
     )
-    parser.add_argument(
-        "--tenant", default=os.environ.get("VFLOW_TENANT"), help="whose calls they are (environment: VFLOW_TENANT)"
+    connection.add_argument(
+        "--tenant", default=os.environ.get("VFLOW_TENANT"), help="tenant of the calls (environment: VFLOW_TENANT)"
+    )
+    connection.add_argument(
+        "--timeout", type=_seconds, default=timeout, help=f"time limit {limits}, in seconds (default: %(default)g)"
     )
     add_tls_arguments(parser)
-    parser.add_argument(
-        "--timeout", type=_seconds, default=timeout, help=f"seconds {limits} at most (default: %(default)g)"
-    )
 
 
 def _seconds(text: str) -> float:
-    """Reads a time that can pass."""
+    """Parses a number of seconds above 0."""
     try:
         number = float(text)
     except ValueError:
@@ -41,21 +42,27 @@ def _seconds(text: str) -> float:
 
 
 def add_tls_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares whether, and how, the connection is encrypted."""
-    parser.add_argument("--tls", action="store_true", help="encrypt the connection; implied by the options of TLS")
-    for option, variable, value, told in (
-        ("--ca", "VFLOW_CA", "FILE", "roots of the service's certificate, PEM; without them it must be a public one"),
-        ("--cert", "VFLOW_CERT", "FILE", "certificate to show a service that asks for one, PEM"),
-        ("--key", "VFLOW_KEY", "FILE", "its private key, PEM"),
-        ("--server-name", "VFLOW_SERVER_NAME", "NAME", "name that it must bear, if not that of the address"),
+    """Declares the options of TLS."""
+    tls = parser.add_argument_group("TLS")
+    tls.add_argument("--tls", action="store_true", help="encrypt the connection; implied by the other options of TLS")
+    for option, variable, value, help_text in (
+        ("--ca", "VFLOW_CA", "FILE", "root certificates that verify the service, PEM; default: public ones"),
+        ("--cert", "VFLOW_CERT", "FILE", "client certificate for mutual TLS, PEM"),
+        ("--key", "VFLOW_KEY", "FILE", "private key of the client certificate, PEM"),
+        (
+            "--server-name",
+            "VFLOW_SERVER_NAME",
+            "NAME",
+            "name in the certificate of the service; default: that of the address",
+        ),
     ):
-        parser.add_argument(
-            option, metavar=value, default=os.environ.get(variable), help=f"{told} (environment: {variable})"
+        tls.add_argument(
+            option, metavar=value, default=os.environ.get(variable), help=f"{help_text} (environment: {variable})"
         )
 
 
 def tls_of(arguments: argparse.Namespace) -> Tls | None:
-    """How the parsed `arguments` have the connection encrypted; None: not at all.
+    """The encryption that the parsed `arguments` ask for; None: none.
 
     Raises:
         ValueError: a certificate without its key, or a key without its certificate.
@@ -68,7 +75,7 @@ def connected(arguments: argparse.Namespace) -> Client:
     """A client of the service that the parsed `arguments` name.
 
     Raises:
-        OSError: a file of TLS cannot be read.
+        OSError: a file for TLS cannot be read.
         ValueError: the options of TLS contradict each other.
     """
     return connect(

@@ -1,4 +1,4 @@
-"""Messages of the contract for programs."""
+"""Messages of the contract as JSON, for programs."""
 
 import json
 from typing import Any

@@ -1,53 +1,73 @@
-"""Objective against trials, drawn in a terminal."""
+"""The objectives of a search's trials, drawn in a terminal."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
 from math import inf
+from typing import TYPE_CHECKING
 
 from vflow_client.v1.strategies_pb2 import Trial
 
-LEGEND = "objective against trials (* new best, o tried, x stopped early, v lower, - best until then)"
-_LABEL = 8
+if TYPE_CHECKING:
+    from rich.text import Text
+
+LEGEND = "objective by trial: * new best, o tried, x stopped early, v below the chart, line: best so far"
+MIN_RANGE = 1e-4
+"""Smallest range of objectives that is drawn: a step of their last digit."""
+
+_STYLES = {"*": "bold green", "x": "red", "v": "red"}
 
 
-def best_until(tried: Sequence[Trial]) -> list[float]:
-    """For each trial the best objective up to it; one that was stopped early is an estimate and does not count."""
-    return list(accumulate((-inf if trial.stopped_early else trial.objective for trial in tried), max))
+def best_until(trials: Sequence[Trial]) -> list[float]:
+    """For each trial the best objective up to it. A trial that was stopped early is an estimate and does not count."""
+    return list(accumulate((-inf if trial.stopped_early else trial.objective for trial in trials), max))
 
 
-def objective_chart(tried: Sequence[Trial], *, width: int = 72, height: int = 12) -> str:
-    """Draws the trials of a search, in turn from left to right, in `width` columns and `height` lines and two more.
+def objective_chart(trials: Sequence[Trial], *, width: int = 72, height: int = 14) -> Text:
+    """Draws the trials of a search from left to right, `width` columns wide and `height` lines high.
 
-    Outliers at the bottom are marked as such on the lowest line, so that they do not press all others together.
+    Outliers at the bottom are marked as such on the lowest line, so that they do not compress the rest.
 
     Raises:
         ValueError: there are no trials.
     """
-    if not tried:
+    if not trials:
         raise ValueError("a chart needs at least one trial")
-    columns = max(width - _LABEL - 2, 2)
-    low, high = _floor([trial.objective for trial in tried]), max(trial.objective for trial in tried)
-    cells = [[" "] * columns for _ in range(height)]
+    import plotext
+    from rich.text import Text
 
-    def line(objective: float) -> int:
-        """Counted from the top."""
-        return 0 if high == low else round((high - max(objective, low)) / (high - low) * (height - 1))
-
-    places = [number * (columns - 1) // max(len(tried) - 1, 1) for number in range(len(tried))]
-    best = best_until(tried)
-    for number, place in enumerate(places):
-        if best[number] >= low:
-            end = places[number + 1] if number + 1 < len(tried) else columns
-            cells[line(best[number])][place:end] = "-" * (end - place)
-    # Where several fall into one place, the most telling mark stays.
-    for mark in "vxo*":
-        for number, (place, trial) in enumerate(zip(places, tried, strict=True)):
-            if ("v" if trial.objective < low else _mark(trial, best[number - 1] if number else -inf)) == mark:
-                cells[line(trial.objective)][place] = mark
-    labels = [f"{high:.4f}", *[""] * (height - 2), f"{low:.4f}"]
-    rows = [f"{label:>{_LABEL}} |{''.join(row)}".rstrip() for label, row in zip(labels, cells, strict=True)]
-    ends = f"1{len(tried):>{columns - 1}}" if len(tried) > 1 else "1"
-    return "\n".join([*rows, f"{'':{_LABEL}} +{'-' * columns}", f"{'':{_LABEL}}  {ends}"])
+    high = max(trial.objective for trial in trials)
+    low = min(_floor([trial.objective for trial in trials]), high - MIN_RANGE)
+    best = best_until(trials)
+    plotext.terminal.limit(False, False)  # the caller knows the width, also where there is no terminal
+    figure = plotext.figure
+    figure.clear()
+    figure.theme("colorless").plot_size(width, height)
+    steps = [
+        (x, objective)
+        for number, objective in enumerate(best, start=1)
+        if objective >= low
+        for x in (number, min(number + 1, len(trials)))
+    ]
+    if steps:
+        figure.draw(figure.signal(*zip(*steps, strict=True), marker="braille").lines())
+    marks = [_mark(trial, best[number - 1] if number else -inf, low) for number, trial in enumerate(trials)]
+    for mark in "vxo*":  # where several fall into one place, the last of these stays
+        points = [
+            (number, max(trial.objective, low))
+            for number, trial in enumerate(trials, start=1)
+            if marks[number - 1] == mark
+        ]
+        if points:
+            figure.draw(figure.signal(*zip(*points, strict=True), marker=mark))
+    figure.ruler("y").lim(low, high).ticks([low, high], [f"{low:.4f}", f"{high:.4f}"])
+    figure.ruler("x").ticks(sorted({1, len(trials)}))
+    figure.axes(False, axis="x", side="upper").axes(False, axis="y", side="right")
+    chart = Text(figure.build().string(colorless=True).rstrip("\n"))
+    for mark, style in _STYLES.items():
+        chart.highlight_words([mark], style)
+    return chart
 
 
 def _floor(objectives: Sequence[float]) -> float:
@@ -57,7 +77,9 @@ def _floor(objectives: Sequence[float]) -> float:
     return max(ordered[0], quartile - 1.5 * (ordered[-1] - quartile))
 
 
-def _mark(trial: Trial, best_before: float) -> str:
+def _mark(trial: Trial, best_before: float, low: float) -> str:
+    if trial.objective < low:
+        return "v"
     if trial.stopped_early:
         return "x"
     return "*" if trial.objective > best_before else "o"

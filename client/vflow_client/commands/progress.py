@@ -1,81 +1,90 @@
-"""How far a search has come, told while it goes on: a bar on a terminal, else a line per trial."""
+"""The progress of a search, shown while it runs: a bar on a terminal, elsewhere a line for each trial."""
 
-import shutil
 from typing import Protocol, TextIO
 
 from vflow_client.commands.objective_chart import best_until
+from vflow_client.commands.output import console_on
 from vflow_client.quantities import counted, duration
 from vflow_client.v1.strategies_pb2 import RetuneMetadata
 
 
-class Progress(Protocol):
-    """Tells how far a search has come."""
+class SearchProgress(Protocol):
+    """Shows the progress of a search."""
 
     def show(self, metadata: RetuneMetadata) -> None:
-        """Tells the state in `metadata`."""
+        """Shows the state in `metadata`."""
 
     def close(self) -> None:
-        """Leaves the stream where other text can follow."""
+        """Leaves the stream at the beginning of a line."""
 
 
-def progress_on(stream: TextIO) -> Progress:
-    """The form of progress that suits `stream`."""
-    return ProgressBar(stream) if stream.isatty() else ProgressLog(stream)
+def progress_on(stream: TextIO) -> SearchProgress:
+    """The form of progress that suits `stream`: a bar only where it can be redrawn in place."""
+    # An environment may ask for colours in a file (FORCE_COLOR); that does not make it a terminal.
+    return ProgressBar(stream) if stream.isatty() and console_on(stream).is_interactive else ProgressLog(stream)
 
 
 class ProgressBar:
-    """One line of a terminal, written over again and again."""
+    """One line of a terminal, redrawn in place."""
 
     def __init__(self, stream: TextIO) -> None:
-        """Begins where the cursor of `stream` is."""
-        self._stream = stream
-        self._shown = ""
+        """Begins on the line of `stream` where the cursor is."""
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        console = console_on(stream)
+        # Redrawn when the service reports something new: there is nothing to animate in between.
+        self._progress = Progress(
+            BarColumn(bar_width=max(console.width // 4, 4)),
+            TextColumn("{task.description}", markup=False),
+            console=console,
+            auto_refresh=False,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._task = self._progress.add_task("")
+        self._progress.start()
 
     def show(self, metadata: RetuneMetadata) -> None:
-        """Writes the line anew."""
-        columns = shutil.get_terminal_size().columns
-        done, trials = len(metadata.tried), max(metadata.trials, 1)
-        full = max(columns // 4, 4)
-        bar = "#" * (full * min(done, trials) // trials)
-        line = f"[{bar:.<{full}}] {_words(metadata)}"[: columns - 1]
-        self._stream.write(f"\r{line.ljust(len(self._shown))}")
-        self._stream.flush()
-        self._shown = line
+        """Redraws the line."""
+        self._progress.update(
+            self._task,
+            completed=len(metadata.tried),
+            total=max(metadata.trials, 1),
+            description=_describe(metadata),
+            refresh=True,
+        )
 
     def close(self) -> None:
-        """Goes on to the next line."""
-        if self._shown:
-            self._stream.write("\n")
-            self._stream.flush()
-            self._shown = ""
+        """Leaves the bar as it is and moves on to the next line."""
+        self._progress.stop()
 
 
 class ProgressLog:
     """A line for each phase and each trial, for logs and pipes."""
 
     def __init__(self, stream: TextIO) -> None:
-        """Has told nothing yet."""
+        """Writes nothing yet."""
         self._stream = stream
         self._phases: set[int] = set()
-        self._told = 0
+        self._num_trials = 0
 
     def show(self, metadata: RetuneMetadata) -> None:
-        """Writes what is new."""
+        """Writes what is new since the last call."""
         # A service may go from picture to picture, and come back to a phase for each.
         if metadata.phase not in self._phases and metadata.phase in _PHASES:
-            self._print(_PHASES[metadata.phase].format(samples=counted(metadata.samples, "picture")))
+            self._print(_describe(metadata))
         self._phases.add(metadata.phase)
         best = best_until(metadata.tried)
-        for number in range(self._told, len(metadata.tried)):
+        for number in range(self._num_trials, len(metadata.tried)):
             trial = metadata.tried[number]
             early = " (stopped early)" if trial.stopped_early else ""
             self._print(
                 f"trial {number + 1} of {metadata.trials}: {trial.objective:.4f}{early}, best {best[number]:.4f}"
             )
-        self._told = len(metadata.tried)
+        self._num_trials = len(metadata.tried)
 
     def close(self) -> None:
-        """Nothing to leave: every line is whole."""
+        """Does nothing: every line is complete."""
 
     def _print(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
@@ -87,14 +96,14 @@ _PHASES = {
 }
 
 
-def _words(metadata: RetuneMetadata) -> str:
+def _describe(metadata: RetuneMetadata) -> str:
     if metadata.phase in _PHASES:
         return _PHASES[metadata.phase].format(samples=counted(metadata.samples, "picture"))
-    words = [f"trial {len(metadata.tried)} of {metadata.trials}"]
+    parts = [f"trial {len(metadata.tried)} of {metadata.trials}"]
     if metadata.HasField("best_objective"):
-        words.append(f"best {metadata.best_objective:.4f}")
+        parts.append(f"best {metadata.best_objective:.4f}")
     if metadata.HasField("base_objective"):
-        words.append(f"base {metadata.base_objective:.4f}")
+        parts.append(f"base {metadata.base_objective:.4f}")
     if metadata.HasField("remaining") and metadata.phase != RetuneMetadata.ENDED:
-        words.append(f"{duration(metadata.remaining.ToNanoseconds() / 1e9)} left")
-    return ", ".join(words)
+        parts.append(f"{duration(metadata.remaining.ToNanoseconds() / 1e9)} left")
+    return ", ".join(parts)

@@ -1,11 +1,14 @@
-"""`vflow retune`: has a running service search for a better strategy, and follows the search.
+"""`vflow retune`: starts a search for a better strategy in a running service, and follows it.
 
-Progress and errors go to the error stream, what was found to the standard output.
+Progress and errors go to the error stream, the result to the standard output.
 """
+
+from __future__ import annotations
 
 import argparse
 import shutil
 import sys
+from typing import TYPE_CHECKING
 
 from vflow_client.calibration import Sample
 from vflow_client.client import Client
@@ -13,12 +16,13 @@ from vflow_client.commands.calibration_arguments import (
     add_calibration_arguments,
     calibration_of,
     describe_calibration,
-    pictures_named,
+    naming_rejected_picture,
 )
 from vflow_client.commands.connection import add_connection_arguments, connected
-from vflow_client.commands.exit_code import DONE, FAILED, USAGE, complain, exit_code_of
+from vflow_client.commands.exit_code import DONE, FAILED, USAGE, exit_code_of, print_error
 from vflow_client.commands.message_json import as_json, print_json
 from vflow_client.commands.objective_chart import LEGEND, objective_chart
+from vflow_client.commands.output import print_output
 from vflow_client.commands.progress import progress_on
 from vflow_client.commands.strategy_text import announce_active, describe_change, describe_comparison, short
 from vflow_client.commands.whole_number import at_least
@@ -26,42 +30,52 @@ from vflow_client.errors import Unavailable, VFlowError
 from vflow_client.retune import Retune
 from vflow_client.v1.strategies_pb2 import CompareStrategiesResponse, LiveTraffic, RetuneMetadata, Strategy
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
 CALL_TIMEOUT = 600.0
 """Seconds for one call: to send many pictures, or for the comparison at the end."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the search on `parser`."""
-    parser.add_argument(
+    search = parser.add_argument_group("search")
+    search.add_argument(
         "--budget",
         type=float,
         metavar="SHARE",
-        help="of a picture's tokens to keep, such as 0.1; required for a search",
+        help="share of the visual tokens to keep, such as 0.1; required for a new search",
     )
-    add_calibration_arguments(parser, required=False)
-    parser.add_argument("--trials", type=at_least(1), metavar="N", help="strategies to try (default: the service's)")
-    parser.add_argument(
-        "--seed", type=at_least(0), metavar="N", help="the same search with the same seed finds the same (default: 0)"
+    search.add_argument("--trials", type=at_least(1), metavar="N", help="strategies to try (default: the service's)")
+    search.add_argument(
+        "--seed",
+        type=at_least(0),
+        metavar="N",
+        help="the same search with the same seed gives the same result (default: 0)",
     )
-    parser.add_argument("--base", metavar="NAME", help="strategy to begin with (default: the active one)")
-    parser.add_argument(
+    search.add_argument("--base", metavar="NAME", help="strategy to start from (default: the active one)")
+    search.add_argument(
         "--id", metavar="ID", help="last part of the new strategy's name (default: the service's choice)"
     )
-    parser.add_argument("--activate", action="store_true", help="activate the strategy that is found")
-    parser.add_argument("--detach", action="store_true", help="print the operation's name and leave the search alone")
-    parser.add_argument(
+    add_calibration_arguments(parser, required=False)
+    result = parser.add_argument_group("result")
+    result.add_argument("--activate", action="store_true", help="activate the strategy that is found")
+    result.add_argument(
+        "--detach", action="store_true", help="print the name of the operation and do not wait for the search"
+    )
+    result.add_argument(
         "--follow",
         metavar="OPERATION",
-        help="take up a search that runs or has ended; --data here is only for the comparison at the end",
+        help="follow a search that is running or has ended; --data is then used only for the comparison at the end",
     )
-    parser.add_argument("--json", action="store_true", help="for programs: what was found as JSON")
+    result.add_argument("--json", action="store_true", help="print the result as JSON, for programs")
     add_connection_arguments(parser, timeout=CALL_TIMEOUT, limits="per call")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Does what the parsed `arguments` ask for; returns the exit code. Ctrl-C has the service cancel the search."""
+    """Runs the command with the parsed `arguments`; returns the exit code. Ctrl-C cancels the search in the service."""
     if problem := _contradiction(arguments):
-        complain(problem)
+        print_error(problem)
         return USAGE
     return exit_code_of(lambda: _retune(arguments), arguments.address)
 
@@ -80,27 +94,27 @@ def _retune(arguments: argparse.Namespace) -> int:
 
 
 def _contradiction(arguments: argparse.Namespace) -> str | None:
-    """What is wrong with the options together, if anything."""
+    """The problem with the combination of options, if any."""
     if arguments.detach and arguments.activate:
-        return "--activate has to wait for the end, --detach does not: give one of them"
+        return "--activate waits for the end of the search, --detach does not: give one of them"
     if arguments.follow is None:
         if arguments.budget is None:
-            return "a search needs --budget, such as --budget 0.1 (or take one up with --follow OPERATION)"
+            return "a search needs --budget, such as --budget 0.1 (or follow one with --follow OPERATION)"
         if arguments.data is None and arguments.live is None:
             return "a search needs --data DIR or --live to measure strategies on"
         return None
     for option in ("budget", "live", "trials", "seed", "base", "id"):
         if getattr(arguments, option) is not None:
-            return f"--{option} is for a new search, --follow takes up one that was begun: give one of them"
+            return f"--{option} is for a new search, --follow is for one that has started: give one of them"
     return "--detach and --follow contradict each other: give one of them" if arguments.detach else None
 
 
 def _search(client: Client, source: list[Sample] | LiveTraffic | None, arguments: argparse.Namespace) -> Retune:
-    """The search to follow, begun now unless it was before."""
+    """The search to follow: a new one, or the one that `--follow` names."""
     if arguments.follow is not None:
         return client.strategies.operation(arguments.follow)
     assert source is not None, "a search without data was refused"
-    with pictures_named(source):
+    with naming_rejected_picture(source):
         search = client.strategies.retune(
             arguments.budget,
             source,
@@ -109,43 +123,45 @@ def _search(client: Client, source: list[Sample] | LiveTraffic | None, arguments
             base=arguments.base,
             strategy_id=arguments.id or "",
         )
-    _say(f"{search.name}: budget {arguments.budget:.1%}, measured on {describe_calibration(source)}")
+    _print_status(f"{search.name}: budget {arguments.budget:.1%}, measured on {describe_calibration(source)}")
     return search
 
 
 def _follow(
     client: Client, search: Retune, source: list[Sample] | LiveTraffic | None, arguments: argparse.Namespace
 ) -> int:
-    """Shows the progress until the end, then what was found."""
-    uninterrupted = _watch(search)
+    """Shows the progress until the end, then the result."""
+    uninterrupted = _follow_to_end(search)
     if not search.done:
         return FAILED
     try:
         strategy = search.result()
     except VFlowError as error:
-        return _tell_failure(search, error, arguments)
+        return _print_failure(search, error, arguments)
     if not uninterrupted:
-        complain(f"the search had ended already: {strategy.name} is there, and was not activated")
+        print_error(f"the search had ended already: {strategy.name} was created, but not activated")
         return FAILED
-    _tell_success(client, search, strategy, source, arguments)
+    _print_result(client, search, strategy, source, arguments)
     return DONE
 
 
-def _watch(search: Retune) -> bool:
-    """Shows the progress; returns whether nobody interrupted it. Then the search has ended, or was left to end."""
+def _follow_to_end(search: Retune) -> bool:
+    """Shows the progress until the search has ended or the user has left; returns False if the user interrupted."""
     try:
         _show_progress(search)
         return True
     except Unavailable:
-        _say(f"the service is out of reach; the search may go on there: vflow retune --follow {search.name}")
+        _print_status(
+            f"the service cannot be reached; the search may still be running: vflow retune --follow {search.name}"
+        )
         raise
     except KeyboardInterrupt:
-        _say("cancelling; the best so far is kept as a draft (Ctrl-C again: leave at once)")
+        _print_status("cancelling; the best strategy so far is stored as a draft (Ctrl-C again: leave at once)")
     try:
         search.cancel()
         search.wait()
     except KeyboardInterrupt:
-        _say(f"left; how it ended tells: vflow retune --follow {search.name}")
+        _print_status(f"left before the search ended; see its result with: vflow retune --follow {search.name}")
     return False
 
 
@@ -158,71 +174,76 @@ def _show_progress(search: Retune) -> None:
         progress.close()
 
 
-def _tell_failure(search: Retune, error: VFlowError, arguments: argparse.Namespace) -> int:
-    """Tells why a search came to nothing, and what it left."""
+def _print_failure(search: Retune, error: VFlowError, arguments: argparse.Namespace) -> int:
+    """Prints why a search failed, and the draft that it left."""
     metadata = search.metadata
     if arguments.json:
         failure = {"reason": error.reason or error.code.name, "message": error.message}
         print_json({"operation": search.name, "metadata": as_json(metadata), "error": failure})
-    complain(str(error))
+    print_error(str(error))
     if metadata.best.name:
-        _say(
-            f"the best of {len(metadata.tried)} trials, objective {metadata.best_objective:.4f}, is kept as the draft "
-            f"{metadata.best.name}"
+        _print_status(
+            f"the best of {len(metadata.tried)} trials, objective {metadata.best_objective:.4f}, is stored as the "
+            f"draft {metadata.best.name}"
         )
     return FAILED
 
 
-def _tell_success(
+def _print_result(
     client: Client,
     search: Retune,
     strategy: Strategy,
     source: list[Sample] | LiveTraffic | None,
     arguments: argparse.Namespace,
 ) -> None:
-    """Tells what was found and what it would change, and activates it where that was asked for."""
+    """Prints the strategy that was found and what it changes, and activates it with `--activate`."""
     base, metadata = search.metadata.base, search.metadata
     if not arguments.json:
-        print(_describe_search(metadata, strategy))
+        print_output(_describe_search(metadata, strategy))
     comparison = _compare(client, base, strategy, source)
     if not arguments.json:
         change = (
             describe_comparison(comparison) if comparison else describe_change(client.strategies.get(base), strategy)
         )
-        print(f"\n{change}\n")
+        print_output("", change, "")
     if arguments.activate:
         strategy = client.strategies.activate(strategy.name)
     if arguments.json:
         found = {"strategy": as_json(strategy), "comparison": as_json(comparison) if comparison else None}
         print_json({"operation": search.name, "metadata": as_json(metadata), **found})
     elif arguments.activate:
-        print(announce_active(strategy))
+        print_output(announce_active(strategy))
     else:
-        print(f"activate it with: vflow strategies activate {short(strategy.name)}")
+        print_output(f"activate it with: vflow strategies activate {short(strategy.name)}")
 
 
 def _compare(
     client: Client, base: str, strategy: Strategy, source: list[Sample] | LiveTraffic | None
 ) -> CompareStrategiesResponse | None:
-    """The strategy against the one that the search began with; None where there is nothing to measure them on."""
+    """Compares the strategy with the one that the search started from; None without samples to measure them on."""
     if not isinstance(source, list):
-        return None  # Live traffic was used up by the search.
-    _say(f"comparing with {short(base)} on the same samples")
+        return None  # The search has consumed the live traffic.
+    _print_status(f"comparing with {short(base)} on the same samples")
     try:
         return client.strategies.compare(base, strategy.name, source)
     except VFlowError as error:
-        complain(f"no comparison: {error}")
+        print_error(f"no comparison: {error}")
         return None
 
 
-def _describe_search(metadata: RetuneMetadata, strategy: Strategy) -> str:
+def _describe_search(metadata: RetuneMetadata, strategy: Strategy) -> RenderableType:
+    from rich.console import Group
+
     found = strategy.provenance
-    chart = objective_chart(metadata.tried, width=min(shutil.get_terminal_size().columns, 100))
-    return (
+    columns = shutil.get_terminal_size().columns
+    return Group(
         f"{strategy.name} found: objective {found.objective:.4f} at a budget of {strategy.budget:.1%}, "
-        f"{short(found.base)} has {found.base_objective:.4f}\n\n{LEGEND}\n{chart}"
+        f"{short(found.base)} has {found.base_objective:.4f}",
+        "",
+        LEGEND,
+        objective_chart(metadata.tried, width=min(columns, 100)),
     )
 
 
-def _say(text: str) -> None:
+def _print_status(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

@@ -1,12 +1,19 @@
 """Strategies for people to read."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from vflow_client.commands.table import table
+from vflow_client.commands.output import table
 from vflow_client.quantities import counted, size
 from vflow_client.v1.strategies_pb2 import ComparedStrategy, CompareStrategiesResponse, Strategy, StrategyEvent
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
 
 
 def short(name: str) -> str:
@@ -14,25 +21,26 @@ def short(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def list_strategies(strategies: Sequence[Strategy]) -> str:
-    """A table with a line for each; the active one is marked."""
-    head = ("", "NAME", "BUDGET", "RATIOS", "T", "ALPHA", "GRID", "DIVERSITY", "OBJECTIVE", "ORIGIN")
+def list_strategies(strategies: Sequence[Strategy], *, parameters: bool = True) -> Table:
+    """A table with a row for each, the active one marked; without `parameters` it fits narrow terminals."""
+    names = ("RATIOS", "T", "ALPHA", "GRID", "DIVERSITY") if parameters else ()
+    head = ("", "NAME", "BUDGET", *names, "OBJECTIVE", "ORIGIN")
     rows = [
         (
             "*" if strategy.active else "",
             short(strategy.name),
             f"{strategy.budget:.1%}",
-            *_parameters(strategy),
+            *(_parameters(strategy) if parameters else ()),
             f"{strategy.provenance.objective:.4f}" if strategy.HasField("provenance") else "-",
             _origin(strategy),
         )
         for strategy in strategies
     ]
-    return table([head, *rows], right=(2, 4, 5, 6, 7, 8))
+    return table(rows, head=head, right=(2, 4, 5, 6, 7, 8) if parameters else (2, 3))
 
 
-def describe_strategy(strategy: Strategy) -> str:
-    """All that is known of one, a line for each field."""
+def describe_strategy(strategy: Strategy) -> Table:
+    """A table with a row for each field of a strategy, its provenance and its history."""
     ratios, *others = _parameters(strategy)
     rows = [
         ("name", strategy.name + (" (active)" if strategy.active else "")),
@@ -50,7 +58,7 @@ def describe_strategy(strategy: Strategy) -> str:
     if strategy.HasField("provenance"):
         found = strategy.provenance
         rows += [
-            ("objective", f"{found.objective:.4f}; of {short(found.base)}, where it began: {found.base_objective:.4f}"),
+            ("objective", f"{found.objective:.4f}; {short(found.base)}, the base: {found.base_objective:.4f}"),
             ("found by", f"{found.operation}, {found.trials} trials, {found.samples} samples, seed {found.seed}"),
             ("data", found.data_digest),
             ("model", f"{found.model_revision} (service {found.code_version})"),
@@ -63,32 +71,34 @@ def describe_strategy(strategy: Strategy) -> str:
 
 
 def announce_active(strategy: Strategy) -> str:
-    """What it means that a strategy is active now."""
-    return f"{short(strategy.name)} is active: new sessions begin with it, those that exist keep theirs"
+    """What changes now that a strategy is active."""
+    return f"{short(strategy.name)} is active: new sessions use it, existing sessions are not affected"
 
 
-def describe_change(first: Strategy, second: Strategy) -> str:
-    """A table of what two strategies say, side by side."""
-    return table([("", short(first.name), short(second.name)), *_settings(first, second)])
+def describe_change(first: Strategy, second: Strategy) -> Table:
+    """A table of the parameters of two strategies, side by side."""
+    return table(_compare_parameters(first, second), head=("", short(first.name), short(second.name)))
 
 
-def describe_comparison(comparison: CompareStrategiesResponse) -> str:
-    """A table of what two strategies say and what they came to on the same samples, and on which."""
+def describe_comparison(comparison: CompareStrategiesResponse) -> RenderableType:
+    """A table of the parameters and results of two strategies, and the samples on which they were compared."""
+    from rich.console import Group
+
     first, second = comparison.compared
     gain, points = second.objective - first.objective, 100 * (second.agreement - first.agreement)
+    head = ("", short(first.strategy.name), short(second.strategy.name), "CHANGE")
     rows = [
-        ("", short(first.strategy.name), short(second.strategy.name), "CHANGE"),
-        *((*row, "") for row in _settings(first.strategy, second.strategy)),
+        *((*row, "") for row in _compare_parameters(first.strategy, second.strategy)),
         ("visual tokens", _tokens(first), _tokens(second), f"{second.visual_tokens - first.visual_tokens:+.1f}"),
         ("KV bytes", _kv_bytes(first), _kv_bytes(second), _difference(second.kv_bytes - first.kv_bytes)),
         ("objective", f"{first.objective:.4f}", f"{second.objective:.4f}", f"{gain:+.4f}"),
         ("agreement", f"{first.agreement:.1%}", f"{second.agreement:.1%}", f"{points:+.1f} points"),
     ]
     measured = f"{counted(comparison.samples, 'picture')} and {counted(comparison.questions, 'question')}"
-    return f"{table(rows)}\nmeans over {measured} (data {comparison.data_digest[:12]})"
+    return Group(table(rows, head=head), f"means over {measured} (data {comparison.data_digest[:12]})")
 
 
-def _settings(first: Strategy, second: Strategy) -> list[tuple[str, str, str]]:
+def _compare_parameters(first: Strategy, second: Strategy) -> list[tuple[str, str, str]]:
     rows = [("budget", f"{first.budget:.1%}", f"{second.budget:.1%}")]
     return [*rows, *zip(_PARAMETERS, _parameters(first), _parameters(second), strict=True)]
 
@@ -97,7 +107,7 @@ _PARAMETERS = ("ratios", "threshold t", "alpha", "grid", "diversity")
 
 
 def _parameters(strategy: Strategy) -> tuple[str, str, str, str, str]:
-    """The values of what `_PARAMETERS` names."""
+    """The values of the parameters that `_PARAMETERS` names."""
     ratios = "/".join(f"{ratio:.3f}" for ratio in strategy.ratios)
     grid = f"{strategy.grid:.2f}" if strategy.HasField("grid") else "-"
     return ratios, f"{strategy.threshold:.2f}", f"{strategy.alpha:.3f}", grid, f"{strategy.diversity:.3f}"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """For `type=` of an argument: reads a whole number that is not below `least`."""
+    """For `type=` of an argument: parses a whole number that is not below `least`."""
 
     def read(text: str) -> int:
         try:
