@@ -113,7 +113,9 @@ def _page(stem: str, file: Declaration, known: dict[str, str]) -> str:
                 lines += [f"{request} → {response}", "", _prose(method.comment), ""]
         elif declared.kind == "enum":
             lines += ["| Value | Meaning |", "|---|---|"]
-            lines += [f"| `{value.name}` | {_coded(_cell(value.comment))} |" for value in declared.members]
+            lines += [
+                f"| `{value.name}` | {_coded(_cell(value.comment))} |" for value in declared.members if value.comment
+            ]
         elif fields := list(_fields(declared)):
             lines += ["| Field | Type | Meaning |", "|---|---|---|"]
             for choice, each in fields:
@@ -148,7 +150,7 @@ def _linked(type_: str, around: str, known: dict[str, str]) -> str:
 
 def _coded(comment: str) -> str:
     """A reason's comment, with the status code in front of it as code."""
-    return re.sub(r"^\[([A-Z_]+)\] ", r"`\1`: ", comment)
+    return re.sub(r"^\[([A-Z_]+)\] ", r"`[\1]` ", comment)
 
 
 def _prose(comment: str) -> str:

@@ -9,6 +9,7 @@ _PACKAGE = """\
 
 ::: {name}
     options:
+      heading_level: 2
       show_root_heading: false
       show_root_toc_entry: false
 """
@@ -24,5 +25,7 @@ def pages(library: Path) -> dict[str, str]:
     for folder in sorted(init.parent for init in library.glob("*/__init__.py")):
         name = f"{library.name}.{folder.name}"
         modules = [path.stem for path in sorted(folder.glob("*.py")) if not path.name.startswith("_")]
-        made[folder.name] = _PACKAGE.format(name=name) + "".join(f"\n::: {name}.{module}\n" for module in modules)
+        made[folder.name] = _PACKAGE.format(name=name) + "".join(
+            f"\n::: {name}.{module}\n    options:\n      heading_level: 2\n" for module in modules
+        )
     return made

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import vflow_client
 from benchmarks.service import running_service
 from docs._generate import commands, contract, library, links, settings
 from tests.repository.source import ROOT
@@ -47,6 +48,11 @@ def test_the_site_is_built_without_a_warning(site: Path) -> None:
         "command-line": "vflow strategies compare",
     }.items():
         assert content in (site / f"reference/{page}.html").read_text(), page
+
+
+def test_every_name_of_the_client_is_on_its_page(site: Path) -> None:
+    page = (site / "reference/client.html").read_text()
+    assert not [name for name in vflow_client.__all__ if not re.search(rf"\b{name}\b", page)]
 
 
 def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
