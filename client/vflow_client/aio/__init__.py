@@ -2,7 +2,7 @@
 
 async with vflow_client.aio.connect("localhost:50051") as client, await client.session() as session:
     await session.add_image("picture.png")
-    async for piece in await session.ask("What is in the picture?"):
+    async for piece in await session.ask("What colour is the arrow?"):
         print(piece, end="", flush=True)
 """
 
