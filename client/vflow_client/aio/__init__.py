@@ -4,6 +4,8 @@
         await session.add_image("picture.png")
         async for piece in await session.ask("What colour is the arrow?"):
             print(piece, end="", flush=True)
+
+Receipts, messages and errors are those of `vflow_client`.
 """
 
 from vflow_client.aio.answer import AsyncAnswer
