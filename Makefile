@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-long lint format serve demo bench fidelity demo-model demo-eval image-check clean
+.PHONY: help setup test test-long lint format docs serve demo bench fidelity demo-model demo-eval image-check clean
 
 help: ## show these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -41,6 +41,10 @@ lint: setup ## ruff and mypy
 format: setup ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: setup ## build the documentation into build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo 'Look at it: $(BIN)/python -m http.server --directory build/site'
 
 serve: setup ## run the service with the embedded model in the foreground
 	$(BIN)/vflow serve

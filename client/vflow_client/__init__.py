@@ -4,7 +4,7 @@
 
     with vflow_client.connect("localhost:50051") as client, client.session() as session:
         session.add_image("picture.png")
-        for piece in session.ask("What is in the picture?"):
+        for piece in session.ask("What colour is the arrow?"):
             print(piece, end="", flush=True)
 
 `vflow_client.aio` is the same for asyncio. Receipts, usage, sessions and strategies are messages of the contract

@@ -26,6 +26,7 @@ def requirements() -> list[str]:
     return [
         *SERVICE["project"]["dependencies"],
         *SERVICE["project"]["optional-dependencies"]["otel"],
+        *SERVICE["project"]["optional-dependencies"]["docs"],
         *SERVICE["project"]["optional-dependencies"]["dev"],
         *CLIENT["project"]["dependencies"],
         *CLIENT["project"]["optional-dependencies"]["cli"],

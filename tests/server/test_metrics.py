@@ -11,6 +11,7 @@ import pytest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from docs._generate import metrics as metrics_reference
 from tests.repository.source import ROOT
 from tests.server.calibrating import samples
 from tests.server.conftest import Serve
@@ -214,7 +215,7 @@ def test_what_is_told_is_documented_and_what_is_drawn_and_watched_is_told(watche
     ours = {name: kind for name, kind in ours.items() if not name.endswith("_created")}
     told = {f"{name}_total" if kind == "counter" else name for name, kind in ours.items()}
     assert len(told) > 40
-    assert named((ROOT / "docs/operations.md").read_text()) == told
+    assert named(metrics_reference.page()) == told
     parts = {
         f"{name}_{part}" for name, kind in ours.items() if kind == "histogram" for part in ("bucket", "sum", "count")
     }
@@ -227,5 +228,5 @@ def test_what_is_told_is_documented_and_what_is_drawn_and_watched_is_told(watche
 
 def test_every_alarm_is_explained() -> None:
     alarms = re.findall(r"alert: (\w+)", (ROOT / "deploy/prometheus/alerts.yml").read_text())
-    explained = re.findall(r"^\| `(VFlow\w+)` \|", (ROOT / "docs/operations.md").read_text(), re.M)
+    explained = re.findall(r"^\| `(VFlow\w+)` \|", (ROOT / "docs/how-to/monitor.md").read_text(), re.M)
     assert alarms == explained

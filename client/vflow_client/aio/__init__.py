@@ -1,9 +1,11 @@
 """The asyncio client: the same names and arguments as the synchronous one, awaited.
 
-async with vflow_client.aio.connect("localhost:50051") as client, await client.session() as session:
-    await session.add_image("picture.png")
-    async for piece in await session.ask("What is in the picture?"):
-        print(piece, end="", flush=True)
+    async with vflow_client.aio.connect("localhost:50051") as client, await client.session() as session:
+        await session.add_image("picture.png")
+        async for piece in await session.ask("What colour is the arrow?"):
+            print(piece, end="", flush=True)
+
+Receipts, messages and errors are those of `vflow_client`.
 """
 
 from vflow_client.aio.answer import AsyncAnswer
