@@ -13,7 +13,7 @@ from vflowopt.runtime.cache import StagedCache
 from vflowopt.runtime.cuda_graph import DecodeGraphs
 from vflowopt.runtime.model_runner import Runtime
 from vflowopt.runtime.offload import offload, restore
-from vflowopt.runtime.varlen_attention import VarlenPlan, readable
+from vflowopt.runtime.varlen_attention import VarlenPlan, page_access
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -62,14 +62,14 @@ def test_half_precision_and_ragged_batches(plain_folder: Path) -> None:
 def test_the_kernel_attends_as_stock_attention_does(dtype: torch.dtype) -> None:
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("PyTorch's flash attention needs compute capability 8.0")
-    reading = readable(pool(dtype, DEVICE), HEADS)
-    assert reading is not None
+    access = page_access(pool(dtype, DEVICE), HEADS)
+    assert access is not None
     for seed in range(4):
-        compare(pool(dtype, DEVICE), reading, seed, tolerance=2e-2)
+        compare(pool(dtype, DEVICE), access, seed, tolerance=2e-2)
 
 
 def test_full_precision_is_left_to_stock_attention() -> None:
-    assert readable(pool(torch.float32, DEVICE), HEADS) is None
+    assert page_access(pool(torch.float32, DEVICE), HEADS) is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -81,7 +81,7 @@ def test_replayed_steps_equal_those_that_are_launched(
     runtime = Runtime.load(plain_folder, device=DEVICE, dtype=dtype, kv_budget=64 << 20)
     ours = sequences(runtime)
     theirs = [each.fork() for each in ours]
-    replayed = graphs(runtime, readable(runtime.pool, runtime.model.decoder.config.num_attention_heads))
+    replayed = graphs(runtime, page_access(runtime.pool, runtime.model.decoder.config.num_attention_heads))
     for step in range(40):
         chosen = range(step % 3, 1 + (step * 5) % len(ours) + step % 3)[: len(ours) - step % 3]
         tokens = [(7 * step + place) % 256 for place in chosen]
@@ -99,10 +99,10 @@ def test_replayed_steps_equal_those_that_are_launched(
 def test_nothing_waits_for_the_device(plain_folder: Path) -> None:
     """Neither a step that is replayed nor a plan, once there is room for its tokens."""
     runtime = Runtime.load(plain_folder, device=DEVICE, dtype="bfloat16", kv_budget=64 << 20)
-    reading = readable(runtime.pool, runtime.model.decoder.config.num_attention_heads)
+    access = page_access(runtime.pool, runtime.model.decoder.config.num_attention_heads)
     batch = sequences(runtime)
     caches: list[StagedCache] = [each.cache for each in batch]
-    replayed = graphs(runtime, reading)
+    replayed = graphs(runtime, access)
     decode(runtime, replayed, batch, [1] * len(batch))  # captures
     for cache in caches:
         cache.reserve([1] * len(cache.stages))
@@ -110,8 +110,8 @@ def test_nothing_waits_for_the_device(plain_folder: Path) -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         replayed.run(caches, [2] * len(batch), [each.cached.position for each in batch])
-        if reading is not None:
-            VarlenPlan(runtime.pool, range(1), caches, [1] * len(batch), reading=reading)
+        if access is not None:
+            VarlenPlan(runtime.pool, range(1), caches, [1] * len(batch), access=access)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for each in batch:

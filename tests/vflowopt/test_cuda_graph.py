@@ -15,24 +15,24 @@ from vflowopt.runtime import varlen_attention
 from vflowopt.runtime.cuda_graph import SIZES, DecodeGraphs, DecodePlan, Rotary
 from vflowopt.runtime.model_runner import Runtime
 from vflowopt.runtime.sequence import CachedLength, Sequence
-from vflowopt.runtime.varlen_attention import Reading
+from vflowopt.runtime.varlen_attention import PageAccess
 
 STRATEGIES = (
     Strategy.from_budget(0.1, 6, (0.12, 0.9), threshold=1.0, alpha=0.1, grid=3.0),
     Strategy.full(),
     Strategy((0, 1, 3, 5), (0.9, 0.6, 0.5, 0.3)),
 )
-READINGS: tuple[Reading | None, ...] = ("paged", "gathered", None)
+READINGS: tuple[PageAccess | None, ...] = ("paged", "gathered", None)
 
 
-def graphs(runtime: Runtime, reading: Reading | None) -> DecodeGraphs:
+def graphs(runtime: Runtime, access: PageAccess | None) -> DecodeGraphs:
     def step(tokens: Tensor, rotary: Rotary, plan: DecodePlan) -> Tensor:
         hidden = runtime.model.decoder.embed_tokens(tokens)
         hidden = runtime.decoder.run(range(runtime.layers), hidden, rotary, plan)
         logits: Tensor = runtime.model.head(runtime.decoder.norm(hidden)).float()
         return logits
 
-    return DecodeGraphs(runtime.pool, runtime.layers, rotary=runtime.decoder.rotary, step=step, reading=reading)
+    return DecodeGraphs(runtime.pool, runtime.layers, rotary=runtime.decoder.rotary, step=step, access=access)
 
 
 def sequences(runtime: Runtime) -> list[Sequence]:
@@ -60,14 +60,14 @@ def decode(runtime: Runtime, graphs: DecodeGraphs, batch: abc.Sequence[Sequence]
 
 @pytest.mark.parametrize("reading", READINGS)
 def test_steps_equal_those_of_the_runtime(
-    runtime: Runtime, reading: Reading | None, monkeypatch: pytest.MonkeyPatch
+    runtime: Runtime, access: PageAccess | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever is in the batch, in whatever order, and whatever happened to their caches between the steps."""
     monkeypatch.setattr(varlen_attention, "varlen_attn", stand_in())
     generator = random.Random(0)
     ours = sequences(runtime)
     theirs = [each.fork() for each in ours]
-    replayed = graphs(runtime, reading)
+    replayed = graphs(runtime, access)
     marks = [each.checkpoint() for each in ours]
     for step in range(40):
         chosen = generator.sample(range(len(ours)), generator.randint(1, len(ours)))
@@ -94,7 +94,7 @@ def test_steps_equal_those_of_the_runtime(
 
 @pytest.mark.parametrize("reading", READINGS)
 def test_a_step_writes_nothing_but_its_tokens(
-    runtime: Runtime, reading: Reading | None, monkeypatch: pytest.MonkeyPatch
+    runtime: Runtime, access: PageAccess | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three sequences in a graph for four: the row that is left over writes nowhere else."""
     monkeypatch.setattr(varlen_attention, "varlen_attn", stand_in())
@@ -105,7 +105,7 @@ def test_a_step_writes_nothing_but_its_tokens(
     before, held = runtime.pool.keys.clone(), [each.cache.lengths for each in batch]
     for each in batch:
         each.cache.reserve([1] * len(each.cache.stages))
-    graphs(runtime, reading).run([each.cache for each in batch], [1, 2, 3], [each.cached.position for each in batch])
+    graphs(runtime, access).run([each.cache for each in batch], [1, 2, 3], [each.cached.position for each in batch])
     assert [each.cache.lengths for each in batch] == held
     written = {
         int(slot)
@@ -126,7 +126,7 @@ def test_what_goes_wrong_in_one_conversation_stays_there(runtime: Runtime) -> No
     broken = torch.ones(len(runtime.pool.keys), dtype=torch.bool)
     for sequence in batch[1:]:
         stage = sequence.cache.stages[0]
-        broken[stage.slots(range(runtime.pool.page_size * len(stage.blocks))).flatten()] = False
+        broken[stage.slots(range(runtime.pool.page_size * len(stage.block_table))).flatten()] = False
     runtime.pool.keys[broken] = runtime.pool.values[broken] = torch.nan
     logits = decode(runtime, graphs(runtime, None), batch, [1, 2, 3])
     assert logits.isfinite().all(1).tolist() == [False, True, True]

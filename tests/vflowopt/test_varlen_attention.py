@@ -9,7 +9,7 @@ from tests.vflowopt.varlen_stand_in import VarlenAttention, stand_in
 from vflowopt.runtime import varlen_attention
 from vflowopt.runtime.attention import AttentionPlan
 from vflowopt.runtime.cache import PagePool, StagedCache
-from vflowopt.runtime.varlen_attention import Reading, VarlenPlan, readable
+from vflowopt.runtime.varlen_attention import PageAccess, VarlenPlan, page_access
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 6, 2, 8, 4
 STARTS: tuple[tuple[int, ...], ...] = ((0,), (0, 2, 4), (0, 3))
@@ -35,7 +35,7 @@ def filled(shared: PagePool, generator: random.Random) -> list[StagedCache]:
     return caches
 
 
-def compare(shared: PagePool, reading: Reading, seed: int, tolerance: float) -> None:
+def compare(shared: PagePool, access: PageAccess, seed: int, tolerance: float) -> None:
     """Attend to a ragged batch by both plans; they must agree, and write the same."""
     torch.manual_seed(seed)
     generator = random.Random(seed)
@@ -46,7 +46,7 @@ def compare(shared: PagePool, reading: Reading, seed: int, tolerance: float) -> 
         cache.reserve([count] * len(cache.stages))
     for layers in (range(0, 2), range(2, 3), range(3, 4), range(4, 6)):
         theirs = AttentionPlan(shared, layers, caches, counts)
-        ours = VarlenPlan(shared, layers, caches, counts, reading=reading)
+        ours = VarlenPlan(shared, layers, caches, counts, access=access)
         for layer in layers:
             query, key, value = (
                 torch.randn(sum(counts), heads, HEAD_DIM).to(shared.keys) for heads in (HEADS, KV_HEADS, KV_HEADS)
@@ -63,9 +63,9 @@ def compare(shared: PagePool, reading: Reading, seed: int, tolerance: float) -> 
 
 @pytest.mark.parametrize("reading", ["paged", "gathered"])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_ragged_batch_attends_as_on_the_cpu(reading: Reading, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ragged_batch_attends_as_on_the_cpu(access: PageAccess, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen_attention, "varlen_attn", stand_in())
-    compare(pool(), reading, seed, tolerance=1e-5)
+    compare(pool(), access, seed, tolerance=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -78,10 +78,10 @@ def test_a_ragged_batch_attends_as_on_the_cpu(reading: Reading, seed: int, monke
     ids=["flash-3", "flash-2", "masks-otherwise"],
 )
 def test_a_kernel_is_used_for_what_it_does_right(
-    kernel: VarlenAttention, expected: Reading | None, monkeypatch: pytest.MonkeyPatch
+    kernel: VarlenAttention, expected: PageAccess | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(varlen_attention, "varlen_attn", kernel)
-    assert readable(pool(torch.bfloat16), HEADS) == expected
+    assert page_access(pool(torch.bfloat16), HEADS) == expected
 
 
 def test_an_older_kernel_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,8 +89,8 @@ def test_an_older_kernel_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("called with what it does not know")
 
     monkeypatch.setattr(varlen_attention, "varlen_attn", without_block_table)
-    assert readable(pool(), HEADS) is None
+    assert page_access(pool(), HEADS) is None
 
 
 def test_there_is_no_such_kernel_on_the_cpu() -> None:
-    assert readable(pool(torch.bfloat16), HEADS) is None
+    assert page_access(pool(torch.bfloat16), HEADS) is None

@@ -57,68 +57,68 @@ class AttentionPlan:
         self._pages = [
             table.pages[layers.start - table.layers.start : layers.stop - table.layers.start] for table in tables
         ]
-        self._held = [table.length + count for table, count in zip(tables, counts, strict=True)]
-        self.singles = next((place for place, count in enumerate(counts) if count != 1), len(counts))
-        written = [self._plan_singles(len(layers))] if self.singles else []
+        self._context_lens = [table.length + count for table, count in zip(tables, counts, strict=True)]
+        self.decodes = next((place for place, count in enumerate(counts) if count != 1), len(counts))
+        written = [self._plan_decodes(len(layers))] if self.decodes else []
         written += [
             pool.slots_of(pages, range(end - count, end))
             for pages, end, count in zip(
-                self._pages[self.singles :], self._held[self.singles :], counts[self.singles :], strict=True
+                self._pages[self.decodes :], self._context_lens[self.decodes :], counts[self.decodes :], strict=True
             )
         ]
         self.write_slots = torch.from_numpy(np.concatenate(written, axis=1)).to(pool.keys.device)
         """int64 [layers, tokens]."""
-        self.chunks = self._plan_chunks(counts)
-        """Of each other sequence: its tokens in the batch; the slots [layers, held] of all it holds with them, and
-        which of these each token sees; None and None where its own tokens are all it holds."""
+        self.prefills = self._plan_prefills(counts)
+        """Of each other sequence: its tokens in the batch; the slots [layers, context_len] of all it holds with them,
+        and which of these each token sees; None and None where its own tokens are all it holds."""
 
-    def _plan_singles(self, layers: int) -> np.ndarray:
-        """Where the single tokens go, int64 [layers, singles].
+    def _plan_decodes(self, layers: int) -> np.ndarray:
+        """Where the single tokens go, int64 [layers, decodes].
 
         Sequences that bring one token are attended to together, padded to the longest of them by whole pages.
 
         What pads a sequence is its own last page: whatever is wrong with the numbers of another (NaN times a weight
         of zero is NaN), it stays there. Of that page, nothing that an earlier owner wrote is left.
         """
-        held, size = self._held[: self.singles], self.pool.page_size
-        blocks = -(-max(held) // size)
-        pages = np.empty((layers, self.singles, blocks), np.int64)
-        last = np.empty((layers, self.singles), np.int64)
-        for place, length in enumerate(held):
+        context_lens, size = self._context_lens[: self.decodes], self.pool.page_size
+        num_blocks = -(-max(context_lens) // size)
+        pages = np.empty((layers, self.decodes, num_blocks), np.int64)
+        last = np.empty((layers, self.decodes), np.int64)
+        for place, length in enumerate(context_lens):
             own = -(-length // size)
             pages[:, place, :own] = self._pages[place][:, :own]
             pages[:, place, own:] = self._pages[place][:, own - 1 : own]
             last[:, place] = self._pages[place][:, own - 1]
         device = self.pool.keys.device
-        self.single_pages = torch.from_numpy(pages).to(device)
-        """int64 [layers, singles, blocks]."""
-        self.single_lengths = torch.tensor(held)
-        """int64 [singles], on the host."""
-        self.single_mask: Tensor | None = None
-        """[singles, 1, 1, blocks * page_size], minus infinity where nothing is held; None where all is, or where a
+        self.decode_block_tables = torch.from_numpy(pages).to(device)
+        """int64 [layers, decodes, blocks]."""
+        self.decode_context_lens = torch.tensor(context_lens)
+        """int64 [decodes], on the host."""
+        self.decode_mask: Tensor | None = None
+        """[decodes, 1, 1, blocks * page_size], minus infinity where nothing is held; None where all is, or where a
         kernel goes by the lengths."""
-        if self._kernel is None and any(length != blocks * size for length in held):
-            seen = np.arange(blocks * size) < np.array(held)[:, None]
-            mask = np.where(seen, np.float32(0), np.float32(-np.inf))[:, None, None]
-            self.single_mask = torch.from_numpy(mask).to(device, self.pool.keys.dtype)
-        slots: np.ndarray = last * size + (np.array(held) - 1) % size
+        if self._kernel is None and any(length != num_blocks * size for length in context_lens):
+            held = np.arange(num_blocks * size) < np.array(context_lens)[:, None]
+            mask = np.where(held, np.float32(0), np.float32(-np.inf))[:, None, None]
+            self.decode_mask = torch.from_numpy(mask).to(device, self.pool.keys.dtype)
+        slots: np.ndarray = last * size + (np.array(context_lens) - 1) % size
         return slots
 
-    def _plan_chunks(self, counts: Sequence[int]) -> list[tuple[slice, Tensor | None, Tensor | None]]:
-        chunks: list[tuple[slice, Tensor | None, Tensor | None]] = []
-        device, start = self.pool.keys.device, self.singles
-        for pages, end, count in list(zip(self._pages, self._held, counts, strict=True))[self.singles :]:
+    def _plan_prefills(self, counts: Sequence[int]) -> list[tuple[slice, Tensor | None, Tensor | None]]:
+        prefills: list[tuple[slice, Tensor | None, Tensor | None]] = []
+        device, start = self.pool.keys.device, self.decodes
+        for pages, end, count in list(zip(self._pages, self._context_lens, counts, strict=True))[self.decodes :]:
             tokens = slice(start, start + count)
             start += count
             if not count:
                 continue  # a chunk of a picture none of whose tokens has come this far
             if count == end:
-                chunks.append((tokens, None, None))
+                prefills.append((tokens, None, None))
             else:
                 mask = torch.ones(count, end, dtype=torch.bool, device=device).tril(end - count)
                 slots = torch.from_numpy(self.pool.slots_of(pages, range(end))).to(device)
-                chunks.append((tokens, slots, mask))
-        return chunks
+                prefills.append((tokens, slots, mask))
+        return prefills
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
         """Causal attention of each sequence's new tokens over everything it holds in a layer.
@@ -134,48 +134,48 @@ class AttentionPlan:
             [tokens, heads, head_dim].
         """
         layer -= self.first_layer
-        keys, values = self.pool.keys, self.pool.values
-        keys.index_copy_(0, self.write_slots[layer], key)
-        values.index_copy_(0, self.write_slots[layer], value)
-        outputs = [self._attend_singles(layer, query[: self.singles], key.shape[1], scale)] if self.singles else []
-        for tokens, slots_of_all, mask in self.chunks:
-            if slots_of_all is None:
+        pool = self.pool
+        pool.keys.index_copy_(0, self.write_slots[layer], key)
+        pool.values.index_copy_(0, self.write_slots[layer], value)
+        outputs = [self._attend_decodes(layer, query[: self.decodes], key.shape[1], scale)] if self.decodes else []
+        for tokens, context_slots, mask in self.prefills:
+            if context_slots is None:
                 # What was just computed is everything: no need to gather it again.
-                seen, said = key[tokens], value[tokens]
+                keys, values = key[tokens], value[tokens]
             else:
-                slots = slots_of_all[layer]
-                seen, said = keys.index_select(0, slots), values.index_select(0, slots)
-            chunk = nn.functional.scaled_dot_product_attention(
+                slots = context_slots[layer]
+                keys, values = pool.keys.index_select(0, slots), pool.values.index_select(0, slots)
+            attended = nn.functional.scaled_dot_product_attention(
                 query[tokens].transpose(0, 1)[None],
-                seen.transpose(0, 1)[None],
-                said.transpose(0, 1)[None],
+                keys.transpose(0, 1)[None],
+                values.transpose(0, 1)[None],
                 attn_mask=mask,
                 is_causal=mask is None,
                 scale=scale,
                 enable_gqa=query.shape[1] != key.shape[1],
             )
-            outputs.append(chunk[0].transpose(0, 1))
+            outputs.append(attended[0].transpose(0, 1))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _attend_singles(self, layer: int, query: Tensor, kv_heads: int, scale: float) -> Tensor:
-        """The sequences that bring one token: [singles, heads, head_dim] to the same."""
-        pages = self.single_pages[layer]
+    def _attend_decodes(self, layer: int, query: Tensor, kv_heads: int, scale: float) -> Tensor:
+        """The sequences that bring one token: [decodes, heads, head_dim] to the same."""
+        pages = self.decode_block_tables[layer]
         if self._kernel is not None:
             size = self.pool.page_size
-            return self._kernel(query, self.pool.keys, self.pool.values, pages, self.single_lengths, size, scale)
+            return self._kernel(query, self.pool.keys, self.pool.values, pages, self.decode_context_lens, size, scale)
         # Whole pages are gathered: they are long enough to be copied at the memory's speed.
-        seen, said = (
+        keys, values = (
             store.view(self.pool.pages, -1)
             .index_select(0, pages.flatten())
-            .view(self.singles, -1, kv_heads, query.shape[-1])
+            .view(self.decodes, -1, kv_heads, query.shape[-1])
             for store in (self.pool.keys, self.pool.values)
         )
         # The query heads that share a key head stand in for query tokens: one pass over the keys serves them all.
         together = nn.functional.scaled_dot_product_attention(
-            query.reshape(self.singles, kv_heads, -1, query.shape[-1]),
-            seen.transpose(1, 2),
-            said.transpose(1, 2),
-            attn_mask=self.single_mask,
+            query.reshape(self.decodes, kv_heads, -1, query.shape[-1]),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=self.decode_mask,
             scale=scale,
         )
         return together.reshape(query.shape)

@@ -71,7 +71,7 @@ def next_chunk(sequence: Sequence, limit: int | None) -> Chunk:
     """
     log, cached = sequence.log, sequence.cached
     if cached.items == len(log):
-        raise ValueError("the conversation has nothing to run: its cache covers its whole log")
+        raise ValueError("the sequence has nothing to run: its cache covers its whole log")
     stages = len(sequence.cache.stages)
     if cached.items == len(log) - 1 and isinstance(token := log[-1], int):
         # By far the most frequent case: one more token of an answer.

@@ -182,7 +182,7 @@ class StageTable:
         self.layers = layers
         self.length = 0
         # One list of pages per layer would do; one per block is what growing, sharing and cutting touch.
-        self.blocks: list[list[int]] = []
+        self.block_table: list[list[int]] = []
         self.pages = np.empty((len(layers), 0), np.int64)
 
     def blocks_for(self, length: int) -> int:
@@ -202,11 +202,14 @@ class StageTable:
         """
         if not more:
             return 0
-        new = max(self.pages_for(self.length + more) - len(self.blocks) * len(self.layers), 0)
-        place = self.length // self.pool.page_size
-        if place == len(self.blocks):
+        # Asked for every stage in every step: most often one more token fits into the last block.
+        place, room = divmod(self.length, self.pool.page_size)
+        blocks = len(self.block_table)
+        fits = place < blocks and room + more <= (blocks - place) * self.pool.page_size
+        new = 0 if fits else (self.blocks_for(self.length + more) - blocks) * len(self.layers)
+        if place == blocks:
             return new
-        page = self.blocks[place][0]
+        page = self.block_table[place][0]
         if not self.pool.shared(page, leaving[page] if leaving else 0):
             return new
         if leaving is not None:
@@ -217,13 +220,13 @@ class StageTable:
         """Use exactly :meth:`pages_to_write` pages to make room for tokens that nobody else sees."""
         if not pages:
             return
-        first, depth = len(self.blocks), len(self.layers)
+        first, depth = len(self.block_table), len(self.layers)
         if self._last_block_shared():
             first = self.length // self.pool.page_size
-            old, self.blocks[first], pages = self.blocks[first], pages[:depth], pages[depth:]
-            self.pool.copy(old, self.blocks[first])
+            old, self.block_table[first], pages = self.block_table[first], pages[:depth], pages[depth:]
+            self.pool.copy(old, self.block_table[first])
             self.pool.give_back(old)
-        self.blocks += [pages[start : start + depth] for start in range(0, len(pages), depth)]
+        self.block_table += [pages[start : start + depth] for start in range(0, len(pages), depth)]
         self._update_pages(first)
 
     def truncate(self, length: int) -> None:
@@ -231,18 +234,18 @@ class StageTable:
         if length > self.length:
             raise ValueError(f"cannot truncate a stage of {self.length} tokens to {length}")
         self.length = length
-        cut = self.blocks[self.blocks_for(length) :]
+        cut = self.block_table[self.blocks_for(length) :]
         if cut:
-            del self.blocks[self.blocks_for(length) :]
+            del self.block_table[self.blocks_for(length) :]
             self.pool.give_back(page for block in cut for page in block)
-            self._update_pages(len(self.blocks))
+            self._update_pages(len(self.block_table))
 
     def fork(self) -> StageTable:
         """A table over the same tokens, sharing every page that holds any."""
         twin = StageTable(self.pool, self.layers)
         twin.length = self.length
-        twin.blocks = [list(block) for block in self.blocks[: self.blocks_for(self.length)]]
-        self.pool.share(page for block in twin.blocks for page in block)
+        twin.block_table = [list(block) for block in self.block_table[: self.blocks_for(self.length)]]
+        self.pool.share(page for block in twin.block_table for page in block)
         twin._update_pages(0)
         return twin
 
@@ -259,12 +262,12 @@ class StageTable:
     def _last_block_shared(self) -> bool:
         """Whether the next token falls into a block that others hold, too."""
         place = self.length // self.pool.page_size
-        return place < len(self.blocks) and self.pool.shared(self.blocks[place][0])
+        return place < len(self.block_table) and self.pool.shared(self.block_table[place][0])
 
     def _update_pages(self, first: int) -> None:
         """Bring ``pages`` in line with the blocks, of which those before ``first`` are as they were."""
         # Only what changed: a long sequence would pay for all its blocks with every page that it grows by.
-        grown = np.array(self.blocks[first:], np.int64).reshape(-1, len(self.layers)).T
+        grown = np.array(self.block_table[first:], np.int64).reshape(-1, len(self.layers)).T
         self.pages = np.concatenate((self.pages[:, :first], grown), axis=1)
 
 
@@ -291,7 +294,7 @@ class StagedCache:
     @property
     def bytes_held(self) -> int:
         """Bytes of the pages held, shared ones included."""
-        return sum(len(stage.blocks) * len(stage.layers) for stage in self.stages) * self.pool.page_bytes
+        return sum(len(stage.block_table) * len(stage.layers) for stage in self.stages) * self.pool.page_bytes
 
     @property
     def frees_pages(self) -> bool:
@@ -332,7 +335,7 @@ class StagedCache:
 
     def owned_pages(self) -> list[int]:
         """Every page held, in no particular order."""
-        return [page for stage in self.stages for block in stage.blocks for page in block]
+        return [page for stage in self.stages for block in stage.block_table for page in block]
 
 
 def reserve(caches: Sequence[StagedCache], tokens: Sequence[Sequence[int]]) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vflowopt.runtime.cache import PagePool, StagedCache
-from vflowopt.runtime.varlen_attention import Reading, to_device, varlen_attention
+from vflowopt.runtime.varlen_attention import PageAccess, to_device, varlen_attention
 
 SIZES = (1, 2, 4, 8, 16, 32)
 """Sequences that graphs are made for."""
@@ -43,33 +43,33 @@ class DecodePlan:
         layers: decoder layers.
         batch: sequences.
         blocks: most pages that a sequence holds in a layer, with its new token.
-        reading: how the variable-length kernel reads the cache; None: scaled dot-product attention over copies.
+        access: how the variable-length kernel reads the cache; None: scaled dot-product attention over copies.
 
     Attributes:
         pages: int32 [layers, batch, blocks].
-        held: int32 [layers, batch], tokens that each sequence holds, the new one included.
+        context_lens: int32 [layers, batch], tokens that each sequence holds, the new one included.
     """
 
-    def __init__(self, pool: PagePool, layers: int, batch: int, blocks: int, reading: Reading | None) -> None:
+    def __init__(self, pool: PagePool, layers: int, batch: int, blocks: int, access: PageAccess | None) -> None:
         device = pool.keys.device
         self.pool = pool
-        self.reading = reading
-        self.room = blocks * pool.page_size
+        self.access = access
+        self.capacity = blocks * pool.page_size
         self.pages = torch.zeros(layers, batch, blocks, dtype=torch.int32, device=device)
-        self.held = torch.ones(layers, batch, dtype=torch.int32, device=device)
+        self.context_lens = torch.ones(layers, batch, dtype=torch.int32, device=device)
         self._query_starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
-        self._key_starts = self._query_starts * self.room
-        self._places = torch.arange(self.room, dtype=torch.int32, device=device)
+        self._key_starts = self._query_starts * self.capacity
+        self._places = torch.arange(self.capacity, dtype=torch.int32, device=device)
         self._laid_out = np.zeros((layers, batch, blocks), np.int32)
         self._made_of: list[list[np.ndarray]] = [[] for _ in range(batch)]
 
     def fill(self, caches: Sequence[StagedCache]) -> None:
         """Bring pages and lengths in line with ``caches``, one for each row, with room reserved for a token."""
-        held = np.empty(self.held.shape, np.int32)
+        context_lens = np.empty(self.context_lens.shape, np.int32)
         changed = False
         for row, cache in enumerate(caches):
             for stage in cache.stages:
-                held[stage.layers.start : stage.layers.stop, row] = stage.length + 1
+                context_lens[stage.layers.start : stage.layers.stop, row] = stage.length + 1
             # A table's array is replaced whenever its blocks change and never written to: while a row was made of the
             # very same arrays, it is right.
             arrays = [stage.pages for stage in cache.stages]
@@ -77,7 +77,7 @@ class DecodePlan:
                 self._lay_out(row, cache)
                 self._made_of[row] = arrays
                 changed = True
-        self.held.copy_(to_device(held, self.held.device), non_blocking=True)
+        self.context_lens.copy_(to_device(context_lens, self.context_lens.device), non_blocking=True)
         if changed:
             self.pages.copy_(to_device(self._laid_out, self.pages.device), non_blocking=True)
 
@@ -102,38 +102,38 @@ class DecodePlan:
         Returns:
             [batch, heads, head_dim].
         """
-        pool, pages, held = self.pool, self.pages[layer], self.held[layer]
-        last = (held - 1).long()
+        pool, pages, context_lens = self.pool, self.pages[layer], self.context_lens[layer]
+        last = (context_lens - 1).long()
         page = pages.gather(1, (last // pool.page_size)[:, None])[:, 0]
         slots = page * pool.page_size + last % pool.page_size
         pool.keys.index_copy_(0, slots, key)
         pool.values.index_copy_(0, slots, value)
-        if self.reading is None:
-            return self._attend_to_copies(query, pages, held, scale)
+        if self.access is None:
+            return self._attend_to_copies(query, pages, context_lens, scale)
         return varlen_attention(
             query,
             pool,
-            pages if self.reading == "paged" else pages.flatten(),
+            pages if self.access == "paged" else pages.flatten(),
             query_starts=self._query_starts,
             key_starts=self._key_starts,
-            held=held,
-            longest_query=1,
-            longest_room=self.room,
+            context_lens=context_lens,
+            max_query=1,
+            max_capacity=self.capacity,
             scale=scale,
         )
 
-    def _attend_to_copies(self, query: Tensor, pages: Tensor, held: Tensor, scale: float) -> Tensor:
+    def _attend_to_copies(self, query: Tensor, pages: Tensor, context_lens: Tensor, scale: float) -> Tensor:
         batch, (kv_heads, head_dim) = len(pages), self.pool.keys.shape[1:]
-        seen, said = (
+        keys, values = (
             store.view(self.pool.pages, -1).index_select(0, pages.flatten()).view(batch, -1, kv_heads, head_dim)
             for store in (self.pool.keys, self.pool.values)
         )
         # The query heads that share a key head stand in for query tokens: one pass over the keys serves them all.
         together = nn.functional.scaled_dot_product_attention(
             query.reshape(batch, kv_heads, -1, head_dim),
-            seen.transpose(1, 2),
-            said.transpose(1, 2),
-            attn_mask=(self._places < held[:, None])[:, None, None],
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=(self._places < context_lens[:, None])[:, None, None],
             scale=scale,
         )
         return together.reshape(query.shape)
@@ -160,11 +160,11 @@ class DecodeGraph:
 
     def __init__(self, plan: DecodePlan, rotary: Rotary, step: Step, memory: Any) -> None:
         self._plan = plan
-        self._tokens = torch.zeros(plan.held.shape[1], dtype=torch.int32, device=plan.held.device)
+        self._tokens = torch.zeros(plan.context_lens.shape[1], dtype=torch.int32, device=plan.context_lens.device)
         self._rotary = tuple(torch.empty_like(part) for part in rotary)
         self._step = step
         self._memory = memory
-        self._capturable = plan.held.is_cuda
+        self._capturable = plan.context_lens.is_cuda
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor
 
@@ -215,7 +215,7 @@ class DecodeGraphs:
         rotary: what the layers need of positions, int64 [tokens] on the host (pinned, where there is a CUDA device);
             tensors whose shapes depend on the number of tokens alone.
         step: the decode step.
-        reading: how the variable-length kernel reads the cache, as :func:`vflowopt.runtime.varlen_attention.readable`
+        access: how the variable-length kernel reads the cache, as :func:`vflowopt.runtime.varlen_attention.page_access`
         says.
     """
 
@@ -226,13 +226,13 @@ class DecodeGraphs:
         *,
         rotary: Callable[[Tensor], Rotary],
         step: Step,
-        reading: Reading | None,
+        access: PageAccess | None,
     ) -> None:
         self._pool = pool
         self._layers = layers
         self._rotary = rotary
         self._step = step
-        self._reading = reading
+        self._access = access
         self._graphs: dict[tuple[int, int], DecodeGraph] = {}
         self._memory = torch.cuda.graph_pool_handle() if pool.keys.is_cuda else None
 
@@ -244,9 +244,9 @@ class DecodeGraphs:
         """
         if len(caches) > SIZES[-1]:
             return False
-        size, room = self._shape(caches)
+        size, capacity = self._shape(caches)
         held = sum(stage.blocks_for(stage.length + 1) * len(stage.layers) for cache in caches for stage in cache.stages)
-        return self._reading == "paged" or size * room * self._layers <= _MOST_COPIED * held
+        return self._access == "paged" or size * capacity * self._layers <= _MOST_COPIED * held
 
     @torch.inference_mode()
     def run(self, caches: Sequence[StagedCache], tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
@@ -263,14 +263,14 @@ class DecodeGraphs:
         Returns:
             Logits [sequences, vocabulary].
         """
-        size, room = self._shape(caches)
+        size, capacity = self._shape(caches)
         least = min(range(len(caches)), key=lambda index: sum(caches[index].lengths))
         rows = [*range(len(caches)), *[least] * (size - len(caches))]
         rotary = self._rotary(torch.tensor([positions[row] for row in rows], pin_memory=self._pool.keys.is_cuda))
-        graph = self._graphs.get((size, room))
+        graph = self._graphs.get((size, capacity))
         if graph is None:
-            plan = DecodePlan(self._pool, self._layers, size, room, self._reading)
-            graph = self._graphs[size, room] = DecodeGraph(plan, rotary, self._step, self._memory)
+            plan = DecodePlan(self._pool, self._layers, size, capacity, self._access)
+            graph = self._graphs[size, capacity] = DecodeGraph(plan, rotary, self._step, self._memory)
         logits = graph.run([caches[row] for row in rows], [tokens[row] for row in rows], rotary)
         return logits[: len(caches)].clone()
 

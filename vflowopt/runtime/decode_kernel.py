@@ -55,11 +55,11 @@ class DecodeKernel:
         """Attention of one token of each sequence.
 
         Args:
-            query: float32 [singles, kv_heads * group, head_dim].
+            query: float32 [sequences, kv_heads * group, head_dim].
             keys: float32 [slots, kv_heads, head_dim].
             values: like ``keys``.
-            pages: int64 [singles, blocks], each sequence's pages in order; what lies beyond its length is not read.
-            lengths: int64 [singles], tokens that each sequence holds.
+            pages: int64 [sequences, blocks], each sequence's pages in order; what lies beyond its length is not read.
+            lengths: int64 [sequences], tokens that each sequence holds.
             page_size: slots of a page, at most 256.
             scale: factor of the scores.
 
@@ -68,10 +68,19 @@ class DecodeKernel:
         """
         query = query.contiguous()
         output = torch.empty_like(query)
+        sequences, num_blocks = pages.shape
         self._function(
-            *(each.data_ptr() for each in (query, keys, values, pages, lengths)),
-            *(*pages.shape, page_size, keys.shape[1]),
-            *(scale, output.data_ptr()),
+            query.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            pages.data_ptr(),
+            lengths.data_ptr(),
+            sequences,
+            num_blocks,
+            page_size,
+            keys.shape[1],
+            scale,
+            output.data_ptr(),
         )
         return output
 

@@ -97,7 +97,7 @@ class FusedDecoder(Decoder):
 
     def __init__(self, decoder: Any) -> None:
         self._rotary_embedding = decoder.rotary_emb
-        self._turns = torch.empty(0)
+        self._freqs = torch.empty(0)
         self._context: int = decoder.config.max_position_embeddings
         self._norm = decoder.norm
         self._layers = []
@@ -126,14 +126,14 @@ class FusedDecoder(Decoder):
     def rotary(self, positions: Tensor) -> tuple[Tensor, ...]:
         """A complex number of each token and pair of channels, [tokens, 1, head_dim / 2]: how far the pair turns."""
         furthest = int(positions[-1]) if positions.shape == (1,) else int(positions.max())
-        if furthest >= len(self._turns):
+        if furthest >= len(self._freqs):
             # Beyond the context "dynamic" angles change for all positions: no table is longer unless it has to be.
-            self._turns = self._table(max(furthest + 1, min(max(1024, 2 * furthest), self._context)))
-        places = positions.to(self._turns.device, non_blocking=True)
+            self._freqs = self._table(max(furthest + 1, min(max(1024, 2 * furthest), self._context)))
+        places = positions.to(self._freqs.device, non_blocking=True)
         if places.dim() == 1:
-            return (self._turns[places],)
+            return (self._freqs[places],)
         axes = self._axis_of_pairs(len(places))
-        return (self._turns[places[axes].t(), 0, torch.arange(len(axes), device=places.device)][:, None],)
+        return (self._freqs[places[axes].t(), 0, torch.arange(len(axes), device=places.device)][:, None],)
 
     def _axis_of_pairs(self, axes: int) -> Tensor:
         """Along which axis of positions each pair of channels turns, int64 [head_dim / 2].
@@ -174,10 +174,10 @@ class _FusedLayer:
         attention, network = layer.self_attn, layer.mlp
         self._size = attention.head_dim
         self._scale = attention.scaling
-        turned = [_interleave(linear, self._size) for linear in (attention.q_proj, attention.k_proj)]
+        rotated = [_interleave(linear, self._size) for linear in (attention.q_proj, attention.k_proj)]
         value = (attention.v_proj.weight, attention.v_proj.bias)
-        self._heads = [len(weight) // self._size for weight, _ in (*turned, value)]
-        self._query_key_value = _Product([*turned, value])
+        self._heads = [len(weight) // self._size for weight, _ in (*rotated, value)]
+        self._query_key_value = _Product([*rotated, value])
         self._output = _Product([(attention.o_proj.weight, attention.o_proj.bias)])
         self._gate_up = _Product([(linear.weight, linear.bias) for linear in (network.gate_proj, network.up_proj)])
         self._down = _Product([(network.down_proj.weight, network.down_proj.bias)])
@@ -185,15 +185,15 @@ class _FusedLayer:
             (norm.weight, norm.variance_epsilon) for norm in (layer.input_layernorm, layer.post_attention_layernorm)
         ]
 
-    def __call__(self, index: int, hidden: Tensor, turns: Tensor, plan: Plan) -> Tensor:
+    def __call__(self, index: int, hidden: Tensor, freqs: Tensor, plan: Plan) -> Tensor:
         tokens = len(hidden)
         (weight, epsilon), (late_weight, late_epsilon) = self._norms
         normed = F.rms_norm(hidden, hidden.shape[-1:], weight, epsilon)
         states = self._query_key_value(normed).view(tokens, -1, self._size)
         queries, keys, _ = self._heads
-        turned = _turn(states[:, : queries + keys], turns)
+        rotated = apply_rope(states[:, : queries + keys], freqs)
         attended = plan.attend(
-            index, turned[:, :queries], turned[:, queries:], states[:, queries + keys :], scale=self._scale
+            index, rotated[:, :queries], rotated[:, queries:], states[:, queries + keys :], scale=self._scale
         )
         hidden = self._output(attended.reshape(tokens, -1), onto=hidden)
         normed = F.rms_norm(hidden, hidden.shape[-1:], late_weight, late_epsilon)
@@ -234,7 +234,7 @@ def _interleave(linear: Any, size: int) -> tuple[Tensor, Tensor | None]:
     return reorder(linear.weight), None if linear.bias is None else reorder(linear.bias)
 
 
-def _turn(states: Tensor, turns: Tensor) -> Tensor:
+def apply_rope(states: Tensor, freqs: Tensor) -> Tensor:
     """Rotary embedding of states [tokens, heads, head_dim] whose channels lie in pairs."""
     pairs = torch.view_as_complex(states.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns).flatten(-2).to(states.dtype)
+    return torch.view_as_real(pairs * freqs).flatten(-2).to(states.dtype)

@@ -28,7 +28,7 @@ from vflowopt.runtime.decode_kernel import DecodeKernel, build_decode_kernel
 from vflowopt.runtime.decoder import build_decoder
 from vflowopt.runtime.sampling import Sampler, sample
 from vflowopt.runtime.sequence import Item, Sequence, tokens_per_stage
-from vflowopt.runtime.varlen_attention import Reading, VarlenPlan, readable
+from vflowopt.runtime.varlen_attention import PageAccess, VarlenPlan, page_access
 
 
 class Runtime:
@@ -64,17 +64,17 @@ class Runtime:
         self.revision = _revision(model)
         self.decoder = build_decoder(model.decoder)
         self._kernel: DecodeKernel | None = None
-        self._reading: Reading | None = None
+        self._page_access: PageAccess | None = None
         self._graphs: DecodeGraphs | None = None
         self._products_per_token = model.decoder.config.hidden_size * model.decoder.config.intermediate_size
         heads = model.decoder.config.num_attention_heads
         if model.device.type == "cpu" and model.dtype == torch.float32:
             self._kernel = build_decode_kernel(model.head_dim, heads, model.heads, page_size)
         elif model.device.type == "cuda":
-            self._reading = readable(self.pool, heads)
+            self._page_access = page_access(self.pool, heads)
             if not model.quantized:  # what a quantizer starts may wait for the device, which no capture allows
                 self._graphs = DecodeGraphs(
-                    self.pool, self.layers, rotary=self.decoder.rotary, step=self._step, reading=self._reading
+                    self.pool, self.layers, rotary=self.decoder.rotary, step=self._step, access=self._page_access
                 )
 
     @classmethod
@@ -331,9 +331,9 @@ class Runtime:
         return logits
 
     def _plan(self, layers: range, caches: abc.Sequence[StagedCache], counts: abc.Sequence[int]) -> Plan:
-        if self._reading is None:
+        if self._page_access is None:
             return AttentionPlan(self.pool, layers, caches, counts, self._kernel)
-        return VarlenPlan(self.pool, layers, caches, counts, reading=self._reading)
+        return VarlenPlan(self.pool, layers, caches, counts, access=self._page_access)
 
     def _forward(self, chunks: abc.Sequence[Chunk], wanted: abc.Sequence[tuple[int, int]]) -> Tensor:
         """Run chunks through the decoder layers; hidden states [wanted, hidden] behind the last one.
@@ -343,8 +343,12 @@ class Runtime:
             wanted: of which chunk, and how many tokens that reach the last layer come after the one that is wanted.
         """
         # Single tokens first, as the attention plan wants them.
-        order = sorted(range(len(chunks)), key=lambda place: len(chunks[place]) > 1)
+        lengths = [chunk.positions.shape[-1] for chunk in chunks]
+        decodes = [place for place, length in enumerate(lengths) if length == 1]
+        order = [*decodes, *[place for place, length in enumerate(lengths) if length > 1]]
         chunks = [chunks[place] for place in order]
+        # Answers under way, which are most of all steps, go through all stages.
+        may_shrink = len([chunk for chunk in chunks if chunk.last_stages is not None]) > 0
         device = self.model.device
         caches = [chunk.sequence.cache for chunk in chunks]
         embeddings = self._embed([piece for chunk in chunks for piece in chunk.pieces])
@@ -355,7 +359,11 @@ class Runtime:
         here = [0] * len(chunks)  # the stage that each chunk is in
         for layers in _runs_within_stages(caches, self.layers, alone=len(later)):
             entered = [cache.stage_of_layer[layers.start] for cache in caches]
-            staying = [chunk.staying(before, stage) for chunk, before, stage in zip(chunks, here, entered, strict=True)]
+            staying = (
+                [chunk.staying(before, stage) for chunk, before, stage in zip(chunks, here, entered, strict=True)]
+                if may_shrink
+                else []
+            )
             if any(stay is not None for stay in staying):
                 counts = [chunk.counts[before] for chunk, before in zip(chunks, here, strict=True)]
                 every = [

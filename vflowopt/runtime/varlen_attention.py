@@ -8,8 +8,8 @@ cache depends on which flash attention PyTorch runs:
   that PyTorch is built with only with pages of a multiple of 256 tokens, which would waste most of a pruned cache.
 - ``"gathered"``: each sequence's pages are copied side by side first.
 
-Which of the two works is found by trying (:func:`readable`): versions differ, and a kernel that reads pages in another
-order than it is told, or masks otherwise, would answer wrongly without a word.
+Which of the two works is found by trying (:func:`page_access`): versions differ, and a kernel that reads pages in
+another order than it is told, or masks otherwise, would answer wrongly without a word.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.nn.attention.varlen import varlen_attn
 from vflowopt.runtime.attention import AttentionPlan
 from vflowopt.runtime.cache import PagePool, StagedCache
 
-Reading = Literal["paged", "gathered"]
+PageAccess = Literal["paged", "gathered"]
 """How the kernel reads the cache."""
 
 _CAUSAL = (-1, 0)
@@ -44,7 +44,7 @@ class VarlenPlan:
         layers: the run of layers.
         caches: the sequences of the batch, in order, with room reserved.
         counts: how many tokens each brings to these layers.
-        reading: how the kernel reads the cache.
+        access: how the kernel reads the cache.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class VarlenPlan:
         caches: Sequence[StagedCache],
         counts: Sequence[int],
         *,
-        reading: Reading,
+        access: PageAccess,
     ) -> None:
         self.pool = pool
         self.first_layer = layers.start
@@ -62,31 +62,31 @@ class VarlenPlan:
         stages = [cache.stages[cache.stage_of_layer[layers.start]] for cache in caches]
         # A chunk of a picture may have no token that came this far: it is no sequence then.
         present = [(stage, count) for stage, count in zip(stages, counts, strict=True) if count]
-        held = [stage.length + count for stage, count in present]
+        context_lens = [stage.length + count for stage, count in present]
         pages = [
             stage.pages[layers.start - stage.layers.start : layers.stop - stage.layers.start, : stage.blocks_for(end)]
-            for (stage, _), end in zip(present, held, strict=True)
+            for (stage, _), end in zip(present, context_lens, strict=True)
         ]
         written = [
             pool.slots_of(own, range(end - count, end))
-            for own, end, (_, count) in zip(pages, held, present, strict=True)
+            for own, end, (_, count) in zip(pages, context_lens, present, strict=True)
         ]
         self.write_slots = to_device(np.concatenate(written, axis=1), device)
         """int64 [layers, tokens]."""
-        blocks = [own.shape[1] for own in pages]
-        if reading == "paged":
-            laid_out = np.stack([_widen(own, max(blocks)) for own in pages], axis=1)
-            rooms = [max(blocks) * size] * len(pages)
+        num_blocks = [own.shape[1] for own in pages]
+        if access == "paged":
+            laid_out = np.stack([_widen(own, max(num_blocks)) for own in pages], axis=1)
+            capacities = [max(num_blocks) * size] * len(pages)
         else:
             laid_out = np.concatenate(pages, axis=1)
-            rooms = [count * size for count in blocks]
+            capacities = [count * size for count in num_blocks]
         self.pages = to_device(laid_out.astype(np.int32), device)
         """int32, [layers, sequences, blocks] for a kernel that reads pages, else [layers, blocks of all sequences]."""
         counted = [count for _, count in present]
-        bounds = np.array([np.cumsum([0, *counted]), np.cumsum([0, *rooms]), [*held, 0]], np.int32)
+        bounds = np.array([np.cumsum([0, *counted]), np.cumsum([0, *capacities]), [*context_lens, 0]], np.int32)
         self.query_starts, self.key_starts, padded = to_device(bounds, device)
-        self.held = padded[:-1]
-        self.longest_query, self.longest_room = max(counted), max(rooms)
+        self.context_lens = padded[:-1]
+        self.max_query, self.max_capacity = max(counted), max(capacities)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
         """Causal attention of each sequence's new tokens over everything it holds in a layer.
@@ -110,9 +110,9 @@ class VarlenPlan:
             self.pages[layer],
             query_starts=self.query_starts,
             key_starts=self.key_starts,
-            held=self.held,
-            longest_query=self.longest_query,
-            longest_room=self.longest_room,
+            context_lens=self.context_lens,
+            max_query=self.max_query,
+            max_capacity=self.max_capacity,
             scale=scale,
         )
 
@@ -124,9 +124,9 @@ def varlen_attention(
     *,
     query_starts: Tensor,
     key_starts: Tensor,
-    held: Tensor,
-    longest_query: int,
-    longest_room: int,
+    context_lens: Tensor,
+    max_query: int,
+    max_capacity: int,
     scale: float,
 ) -> Tensor:
     """Causal attention of sequences of queries, each over its own pages.
@@ -137,9 +137,9 @@ def varlen_attention(
         pages: int32, [sequences, blocks] to be read where they are, or [blocks of all sequences] to be gathered.
         query_starts: int32 [sequences + 1], where each sequence's queries begin, and where the last one's end.
         key_starts: int32 [sequences + 1], the same of the room that its pages offer.
-        held: int32 [sequences], how many tokens of its room each sequence holds, those of its queries included.
-        longest_query: most queries of a sequence.
-        longest_room: most tokens that the pages of a sequence have room for.
+        context_lens: int32 [sequences], how many tokens of its room each sequence holds, those of its queries included.
+        max_query: most queries of a sequence.
+        max_capacity: most tokens that the pages of a sequence have room for.
         scale: factor of the scores.
 
     Returns:
@@ -160,18 +160,18 @@ def varlen_attention(
         values,
         query_starts,
         starts,
-        longest_query,
-        longest_room,
+        max_query,
+        max_capacity,
         scale=scale,
         window_size=_CAUSAL,
         enable_gqa=query.shape[1] != heads,
-        seqused_k=held,
+        seqused_k=context_lens,
         block_table=table,
     )
     return cast(Tensor, output)
 
 
-def readable(pool: PagePool, heads: int) -> Reading | None:
+def page_access(pool: PagePool, heads: int) -> PageAccess | None:
     """How the kernel can read the caches of ``pool``: by the first of the two ways that gives the right numbers.
 
     Tries each on a small pool of the same kind, with a single token beside a longer piece and a page boundary within
@@ -184,13 +184,13 @@ def readable(pool: PagePool, heads: int) -> Reading | None:
     Returns:
         None where neither works: off a GPU, in full precision, or with a PyTorch whose kernel knows neither.
     """
-    ways: tuple[Reading, ...] = ("paged", "gathered")
-    return next((reading for reading in ways if _agrees(pool, heads, reading)), None)
+    ways: tuple[PageAccess, ...] = ("paged", "gathered")
+    return next((access for access in ways if _agrees(pool, heads, access)), None)
 
 
 @torch.inference_mode()
-def _agrees(pool: PagePool, heads: int, reading: Reading) -> bool:
-    """Whether the kernel, reading like this, computes what it should."""
+def _agrees(pool: PagePool, heads: int, access: PageAccess) -> bool:
+    """Whether the kernel, access like this, computes what it should."""
     size, (kv_heads, head_dim) = pool.page_size, pool.keys.shape[1:]
     device, dtype = pool.keys.device, pool.keys.dtype
     budget = 16 * pool.page_bytes
@@ -214,7 +214,7 @@ def _agrees(pool: PagePool, heads: int, reading: Reading) -> bool:
     states = random(6, heads), random(6, kv_heads), random(6, kv_heads)
     expected = AttentionPlan(trial, range(1), caches, counts).attend(0, *states, scale=head_dim**-0.5)
     try:
-        plan = VarlenPlan(trial, range(1), caches, counts, reading=reading)
+        plan = VarlenPlan(trial, range(1), caches, counts, access=access)
         answer = plan.attend(0, *states, scale=head_dim**-0.5)
         return torch.allclose(answer.float(), expected.float(), atol=2e-2, rtol=2e-2)
     except torch.OutOfMemoryError:
@@ -229,6 +229,6 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _widen(pages: np.ndarray, blocks: int) -> np.ndarray:
+def _widen(pages: np.ndarray, num_blocks: int) -> np.ndarray:
     """Repeat the last page of each row [layers, n] until there are ``blocks`` of them."""
-    return np.pad(pages, ((0, 0), (0, blocks - pages.shape[1])), mode="edge")
+    return np.pad(pages, ((0, 0), (0, num_blocks - pages.shape[1])), mode="edge")
