@@ -58,7 +58,7 @@ def decode(runtime: Runtime, graphs: DecodeGraphs, batch: abc.Sequence[Sequence]
     return logits
 
 
-@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("access", READINGS)
 def test_steps_equal_those_of_the_runtime(
     runtime: Runtime, access: PageAccess | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,7 +92,7 @@ def test_steps_equal_those_of_the_runtime(
         each.release()
 
 
-@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("access", READINGS)
 def test_a_step_writes_nothing_but_its_tokens(
     runtime: Runtime, access: PageAccess | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -201,7 +201,7 @@ def test_what_goes_wrong_in_one_conversation_stays_there(plain_folder: Path) -> 
     broken = torch.ones(len(runtime.pool.keys), dtype=torch.bool)
     for sequence in sequences[1:]:
         stage = sequence.cache.stages[0]
-        broken[stage.slots(range(runtime.pool.page_size * len(stage.blocks))).flatten()] = False
+        broken[stage.slots(range(runtime.pool.page_size * len(stage.block_table))).flatten()] = False
     runtime.pool.keys[broken] = runtime.pool.values[broken] = torch.nan
     logits = runtime.decode(sequences, [1, 2, 3])
     assert logits.isfinite().all(1).tolist() == [False, True, True]

@@ -61,7 +61,7 @@ def compare(shared: PagePool, access: PageAccess, seed: int, tolerance: float) -
             assert torch.equal(shared.keys, written[0]) and torch.equal(shared.values, written[1])
 
 
-@pytest.mark.parametrize("reading", ["paged", "gathered"])
+@pytest.mark.parametrize("access", ["paged", "gathered"])
 @pytest.mark.parametrize("seed", range(4))
 def test_a_ragged_batch_attends_as_on_the_cpu(access: PageAccess, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen_attention, "varlen_attn", stand_in())
