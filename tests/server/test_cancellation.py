@@ -1,0 +1,81 @@
+"""What cancelled work leaves behind where others want its room: nothing."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.server.conftest import Serve
+from tests.server.drawing import png
+from tests.server.served import Served
+from tests.server.waiting import until
+from vflow_client import Answer, Session
+from vflowopt.runtime.model_runner import Runtime
+
+
+@pytest.fixture(scope="module")
+def cramped(model_folder: Path) -> Runtime:
+    """A model with room for 256 tokens."""
+    runtime = Runtime.load(model_folder, kv_budget=400 << 10)
+    runtime.chat.stop_ids = frozenset()
+    return runtime
+
+
+def measured(served: Served, name: str, **labels: str) -> float:
+    """What the service's metrics tell."""
+    value = served.service.metrics.registry.get_sample_value(name, labels)
+    assert value is not None
+    return value
+
+
+def ask_at_length(session: Session, text: str, tokens: int) -> Answer:
+    """A turn that is under way: its first piece has come."""
+    answer = session.ask(text, max_new_tokens=tokens)
+    next(answer)
+    return answer
+
+
+@pytest.mark.parametrize("text", ["Why?", "b" * 150], ids=["short", "long"])
+def test_a_turn_that_is_cancelled_after_it_gave_way_was_never_said(
+    serve: Serve, cramped: Runtime, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    with serve(runtime=runtime).client.session("full") as undisturbed:
+        expected = [undisturbed.ask(each, max_new_tokens=8).read() for each in ("Hello", text)]
+
+    served, advance = serve(runtime=cramped), cramped.advance
+
+    def gave_way() -> bool:
+        return measured(served, "vflow_evictions_total", held_by="running") > 0
+
+    def slow(*arguments: object, **options: object) -> object:
+        if gave_way():
+            time.sleep(0.02)  # so that the eldest does not end, and make room, before the other one is cancelled
+        return advance(*arguments, **options)  # type: ignore[arg-type]
+
+    with served.client.session("full") as running, served.client.session("full") as session:
+        answers = [session.ask("Hello", max_new_tokens=8).read()]
+        monkeypatch.setattr(cramped, "advance", slow)
+        eldest = ask_at_length(running, "Go on", 200)
+        younger = ask_at_length(session, "a" * 80, 150)
+        until(gave_way)
+        younger.close()
+        until(lambda: not served.live(session).busy)
+        eldest.close()
+        assert session.state().turn_count == 1
+        answers.append(session.ask(text, max_new_tokens=8).read())
+    assert answers == expected
+
+
+def test_sessions_that_are_deleted_while_they_answer_leave_no_pictures(serve: Serve) -> None:
+    probe = serve()
+    with probe.client.session("full") as session:
+        session.add_image(png(60, 60))
+        size = measured(probe, "vflow_memory_bytes", what="compressed_pictures")
+    probe.stop()
+    served = serve(compressed_memory=str(int(2.5 * size)))
+    for seed in range(4):
+        session = served.client.session("full")
+        session.add_image(png(60, 60, seed))
+        answer = ask_at_length(session, "Go on", 4000)
+        session.delete()
+        answer.close()
