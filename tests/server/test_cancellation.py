@@ -3,13 +3,18 @@
 import time
 from pathlib import Path
 
+import grpc
 import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 
 from tests.server.conftest import Serve
 from tests.server.drawing import png
 from tests.server.served import Served
 from tests.server.waiting import until
 from vflow_client import Answer, Session
+from vflow_client.v1.conversations_pb2 import ChatRequest, Part
+from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
 from vflowopt.runtime.model_runner import Runtime
 
 
@@ -79,3 +84,25 @@ def test_sessions_that_are_deleted_while_they_answer_leave_no_pictures(serve: Se
         answer = ask_at_length(session, "Go on", 4000)
         session.delete()
         answer.close()
+
+
+def test_a_turn_that_waits_for_one_of_a_session_that_is_deleted_never_begins(serve: Serve) -> None:
+    served = serve()
+    session = served.client.session()
+    stub = ConversationsStub(served.client._channel)
+    request = ChatRequest(session=session.name, parts=[Part(text="Go on")], request_id="the-same")
+    request.options.max_new_tokens = 4000
+    first = stub.Chat(request, timeout=60)
+    next(first)
+    second = stub.Chat(request, timeout=60)  # waits for the first, to be given the same answer
+    until(lambda: measured(served, "vflow_calls_in_flight") == 2)
+    session.delete()
+    ends = []
+    for call in (first, second):
+        with pytest.raises(grpc.RpcError) as refused:
+            list(call)
+        info = error_details_pb2.ErrorInfo()
+        assert any(detail.Unpack(info) for detail in rpc_status.from_call(refused.value).details)
+        ends.append(info.reason)
+    assert ends == ["SESSION_DELETED", "SESSION_NOT_FOUND"]
+    until(lambda: served.kv_bytes() == 0)
