@@ -1,6 +1,7 @@
 """What is written down together, refused, or taken back while it is written."""
 
 import os
+import sqlite3
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,13 @@ from tests.server.drawing import png
 from tests.server.persistence import QUESTIONS, answer_of, begun, files
 from tests.server.served import Served
 from tests.server.waiting import until
-from vflow_client import CapacityExhausted
+from vflow_client import CapacityExhausted, SessionDamaged, SessionDeleted
+from vflow_client.v1.conversations_pb2 import Finished
+from vflow_server.rpc.errors import ServiceError
+from vflow_server.store.archive import JOURNAL, Archive
+from vflow_server.store.files import FOLDER
+from vflow_server.store.replays import REMEMBERED, Answer
+from vflow_server.store.session_record import Entry, SessionFacts, SessionRecord
 
 
 @contextmanager
@@ -118,3 +125,88 @@ def test_a_fork_keeps_the_pictures_of_what_it_was_forked_from(
     assert [answer_of(twin, text) for text in QUESTIONS] == expected
     twin.delete()
     assert not files(data)
+
+
+def test_a_picture_comes_back_after_its_last_session_was_deleted(
+    serve_data: Serve, data: Path, picture: bytes, expected: list[str]
+) -> None:
+    client = serve_data().client
+    begun(client, picture).delete()
+    assert not files(data)
+    session = begun(client, picture)  # its compressed form was at hand: only the file is made anew
+    session = serve_data().client.attach(session.name)
+    assert [answer_of(session, text) for text in QUESTIONS] == expected
+
+
+def test_a_turn_that_ends_after_its_session_was_deleted_is_told_so(serve_data: Serve) -> None:
+    served = serve_data()
+    session = served.client.session()
+    with ThreadPoolExecutor(1) as threads:
+        with written_together(served):
+            deletion = threads.submit(session.delete)
+            until(lambda: handed_in(served) == 1)
+            answer = session.ask("What is this?", max_new_tokens=2)
+            until(lambda: handed_in(served) == 2)
+        with pytest.raises(SessionDeleted):
+            answer.read()
+        deletion.result(20)
+    assert not list(serve_data().client.sessions())
+
+
+def test_an_entry_that_is_missing_is_noticed(serve_data: Serve, data: Path, picture: bytes) -> None:
+    served = serve_data()
+    session = begun(served.client, picture)
+    for text in QUESTIONS:
+        answer_of(session, text)
+    served.stop()
+    with sqlite3.connect(data / JOURNAL) as connection:
+        assert connection.execute("DELETE FROM entries WHERE number = 2").rowcount == 1
+    connection.close()
+    session = serve_data().client.attach(session.name)
+    with pytest.raises(SessionDamaged, match="entry 2 is missing"):
+        answer_of(session, "Still there?")
+
+
+def test_a_damaged_page_is_noticed_before_it_is_read(serve_data: Serve, data: Path) -> None:
+    served = serve_data()
+    session = served.client.session()
+    served.stop()
+    with sqlite3.connect(data / JOURNAL) as connection:
+        (page,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'answers'").fetchone()
+        (size,) = connection.execute("PRAGMA page_size").fetchone()
+    connection.close()
+    content = bytearray((data / JOURNAL).read_bytes())
+    content[(page - 1) * size : page * size] = b"\xff" * size
+    (data / JOURNAL).write_bytes(content)
+    served = serve_data()
+    assert not list(served.client.sessions())
+    assert any(path.name.endswith(JOURNAL) for path in (data / FOLDER).iterdir())
+    assert served.client.session().name != session.name
+
+
+def test_a_record_that_was_deleted_takes_nothing_more(data: Path) -> None:
+    archive = Archive(data, 1 << 20)
+    try:
+        record = SessionRecord(SessionFacts("sessions/s1", 0, "red", "strategies/full", "{}", "model", 0.0), archive)
+        record.begin().result(20)
+        record.delete().result(20)
+        with pytest.raises(ServiceError) as refused:
+            record.write(Entry((1, 2, 3), 0, answered=True)).result(20)
+        assert refused.value.reason == "SESSION_DELETED"
+    finally:
+        archive.close()
+
+
+def test_answers_that_are_forgotten_are_forgotten_on_the_disk(data: Path) -> None:
+    archive = Archive(data, 1 << 20)
+    try:
+        record = SessionRecord(SessionFacts("sessions/s1", 0, "red", "strategies/full", "{}", "model", 0.0), archive)
+        record.begin().result(20)
+        for number in range(REMEMBERED + 3):
+            answer = Answer(f"id-{number}", "print", Finished(text=str(number)))
+            record.write(Entry((number,), 0, answered=True), answer).result(20)
+            record.commit()
+        kept = [answer.request_id for answer in record.answers().result(20)]
+        assert kept == [f"id-{number}" for number in range(3, REMEMBERED + 3)]
+    finally:
+        archive.close()

@@ -8,9 +8,7 @@ from vflow_server.access import watched_files
 from vflow_server.access.watched_files import WatchedFiles
 
 
-def test_what_is_read_while_it_is_written_is_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_read_while_it_is_written_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watched_files, "LOOK_EVERY", 0.0)
     file, rest = tmp_path / "tokens", list[str]()
     file.write_text("old")
