@@ -15,7 +15,7 @@ from tests.server.drawing import png
 from tests.server.persistence import QUESTIONS, answer_of, begun, files
 from tests.server.served import Served
 from tests.server.waiting import until
-from vflow_client import CapacityExhausted, SessionDamaged, SessionDeleted
+from vflow_client import CapacityExhausted, SessionDamaged, SessionDeleted, StorageFailed
 from vflow_client.v1.conversations_pb2 import Finished
 from vflow_server.rpc.errors import ServiceError
 from vflow_server.store.archive import JOURNAL, Archive
@@ -210,3 +210,12 @@ def test_answers_that_are_forgotten_are_forgotten_on_the_disk(data: Path) -> Non
         assert kept == [f"id-{number}" for number in range(3, REMEMBERED + 3)]
     finally:
         archive.close()
+
+
+def test_a_session_that_cannot_be_written_down_does_not_live(serve_data: Serve, data: Path) -> None:
+    served = serve_data(max_sessions="1")
+    (data / JOURNAL).unlink()
+    for _ in range(2):  # nor does it take the place of another
+        with pytest.raises(StorageFailed):
+            served.client.session()
+    assert not list(served.client.sessions())

@@ -1,6 +1,8 @@
 """What cancelled work leaves behind where others want its room: nothing."""
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -106,3 +108,31 @@ def test_a_turn_that_waits_for_one_of_a_session_that_is_deleted_never_begins(ser
         ends.append(info.reason)
     assert ends == ["SESSION_DELETED", "SESSION_NOT_FOUND"]
     until(lambda: served.kv_bytes() == 0)
+
+
+def test_where_pages_run_short_the_turn_that_began_last_gives_way(
+    serve: Serve, cramped: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served, advance, all_are_here = serve(runtime=cramped), cramped.advance, threading.Event()
+    ended: list[int] = []
+
+    def held(*arguments: object, **options: object) -> object:
+        all_are_here.wait(20)
+        return advance(*arguments, **options)  # type: ignore[arg-type]
+
+    def read(number: int, answer: Answer) -> None:
+        answer.read()
+        ended.append(number)
+
+    monkeypatch.setattr(cramped, "advance", held)
+    with ThreadPoolExecutor(3) as threads:
+        sessions = [served.client.session("full") for _ in range(3)]
+        reading = []
+        for number, session in enumerate(sessions):  # room for two of them, not for three
+            reading.append(threads.submit(read, number, session.ask(f"Go on {number}", max_new_tokens=90)))
+            until(lambda session=session: served.live(session).busy)  # type: ignore[misc]
+        all_are_here.set()
+        for each in reading:
+            each.result(20)
+    assert measured(served, "vflow_evictions_total", held_by="running") > 0
+    assert ended[-1] == 2, "who came last was answered before one who came earlier"
