@@ -18,9 +18,9 @@ from tests.server.waiting import until
 from vflow_client import CapacityExhausted, SessionDamaged, SessionDeleted, StorageFailed
 from vflow_client.v1.conversations_pb2 import Finished
 from vflow_server.rpc.errors import ServiceError
+from vflow_server.store.answers import REMEMBERED, StoredAnswer
 from vflow_server.store.archive import JOURNAL, Archive
 from vflow_server.store.files import FOLDER
-from vflow_server.store.replays import REMEMBERED, Answer
 from vflow_server.store.session_record import Entry, SessionFacts, SessionRecord
 
 
@@ -203,7 +203,7 @@ def test_answers_that_are_forgotten_are_forgotten_on_the_disk(data: Path) -> Non
         record = SessionRecord(SessionFacts("sessions/s1", 0, "red", "strategies/full", "{}", "model", 0.0), archive)
         record.begin().result(20)
         for number in range(REMEMBERED + 3):
-            answer = Answer(f"id-{number}", "print", Finished(text=str(number)))
+            answer = StoredAnswer(f"id-{number}", "print", Finished(text=str(number)))
             record.write(Entry((number,), 0, answered=True), answer).result(20)
             record.commit()
         kept = [answer.request_id for answer in record.answers().result(20)]

@@ -49,7 +49,7 @@ def test_a_turn_that_is_cancelled_after_it_gave_way_was_never_said(
     with serve(runtime=runtime).client.session("full") as undisturbed:
         expected = [undisturbed.ask(each, max_new_tokens=8).read() for each in ("Hello", text)]
 
-    served, advance = serve(runtime=cramped), cramped.advance
+    served, step = serve(runtime=cramped), cramped.step
 
     def gave_way() -> bool:
         return measured(served, "vflow_evictions_total", held_by="running") > 0
@@ -57,11 +57,11 @@ def test_a_turn_that_is_cancelled_after_it_gave_way_was_never_said(
     def slow(*arguments: object, **options: object) -> object:
         if gave_way():
             time.sleep(0.02)  # so that the eldest does not end, and make room, before the other one is cancelled
-        return advance(*arguments, **options)  # type: ignore[arg-type]
+        return step(*arguments, **options)  # type: ignore[arg-type]
 
     with served.client.session("full") as running, served.client.session("full") as session:
         answers = [session.ask("Hello", max_new_tokens=8).read()]
-        monkeypatch.setattr(cramped, "advance", slow)
+        monkeypatch.setattr(cramped, "step", slow)
         eldest = ask_at_length(running, "Go on", 200)
         younger = ask_at_length(session, "a" * 80, 150)
         until(gave_way)
@@ -113,18 +113,18 @@ def test_a_turn_that_waits_for_one_of_a_session_that_is_deleted_never_begins(ser
 def test_where_pages_run_short_the_turn_that_began_last_gives_way(
     serve: Serve, cramped: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    served, advance, all_are_here = serve(runtime=cramped), cramped.advance, threading.Event()
+    served, step, all_are_here = serve(runtime=cramped), cramped.step, threading.Event()
     ended: list[int] = []
 
     def held(*arguments: object, **options: object) -> object:
         all_are_here.wait(20)
-        return advance(*arguments, **options)  # type: ignore[arg-type]
+        return step(*arguments, **options)  # type: ignore[arg-type]
 
     def read(number: int, answer: Answer) -> None:
         answer.read()
         ended.append(number)
 
-    monkeypatch.setattr(cramped, "advance", held)
+    monkeypatch.setattr(cramped, "step", held)
     with ThreadPoolExecutor(3) as threads:
         sessions = [served.client.session("full") for _ in range(3)]
         reading = []

@@ -29,7 +29,7 @@ def keep(prefixes: PrefixCache, runtime: Runtime, seed: int, tenant: str = "red"
     sequence: Sequence = runtime.start(FULL)
     (image,) = runtime.compress([Picture.from_pixels(noise(40, 40, seed))], FULL)
     runtime.extend(sequence, [1, 2, image], want_logits=False)
-    prefixes.keep(tenant, sequence)
+    prefixes.put(tenant, sequence)
     sequence.release()
     return list(sequence.log)
 
