@@ -1,5 +1,6 @@
 """What becomes of sessions when what is on the disk is damaged, or the disk takes nothing more."""
 
+import os
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,6 @@ from vflow_client import (
 )
 from vflow_server.store.archive import JOURNAL, PICTURES
 from vflow_server.store.files import FOLDER
-from vflow_server.store.picture_folder import PictureFolder
 
 
 def cut(file: Path) -> None:
@@ -185,11 +185,11 @@ def test_a_picture_that_finds_no_room_was_not_shown(
     served = serve_data()
     session = served.client.session("preset-25")
 
-    def full(folder: PictureFolder, file: Path, content: bytes) -> None:
+    def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(PictureFolder, "_create", full)
+        patched.setattr(os, "fsync", full)
         with pytest.raises(StorageFailed, match="No space left"):
             session.add_image(picture)
         with pytest.raises(StorageFailed, match="No space left"):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from vflow_server.rpc.errors import CapacityExhausted
+from vflow_server.store.files import make_folder
 from vflow_server.store.journal import Action, Journal
 from vflow_server.store.picture_folder import PictureFolder
 from vflow_server.telemetry.metrics import Metrics
@@ -44,7 +45,7 @@ class Archive:
     """
 
     def __init__(self, folder: Path, most_bytes: int, metrics: Metrics | None = None) -> None:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(folder)
         self._most_bytes = most_bytes
         self.room = 0
         # What the transaction under way has left to do once it is committed.

@@ -9,19 +9,52 @@ from pathlib import Path
 import structlog
 
 
-def replace_file(file: Path, text: str) -> None:
-    """Write ``text`` to ``file``, on the disk when this returns; its folder is made where there is none.
+def make_folder(folder: Path) -> None:
+    """Make ``folder``, for its owner alone, where there is none; its name is on the disk when this returns.
 
     Raises:
-        OSError: it cannot be written; the old file is as it was.
+        OSError: it cannot be made.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for each in missing:
+        _flush(each.parent)
+
+
+def replace_file(file: Path, content: str | bytes) -> None:
+    """Write ``content`` to ``file`` as a whole, for its owner alone; its folder is made where there is none.
+
+    When this returns both the content and the name are on the disk.
+
+    Raises:
+        OSError: it cannot be written; the old file is as it was, or the new one is there as a whole.
+    """
+    make_folder(file.parent)
     draft = file.with_name(f"{file.name}.new")
-    with draft.open("w") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    draft.replace(file)
+    try:
+        draft.unlink(missing_ok=True)  # one that a crash left may be open to others
+        with open(draft, "wb", opener=_private) as handle:
+            handle.write(content if isinstance(content, bytes) else content.encode())
+            handle.flush()
+            os.fsync(handle.fileno())
+        draft.replace(file)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    _flush(file.parent)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _flush(folder: Path) -> None:
+    """Have the names in ``folder`` on the disk: until then a crash may undo that a file was made, or replaced."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 FOLDER = "quarantine"

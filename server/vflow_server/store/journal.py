@@ -6,6 +6,7 @@ done. So neither the event loop nor the engine's thread waits for a disk, and a 
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 import time
@@ -205,6 +206,9 @@ class Journal:
 
 
 def _open(file: Path) -> sqlite3.Connection:
+    # SQLite would make the file as open to others as the umask allows. What it puts beside the file has its rights.
+    with suppress(OSError):  # SQLite says what is wrong
+        os.close(os.open(file, os.O_RDONLY | os.O_CREAT, 0o600))
     connection = sqlite3.connect(file, isolation_level=None, check_same_thread=False, timeout=0)
     try:
         _check_ours(connection, file)

@@ -7,13 +7,12 @@ the journal's.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Collection
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
-from vflow_server.store.files import set_aside
+from vflow_server.store.files import make_folder, replace_file, set_aside
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.compression.serialize import PackingError, pack, unpack
 
@@ -36,7 +35,7 @@ class PictureFolder:
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(folder)
         self._folder = folder
         self._known: WeakKeyDictionary[CompressedImage, str] = WeakKeyDictionary()
 
@@ -50,7 +49,7 @@ class PictureFolder:
             data = pack(image)
             key = hashlib.sha256(data).hexdigest()
             if not self._file(key).exists():
-                self._create(self._file(key), data)
+                replace_file(self._file(key), data)
             self._known[image] = key
         return key, self._file(key).stat().st_size
 
@@ -88,25 +87,3 @@ class PictureFolder:
 
     def _file(self, key: str) -> Path:
         return self._folder / f"{key}{_SUFFIX}"
-
-    def _create(self, file: Path, data: bytes) -> None:
-        draft = file.with_name(f"{file.name}.new")
-        try:
-            with draft.open("wb") as handle:
-                handle.write(data)
-                handle.flush()
-                os.fsync(handle.fileno())
-            draft.replace(file)
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
-        _flush(self._folder)
-
-
-def _flush(folder: Path) -> None:
-    """Have the names in ``folder`` on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
