@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows += [{"clips": kind, **row} for row in of_kind]
     print(
         "\nlow and high: 95% interval of accuracy in conversations, bootstrap over clips; versus: against "
-        f"{contestants[0][0].name}, ahead or behind where the interval of the difference is"
+        f"{contestants[0][0].name}, by how much, with the 95% interval of the difference; a tie where it holds zero"
     )
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -11,12 +11,13 @@ from PIL import Image
 from benchmarks import fidelity
 from benchmarks.answering import Reply
 from benchmarks.asked_pictures import Asked, from_folder, generated
-from benchmarks.bootstrap import Bootstrap, interval, verdict
+from benchmarks.bootstrap import difference, share
 from benchmarks.fidelity_rows import Mark, ReceiptLog, compare, summary
 from benchmarks.line_chart import line_chart
 from vflowopt.compression.strategy import Strategy
 
 KEYS = {"method", "retention", "turn", "accuracy", "low", "high", "agreement", "kv_bytes", "cosine", "kl_divergence"}
+KEYS |= {"versus", "difference", "difference_low", "difference_high"}
 
 
 def test_rows_at_the_smallest_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,10 +66,16 @@ def test_a_folder_of_one_s_own(tmp_path: Path) -> None:
     assert {row["questions"] for row in rows if row["turn"] == "all"} == {2}
     assert "colours" in rows[0]["groups"]
     ours, mine = ([row for row in rows if row["method"] == name] for name in ("vflowopt", "vflowopt-mine"))
-    differing = {"method", "versus"}  # the strategy is the preset: all figures are the same
+    differing = {
+        "method",
+        "versus",
+        "difference",
+        "difference_low",
+        "difference_high",
+    }  # the strategy is the preset: all figures are the same
     assert len(ours) == len(mine) == 4
     for row, same in zip(ours, mine, strict=True):
-        assert same["versus"] == "tie"
+        assert same["versus"] == "tie" and same["difference"] == 0.0
         assert {key: row[key] for key in row.keys() - differing} == {key: same[key] for key in row.keys() - differing}
 
 
@@ -102,17 +109,27 @@ def test_intervals_hold_what_they_should() -> None:
     held = 0
     for _ in range(100):
         hits, asked = rng.binomial(5, 0.7, 60).astype(float), np.full(60, 5.0)
-        found = interval(Bootstrap(60, seed=1).shares(hits, asked))
+        found = share(hits, asked)
+        assert found.value == hits.sum() / asked.sum()
         held += found.low <= 0.7 <= found.high
     assert 88 <= held <= 100
 
 
 def test_ties_are_differences_within_the_interval() -> None:
-    asked, draws = np.full(100, 5.0), Bootstrap(100)
+    asked = np.full(100, 5.0)
     good, same, bad = np.full(100, 4.0), np.tile([3.0, 5.0], 50), np.full(100, 2.0)
-    assert verdict(draws.shares(good, asked), draws.shares(same, asked)) == "tie"
-    assert verdict(draws.shares(good, asked), draws.shares(bad, asked)) == "ahead"
-    assert verdict(draws.shares(bad, asked), draws.shares(good, asked)) == "behind"
+    tie = difference(good, same, asked)
+    assert tie.verdict == "tie" and tie.low < 0 < tie.high and tie.value == 0.0
+    assert difference(good, bad, asked).verdict == "ahead"
+    assert difference(bad, good, asked).verdict == "behind"
+
+
+def test_pictures_without_questions_count_for_nothing() -> None:
+    hits, others, asked = np.array([3.0, 1.0, 2.0]), np.array([2.0, 1.0, 2.0]), np.array([4.0, 4.0, 4.0])
+    more = [np.append(column, 0.0) for column in (hits, others, asked)]
+    assert share(more[0], more[2]) == share(hits, asked) and difference(*more) == difference(hits, others, asked)
+    one = share(np.array([3.0, 0.0]), np.array([4.0, 0.0]))
+    assert (one.low, one.value, one.high) == (0.75, 0.75, 0.75)
 
 
 def test_a_paired_difference_is_seen_where_the_intervals_overlap() -> None:
@@ -128,6 +145,7 @@ def test_a_paired_difference_is_seen_where_the_intervals_overlap() -> None:
     ]
     ours, rival = (row for row in ledger.rows(200, "vflowopt") if row["turn"] == "all")
     assert rival["versus"] == "ahead" and rival["low"] < ours["high"]  # type: ignore[operator]
+    assert rival["difference"] == pytest.approx(0.05) and 0 < rival["difference_low"] < 0.05  # type: ignore[operator]
     assert [line["method"] for line in summary([ours, rival])] == ["vflowopt @ 10%", "rival @ 10%"]
 
 
