@@ -26,8 +26,8 @@ from benchmarks.asked_pictures import AskedPicture, from_folder, generated
 from benchmarks.fidelity_rows import ALL, Mark, ReceiptLog, compare, group_summary, summary
 from benchmarks.hearing import SINGLE, Told, hear
 from benchmarks.line_chart import line_chart
-from benchmarks.rivals import Compressed, Method, Sight, rivals
-from benchmarks.rivals.vflowopt import VFlowOpt, ablations, curves, own
+from benchmarks.rivals import Compressed, Method, Sight, looks, rivals
+from benchmarks.rivals.vflowopt import VFlowOpt, ablations, choices, curves, own
 from benchmarks.table import Row, render
 from vflowopt.compression.pipeline import EncodedImage
 from vflowopt.compression.strategy import Strategy
@@ -40,6 +40,9 @@ from vflowopt.runtime.model_runner import Runtime
 
 RETENTIONS = (0.5, 0.25, 0.1, 0.05)
 FULL = "full"
+LOOK = 3
+"""The layer in which methods that read the question do best on the embedded model, by ``--compare looks`` on pictures
+that the table of rivals does not use."""
 
 Contestant = tuple[Method, Sequence[float]]
 """A method, and the retentions that it is measured at."""
@@ -71,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"\n{next(row['questions'] for row in rows if row['turn'] == ALL)} questions; low and high: 95% interval of "
         "accuracy in conversations, bootstrap over pictures; versus: against "
-        f"{contestants[0][0].name}, ahead or behind where the interval of the difference is"
+        f"{contestants[0][0].name}, by how much, with the 95% interval of the difference; a tie where it holds zero"
     )
     for path, text in ((options.json, lambda: json.dumps(rows, indent=2) + "\n"), (options.plot, lambda: chart(rows))):
         if path:
@@ -176,9 +179,13 @@ def _contestants(options: argparse.Namespace, runtime: Runtime) -> list[Contesta
         raise ValueError(f"--base is {options.base}; there is {', '.join(method.name for method in ours)}")
     base = base or ours[0]
     methods: list[Method] = [base, *(method for method in ours if method is not base)]
-    methods += rivals(options.seed) if "rivals" in options.compare else []
+    look = options.look or (LOOK if options.model == model_path() else None)
+    methods += rivals(options.seed, look) if "rivals" in options.compare else []
+    methods += choices(base, runtime.layers) if "choices" in options.compare else []
+    methods += looks(runtime.layers) if "looks" in options.compare else []
     methods += ablations(base, runtime.layers) if "ablations" in options.compare else []
     methods += curves(base, runtime.layers) if "curves" in options.compare else []
+    methods = list({method.name: method for method in methods}.values())
     if options.methods:
         unknown = sorted(set(options.methods) - {method.name for method in methods})
         if unknown:
@@ -209,12 +216,20 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--compare",
         nargs="+",
-        choices=("rivals", "ablations", "curves"),
+        choices=("rivals", "choices", "looks", "ablations", "curves"),
         default=["rivals"],
-        help="VFlowOpt with what: its rivals, itself without its parts, each hyperparameter moved",
+        help="VFlowOpt with what: its rivals; choices of tokens in the same stages; methods that read the question, by "
+        "the layer that they look in; itself without its parts; each hyperparameter moved",
     )
     parser.add_argument(
         "--base", metavar="NAME", help="what is held against the others and taken apart (default: the model's own)"
+    )
+    parser.add_argument(
+        "--look",
+        type=int,
+        metavar="LAYER",
+        help="the layer, from 1, in which rivals that read the question look at all tokens (default: the best one of "
+        "the embedded model, the published ones for others)",
     )
     parser.add_argument("--methods", nargs="+", help="only these of them, by name")
     parser.add_argument(
