@@ -22,9 +22,9 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.answering import Reply
+from benchmarks.ask import SINGLE, Answered, ask
 from benchmarks.asked_pictures import AskedPicture, from_folder, generated
 from benchmarks.fidelity_rows import ALL, Mark, ReceiptLog, compare, group_summary, summary
-from benchmarks.hearing import SINGLE, Told, hear
 from benchmarks.line_chart import line_chart
 from benchmarks.rivals import Compressed, Method, Sight, looks, rivals
 from benchmarks.rivals.vflowopt import VFlowOpt, ablations, choices, curves, own
@@ -106,11 +106,11 @@ def measure(
         for method, retentions in ((VFlowOpt(FULL), (1.0,)), *contestants):
             images = [_compressed(runtime, method, of_picture, retentions) for of_picture in sights]
             for place, retention in enumerate(retentions):
-                told = hear(runtime, [each[place] for each in images], asked, options.new_tokens)
+                answered = ask(runtime, [each[place] for each in images], asked, options.new_tokens)
                 if not reference:
-                    reference = {(each.picture, each.number, _setting(each)): each.reply for each in told}
+                    reference = {(each.picture, each.number, _setting(each)): each.reply for each in answered}
                 ledger.marks[method.name, retention] += [
-                    _mark(each, batch, reference[each.picture, each.number, _setting(each)], seen) for each in told
+                    _mark(each, batch, reference[each.picture, each.number, _setting(each)], seen) for each in answered
                 ]
         seen += len(batch)
         progress.update(len(batch))
@@ -152,21 +152,21 @@ def _compressed(
     return [[image] * len(sights) for image in method.compress(runtime, sights[0], retentions)]
 
 
-def _setting(told: Told) -> str:
-    return SINGLE if told.turn == SINGLE else ALL
+def _setting(answered: Answered) -> str:
+    return SINGLE if answered.turn == SINGLE else ALL
 
 
-def _mark(told: Told, batch: Sequence[AskedPicture], reference: Reply, before: int) -> Mark:
-    question = batch[told.picture].questions[told.number]
-    agrees, cosine, divergence = compare(told.reply, reference)
+def _mark(answered: Answered, batch: Sequence[AskedPicture], reference: Reply, before: int) -> Mark:
+    question = batch[answered.picture].questions[answered.number]
+    agrees, cosine, divergence = compare(answered.reply, reference)
     return Mark(
-        picture=before + told.picture,
-        turn=told.turn,
-        right=question.answered_by(told.reply.answer),
+        picture=before + answered.picture,
+        turn=answered.turn,
+        right=question.answered_by(answered.reply.answer),
         agrees=agrees,
         cosine=cosine,
         divergence=divergence,
-        kv_bytes=told.kv_bytes,
+        kv_bytes=answered.kv_bytes,
         groups=question.groups,
     )
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from benchmarks.answering import Reply
+from benchmarks.ask import SINGLE
 from benchmarks.bootstrap import difference, share
-from benchmarks.hearing import SINGLE
 from benchmarks.table import Row
 
 ALL = "all"

@@ -48,7 +48,7 @@ class FastV(Method):
         ]
 
     def voters(self, look: PromptPass) -> Tensor | None:
-        """Which tokens of the text behind the picture vote, told before any layer has run; None: the last one."""
+        """Which tokens of the text behind the picture vote, decided before any layer has run; None: the last one."""
         return None
 
 
