@@ -19,13 +19,14 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks.answering import Reply
 from benchmarks.ask import SINGLE, Answered, ask
 from benchmarks.asked_pictures import AskedPicture, from_folder, generated
 from benchmarks.fidelity_rows import ALL, Mark, ReceiptLog, compare, group_summary, summary
-from benchmarks.line_chart import line_chart
+from benchmarks.line_chart import line_chart, save
 from benchmarks.rivals import Compressed, Method, Sight, looks, rivals
 from benchmarks.rivals.vflowopt import VFlowOpt, ablations, choices, curves, own
 from benchmarks.table import Row, render
@@ -76,10 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "accuracy in conversations, bootstrap over pictures; versus: against "
         f"{contestants[0][0].name}, by how much, with the 95% interval of the difference; a tie where it holds zero"
     )
-    for path, text in ((options.json, lambda: json.dumps(rows, indent=2) + "\n"), (options.plot, lambda: chart(rows))):
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text(), encoding="utf-8")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    if options.plot:
+        save(chart(rows), options.plot)
     return 0
 
 
@@ -124,21 +126,20 @@ def _encoded(model: MultimodalModel, shown: Visual) -> EncodedImage:
     return model.encode_video(shown) if isinstance(shown, Video) else model.encode([shown])[0]
 
 
-def chart(rows: Sequence[Row]) -> str:
-    """Accuracy in conversations against retention, one line a method; SVG."""
+def chart(rows: Sequence[Row]) -> Figure:
+    """Accuracy in conversations against retention, one line a method."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row["turn"] == ALL and row["method"] != FULL:
             point = float(str(row["retention"])), float(str(row["accuracy"]))
             lines.setdefault(str(row["method"]), []).append(point)
     (whole,) = (float(str(row["accuracy"])) for row in rows if row["method"] == FULL and row["turn"] == ALL)
-    reach = [x for line in lines.values() for x, _ in line]
-    lines[FULL] = [(min(reach), whole), (max(reach), whole)]
     return line_chart(
         lines,
         title="Exact match in conversations",
         across="visual tokens kept",
         up="accuracy",
+        levels={"unpruned": whole},
     )
 
 
@@ -239,7 +240,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default=model_path(), help="folder or hub id (default: the embedded model)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="number type")
-    parser.add_argument("--plot", type=Path, help="draw accuracy against retention here, as SVG")
+    parser.add_argument("--plot", type=Path, help="draw accuracy against retention here, as SVG or PNG")
     return parser.parse_args(arguments)
 
 
