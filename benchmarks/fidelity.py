@@ -12,7 +12,6 @@ remember their own, different answers.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -29,7 +28,7 @@ from benchmarks.fidelity_rows import ALL, Mark, ReceiptLog, compare, group_summa
 from benchmarks.line_chart import line_chart, save
 from benchmarks.rivals import Compressed, Method, Sight, looks, rivals
 from benchmarks.rivals.vflowopt import VFlowOpt, ablations, choices, curves, own
-from benchmarks.table import Row, render
+from benchmarks.table import Row, render, write
 from vflowopt.compression.pipeline import EncodedImage
 from vflowopt.compression.strategy import Strategy
 from vflowopt.demo import model_path
@@ -41,7 +40,7 @@ from vflowopt.runtime.model_runner import Runtime
 
 RETENTIONS = (0.5, 0.25, 0.1, 0.05)
 FULL = "full"
-LOOK = 3
+LOOK = 4
 """The layer in which methods that read the question do best on the embedded model, by ``--compare looks`` on pictures
 that the table of rivals does not use."""
 
@@ -78,8 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{contestants[0][0].name}, by how much, with the 95% interval of the difference; a tie where it holds zero"
     )
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        write(rows, options.json)
     if options.plot:
         save(chart(rows), options.plot)
     return 0
