@@ -24,7 +24,7 @@ from tqdm import tqdm
 from benchmarks.answering import Reply
 from benchmarks.ask import SINGLE, Answered, ask
 from benchmarks.asked_pictures import AskedPicture, from_folder, generated
-from benchmarks.fidelity_rows import ALL, Mark, ReceiptLog, compare, group_summary, summary
+from benchmarks.fidelity_rows import ALL, Mark, Scores, compare, group_summary, summary
 from benchmarks.line_chart import line_chart, save
 from benchmarks.rivals import Compressed, Method, Sight, looks, rivals
 from benchmarks.rivals.vflowopt import VFlowOpt, ablations, choices, curves, own
@@ -92,7 +92,7 @@ def measure(
         ValueError: there are no pictures, or one is not as it should be (PictureError is one).
         PoolExhausted: the conversations of a batch do not fit into the pool.
     """
-    ledger, seen = ReceiptLog(), 0
+    scores, seen = Scores(), 0
     progress = tqdm(total=options.pictures, unit="picture", disable=None)
     while batch := list(islice(pictures, options.batch)):
         # One picture at a time: all tiles of a batch at once would not fit the caches of a processor.
@@ -109,7 +109,7 @@ def measure(
                 answered = ask(runtime, [each[place] for each in images], asked, options.new_tokens)
                 if not reference:
                     reference = {(each.picture, each.number, _setting(each)): each.reply for each in answered}
-                ledger.marks[method.name, retention] += [
+                scores.marks[method.name, retention] += [
                     _mark(each, batch, reference[each.picture, each.number, _setting(each)], seen) for each in answered
                 ]
         seen += len(batch)
@@ -117,7 +117,7 @@ def measure(
     progress.close()
     if not seen:
         raise ValueError("there are no pictures to ask about: ask for one at least, and of a folder that is not empty")
-    return ledger.rows(seen, contestants[0][0].name)
+    return scores.rows(seen, contestants[0][0].name)
 
 
 def _encoded(model: MultimodalModel, shown: Visual) -> EncodedImage:

@@ -52,7 +52,7 @@ def compare(reply: Reply, reference: Reply) -> tuple[bool, float, float]:
 
 
 @dataclass
-class ReceiptLog:
+class Scores:
     """All marks of a run, by method and retention, in the order in which these were first seen."""
 
     marks: dict[tuple[str, float], list[Mark]] = field(default_factory=lambda: defaultdict(list))

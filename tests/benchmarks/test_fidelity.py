@@ -12,7 +12,7 @@ from benchmarks import fidelity
 from benchmarks.answering import Reply
 from benchmarks.asked_pictures import Asked, from_folder, generated
 from benchmarks.bootstrap import difference, share
-from benchmarks.fidelity_rows import Mark, ReceiptLog, compare, summary
+from benchmarks.fidelity_rows import Mark, Scores, compare, summary
 from benchmarks.line_chart import line_chart, save
 from vflowopt.compression.strategy import Strategy
 
@@ -137,14 +137,14 @@ def test_a_paired_difference_is_seen_where_the_intervals_overlap() -> None:
     def mark(picture: int, right: bool) -> Mark:
         return Mark(picture, 1, right, True, 1.0, 0.0, 10, ())
 
-    ledger = ReceiptLog()
+    scores = Scores()
     hard = np.random.default_rng(0).random(200) < 0.5
-    ledger.marks["vflowopt", 0.1] = [mark(place, not each) for place, each in enumerate(hard)]
+    scores.marks["vflowopt", 0.1] = [mark(place, not each) for place, each in enumerate(hard)]
     # Right wherever the other is, and on ten pictures more.
-    ledger.marks["rival", 0.1] = [
+    scores.marks["rival", 0.1] = [
         mark(place, not each or int(hard[:place].sum()) < 10) for place, each in enumerate(hard)
     ]
-    ours, rival = (row for row in ledger.rows(200, "vflowopt") if row["turn"] == "all")
+    ours, rival = (row for row in scores.rows(200, "vflowopt") if row["turn"] == "all")
     assert rival["versus"] == "ahead" and rival["low"] < ours["high"]  # type: ignore[operator]
     assert rival["difference"] == pytest.approx(0.05) and 0 < rival["difference_low"] < 0.05  # type: ignore[operator]
     assert [line["method"] for line in summary([ours, rival])] == ["vflowopt @ 10%", "rival @ 10%"]
