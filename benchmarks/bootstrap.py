@@ -1,58 +1,63 @@
-"""Confidence intervals of shares, by drawing pictures again with replacement."""
+"""95% intervals of shares of right answers: scipy's percentile bootstrap over pictures.
+
+Questions about one picture are right or wrong together, so pictures are drawn, not questions. Two methods are compared
+on the same draws.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 DRAWS = 2000
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A 95% interval of the percentile bootstrap."""
+    """A 95% interval around what was measured."""
 
+    value: float
     low: float
     high: float
 
+    @property
+    def verdict(self) -> str:
+        """Of a difference: "ahead", "behind", or "tie" where the interval holds zero."""
+        return "ahead" if self.low > 0 else "behind" if self.high < 0 else "tie"
 
-class Bootstrap:
-    """Draws over pictures that are the same for all that is compared: differences are paired.
 
-    Questions about one picture are right or wrong together, so pictures are what is drawn, not questions.
+def share(hits: np.ndarray, asked: np.ndarray) -> Interval:
+    """The share of right answers.
 
     Args:
-        pictures: how many there are.
-        seed: of the draws.
+        hits: per picture, how many were right.
+        asked: per picture, how many questions there were; at least one in all.
     """
-
-    def __init__(self, pictures: int, seed: int = 0) -> None:
-        drawn = np.random.default_rng(seed).integers(0, pictures, (DRAWS, pictures))
-        self._times = np.stack([np.bincount(draw, minlength=pictures) for draw in drawn]).astype(np.float64)
-
-    def shares(self, hits: np.ndarray, asked: np.ndarray) -> np.ndarray:
-        """The share of hits in each draw: [draws]; NaN in a draw without any question.
-
-        Args:
-            hits: per picture, [pictures].
-            asked: per picture, [pictures].
-        """
-        total = self._times @ asked
-        shares: np.ndarray = np.divide(self._times @ hits, total, out=np.full(DRAWS, np.nan), where=total > 0)
-        return shares
+    return _interval(lambda hit, ask, axis: hit.sum(axis) / ask.sum(axis), hits, asked)
 
 
-def interval(draws: np.ndarray) -> Interval:
-    """The 95% interval of a statistic's draws, [draws]."""
-    low, high = np.nanpercentile(draws, (2.5, 97.5))
-    return Interval(float(low), float(high))
+def difference(hits: np.ndarray, others: np.ndarray, asked: np.ndarray) -> Interval:
+    """The share of right answers of one method less that of another one, asked the same questions.
 
-
-def verdict(draws: np.ndarray, others: np.ndarray) -> str:
-    """Whether the share behind ``draws`` is ahead of the one behind ``others``: "ahead", "behind" or "tie".
-
-    A tie is a difference whose interval holds zero.
+    Args:
+        hits: per picture, how many of the first one's answers were right.
+        others: per picture, how many of the other one's.
+        asked: per picture, how many questions there were; at least one in all.
     """
-    difference = interval(draws - others)
-    return "ahead" if difference.low > 0 else "behind" if difference.high < 0 else "tie"
+    return _interval(lambda hit, other, ask, axis: (hit - other).sum(axis) / ask.sum(axis), hits, others, asked)
+
+
+def _interval(statistic: Callable[..., np.ndarray], *columns: np.ndarray) -> Interval:
+    asked_about = columns[-1] > 0
+    drawn = [column[asked_about] for column in columns]
+    value = float(statistic(*drawn, axis=-1))
+    if asked_about.sum() < 2:  # nothing can be drawn otherwise
+        return Interval(value, value, value)
+    # The same seed for all: the draws are the same, too.
+    found = stats.bootstrap(
+        drawn, statistic, paired=True, vectorized=True, n_resamples=DRAWS, method="percentile", rng=0
+    ).confidence_interval
+    return Interval(value, float(found.low), float(found.high))

@@ -17,7 +17,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 import vflow_client
 from benchmarks.figure import TokenMap, draw
+from benchmarks.line_chart import save
 from benchmarks.service import running_service
+from benchmarks.table import Row, render
 from vflowopt.demo import picture_path
 
 FULL = "strategies/full"
@@ -72,8 +74,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _print_table(compressed, full)
     same = sum(first == second for first, second in zip(compressed.answers, full.answers, strict=True))
     print(f"\nAnswers equal to those at 100%: {same} of {len(questions)}.")
-    draw(shown.convert("RGB"), _token_maps(response), len(response.stages)).save(figure)
-    print(f"Figure: {figure} (blue: kept as they are, orange: recycled averages of dropped tokens)")
+    drawn = draw(
+        shown.convert("RGB"),
+        _token_maps(response),
+        _stage_names(response),
+        title=f"{picture.name}: {_summary(compressed.image)}",
+        answers=list(zip(questions, compressed.answers, full.answers, strict=True)),
+    )
+    save(drawn, figure)
+    print(f"Figure: {figure}")
     return 0
 
 
@@ -121,7 +130,7 @@ def _hold(
 def _print_table(compressed: Held, full: Held) -> None:
     """What both conversations cost, side by side."""
     first, second = compressed.image, full.image
-    rows: list[tuple[str, str, str]] = [
+    lines: list[tuple[str, str, str]] = [
         ("visual tokens before", f"{first.visual_tokens:,}", f"{second.visual_tokens:,}"),
         ("kept per stage", _stages(first.kept_tokens), _stages(second.kept_tokens)),
         ("of these recycled", f"{first.recycled_tokens}", f"{second.recycled_tokens}"),
@@ -134,7 +143,7 @@ def _print_table(compressed: Held, full: Held) -> None:
         ("prefill of the picture, ms", f"{first.prefill_ms:.1f}", f"{second.prefill_ms:.1f}"),
     ]
     for index, (one, other) in enumerate(zip(compressed.turns, full.turns, strict=True), 1):
-        rows.append(
+        lines.append(
             (
                 f"turn {index}: prefill / first token / all, ms",
                 f"{one.prefill_ms:.1f} / {one.first_token_ms:.1f} / {one.total_ms:.1f}",
@@ -142,12 +151,29 @@ def _print_table(compressed: Held, full: Held) -> None:
             )
         )
     one, other = compressed.turns[-1], full.turns[-1]
-    rows.append(("KV bytes of the conversation at the end", f"{one.kv_bytes:,}", f"{other.kv_bytes:,}"))
-    head = ("", first.strategy.removeprefix("strategies/"), second.strategy.removeprefix("strategies/"))
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(3)]
-    print()
-    for row in [head, *rows]:
-        print(f"  {row[0]:<{widths[0]}}   {row[1]:>{widths[1]}}   {row[2]:>{widths[2]}}")
+    lines.append(("KV bytes of the conversation at the end", f"{one.kv_bytes:,}", f"{other.kv_bytes:,}"))
+    head = ("what it cost", _name(first), "all tokens")
+    rows: list[Row] = [dict(zip(head, line, strict=True)) for line in lines]
+    print(f"\n{render(rows)}")
+
+
+def _name(receipt: vflow_client.ImageReceipt) -> str:
+    return receipt.strategy.removeprefix("strategies/")
+
+
+def _summary(receipt: vflow_client.ImageReceipt) -> str:
+    share = receipt.kv_bytes / receipt.kv_bytes_full
+    return f"{receipt.visual_tokens:,} visual tokens, {share:.0%} of their KV cache kept ({_name(receipt)})"
+
+
+def _stage_names(response: vflow_client.CompressImageResponse) -> list[str]:
+    """What the figure calls the stages: the decoder layers that they span, counted from 1."""
+    starts = [stage.first_layer + 1 for stage in response.stages]
+    names = [
+        f"layer {start}" if end == start + 1 else f"layers {start} to {end - 1}"
+        for start, end in zip(starts, starts[1:], strict=False)
+    ]
+    return [*names, f"from layer {starts[-1]}" if names else "all layers"]
 
 
 def _stages(kept: Sequence[int]) -> str:

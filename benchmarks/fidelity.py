@@ -12,23 +12,23 @@ remember their own, different answers.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks.answering import Reply
+from benchmarks.ask import SINGLE, Answered, ask
 from benchmarks.asked_pictures import AskedPicture, from_folder, generated
-from benchmarks.fidelity_rows import ALL, Mark, ReceiptLog, compare, group_summary, summary
-from benchmarks.hearing import SINGLE, Told, hear
-from benchmarks.line_chart import line_chart
-from benchmarks.rivals import Compressed, Method, Sight, rivals
-from benchmarks.rivals.vflowopt import VFlowOpt, ablations, curves, own
-from benchmarks.table import Row, render
+from benchmarks.fidelity_rows import ALL, Mark, Scores, compare, group_summary, summary
+from benchmarks.line_chart import line_chart, save
+from benchmarks.rivals import Compressed, Method, Sight, looks, rivals
+from benchmarks.rivals.vflowopt import VFlowOpt, ablations, choices, curves, own
+from benchmarks.table import Row, render, write
 from vflowopt.compression.pipeline import EncodedImage
 from vflowopt.compression.strategy import Strategy
 from vflowopt.demo import model_path
@@ -40,6 +40,9 @@ from vflowopt.runtime.model_runner import Runtime
 
 RETENTIONS = (0.5, 0.25, 0.1, 0.05)
 FULL = "full"
+LOOK = 4
+"""The layer in which methods that read the question do best on the embedded model, by ``--compare looks`` on pictures
+that the table of rivals does not use."""
 
 Contestant = tuple[Method, Sequence[float]]
 """A method, and the retentions that it is measured at."""
@@ -71,12 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"\n{next(row['questions'] for row in rows if row['turn'] == ALL)} questions; low and high: 95% interval of "
         "accuracy in conversations, bootstrap over pictures; versus: against "
-        f"{contestants[0][0].name}, ahead or behind where the interval of the difference is"
+        f"{contestants[0][0].name}, by how much, with the 95% interval of the difference; a tie where it holds zero"
     )
-    for path, text in ((options.json, lambda: json.dumps(rows, indent=2) + "\n"), (options.plot, lambda: chart(rows))):
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text(), encoding="utf-8")
+    if options.json:
+        write(rows, options.json)
+    if options.plot:
+        save(chart(rows), options.plot)
     return 0
 
 
@@ -89,7 +92,7 @@ def measure(
         ValueError: there are no pictures, or one is not as it should be (PictureError is one).
         PoolExhausted: the conversations of a batch do not fit into the pool.
     """
-    ledger, seen = ReceiptLog(), 0
+    scores, seen = Scores(), 0
     progress = tqdm(total=options.pictures, unit="picture", disable=None)
     while batch := list(islice(pictures, options.batch)):
         # One picture at a time: all tiles of a batch at once would not fit the caches of a processor.
@@ -103,39 +106,38 @@ def measure(
         for method, retentions in ((VFlowOpt(FULL), (1.0,)), *contestants):
             images = [_compressed(runtime, method, of_picture, retentions) for of_picture in sights]
             for place, retention in enumerate(retentions):
-                told = hear(runtime, [each[place] for each in images], asked, options.new_tokens)
+                answered = ask(runtime, [each[place] for each in images], asked, options.new_tokens)
                 if not reference:
-                    reference = {(each.picture, each.number, _setting(each)): each.reply for each in told}
-                ledger.marks[method.name, retention] += [
-                    _mark(each, batch, reference[each.picture, each.number, _setting(each)], seen) for each in told
+                    reference = {(each.picture, each.number, _setting(each)): each.reply for each in answered}
+                scores.marks[method.name, retention] += [
+                    _mark(each, batch, reference[each.picture, each.number, _setting(each)], seen) for each in answered
                 ]
         seen += len(batch)
         progress.update(len(batch))
     progress.close()
     if not seen:
         raise ValueError("there are no pictures to ask about: ask for one at least, and of a folder that is not empty")
-    return ledger.rows(seen, contestants[0][0].name)
+    return scores.rows(seen, contestants[0][0].name)
 
 
 def _encoded(model: MultimodalModel, shown: Visual) -> EncodedImage:
     return model.encode_video(shown) if isinstance(shown, Video) else model.encode([shown])[0]
 
 
-def chart(rows: Sequence[Row]) -> str:
-    """Accuracy in conversations against retention, one line a method; SVG."""
+def chart(rows: Sequence[Row]) -> Figure:
+    """Accuracy in conversations against retention, one line a method."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row["turn"] == ALL and row["method"] != FULL:
             point = float(str(row["retention"])), float(str(row["accuracy"]))
             lines.setdefault(str(row["method"]), []).append(point)
     (whole,) = (float(str(row["accuracy"])) for row in rows if row["method"] == FULL and row["turn"] == ALL)
-    reach = [x for line in lines.values() for x, _ in line]
-    lines[FULL] = [(min(reach), whole), (max(reach), whole)]
     return line_chart(
         lines,
         title="Exact match in conversations",
         across="visual tokens kept",
         up="accuracy",
+        levels={"unpruned": whole},
     )
 
 
@@ -149,21 +151,21 @@ def _compressed(
     return [[image] * len(sights) for image in method.compress(runtime, sights[0], retentions)]
 
 
-def _setting(told: Told) -> str:
-    return SINGLE if told.turn == SINGLE else ALL
+def _setting(answered: Answered) -> str:
+    return SINGLE if answered.turn == SINGLE else ALL
 
 
-def _mark(told: Told, batch: Sequence[AskedPicture], reference: Reply, before: int) -> Mark:
-    question = batch[told.picture].questions[told.number]
-    agrees, cosine, divergence = compare(told.reply, reference)
+def _mark(answered: Answered, batch: Sequence[AskedPicture], reference: Reply, before: int) -> Mark:
+    question = batch[answered.picture].questions[answered.number]
+    agrees, cosine, divergence = compare(answered.reply, reference)
     return Mark(
-        picture=before + told.picture,
-        turn=told.turn,
-        right=question.answered_by(told.reply.answer),
+        picture=before + answered.picture,
+        turn=answered.turn,
+        right=question.answered_by(answered.reply.answer),
         agrees=agrees,
         cosine=cosine,
         divergence=divergence,
-        kv_bytes=told.kv_bytes,
+        kv_bytes=answered.kv_bytes,
         groups=question.groups,
     )
 
@@ -176,9 +178,13 @@ def _contestants(options: argparse.Namespace, runtime: Runtime) -> list[Contesta
         raise ValueError(f"--base is {options.base}; there is {', '.join(method.name for method in ours)}")
     base = base or ours[0]
     methods: list[Method] = [base, *(method for method in ours if method is not base)]
-    methods += rivals(options.seed) if "rivals" in options.compare else []
+    look = options.look or (LOOK if options.model == model_path() else None)
+    methods += rivals(options.seed, look) if "rivals" in options.compare else []
+    methods += choices(base, runtime.layers) if "choices" in options.compare else []
+    methods += looks(runtime.layers) if "looks" in options.compare else []
     methods += ablations(base, runtime.layers) if "ablations" in options.compare else []
     methods += curves(base, runtime.layers) if "curves" in options.compare else []
+    methods = list({method.name: method for method in methods}.values())
     if options.methods:
         unknown = sorted(set(options.methods) - {method.name for method in methods})
         if unknown:
@@ -209,12 +215,20 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--compare",
         nargs="+",
-        choices=("rivals", "ablations", "curves"),
+        choices=("rivals", "choices", "looks", "ablations", "curves"),
         default=["rivals"],
-        help="VFlowOpt with what: its rivals, itself without its parts, each hyperparameter moved",
+        help="VFlowOpt with what: its rivals; choices of tokens in the same stages; methods that read the question, by "
+        "the layer that they look in; itself without its parts; each hyperparameter moved",
     )
     parser.add_argument(
         "--base", metavar="NAME", help="what is held against the others and taken apart (default: the model's own)"
+    )
+    parser.add_argument(
+        "--look",
+        type=int,
+        metavar="LAYER",
+        help="the layer, from 1, in which rivals that read the question look at all tokens (default: the best one of "
+        "the embedded model, the published ones for others)",
     )
     parser.add_argument("--methods", nargs="+", help="only these of them, by name")
     parser.add_argument(
@@ -224,7 +238,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default=model_path(), help="folder or hub id (default: the embedded model)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="number type")
-    parser.add_argument("--plot", type=Path, help="draw accuracy against retention here, as SVG")
+    parser.add_argument("--plot", type=Path, help="draw accuracy against retention here, as SVG or PNG")
     return parser.parse_args(arguments)
 
 

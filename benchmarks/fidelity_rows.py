@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from benchmarks.answering import Reply
-from benchmarks.bootstrap import Bootstrap, interval, verdict
-from benchmarks.hearing import SINGLE
+from benchmarks.ask import SINGLE
+from benchmarks.bootstrap import difference, share
 from benchmarks.table import Row
 
 ALL = "all"
@@ -52,7 +52,7 @@ def compare(reply: Reply, reference: Reply) -> tuple[bool, float, float]:
 
 
 @dataclass
-class ReceiptLog:
+class Scores:
     """All marks of a run, by method and retention, in the order in which these were first seen."""
 
     marks: dict[tuple[str, float], list[Mark]] = field(default_factory=lambda: defaultdict(list))
@@ -61,35 +61,38 @@ class ReceiptLog:
         """One row for each method, retention and turn: ``single``, ``all`` and each turn from 1.
 
         ``versus`` holds each against the method ``ours`` at the same retention and turn, where it was measured there:
-        "tie" where the 95% interval of the difference, over the same draws of pictures, holds zero.
+        ``difference`` is its accuracy less that of ``ours``, with a 95% interval; "tie" where that holds zero.
         """
-        bootstrap = Bootstrap(pictures)
-        draws = {
-            (method, retention, turn): _accuracy_draws(bootstrap, chosen, pictures)
+        tallies = {
+            (method, retention, turn): (chosen, *_tally(chosen, pictures))
             for (method, retention), marks in self.marks.items()
             for turn, chosen in _turns(marks)
         }
-        return [
-            {
-                "method": method,
-                "retention": retention,
-                "turn": turn,
-                "accuracy": _mean(mark.right for mark in chosen),
-                "low": interval(draws[method, retention, turn]).low,
-                "high": interval(draws[method, retention, turn]).high,
-                "agreement": _mean(mark.agrees for mark in chosen),
-                "cosine": _mean(mark.cosine for mark in chosen),
-                "kl_divergence": _mean(mark.divergence for mark in chosen),
-                "kv_bytes": round(_mean(mark.kv_bytes for mark in chosen)),
-                "questions": len(chosen),
-                "versus": None
-                if method == ours or (ours, retention, turn) not in draws
-                else verdict(draws[method, retention, turn], draws[ours, retention, turn]),
-                "groups": _by_group(chosen),
-            }
-            for (method, retention), marks in self.marks.items()
-            for turn, chosen in _turns(marks)
-        ]
+        rows: list[Row] = []
+        for (method, retention, turn), (chosen, hits, asked) in tallies.items():
+            accuracy, base = share(hits, asked), tallies.get((ours, retention, turn))
+            versus = difference(hits, base[1], asked) if base and method != ours else None
+            rows.append(
+                {
+                    "method": method,
+                    "retention": retention,
+                    "turn": turn,
+                    "accuracy": accuracy.value,
+                    "low": accuracy.low,
+                    "high": accuracy.high,
+                    "agreement": _mean(mark.agrees for mark in chosen),
+                    "cosine": _mean(mark.cosine for mark in chosen),
+                    "kl_divergence": _mean(mark.divergence for mark in chosen),
+                    "kv_bytes": round(_mean(mark.kv_bytes for mark in chosen)),
+                    "questions": len(chosen),
+                    "versus": versus and versus.verdict,
+                    "difference": versus and versus.value,
+                    "difference_low": versus and versus.low,
+                    "difference_high": versus and versus.high,
+                    "groups": _by_group(chosen),
+                }
+            )
+        return rows
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
@@ -109,6 +112,9 @@ def summary(rows: Sequence[Row]) -> list[Row]:
                 "high": row["high"],
                 "agreement": row["agreement"],
                 "versus": row["versus"],
+                "by": row["difference"],
+                "by_low": row["difference_low"],
+                "by_high": row["difference_high"],
                 "kv_bytes": row["kv_bytes"],
             }
         else:
@@ -137,12 +143,13 @@ def _turns(marks: Sequence[Mark]) -> list[tuple[str | int, list[Mark]]]:
     return [(turn, of_turn) for turn, of_turn in chosen if of_turn]
 
 
-def _accuracy_draws(bootstrap: Bootstrap, marks: Sequence[Mark], pictures: int) -> np.ndarray:
+def _tally(marks: Sequence[Mark], pictures: int) -> tuple[np.ndarray, np.ndarray]:
+    """Per picture, how many answers were right and how many questions were asked, each [pictures]."""
     hits, asked = np.zeros(pictures), np.zeros(pictures)
     for mark in marks:
         hits[mark.picture] += mark.right
         asked[mark.picture] += 1
-    return bootstrap.shares(hits, asked)
+    return hits, asked
 
 
 def _by_group(marks: Sequence[Mark]) -> dict[str, float]:

@@ -24,8 +24,14 @@ def publish(rows: Sequence[Row], json_path: Path | None) -> None:
     """Print the table, and write the rows to ``json_path`` if there is one."""
     print(render(rows), flush=True)
     if json_path:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(list(rows), indent=2) + "\n", encoding="utf-8")
+        write(rows, json_path)
+
+
+def write(rows: Sequence[Row], json_path: Path) -> None:
+    """Write the rows as JSON, one a line; missing folders are made."""
+    json_path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    json_path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from benchmarks.asked_pictures import from_folder
 from benchmarks.information_flow import information_flow
-from benchmarks.line_chart import line_chart
+from benchmarks.line_chart import line_chart, save
 from benchmarks.published_tuning import published_cosine
 from benchmarks.searches import Search, objective, row, search
 from benchmarks.table import Row, render
@@ -206,7 +206,6 @@ def _by_layer(flow: Mapping[str, Sequence[float]]) -> list[Row]:
 
 def _draw(folder: Path, searches: Mapping[Sampler, Sequence[Search]], flow: Mapping[str, Sequence[float]]) -> None:
     """Write both plots into ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
     climbs = {sampler: np.mean([each.climb for each in of_sampler], axis=0) for sampler, of_sampler in searches.items()}
     drawn = {
         "objective.svg": line_chart(
@@ -217,18 +216,16 @@ def _draw(folder: Path, searches: Mapping[Sampler, Sequence[Search]], flow: Mapp
             title="Best objective so far, mean over seeds",
             across="trials",
             up="mean cosine",
-            tick="{:.0f}".format,
         ),
         "flow.svg": line_chart(
             {name: list(enumerate(cosines, 1)) for name, cosines in flow.items()},
             title="Text states against the unpruned model's, held-out pictures",
             across="behind layer",
             up="mean cosine",
-            tick="{:.0f}".format,
         ),
     }
-    for name, text in drawn.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    for name, figure in drawn.items():
+        save(figure, folder / name)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -9,7 +9,6 @@ here are differences between methods on the same frames, not how well it watches
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -24,7 +23,7 @@ from benchmarks.rivals.divprune import DivPrune
 from benchmarks.rivals.method import Compressed, Method, Sight, keep_best
 from benchmarks.rivals.random_choice import RandomChoice
 from benchmarks.rivals.vflowopt import VFlowOpt, own
-from benchmarks.table import Row, render
+from benchmarks.table import Row, render, write
 from vflowopt.compression.diversity import diversified
 from vflowopt.compression.pipeline import EncodedImage, score
 from vflowopt.compression.strategy import Strategy
@@ -113,11 +112,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows += [{"clips": kind, **row} for row in of_kind]
     print(
         "\nlow and high: 95% interval of accuracy in conversations, bootstrap over clips; versus: against "
-        f"{contestants[0][0].name}, ahead or behind where the interval of the difference is"
+        f"{contestants[0][0].name}, by how much, with the 95% interval of the difference; a tie where it holds zero"
     )
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        write(rows, options.json)
     return 0
 
 

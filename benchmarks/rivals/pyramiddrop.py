@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from benchmarks.rivals.method import Compressed, Method, Sight, keep_best
 from benchmarks.rivals.prompt_pass import PromptPass
@@ -25,16 +26,30 @@ class PyramidDrop(Method):
     average. To meet other budgets: above that, a larger share goes on; below it, the first stage, too, keeps only the
     best by the attention at its own end, where a look at all tokens ranks them, which is not charged. A decoder of
     fewer than four layers has as many stages as layers.
+
+    Args:
+        look: drops before the end of this layer go by the attention in it, from a look at all tokens that is not
+            charged. In a shallow decoder the first stages end too early to tell. With 0 all stages rank for themselves,
+            as published.
+        name: what tables call it.
     """
 
-    name = "pyramiddrop"
     question_aware: ClassVar[bool] = True
+
+    def __init__(self, look: int = 0, name: str = "pyramiddrop") -> None:
+        self.name = name
+        self._look = look
 
     def compress(self, runtime: Runtime, sight: Sight, retentions: Sequence[float]) -> list[Compressed]:
         """See :meth:`Method.compress`."""
-        return [self._drop(runtime, sight, pyramid(retention, runtime.layers)) for retention in retentions]
+        strategies = [pyramid(retention, runtime.layers) for retention in retentions]
+        looked = min(max(self._look, *strategies[0].starts[1:2]), runtime.layers)
+        whole = PromptPass(runtime, sight.encoded, sight.question)
+        whole.run(range(looked))
+        first_look = whole.attention()
+        return [self._drop(runtime, sight, each, first_look, looked) for each in strategies]
 
-    def _drop(self, runtime: Runtime, sight: Sight, strategy: Strategy) -> Compressed:
+    def _drop(self, runtime: Runtime, sight: Sight, strategy: Strategy, first_look: Tensor, looked: int) -> Compressed:
         structural = sight.encoded.layout.structural
         tokens, layers = len(structural), runtime.layers
         targets = stage_targets(strategy, tokens, int(structural.sum()), layers)
@@ -43,11 +58,8 @@ class PyramidDrop(Method):
         survivors = torch.arange(tokens)
         prompt = PromptPass(runtime, sight.encoded, sight.question)
         ends = (*strategy.starts[1:], layers)
-        for stage, (start, end, target) in enumerate(zip(strategy.starts, ends, targets, strict=True)):
-            if stage == 0 and target < tokens:
-                look = PromptPass(runtime, sight.encoded, sight.question)
-                look.run(range(end))
-                attention = look.attention()
+        attention = first_look
+        for start, end, target in zip(strategy.starts, ends, targets, strict=True):
             if target < len(survivors):
                 ranks = attention.masked_fill(structural[survivors], torch.inf)
                 survivors = survivors[ranks.argsort(descending=True, stable=True)[:target]].sort().values
@@ -55,7 +67,7 @@ class PyramidDrop(Method):
             outlived[survivors] += 1.0
             if end < layers:
                 prompt.run(range(start, end))
-                attention = prompt.attention()
+                attention = prompt.attention() if end >= looked else first_look[survivors]
         return keep_best(sight.encoded, outlived, strategy, layers)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from benchmarks.rivals.fastv import FastV
+from benchmarks.rivals.fastv import PUBLISHED_LOOK, FastV
 from benchmarks.rivals.prompt_pass import PromptPass
 
 
@@ -19,7 +19,8 @@ class SparseVlmRaters(FastV):
     them. The vote is taken and applied where FastV takes and applies its own.
     """
 
-    name = "sparsevlm-raters"
+    def __init__(self, look: int = PUBLISHED_LOOK, name: str = "sparsevlm-raters") -> None:
+        super().__init__(look, name)
 
     def voters(self, look: PromptPass) -> Tensor:
         """See :meth:`FastV.voters`."""

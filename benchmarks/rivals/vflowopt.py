@@ -9,7 +9,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from benchmarks.rivals.method import Compressed, Method, Sight
+from benchmarks.rivals.divprune import DivPrune
+from benchmarks.rivals.idpruner import IdPruner
+from benchmarks.rivals.method import Compressed, Method, ScoringMethod, Sight, keep_best
+from benchmarks.rivals.scope import Scope
 from vflowopt.compression.diversity import diversified
 from vflowopt.compression.pipeline import CompressedImage, CompressionTimings, EncodedImage, compress, score
 from vflowopt.compression.pruning import stage_targets
@@ -72,7 +75,40 @@ class LeanRows(Method):
     def compress(self, runtime: Runtime, sight: Sight, retentions: Sequence[float]) -> list[Compressed]:
         """See :meth:`Method.compress`."""
         strategies = [replace(self._base.strategy(each, runtime.layers), grid=None) for each in retentions]
-        return [_without_empty_rows(sight.encoded, each, runtime.layers) for each in strategies]
+        return [
+            _without_empty_rows(sight.encoded, _order(sight.encoded, each), each, runtime.layers) for each in strategies
+        ]
+
+
+class Staged(Method):
+    """The choice of another method, kept in the stages of VFlowOpt instead of the same tokens in all layers.
+
+    Args:
+        choice: ranks the tokens.
+        base: whose stages are used.
+        lean_rows: whether the row ends of emptied rows are dropped, as by :class:`LeanRows`.
+    """
+
+    def __init__(self, choice: ScoringMethod, base: VFlowOpt, *, lean_rows: bool = False) -> None:
+        self.name = f"{choice.name}-staged{'-lean-rows' if lean_rows else ''}"
+        self._choice = choice
+        self._base = base
+        self._lean_rows = lean_rows
+
+    def compress(self, runtime: Runtime, sight: Sight, retentions: Sequence[float]) -> list[Compressed]:
+        """See :meth:`Method.compress`."""
+        encoded, layers = sight.encoded, runtime.layers
+        of_base = [self._base.strategy(each, layers) for each in retentions]
+        strategies = [Strategy(each.starts, each.ratios) for each in of_base]
+        structural = int(encoded.layout.structural.sum())
+        # Without row ends there is room for as many more.
+        most = max(
+            stage_targets(each, len(encoded.layout), structural, layers)[0] - (0 if self._lean_rows else structural)
+            for each in strategies
+        )
+        scores = self._choice.scores(runtime, sight, min(most, len(encoded.layout) - structural))
+        keep = _without_empty_rows if self._lean_rows else keep_best
+        return [keep(encoded, scores, each, layers) for each in strategies]
 
 
 def own(brought: Mapping[str, Strategy], layers: int) -> list[VFlowOpt]:
@@ -117,6 +153,20 @@ def ablations(base: VFlowOpt, layers: int) -> list[Method]:
     ]
 
 
+def choices(base: VFlowOpt, layers: int) -> list[Method]:
+    """What chooses the tokens, apart from where they are kept: ``base`` and the methods that value diversity.
+
+    Each in one stage, in the stages of ``base``, and in these without the row ends of emptied rows.
+    """
+    methods: list[Method] = [
+        base.varied("single-stage", lambda each: _single_stage(each, layers)),
+        LeanRows(f"{base.name}-lean-rows", base),
+    ]
+    for choice in (DivPrune(), Scope(), IdPruner()):
+        methods += [choice, Staged(choice, base), Staged(choice, base, lean_rows=True)]
+    return methods
+
+
 def curves(base: VFlowOpt, layers: int) -> list[Method]:
     """``base`` with one hyperparameter moved through its range; the name says which."""
     methods: list[Method] = []
@@ -156,11 +206,17 @@ def _front_loaded(strategy: Strategy, share: float, layers: int) -> Strategy:
     return replace(strategy, ratios=(opening, min(1.0, later / opening), 1.0))
 
 
-def _without_empty_rows(encoded: EncodedImage, strategy: Strategy, layers: int) -> Compressed:
+def _order(encoded: EncodedImage, strategy: Strategy) -> Tensor:
+    """Scores [N] that rank all tokens as the strategy does."""
     layout, scores = encoded.layout, score(encoded, strategy)
-    if strategy.diversity:
-        every = int((~layout.structural).sum())
-        scores = diversified(scores, encoded.entering, layout.structural, every, strategy.diversity)
+    if not strategy.diversity:
+        return scores
+    every = int((~layout.structural).sum())
+    return diversified(scores, encoded.entering, layout.structural, every, strategy.diversity)
+
+
+def _without_empty_rows(encoded: EncodedImage, scores: Tensor, strategy: Strategy, layers: int) -> Compressed:
+    layout = encoded.layout
     targets = stage_targets(strategy, len(layout), int(layout.structural.sum()), layers)
     kept = tuple(_best_with_row_ends(encoded, scores, target) for target in targets)
     return Compressed(

@@ -11,12 +11,13 @@ from PIL import Image
 from benchmarks import fidelity
 from benchmarks.answering import Reply
 from benchmarks.asked_pictures import Asked, from_folder, generated
-from benchmarks.bootstrap import Bootstrap, interval, verdict
-from benchmarks.fidelity_rows import Mark, ReceiptLog, compare, summary
-from benchmarks.line_chart import line_chart
+from benchmarks.bootstrap import difference, share
+from benchmarks.fidelity_rows import Mark, Scores, compare, summary
+from benchmarks.line_chart import line_chart, save
 from vflowopt.compression.strategy import Strategy
 
 KEYS = {"method", "retention", "turn", "accuracy", "low", "high", "agreement", "kv_bytes", "cosine", "kl_divergence"}
+KEYS |= {"versus", "difference", "difference_low", "difference_high"}
 
 
 def test_rows_at_the_smallest_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,7 +42,8 @@ def test_rows_at_the_smallest_size(tmp_path: Path, capsys: pytest.CaptureFixture
             assert (row["versus"] is None) == (row["method"] == "vflowopt")
     printed = capsys.readouterr().out
     assert all(f"{method} @ 10%" in printed for method in chosen) and "fine" in printed
-    assert (tmp_path / "plot.svg").read_text().count("<polyline") == len(chosen) + 1
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert all(f">{name}<" in drawn for name in (*chosen, "unpruned"))
 
 
 def test_a_folder_of_one_s_own(tmp_path: Path) -> None:
@@ -65,10 +67,16 @@ def test_a_folder_of_one_s_own(tmp_path: Path) -> None:
     assert {row["questions"] for row in rows if row["turn"] == "all"} == {2}
     assert "colours" in rows[0]["groups"]
     ours, mine = ([row for row in rows if row["method"] == name] for name in ("vflowopt", "vflowopt-mine"))
-    differing = {"method", "versus"}  # the strategy is the preset: all figures are the same
+    differing = {
+        "method",
+        "versus",
+        "difference",
+        "difference_low",
+        "difference_high",
+    }  # the strategy is the preset: all figures are the same
     assert len(ours) == len(mine) == 4
     for row, same in zip(ours, mine, strict=True):
-        assert same["versus"] == "tie"
+        assert same["versus"] == "tie" and same["difference"] == 0.0
         assert {key: row[key] for key in row.keys() - differing} == {key: same[key] for key in row.keys() - differing}
 
 
@@ -102,38 +110,58 @@ def test_intervals_hold_what_they_should() -> None:
     held = 0
     for _ in range(100):
         hits, asked = rng.binomial(5, 0.7, 60).astype(float), np.full(60, 5.0)
-        found = interval(Bootstrap(60, seed=1).shares(hits, asked))
+        found = share(hits, asked)
+        assert found.value == hits.sum() / asked.sum()
         held += found.low <= 0.7 <= found.high
     assert 88 <= held <= 100
 
 
 def test_ties_are_differences_within_the_interval() -> None:
-    asked, draws = np.full(100, 5.0), Bootstrap(100)
+    asked = np.full(100, 5.0)
     good, same, bad = np.full(100, 4.0), np.tile([3.0, 5.0], 50), np.full(100, 2.0)
-    assert verdict(draws.shares(good, asked), draws.shares(same, asked)) == "tie"
-    assert verdict(draws.shares(good, asked), draws.shares(bad, asked)) == "ahead"
-    assert verdict(draws.shares(bad, asked), draws.shares(good, asked)) == "behind"
+    tie = difference(good, same, asked)
+    assert tie.verdict == "tie" and tie.low < 0 < tie.high and tie.value == 0.0
+    assert difference(good, bad, asked).verdict == "ahead"
+    assert difference(bad, good, asked).verdict == "behind"
+
+
+def test_pictures_without_questions_count_for_nothing() -> None:
+    hits, others, asked = np.array([3.0, 1.0, 2.0]), np.array([2.0, 1.0, 2.0]), np.array([4.0, 4.0, 4.0])
+    more = [np.append(column, 0.0) for column in (hits, others, asked)]
+    assert share(more[0], more[2]) == share(hits, asked) and difference(*more) == difference(hits, others, asked)
+    one = share(np.array([3.0, 0.0]), np.array([4.0, 0.0]))
+    assert (one.low, one.value, one.high) == (0.75, 0.75, 0.75)
 
 
 def test_a_paired_difference_is_seen_where_the_intervals_overlap() -> None:
     def mark(picture: int, right: bool) -> Mark:
         return Mark(picture, 1, right, True, 1.0, 0.0, 10, ())
 
-    ledger = ReceiptLog()
+    scores = Scores()
     hard = np.random.default_rng(0).random(200) < 0.5
-    ledger.marks["vflowopt", 0.1] = [mark(place, not each) for place, each in enumerate(hard)]
+    scores.marks["vflowopt", 0.1] = [mark(place, not each) for place, each in enumerate(hard)]
     # Right wherever the other is, and on ten pictures more.
-    ledger.marks["rival", 0.1] = [
+    scores.marks["rival", 0.1] = [
         mark(place, not each or int(hard[:place].sum()) < 10) for place, each in enumerate(hard)
     ]
-    ours, rival = (row for row in ledger.rows(200, "vflowopt") if row["turn"] == "all")
+    ours, rival = (row for row in scores.rows(200, "vflowopt") if row["turn"] == "all")
     assert rival["versus"] == "ahead" and rival["low"] < ours["high"]  # type: ignore[operator]
+    assert rival["difference"] == pytest.approx(0.05) and 0 < rival["difference_low"] < 0.05  # type: ignore[operator]
     assert [line["method"] for line in summary([ours, rival])] == ["vflowopt @ 10%", "rival @ 10%"]
 
 
-def test_a_chart_places_its_points() -> None:
-    drawn = line_chart({"one": [(0.1, 0.5), (0.5, 0.9)], "a < b": [(0.1, 0.4)]}, title="t", across="x", up="y")
-    assert "a &lt; b" in drawn and drawn.count("<circle") == 3
+def test_a_chart_places_its_points(tmp_path: Path) -> None:
+    lines = {"one": [(0.5, 0.9), (0.1, 0.5)], "a < b": [(0.1, 0.4)]}
+    figure = line_chart(lines, title="t", across="x", up="y", levels={"whole": 0.95})
+    (axes,) = figure.axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}  # type: ignore[union-attr]
+    assert drawn["one"] == [[0.1, 0.5], [0.5, 0.9]] and drawn["a < b"] == [[0.1, 0.4]]
+    assert {y for _, y in drawn["whole"]} == {0.95}
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["10%", "50%"]
+    for name in ("one.svg", "again.svg"):
+        save(line_chart(lines, title="t", across="x", up="y"), tmp_path / "new" / name)
+    texts = [(tmp_path / "new" / name).read_text() for name in ("one.svg", "again.svg")]
+    assert "a &lt; b" in texts[0] and texts[0] == texts[1]
     with pytest.raises(ValueError, match="at least one point"):
         line_chart({}, title="t", across="x", up="y")
 

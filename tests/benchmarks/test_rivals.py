@@ -8,18 +8,20 @@ import pytest
 import torch
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from benchmarks.rivals import Compressed, Method, Sight, rivals
+from benchmarks.rivals import Compressed, Method, Sight, looks, rivals
 from benchmarks.rivals.divprune import DivPrune
 from benchmarks.rivals.downsampling import Downsampling, encode_whole, grid_within, shrink
 from benchmarks.rivals.fastervlm import FasterVlm, attention_received
+from benchmarks.rivals.fastv import FastV
 from benchmarks.rivals.greedy import content_similarity
 from benchmarks.rivals.method import content_kept, tokens_kept
 from benchmarks.rivals.prompt_pass import PromptPass
-from benchmarks.rivals.pyramiddrop import pyramid
+from benchmarks.rivals.pyramiddrop import PyramidDrop, pyramid
 from benchmarks.rivals.random_choice import RandomChoice
 from benchmarks.rivals.scope import Scope
+from benchmarks.rivals.sparsevlm import SparseVlmRaters
 from benchmarks.rivals.uniform_grid import UniformGrid
-from benchmarks.rivals.vflowopt import LeanRows, VFlowOpt, ablations, curves, own
+from benchmarks.rivals.vflowopt import Staged, VFlowOpt, ablations, choices, curves, own
 from benchmarks.rivals.visionzip import CONTEXTUAL, VisionZip
 from tests.vflowopt.talk import picture
 from tests.vflowopt.tiny_models import SHAPES, save
@@ -29,7 +31,12 @@ from vflowopt.models.llava_onevision import LlavaOnevision
 from vflowopt.runtime.model_runner import Runtime
 
 RETENTIONS = (1.0, 0.5, 0.25, 0.3, 0.15)
-METHODS = [*rivals(0), VFlowOpt(), *ablations(VFlowOpt(), 6)]
+METHODS = list(
+    {
+        method.name: method
+        for method in (*rivals(0), VFlowOpt(), *ablations(VFlowOpt(), 6), *choices(VFlowOpt(), 6), *looks(6))
+    }.values()
+)
 AGNOSTIC = [method for method in rivals(0) if not method.question_aware]
 AWARE = [method for method in rivals(0) if method.question_aware]
 
@@ -81,7 +88,7 @@ def test_the_budget_is_kept_in_the_cache(runtime: Runtime, sight: Sight, method:
             # Whole rows and columns only: the largest grid that fits, and its newline.
             rows, columns = grid_within(room // layers - 1, 110, 100)
             assert held == (rows * columns + 1) * layers <= room
-        elif method.name == "vflowopt-lean-rows":
+        elif method.name.endswith("-lean-rows"):
             assert room - 2 * layers <= held <= room + layers
         elif method.name == "vflowopt-published-reserve":
             pass  # overshoots, as published
@@ -97,7 +104,7 @@ def test_stages_are_nested_and_keep_what_carries_no_pixels(runtime: Runtime, sig
         assert len(image.embeddings) == len(image.positions) == len(image.kept[0])
         for kept in image.kept:
             assert (kept[1:] > kept[:-1]).all() and torch.isin(kept, image.kept[0]).all()
-            if not isinstance(method, LeanRows):
+            if not method.name.endswith("-lean-rows"):
                 assert image.layout.structural.sum() == image.layout.structural[kept].sum()
 
 
@@ -287,3 +294,35 @@ def test_a_model_s_own_strategies_are_methods_by_their_stem() -> None:
     assert between.budget(6) == pytest.approx(0.25) and between.diversity == 0.4 and between.ratios[:2] == (0.3, 0.9)
     assert other.strategy(0.1, 6) == Strategy((0,), (0.1,))
     assert published.strategy(0.25, 6) == Strategy.preset(0.25, 6)
+
+
+def test_a_staged_choice_begins_with_the_same_tokens(runtime: Runtime, sight: Sight) -> None:
+    structural = sight.encoded.layout.structural
+    base = VFlowOpt()
+    (staged,) = Staged(DivPrune(), base).compress(runtime, sight, [0.3])
+    assert staged.strategy.ratios == base.strategy(0.3, runtime.layers).ratios
+    order = DivPrune().scores(runtime, sight, int((~structural).sum()))
+    for kept in staged.image.kept:
+        content = kept[~structural[kept]]
+        best = order.masked_fill(structural, -torch.inf).argsort(descending=True)[: len(content)]
+        assert content.equal(best.sort().values)
+    (lean,) = Staged(DivPrune(), base, lean_rows=True).compress(runtime, sight, [0.3])
+    rows = torch.stack((sight.encoded.layout.grid, sight.encoded.layout.row), dim=-1)
+    for kept, all_ends in zip(lean.image.kept, staged.image.kept, strict=True):
+        ends, content = kept[structural[kept]], kept[~structural[kept]]
+        # A row end stays where a token of its row does.
+        assert {*map(tuple, rows[ends].tolist())} <= {*map(tuple, rows[content].tolist())}
+        assert len(content) >= len(all_ends) - int(structural.sum())
+
+
+def test_looking_deeper_changes_the_choice_and_not_the_budget(runtime: Runtime, sight: Sight) -> None:
+    by_name = {method.name: method for method in looks(runtime.layers)}
+    for name, published in (
+        ("fastv", FastV()),
+        ("pyramiddrop", PyramidDrop()),
+        ("sparsevlm-raters", SparseVlmRaters()),
+    ):
+        kept = [by_name[f"{name}-{look}"].compress(runtime, sight, [0.2])[0] for look in (1, 2, runtime.layers)]
+        (default,) = published.compress(runtime, sight, [0.2])
+        assert any(default.image.kept[-1].equal(each.image.kept[-1]) for each in kept[:2])
+        assert not kept[0].image.kept[-1].equal(kept[-1].image.kept[-1])

@@ -24,7 +24,7 @@ def test_a_table() -> None:
 
 
 def test_publishing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    publish([{"a": 1}], tmp_path / "new" / "rows.json")
-    assert json.loads((tmp_path / "new" / "rows.json").read_text()) == [{"a": 1}]
-    publish([{"a": 1}], None)
-    assert capsys.readouterr().out == "a\n-\n1\n" * 2
+    publish([{"a": 1}, {"a": 2}], tmp_path / "new" / "rows.json")
+    assert json.loads((tmp_path / "new" / "rows.json").read_text()) == [{"a": 1}, {"a": 2}]
+    publish([{"a": 1}, {"a": 2}], None)
+    assert capsys.readouterr().out == "a\n-\n1\n2\n" * 2

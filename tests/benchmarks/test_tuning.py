@@ -58,8 +58,10 @@ def test_figures_at_the_smallest_size(tmp_path: Path, capsys: pytest.CaptureFixt
     assert {name: len(line) for name, line in figures["flow"].items()} == {"after tuning": 6, "before tuning": 6}
     printed = capsys.readouterr().out
     assert "published, all questions" in printed and "random, 3 trials" in printed
-    plots = {path.name: path.read_text().count("<polyline") for path in (tmp_path / "plots").iterdir()}
-    assert plots == {"objective.svg": 3, "flow.svg": 2}
+    plots = {path.name: path.read_text() for path in (tmp_path / "plots").iterdir()}
+    assert plots.keys() == {"objective.svg", "flow.svg"}
+    assert all(f">{sampler}<" in plots["objective.svg"] for sampler in ("gp", "tpe", "random"))
+    assert all(f">{when} tuning<" in plots["flow.svg"] for when in ("before", "after"))
 
 
 def test_too_few_pictures_are_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -104,5 +106,5 @@ def test_the_best_of_a_search_has_seen_all_samples() -> None:
 
 
 def test_a_chart_of_many_values_names_some() -> None:
-    drawn = line_chart({"one": [(x, 0.5) for x in range(1, 101)]}, title="t", across="x", up="y", tick="{:.0f}".format)
-    assert ">1<" in drawn and ">2<" not in drawn and ">99<" in drawn and "<circle" not in drawn
+    (axes,) = line_chart({"one": [(x, 0.5) for x in range(1, 101)]}, title="t", across="x", up="y").axes
+    assert 3 <= len(axes.get_xticks()) <= 16 and axes.get_lines()[0].get_marker() == ""

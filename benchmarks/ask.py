@@ -1,4 +1,4 @@
-"""What a method's cache answers: each question alone, and all of them as the turns of one conversation."""
+"""Asking about what a method left: each question alone, and all of them as the turns of one conversation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SINGLE = "single"
 
 
 @dataclass(frozen=True, eq=False)
-class Told:
+class Answered:
     """One reply.
 
     Attributes:
@@ -36,12 +36,12 @@ class Told:
     kv_bytes: int
 
 
-def hear(
+def ask(
     runtime: Runtime,
     images: abc.Sequence[abc.Sequence[Compressed]],
     asked: abc.Sequence[abc.Sequence[Asked]],
     longest: int,
-) -> list[Told]:
+) -> list[Answered]:
     """Ask every question alone, and then in its turn, from the cache that the first question's image and answers left.
 
     Args:
@@ -86,7 +86,7 @@ def _ask_alone(
     images: abc.Sequence[abc.Sequence[Compressed]],
     asked: abc.Sequence[abc.Sequence[Asked]],
     longest: int,
-) -> list[Told]:
+) -> list[Answered]:
     places = [(place, number) for place, questions in enumerate(asked) for number in range(len(questions))]
     conversations = [prefilled[images[place][number]].fork() for place, number in places]
     prompts = [
@@ -94,13 +94,13 @@ def _ask_alone(
         for (place, number), conversation in zip(places, conversations, strict=True)
     ]
     replies = reply(runtime, conversations, prompts, longest)
-    told = [
-        Told(place, number, SINGLE, answer, picture_bytes(conversation))
+    answered = [
+        Answered(place, number, SINGLE, answer, picture_bytes(conversation))
         for (place, number), answer, conversation in zip(places, replies, conversations, strict=True)
     ]
     for conversation in conversations:
         conversation.release()
-    return told
+    return answered
 
 
 def _converse(
@@ -109,10 +109,10 @@ def _converse(
     images: abc.Sequence[Compressed],
     asked: abc.Sequence[abc.Sequence[Asked]],
     longest: int,
-) -> list[Told]:
+) -> list[Answered]:
     """One conversation per picture, all in step."""
     conversations = [prefilled[image].fork() for image in images]
-    told = []
+    answered = []
     for turn, questions in enumerate(zip_longest(*asked)):
         taking = [(place, question.text) for place, question in enumerate(questions) if question is not None]
         speaking = [conversations[place] for place, _ in taking]
@@ -123,10 +123,10 @@ def _converse(
             for place, text in taking
         ]
         replies = reply(runtime, speaking, prompts, longest)
-        told += [
-            Told(place, turn, turn + 1, answer, picture_bytes(conversation))
+        answered += [
+            Answered(place, turn, turn + 1, answer, picture_bytes(conversation))
             for (place, _), conversation, answer in zip(taking, speaking, replies, strict=True)
         ]
     for conversation in conversations:
         conversation.release()
-    return told
+    return answered

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks.answering import Reply, reply
+from benchmarks.ask import SINGLE, ask
 from benchmarks.asked_pictures import Asked
-from benchmarks.hearing import SINGLE, hear
 from benchmarks.rivals import Compressed, Sight
 from benchmarks.rivals.fastv import FastV
 from benchmarks.rivals.vflowopt import VFlowOpt
@@ -48,24 +48,24 @@ def from_scratch(runtime: Runtime, image: Compressed, questions: Sequence[Asked]
 
 
 def test_every_question_alone_and_in_turn(runtime: Runtime, images: list[list[Compressed]]) -> None:
-    heard = {(each.picture, each.number, each.turn): each for each in hear(runtime, images, ASKED, LONGEST)}
+    found = {(each.picture, each.number, each.turn): each for each in ask(runtime, images, ASKED, LONGEST)}
     expected: dict[tuple[int, int, str | int], Reply] = {}
     for place, questions in enumerate(ASKED):
         for number, question in enumerate(questions):
             (expected[place, number, SINGLE],) = from_scratch(runtime, images[place][number], [question])
         for number, answer in enumerate(from_scratch(runtime, images[place][0], questions)):
             expected[place, number, number + 1] = answer
-    assert heard.keys() == expected.keys()
-    for key, told in heard.items():
-        assert told.reply.answer == expected[key].answer
-        torch.testing.assert_close(told.reply.logits, expected[key].logits, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(told.reply.state, expected[key].state, rtol=1e-4, atol=1e-4)
-        image = images[told.picture][0]
-        assert told.kv_bytes == image.token_layers(runtime.layers) * runtime.bytes_per_token()
+    assert found.keys() == expected.keys()
+    for key, answered in found.items():
+        assert answered.reply.answer == expected[key].answer
+        torch.testing.assert_close(answered.reply.logits, expected[key].logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(answered.reply.state, expected[key].state, rtol=1e-4, atol=1e-4)
+        image = images[answered.picture][0]
+        assert answered.kv_bytes == image.token_layers(runtime.layers) * runtime.bytes_per_token()
 
 
 def test_the_state_is_what_the_head_reads(runtime: Runtime, images: list[list[Compressed]]) -> None:
-    (told, *_) = hear(runtime, images, ASKED, LONGEST)
+    (answered, *_) = ask(runtime, images, ASKED, LONGEST)
     with torch.inference_mode():
-        logits = runtime.model.head(told.reply.state[None])[0]
-    torch.testing.assert_close(logits, told.reply.logits, rtol=1e-4, atol=1e-4)
+        logits = runtime.model.head(answered.reply.state[None])[0]
+    torch.testing.assert_close(logits, answered.reply.logits, rtol=1e-4, atol=1e-4)
