@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.vflowopt.talk import Talk, picture
+from tests.vflowopt.generation import Chat, picture
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture
 from vflowopt.runtime.cache import PoolExhausted
@@ -43,9 +43,9 @@ def items(runtime: Runtime) -> list[Item]:
 
 
 def test_two_turns_are_those_of_a_look_at_every_step(runtime: Runtime, sequence: Sequence, items: list[Item]) -> None:
-    talk = Talk(runtime, QUARTER)
+    chat = Chat(runtime, QUARTER)
     for turn, parts in enumerate(([PIXELS, "what?"], ["and?"])):
-        expected = talk.ask(parts, 8)
+        expected = chat.ask(parts, 8)
         if turn:
             items = runtime.chat.turn(turn, ["and?"])
         begin = len(sequence.log) + len(items)
@@ -53,7 +53,7 @@ def test_two_turns_are_those_of_a_look_at_every_step(runtime: Runtime, sequence:
         assert list(answer.tokens) == expected == sequence.log[begin:]
         assert answer.text == "".join(pieces) == runtime.chat.decode(expected)
         assert all(pieces)
-    talk.sequence.release()
+    chat.sequence.release()
 
 
 def test_the_most_tokens_and_the_fewest(runtime: Runtime, sequence: Sequence, items: list[Item]) -> None:

@@ -16,7 +16,7 @@ from vflowopt.runtime.sampling import Sampler, sample
 from vflowopt.runtime.sequence import Sequence
 
 
-class Talk:
+class Chat:
     """One sequence; remembers the logits behind every token."""
 
     def __init__(self, runtime: Runtime, strategy: Strategy, detail: Detail = "high") -> None:
