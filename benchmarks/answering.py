@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vflowopt.runtime.generate import decode
 from vflowopt.runtime.model_runner import Runtime
+from vflowopt.runtime.sampling import Sampler, sample
 from vflowopt.runtime.sequence import Item, Sequence
 
 
@@ -45,21 +47,37 @@ def reply(
         conversation.log.extend(prompt)
     with _states_before_the_head(runtime) as states:
         logits = [row for row in runtime.advance(conversations) if row is not None]
-    answers: list[list[int]] = [[] for _ in conversations]
-    running = {place: int(row.argmax()) for place, row in enumerate(logits)}
-    while running := {
-        place: token
-        for place, token in running.items()
-        if token not in runtime.chat.stop_ids and len(answers[place]) < longest
-    }:
-        for place, token in running.items():
-            answers[place].append(token)
-        step = runtime.decode([conversations[place] for place in running], list(running.values()))
-        running = {place: int(row.argmax()) for place, row in zip(running, step, strict=True)}
-    return [
-        Reply(runtime.chat.decode(answer), row, state)
-        for answer, row, state in zip(answers, logits, torch.cat(states), strict=True)
-    ]
+    answers = _generate(runtime, conversations, logits, longest)
+    return [Reply(answer, row, state) for answer, row, state in zip(answers, logits, torch.cat(states), strict=True)]
+
+
+def _generate(
+    runtime: Runtime, conversations: abc.Sequence[Sequence], logits: abc.Sequence[Tensor], longest: int
+) -> list[str]:
+    """The answers of conversations whose prompts have run and left ``logits``, in steps of all that are not done."""
+    answers = ["" for _ in conversations]
+    running = {
+        place: decode(conversation, runtime.chat, Sampler(), max_new_tokens=longest)
+        for place, conversation in enumerate(conversations)
+    }
+    forwards = [next(steps) for steps in running.values()]
+    tokens: abc.Sequence[int | None] = sample(torch.stack(list(logits)), [Sampler() for _ in conversations])
+    while running:
+        going = []
+        for (place, steps), forward, token in zip(list(running.items()), forwards, tokens, strict=True):
+            assert token is not None  # a sampler was given, and no limit
+            forward.token = token
+            try:
+                going.append(next(steps))
+            except StopIteration as end:
+                answers[place] = end.value.text
+                del running[place]
+        forwards = going
+        if forwards:
+            tokens = runtime.step(
+                [each.sequence for each in forwards], [None] * len(forwards), [each.sampler for each in forwards]
+            )
+    return answers
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from benchmarks.asked_pictures import Asked
 from benchmarks.rivals import Compressed, Sight
 from benchmarks.rivals.fastv import FastV
 from benchmarks.rivals.vflowopt import VFlowOpt
-from tests.vflowopt.talk import picture
+from tests.vflowopt.generation import picture
 from tests.vflowopt.tiny_models import SHAPES, save
 from vflowopt.media.picture import Picture
 from vflowopt.runtime.model_runner import Runtime

@@ -10,8 +10,8 @@ from benchmarks.rivals.downsampling import Downsampling
 from benchmarks.rivals.prompt_pass import PromptPass
 from benchmarks.rivals.pyramiddrop import PyramidDrop
 from benchmarks.rivals.vflowopt import VFlowOpt, ablations
+from tests.vflowopt.generation import picture
 from tests.vflowopt.models.matrix import ONE_EACH, TinyModel
-from tests.vflowopt.talk import picture
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture
 from vflowopt.models import FAMILIES

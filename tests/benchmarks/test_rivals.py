@@ -23,7 +23,7 @@ from benchmarks.rivals.sparsevlm import SparseVlmRaters
 from benchmarks.rivals.uniform_grid import UniformGrid
 from benchmarks.rivals.vflowopt import Staged, VFlowOpt, ablations, choices, curves, own
 from benchmarks.rivals.visionzip import CONTEXTUAL, VisionZip
-from tests.vflowopt.talk import picture
+from tests.vflowopt.generation import picture
 from tests.vflowopt.tiny_models import SHAPES, save
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture

@@ -8,7 +8,7 @@ import pytest
 from tests.server.conftest import Serve
 from tests.server.drawing import encoded, noise, png
 from tests.server.served import Served
-from tests.vflowopt.talk import Talk
+from tests.vflowopt.generation import Chat
 from vflow_client import Client, PictureNotHeld, Session
 from vflow_client.v1.conversations_pb2 import ChatOptions, ChatRequest, ChatResponse, Finished, Part
 from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
@@ -44,7 +44,7 @@ def test_the_answers_are_those_of_the_library(served: Served, strategy: str) -> 
     runtime = served.service.runtime
 
     def straight() -> list[str]:
-        alone = Talk(runtime, served.service.strategies.get(f"strategies/{strategy}").strategy)
+        alone = Chat(runtime, served.service.strategies.get(f"strategies/{strategy}").strategy)
         alone.look(pictures[0])
         turns = [["What is this?"], ["And now?"], [pictures[1], "And this?"]]
         answers = [runtime.chat.decode(alone.ask(turn, 10)) for turn in turns]

@@ -7,7 +7,7 @@ from tests.server.conftest import Serve
 from tests.server.drawing import encoded, noise, png
 from tests.server.served import Served
 from tests.server.waiting import until
-from tests.vflowopt.talk import Talk
+from tests.vflowopt.generation import Chat
 from vflow_client import Client, Image, InvalidRequest
 from vflow_client.v1.conversations_pb2 import ChatOptions, ChatRequest, Part
 from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
@@ -17,10 +17,10 @@ from vflowopt.runtime.model_runner import Runtime
 
 def test_a_picture_in_low_detail_is_answered_as_the_library_does(client: Client, runtime: Runtime) -> None:
     first, second = noise(120, 200, 61), noise(90, 60, 62)
-    talk = Talk(runtime, Strategy.preset(0.25, runtime.layers), "low")
-    talk.look(first)
-    expected = [runtime.chat.decode(talk.ask(turn, 6)) for turn in (["what?"], [second, "and?"])]
-    talk.sequence.release()
+    chat = Chat(runtime, Strategy.preset(0.25, runtime.layers), "low")
+    chat.look(first)
+    expected = [runtime.chat.decode(chat.ask(turn, 6)) for turn in (["what?"], [second, "and?"])]
+    chat.sequence.release()
     with client.session("preset-25") as session:
         receipt = session.add_image(encoded(first), detail="low")
         assert receipt.detail == Image.LOW and receipt.visual_tokens == 17  # 4 x 4, and the newline

@@ -6,8 +6,8 @@ from safetensors.torch import load
 
 from tests.server.conftest import Serve
 from tests.server.drawing import encoded, noise
+from tests.vflowopt.generation import Chat
 from tests.vflowopt.models.matrix import ONE_EACH, TinyModel
-from tests.vflowopt.talk import Talk
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture
 from vflowopt.runtime.model_runner import Runtime
@@ -23,11 +23,11 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def test_a_conversation_about_several_pictures(family: Runtime, serve: Serve) -> None:
     first, second, third = (noise(*size, seed) for seed, size in enumerate([(112, 196), (90, 60), (150, 70)]))
-    talk = Talk(family, Strategy.preset(0.1, family.layers))
-    talk.look(first)
+    chat = Chat(family, Strategy.preset(0.1, family.layers))
+    chat.look(first)
     turns = [["what?"], [second, "and", third, "?"], ["so?"]]
-    expected = [family.chat.decode(talk.ask(turn, 6)) for turn in turns]
-    talk.sequence.release()
+    expected = [family.chat.decode(chat.ask(turn, 6)) for turn in turns]
+    chat.sequence.release()
 
     served = serve(runtime=family)
     with served.client.session("preset-10") as session:

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from tests.server.conftest import Serve
 from tests.server.drawing import encoded, noise
 from tests.server.waiting import until
+from tests.vflowopt.generation import Chat
 from tests.vflowopt.models.matrix import TinyModel
 from tests.vflowopt.models.tiny_llava import LLAVA
 from tests.vflowopt.models.tiny_qwen_vl import QWEN2_5_VL, QWEN3_VL
-from tests.vflowopt.talk import Talk
 from tests.vflowopt.tiny_models import SHAPES
 from vflow_client import (
     CapacityExhausted,
@@ -72,7 +72,7 @@ def answer_of(session: Session, *parts: Any) -> str:
 def test_two_questions_about_a_video(family: Runtime, serve: Serve, strategy: str) -> None:
     frames = clip()
     by = Strategy.full() if strategy == "full" else Strategy.preset(0.25, family.layers)
-    library = Talk(family, by)
+    library = Chat(family, by)
     library.look(in_library(frames))
     expected = [family.chat.decode(library.ask([question], 6)) for question in QUESTIONS]
     library.sequence.release()
@@ -105,7 +105,7 @@ def test_a_video_within_a_turn_is_the_one_shown_ahead(family: Runtime, serve: Se
 
 def test_pictures_and_videos_in_one_turn(family: Runtime, serve: Serve) -> None:
     frames, picture = clip(2), noise(90, 60, 7)
-    library = Talk(family, Strategy.preset(0.25, family.layers))
+    library = Chat(family, Strategy.preset(0.25, family.layers))
     turns = [["Compare", picture, "with", in_library(frames), "please"], ["So?"]]
     expected = [family.chat.decode(library.ask(turn, 6)) for turn in turns]
     library.sequence.release()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.vflowopt.talk import Talk, picture
+from tests.vflowopt.generation import Chat, picture
 from vflowopt.compression.pipeline import compress
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture
@@ -59,14 +59,14 @@ def compared(calibration: Calibration, strategy: Strategy) -> Comparison:
 def test_references_are_the_model_s_own_answers_turn_by_turn(runtime: Runtime) -> None:
     calibration = prepared(runtime, piece=40)
     for sample, reference in zip(calibration.samples, calibration.references, strict=True):
-        talk = Talk(runtime, Strategy.full())
+        chat = Chat(runtime, Strategy.full())
         for turn, question in enumerate(sample.questions):
-            first = len(talk.logits)
-            answer = talk.ask([question] if turn else [sample.picture.pixels, question], NEW_TOKENS)
+            first = len(chat.logits)
+            answer = chat.ask([question] if turn else [sample.picture.pixels, question], NEW_TOKENS)
             assert list(reference.answers[turn]) == answer
             logits = runtime.model.head(reference.states[turn])
-            torch.testing.assert_close(logits, talk.logits[first], rtol=1e-4, atol=1e-4)
-        talk.sequence.release()
+            torch.testing.assert_close(logits, chat.logits[first], rtol=1e-4, atol=1e-4)
+        chat.sequence.release()
     assert max(len(answer) for reference in calibration.references for answer in reference.answers) > 0
 
 
@@ -101,20 +101,20 @@ def test_a_comparison_counts_what_really_happens(runtime: Runtime, budget: float
     calibration = prepared(runtime)
     agrees, kept = [], []
     for sample, reference in zip(calibration.samples, calibration.references, strict=True):
-        talk = Talk(runtime, strategy)
+        chat = Chat(runtime, strategy)
         for turn, question in enumerate(sample.questions):
-            before = len(talk.sequence.log)
-            answer = talk.ask([question] if turn else [sample.picture.pixels, question], NEW_TOKENS)
+            before = len(chat.sequence.log)
+            answer = chat.ask([question] if turn else [sample.picture.pixels, question], NEW_TOKENS)
             agrees.append(answer == list(reference.answers[turn]))
             # The reference's answer takes the place of its own.
-            prompt = runtime.chat.turn(turn, [question]) if turn else talk.sequence.log[: -len(answer) or None]
-            talk.sequence.truncate(before + len(prompt))
-            talk.sequence.log += reference.answers[turn]
+            prompt = runtime.chat.turn(turn, [question]) if turn else chat.sequence.log[: -len(answer) or None]
+            chat.sequence.truncate(before + len(prompt))
+            chat.sequence.log += reference.answers[turn]
         (image,) = runtime.compress([sample.picture], strategy)
         kept.append(
             sum(len(each) * span for each, span in zip(image.kept, strategy.spans(runtime.layers), strict=True))
         )
-        talk.sequence.release()
+        chat.sequence.release()
     comparison = compared(calibration, strategy)
     assert comparison.agreement == pytest.approx(np.mean(agrees))
     assert comparison.visual_tokens == pytest.approx(np.mean(kept) / runtime.layers)

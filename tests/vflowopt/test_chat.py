@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from tests.vflowopt.generation import picture
 from tests.vflowopt.models.tiny_llava import SPECIALS, VICUNA, opening
-from tests.vflowopt.talk import picture
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture

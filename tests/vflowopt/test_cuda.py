@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.vflowopt.talk import Talk, picture
+from tests.vflowopt.generation import Chat, picture
 from tests.vflowopt.test_cuda_graph import decode, graphs, sequences
 from tests.vflowopt.test_varlen_attention import HEADS, compare, pool
 from vflowopt.compression.strategy import Strategy
@@ -21,18 +21,18 @@ DEVICE = "cuda"
 TENTH = Strategy.from_budget(0.1, 6, (0.12, 0.9), threshold=1.0, alpha=0.1, grid=3.0)
 
 
-def converse(runtime: Runtime, strategy: Strategy) -> Talk:
+def converse(runtime: Runtime, strategy: Strategy) -> Chat:
     """Two turns in one cache, a fork and a parking between them."""
-    talk = Talk(runtime, strategy)
-    talk.ask([picture(100, 60, 1), "what?"], 6)
-    fork = talk.sequence.fork()
+    chat = Chat(runtime, strategy)
+    chat.ask([picture(100, 60, 1), "what?"], 6)
+    fork = chat.sequence.fork()
     runtime.extend(fork, [1, 2, 3])
     fork.release()
-    restore(talk.sequence, offload(talk.sequence))
-    talk.ask([picture(56, 120, 2), "and now?"], 6)
-    talk.sequence.release()
+    restore(chat.sequence, offload(chat.sequence))
+    chat.ask([picture(56, 120, 2), "and now?"], 6)
+    chat.sequence.release()
     runtime.pool.check_integrity([])
-    return talk
+    return chat
 
 
 @pytest.mark.parametrize("strategy", [Strategy.full(), TENTH], ids=["full", "tenth"])
@@ -47,11 +47,11 @@ def test_the_device_changes_no_answer(plain_folder: Path, strategy: Strategy) ->
 
 def test_half_precision_and_ragged_batches(plain_folder: Path) -> None:
     runtime = Runtime.load(plain_folder, device=DEVICE, dtype="bfloat16", kv_budget=32 << 20)
-    talks = [Talk(runtime, strategy) for strategy in (TENTH, Strategy.full())]
-    for talk in talks:
-        talk.ask([picture(80, 80, 0), "hi"], 4)
-        talk.sequence.log.append(65)
-    sequences = [talk.sequence for talk in talks]
+    chats = [Chat(runtime, strategy) for strategy in (TENTH, Strategy.full())]
+    for chat in chats:
+        chat.ask([picture(80, 80, 0), "hi"], 4)
+        chat.sequence.log.append(65)
+    sequences = [chat.sequence for chat in chats]
     for logits in runtime.advance(sequences, [1, None]):
         assert logits is None or logits.isfinite().all()
     for sequence in sequences:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.vflowopt.talk import picture
+from tests.vflowopt.generation import picture
 from tests.vflowopt.varlen_stand_in import stand_in
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture

@@ -7,7 +7,7 @@ import torch
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
-from tests.vflowopt.talk import picture
+from tests.vflowopt.generation import picture
 from tests.vflowopt.tiny_models import SHAPES, Shape, save
 from vflowopt.compression.strategy import Strategy
 from vflowopt.demo import model_path

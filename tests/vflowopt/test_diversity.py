@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.vflowopt.talk import picture
+from tests.vflowopt.generation import picture
 from vflowopt.compression.diversity import diversified
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.compression.pruning import stage_targets

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.vflowopt.talk import picture
+from tests.vflowopt.generation import picture
 from vflowopt.compression.strategy import Strategy
 from vflowopt.demo import model_path
 from vflowopt.media.picture import Picture

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.vflowopt.generation import Chat, picture
 from tests.vflowopt.models.matrix import MODELS, TinyModel
 from tests.vflowopt.reference import Reference
-from tests.vflowopt.talk import Talk, picture
 from vflowopt.compression.strategy import Strategy
 from vflowopt.demo import model_path
 from vflowopt.runtime.model_runner import Runtime
@@ -42,14 +42,14 @@ def test_three_turns_with_two_pictures_answer_like_generate(
     first, second = (picture(*size, seed=index) for index, size in enumerate(sizes))
     turns = [[first, "what is this?"], ["and now?"], ["look: ", second, " same?"]]
     expected = reference.answers(turns, NEW_TOKENS)
-    talk = Talk(runtime, Strategy.full())
-    answers = [talk.ask(turn, NEW_TOKENS) for turn in turns]
+    chat = Chat(runtime, Strategy.full())
+    answers = [chat.ask(turn, NEW_TOKENS) for turn in turns]
 
     assert answers == expected
-    for ours, theirs in zip(talk.logits, reference.logits, strict=True):
+    for ours, theirs in zip(chat.logits, reference.logits, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
     assert len({token for answer in answers for token in answer}) > 5, "answers too uniform to prove anything"
-    talk.sequence.release()
+    chat.sequence.release()
     assert runtime.pool.bytes_used == 0
 
 
@@ -62,7 +62,7 @@ def test_the_embedded_model_answers_like_generate() -> None:
     ]
     expected = Reference(model_path()).answers(turns, NEW_TOKENS)
     runtime = Runtime.load(model_path(), kv_budget=64 << 20)
-    talk = Talk(runtime, Strategy.full())
-    assert [talk.ask(turn, NEW_TOKENS) for turn in turns] == expected
-    talk.sequence.release()
+    chat = Chat(runtime, Strategy.full())
+    assert [chat.ask(turn, NEW_TOKENS) for turn in turns] == expected
+    chat.sequence.release()
     assert runtime.pool.bytes_used == 0

@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from tests.vflowopt.talk import picture
+from tests.vflowopt.generation import picture
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.vflowopt.talk import Talk, picture
+from tests.vflowopt.generation import Chat, picture
 from vflowopt.compression.strategy import Strategy
 from vflowopt.models import FAMILIES, ModelError, load_model
 from vflowopt.runtime.model_runner import Runtime
@@ -153,10 +153,10 @@ def test_the_processors_chat_template_of_older_folders_goes_first(plain_folder: 
 def test_half_precision_runs(plain_folder: Path, dtype: str) -> None:
     runtime = Runtime.load(plain_folder, dtype=dtype, kv_budget=1 << 22)
     assert runtime.pool.keys.dtype == getattr(torch, dtype)
-    talk = Talk(runtime, Strategy.preset(0.1, 6))
-    assert talk.ask([picture(80, 80, 0), "hi"], 4)
-    assert all(logits.isfinite().all() for logits in talk.logits)
-    talk.sequence.release()
+    chat = Chat(runtime, Strategy.preset(0.1, 6))
+    assert chat.ask([picture(80, 80, 0), "hi"], 4)
+    assert all(logits.isfinite().all() for logits in chat.logits)
+    chat.sequence.release()
 
 
 def test_an_unknown_dtype_and_a_missing_gpu(plain_folder: Path) -> None:

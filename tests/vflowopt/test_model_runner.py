@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.vflowopt.talk import Talk, picture
+from tests.vflowopt.generation import Chat, picture
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture
@@ -26,10 +26,10 @@ def tenth(**fields: object) -> Strategy:
 
 
 @pytest.fixture
-def talk(runtime: Runtime) -> Iterator[Talk]:
-    talk = Talk(runtime, tenth())
-    yield talk
-    talk.sequence.release()
+def chat(runtime: Runtime) -> Iterator[Chat]:
+    chat = Chat(runtime, tenth())
+    yield chat
+    chat.sequence.release()
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def talk(runtime: Runtime) -> Iterator[Talk]:
 )
 def test_a_reused_cache_answers_like_a_recomputed_one(runtime: Runtime, strategy: Strategy) -> None:
     turns = [[picture(100, 60, 1), "what?"], ["one"], [picture(56, 120, 2), "two"], ["three"], ["four"]]
-    reused, recomputed = Talk(runtime, strategy), Talk(runtime, strategy)
+    reused, recomputed = Chat(runtime, strategy), Chat(runtime, strategy)
     for turn in turns:
         recomputed.sequence.release()
         assert reused.ask(turn, NEW_TOKENS) == recomputed.ask(turn, NEW_TOKENS)
@@ -50,7 +50,7 @@ def test_a_reused_cache_answers_like_a_recomputed_one(runtime: Runtime, strategy
 
 
 def test_a_picture_ahead_of_its_question_equals_one_inside_the_turn(runtime: Runtime) -> None:
-    ahead, inside = Talk(runtime, tenth()), Talk(runtime, tenth())
+    ahead, inside = Chat(runtime, tenth()), Chat(runtime, tenth())
     ahead.look(picture(90, 70, 3))
     ahead.look(picture(56, 56, 4))
     cached = ahead.sequence.num_cached_items
@@ -64,18 +64,18 @@ def test_a_picture_ahead_of_its_question_equals_one_inside_the_turn(runtime: Run
 
 def test_a_batch_equals_its_members(runtime: Runtime) -> None:
     """Sequences of unequal length and strategy, decoded together and alone."""
-    talks = [Talk(runtime, strategy) for strategy in (tenth(), Strategy.full(), tenth(), tenth(grid=None))]
-    for index, talk in enumerate(talks):
-        talk.ask([picture(56 + 20 * index, 80, index), "go" * (index + 1)], index + 1)
-        talk.sequence.log.append(65 + index)
-        runtime.extend(talk.sequence, [])
-    marks = [talk.sequence.checkpoint() for talk in talks]
-    together = runtime.decode([talk.sequence for talk in talks], [70, 71, 72, 73])
-    for index, (talk, mark) in enumerate(zip(talks, marks, strict=True)):
-        talk.sequence.rollback(mark)
-        alone = runtime.decode([talk.sequence], [70 + index])[0]
+    chats = [Chat(runtime, strategy) for strategy in (tenth(), Strategy.full(), tenth(), tenth(grid=None))]
+    for index, chat in enumerate(chats):
+        chat.ask([picture(56 + 20 * index, 80, index), "go" * (index + 1)], index + 1)
+        chat.sequence.log.append(65 + index)
+        runtime.extend(chat.sequence, [])
+    marks = [chat.sequence.checkpoint() for chat in chats]
+    together = runtime.decode([chat.sequence for chat in chats], [70, 71, 72, 73])
+    for index, (chat, mark) in enumerate(zip(chats, marks, strict=True)):
+        chat.sequence.rollback(mark)
+        alone = runtime.decode([chat.sequence], [70 + index])[0]
         torch.testing.assert_close(together[index], alone, atol=1e-4, rtol=0)
-        talk.sequence.release()
+        chat.sequence.release()
 
 
 def test_kept_tokens_keep_positions_embeddings_and_structure(runtime: Runtime) -> None:
@@ -101,9 +101,9 @@ def test_renumbered_positions_close_the_gaps(runtime: Runtime) -> None:
     assert image.span == len(image.kept[0]) < image.tokens
 
 
-def test_text_is_never_pruned_and_lengths_agree_with_the_tensors(talk: Talk) -> None:
-    talk.ask([picture(112, 112, 6), "some words"], NEW_TOKENS)
-    sequence = talk.sequence
+def test_text_is_never_pruned_and_lengths_agree_with_the_tensors(chat: Chat) -> None:
+    chat.ask([picture(112, 112, 6), "some words"], NEW_TOKENS)
+    sequence = chat.sequence
     (image,) = [item for item in sequence.log if isinstance(item, CompressedImage)]
     text = sequence.num_cached_items - 1
     assert [length - text for length in sequence.cache.lengths] == [len(kept) for kept in image.kept]
@@ -119,47 +119,47 @@ def test_text_is_never_pruned_and_lengths_agree_with_the_tensors(talk: Talk) -> 
     assert sequence.kv_bytes_full == -(-tokens_full // 16) * 6 * sequence.cache.pool.page_bytes
 
 
-def test_rollback_forgets_a_turn_entirely(talk: Talk, runtime: Runtime) -> None:
-    talk.ask([picture(80, 80, 7), "first"], NEW_TOKENS)
-    mark, held, turns = talk.sequence.checkpoint(), runtime.pool.bytes_used, talk.turns
-    undisturbed = talk.ask(["second"], NEW_TOKENS)
-    talk.sequence.rollback(mark)
-    talk.turns = turns
+def test_rollback_forgets_a_turn_entirely(chat: Chat, runtime: Runtime) -> None:
+    chat.ask([picture(80, 80, 7), "first"], NEW_TOKENS)
+    mark, held, turns = chat.sequence.checkpoint(), runtime.pool.bytes_used, chat.turns
+    undisturbed = chat.ask(["second"], NEW_TOKENS)
+    chat.sequence.rollback(mark)
+    chat.turns = turns
     assert runtime.pool.bytes_used == held
-    talk.ask(["something else, much longer than a page of sixteen tokens", picture(60, 60, 8)], NEW_TOKENS)
-    talk.sequence.rollback(mark)
-    talk.turns = turns
+    chat.ask(["something else, much longer than a page of sixteen tokens", picture(60, 60, 8)], NEW_TOKENS)
+    chat.sequence.rollback(mark)
+    chat.turns = turns
     assert runtime.pool.bytes_used == held
-    assert talk.ask(["second"], NEW_TOKENS) == undisturbed
+    assert chat.ask(["second"], NEW_TOKENS) == undisturbed
 
 
-def test_rollback_after_a_release_is_right(talk: Talk) -> None:
-    talk.ask([picture(80, 80, 7), "first"], NEW_TOKENS)
-    mark, turns = talk.sequence.checkpoint(), talk.turns
-    undisturbed = talk.ask(["second"], NEW_TOKENS)
-    talk.sequence.rollback(mark)
-    talk.turns = turns
-    talk.sequence.release()
-    talk.ask(["other"], NEW_TOKENS)  # rebuilds
-    talk.sequence.rollback(mark)
-    talk.turns = turns
-    assert talk.ask(["second"], NEW_TOKENS) == undisturbed
+def test_rollback_after_a_release_is_right(chat: Chat) -> None:
+    chat.ask([picture(80, 80, 7), "first"], NEW_TOKENS)
+    mark, turns = chat.sequence.checkpoint(), chat.turns
+    undisturbed = chat.ask(["second"], NEW_TOKENS)
+    chat.sequence.rollback(mark)
+    chat.turns = turns
+    chat.sequence.release()
+    chat.ask(["other"], NEW_TOKENS)  # rebuilds
+    chat.sequence.rollback(mark)
+    chat.turns = turns
+    assert chat.ask(["second"], NEW_TOKENS) == undisturbed
 
 
 def test_a_pool_too_small_refuses_and_changes_nothing(plain_folder: Path) -> None:
     page = 2 * 16 * 2 * 16 * 4
     runtime = Runtime.load(plain_folder, kv_budget=40 * page)
-    talk = Talk(runtime, Strategy.full())
-    talk.ask(["hello"], 2)
-    items, used = list(talk.sequence.log), runtime.pool.bytes_used
-    lengths = talk.sequence.cache.lengths
+    chat = Chat(runtime, Strategy.full())
+    chat.ask(["hello"], 2)
+    items, used = list(chat.sequence.log), runtime.pool.bytes_used
+    lengths = chat.sequence.cache.lengths
     with pytest.raises(PoolExhausted) as refused:
-        talk.ask([picture(112, 112, 1), "too much"], 2)
+        chat.ask([picture(112, 112, 1), "too much"], 2)
     assert refused.value.needed > refused.value.free
-    assert (talk.sequence.log, runtime.pool.bytes_used) == (items, used)
-    assert talk.sequence.cache.lengths == lengths
-    assert talk.ask(["bye"], 2)
-    talk.sequence.release()
+    assert (chat.sequence.log, runtime.pool.bytes_used) == (items, used)
+    assert chat.sequence.cache.lengths == lengths
+    assert chat.ask(["bye"], 2)
+    chat.sequence.release()
     runtime.pool.check_integrity([])
 
 
@@ -248,17 +248,17 @@ def test_a_prefill_in_chunks_equals_one_in_a_piece(runtime: Runtime, chunk: int)
 
 
 def test_a_fork_shares_pages_and_then_goes_its_own_way(runtime: Runtime) -> None:
-    origin = Talk(runtime, tenth())
+    origin = Chat(runtime, tenth())
     origin.ask([picture(112, 112, 1), "what?"], NEW_TOKENS)
     alone = origin.sequence.kv_bytes
-    fork = Talk(runtime, tenth())
+    fork = Chat(runtime, tenth())
     fork.sequence, fork.turns = origin.sequence.fork(), origin.turns
     assert runtime.pool.bytes_used == alone == fork.sequence.kv_bytes
     first, second = origin.ask(["one way"], NEW_TOKENS), fork.ask(["another way"], NEW_TOKENS)
     assert alone < runtime.pool.bytes_used < origin.sequence.kv_bytes + fork.sequence.kv_bytes
     runtime.pool.check_integrity([origin.sequence.cache, fork.sequence.cache])
     for asked, answer in (("one way", first), ("another way", second)):
-        again = Talk(runtime, tenth())
+        again = Chat(runtime, tenth())
         again.ask([picture(112, 112, 1), "what?"], NEW_TOKENS)
         assert again.ask([asked], NEW_TOKENS) == answer
         again.sequence.release()

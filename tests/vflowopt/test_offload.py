@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.vflowopt.talk import Talk, picture
+from tests.vflowopt.generation import Chat, picture
 from vflowopt.compression.strategy import Strategy
 from vflowopt.runtime.model_runner import Runtime
 from vflowopt.runtime.offload import OffloadedCache, OffloadError, offload, restore
@@ -14,9 +14,9 @@ STRATEGY = Strategy.from_budget(0.1, 6, (0.12, 0.9), grid=3.0)
 
 
 def test_a_parked_conversation_goes_on_like_an_undisturbed_one(runtime: Runtime, tmp_path: Path) -> None:
-    undisturbed, parked, filed = (Talk(runtime, STRATEGY) for _ in range(3))
-    for talk in (undisturbed, parked, filed):
-        talk.ask([picture(100, 70, 1), "first"], 5)
+    undisturbed, parked, filed = (Chat(runtime, STRATEGY) for _ in range(3))
+    for chat in (undisturbed, parked, filed):
+        chat.ask([picture(100, 70, 1), "first"], 5)
     used = runtime.pool.bytes_used
     memory = offload(parked.sequence)
     offload(filed.sequence).save(tmp_path / "cache.safetensors")
@@ -26,18 +26,18 @@ def test_a_parked_conversation_goes_on_like_an_undisturbed_one(runtime: Runtime,
     restore(parked.sequence, memory)
     restore(filed.sequence, OffloadedCache.load(tmp_path / "cache.safetensors"))
     expected = undisturbed.ask(["second"], 6)
-    for talk in (parked, filed):
-        assert talk.ask(["second"], 6) == expected
-        for one, other in zip(talk.logits, undisturbed.logits, strict=True):
+    for chat in (parked, filed):
+        assert chat.ask(["second"], 6) == expected
+        for one, other in zip(chat.logits, undisturbed.logits, strict=True):
             assert torch.equal(one, other)
-    for talk in (undisturbed, parked, filed):
-        talk.sequence.release()
+    for chat in (undisturbed, parked, filed):
+        chat.sequence.release()
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(runtime: Runtime, tmp_path: Path) -> None:
-    talk = Talk(runtime, STRATEGY)
-    talk.ask(["hello"], 3)
-    parked = offload(talk.sequence)
+    chat = Chat(runtime, STRATEGY)
+    chat.ask(["hello"], 3)
+    parked = offload(chat.sequence)
     (tmp_path / "taken").mkdir()
     with pytest.raises(OSError):
         parked.save(tmp_path / "taken")
@@ -45,10 +45,10 @@ def test_a_file_that_cannot_be_written_leaves_nothing(runtime: Runtime, tmp_path
 
 
 def test_what_is_not_of_this_conversation_is_refused(runtime: Runtime, tmp_path: Path) -> None:
-    talk, other = Talk(runtime, STRATEGY), Talk(runtime, Strategy.full())
-    talk.ask(["hello"], 3)
+    chat, other = Chat(runtime, STRATEGY), Chat(runtime, Strategy.full())
+    chat.ask(["hello"], 3)
     other.ask(["hello"], 3)
-    parked = offload(talk.sequence)
+    parked = offload(chat.sequence)
     for sequence in (other.sequence, runtime.start(STRATEGY)):
         with pytest.raises(OffloadError, match="not of this sequence"):
             restore(sequence, parked)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.vflowopt.talk import picture
+from tests.vflowopt.generation import picture
 from tests.vflowopt.tiny_models import SHAPES, save
 from vflowopt.compression.pruning import stage_targets
 from vflowopt.compression.strategy import Strategy

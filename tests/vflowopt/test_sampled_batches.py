@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from tests.vflowopt.talk import picture
+from tests.vflowopt.generation import picture
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture
 from vflowopt.runtime.model_runner import Runtime

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from demo_model.questions import held_out
-from tests.vflowopt.talk import picture
+from tests.vflowopt.generation import picture
 from vflowopt.compression.layout import TokenLayout
 from vflowopt.compression.strategy import Strategy, StrategyError
 from vflowopt.demo import model_path

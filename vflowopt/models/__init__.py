@@ -6,6 +6,6 @@ A new family is a subclass of :class:`~vflowopt.models.interface.MultimodalModel
 from vflowopt.models.error import ModelError
 from vflowopt.models.interface import MultimodalModel
 from vflowopt.models.llava_onevision import LlavaOnevision
-from vflowopt.models.loading import FAMILIES, load_model
+from vflowopt.models.loading import FAMILIES, load_model, wrap_model
 
-__all__ = ["FAMILIES", "LlavaOnevision", "ModelError", "MultimodalModel", "load_model"]
+__all__ = ["FAMILIES", "LlavaOnevision", "ModelError", "MultimodalModel", "load_model", "wrap_model"]

@@ -43,6 +43,7 @@ class MultimodalModel(ABC):
         network: the whole model, as Hugging Face defines it.
         tokenizer: its tokenizer, with the chat template.
         processor: its image processor.
+        shared: whether somebody else uses the weights, too: then they must stay where they are.
         image_token: the text by which its chat template stands for a picture.
         video_mark: the text by which it stands for a video; None: the model takes none.
         decoder: the decoder stack, with ``layers``, ``embed_tokens``, ``norm`` and ``rotary_emb``.
@@ -63,6 +64,7 @@ class MultimodalModel(ABC):
     network: Any
     tokenizer: Any
     processor: Any
+    shared: bool = False
     image_token: str
     video_mark: str | None
     decoder: Any

@@ -1,11 +1,15 @@
-"""From a folder or a cached hub id to a model that can be served."""
+"""From a folder, a cached hub id, or a model that Hugging Face has loaded already, to a model that can be served."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig
+from transformers.image_processing_backends import PilBackend
 
 from vflowopt.models.error import ModelError
 from vflowopt.models.interface import MultimodalModel
@@ -96,13 +100,63 @@ def load_model(
             f"{model!s} has a configuration of family {config.model_type!r} but does not load: {_first_line(error)}; "
             "a whole model has weights, tokenizer, chat template and image processor configuration",
         ) from error
-    _check_chat_template(model, loaded)
-    _ = loaded.strategies  # what cannot be used is said now, not in the first session
+    _check(model, loaded)
     return loaded
 
 
+def wrap_model(network: Any, tokenizer: Any, image_processor: Any) -> MultimodalModel:
+    """Take a model of a known family that is loaded already, and leave it as it is.
+
+    Both use the same weights: no weight is held twice, and a change of one, by training for instance, shows in both.
+    Nothing else is shared. ``network`` keeps its attention implementation, its hooks and its mode, and still generates.
+
+    The decoder runs as Hugging Face's own modules, adapters included. A model of :func:`load_model` decodes faster
+    where its weights can be laid out anew. A Qwen-VL resizes frames to the family's default range of pixels; set
+    ``video_size`` of the result to change it.
+
+    Args:
+        network: Hugging Face's whole model, such as a ``LlavaOnevisionForConditionalGeneration``, all on one device.
+        tokenizer: its tokenizer, with the chat template that knows pictures.
+        image_processor: its image processor, as ``AutoImageProcessor.from_pretrained(..., backend="pil")`` makes it.
+
+    Raises:
+        ModelError: the model is of no known family, has something that is not supported, or lies on several devices,
+            or the tokenizer or the image processor does not fit.
+    """
+    kind = getattr(getattr(network, "config", None), "model_type", None)
+    family = FAMILIES.get(str(kind))
+    if family is None or not isinstance(network, family.architecture):
+        known = ", ".join(each.architecture.__name__ for each in FAMILIES.values())
+        raise ModelError("MODEL_FAMILY_UNKNOWN", f"got a {type(network).__name__}; give one of: {known}")
+    if len(devices := {weight.device for weight in network.parameters()}) != 1 or torch.device("meta") in devices:
+        found = ", ".join(sorted(map(str, devices)))
+        raise ModelError("MODEL_UNSUPPORTED", f"the model lies on {found}; load it whole onto one device")
+    if not isinstance(image_processor, PilBackend):
+        raise ModelError(
+            "MODEL_UNSUPPORTED",
+            f"got a {type(image_processor).__name__} as image processor; give the one that "
+            'AutoImageProcessor.from_pretrained(..., backend="pil") makes',
+        )
+    wrapped = family(_view(network).eval(), tokenizer, image_processor)
+    wrapped.shared = True
+    _check(network.config.name_or_path or type(network).__name__, wrapped)
+    return wrapped
+
+
+def _view(network: nn.Module) -> nn.Module:
+    """Modules of their own over the very same weights and buffers."""
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    return copy.deepcopy(network, shared)
+
+
+def _check(model: str | Path, loaded: MultimodalModel) -> None:
+    """Raise ModelError for what else would only be met in the first turn of a user."""
+    _check_chat_template(model, loaded)
+    _ = loaded.strategies
+
+
 def _check_chat_template(model: str | Path, loaded: MultimodalModel) -> None:
-    """Raise ModelError unless the chat template writes a picture: the first turn of a user would be too late."""
+    """Raise ModelError unless the chat template writes a picture."""
     content = [{"type": "image"}, {"type": "text", "text": "?"}]
     try:
         text = loaded.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)

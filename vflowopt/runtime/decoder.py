@@ -52,13 +52,13 @@ class Decoder(ABC):
         """The norm after the last layer, [tokens, hidden]."""
 
 
-def build_decoder(decoder: Any) -> Decoder:
+def build_decoder(decoder: Any, *, fuse: bool = True) -> Decoder:
     """The fastest decoder that computes what Hugging Face's ``decoder`` computes.
 
     Where it is fused, the weights of its layers move there: the layers themselves are left without any, so that no
-    weight is held twice.
+    weight is held twice. With ``fuse`` False they stay where they are.
     """
-    return FusedDecoder(decoder) if FusedDecoder.fits(decoder) else ModuleDecoder(decoder)
+    return FusedDecoder(decoder) if fuse and FusedDecoder.fits(decoder) else ModuleDecoder(decoder)
 
 
 class ModuleDecoder(Decoder):

@@ -62,7 +62,7 @@ class Runtime:
             device=model.device,
         )
         self.revision = _revision(model)
-        self.decoder = build_decoder(model.decoder)
+        self.decoder = build_decoder(model.decoder, fuse=not model.shared)
         self._kernel: DecodeKernel | None = None
         self._page_access: PageAccess | None = None
         self._graphs: DecodeGraphs | None = None

@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import AutoImageProcessor
 
+from tests.vflowopt.generation import Chat, picture
 from tests.vflowopt.models.matrix import TinyModel
 from tests.vflowopt.models.tiny_internvl import INTERNVL
 from tests.vflowopt.models.tiny_llava import LLAVA, LLAVA_NEXT
 from tests.vflowopt.models.tiny_mistral3 import MISTRAL3
 from tests.vflowopt.models.tiny_qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
 from tests.vflowopt.reference import Reference
-from tests.vflowopt.talk import Talk, picture
 from tests.vflowopt.tiny_models import SHAPES
 from vflowopt.compression.importance import patch_entropy
 from vflowopt.compression.strategy import Strategy
@@ -76,11 +76,11 @@ def test_low_detail_answers_like_generate(folder: Path, monkeypatch: pytest.Monk
         turns = [[picture(*LARGE, 1), picture(90, 200, 2), "what?"], ["and?"]]
     expected = reference.answers(turns, 8)
     runtime = Runtime.load(folder, kv_budget=32 << 20)
-    talk = Talk(runtime, Strategy.full(), "low")
-    assert [talk.ask(turn, 8) for turn in turns] == expected
-    for ours, theirs in zip(talk.logits, reference.logits, strict=True):
+    chat = Chat(runtime, Strategy.full(), "low")
+    assert [chat.ask(turn, 8) for turn in turns] == expected
+    for ours, theirs in zip(chat.logits, reference.logits, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
-    talk.sequence.release()
+    chat.sequence.release()
 
 
 def _overviews(batch: Any) -> dict[str, Any]:

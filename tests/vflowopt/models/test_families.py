@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.vflowopt.generation import Chat, picture
 from tests.vflowopt.models.matrix import MODELS, TinyModel
 from tests.vflowopt.reference import Reference
-from tests.vflowopt.talk import Talk, picture
 from vflowopt.compression.pipeline import CompressedImage, EncodedImage, compress
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture
@@ -57,7 +57,7 @@ def test_a_reused_cache_answers_like_a_recomputed_one(runtime: Runtime) -> None:
         [picture(56, 120, 2), picture(90, 90, 3), "two"],
         ["three"],
     ]
-    reused, recomputed = Talk(runtime, strategy), Talk(runtime, strategy)
+    reused, recomputed = Chat(runtime, strategy), Chat(runtime, strategy)
     for turn in turns:
         recomputed.sequence.release()
         assert reused.ask(turn, 4) == recomputed.ask(turn, 4)
@@ -214,7 +214,7 @@ def _overlap(box: Tensor, spot: tuple[int, int, int, int]) -> float:
 
 def test_half_precision_runs(folder: Path) -> None:
     runtime = Runtime.load(folder, dtype="bfloat16", kv_budget=4 << 20)
-    talk = Talk(runtime, tenth(runtime.layers))
-    assert talk.ask([picture(*SIZE, 0), "hi"], 2)
-    assert all(logits.isfinite().all() for logits in talk.logits)
-    talk.sequence.release()
+    chat = Chat(runtime, tenth(runtime.layers))
+    assert chat.ask([picture(*SIZE, 0), "hi"], 2)
+    assert all(logits.isfinite().all() for logits in chat.logits)
+    chat.sequence.release()

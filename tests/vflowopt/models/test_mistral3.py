@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.vflowopt.generation import picture
 from tests.vflowopt.models.tiny_mistral3 import MISTRAL3, TinyMistral3
 from tests.vflowopt.reference import Reference
-from tests.vflowopt.talk import picture
 from vflowopt.media.picture import Picture, PictureError, PictureLimits
 from vflowopt.models import load_model
 from vflowopt.models.mistral3 import Mistral3

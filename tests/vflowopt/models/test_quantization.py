@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, TorchAoConfig
 
+from tests.vflowopt.generation import Chat, picture
 from tests.vflowopt.models.tiny_qwen_vl import QWEN2_5_VL
 from tests.vflowopt.reference import Reference
-from tests.vflowopt.talk import Talk, picture
 from tests.vflowopt.tiny_models import Shape
 from vflowopt.compression.strategy import Strategy
 from vflowopt.models import ModelError, load_model
@@ -64,12 +64,12 @@ def test_a_quantized_model_reads_a_prompt_like_hugging_faces(model: Any, name: s
     ):
         assert loaded.model.quantized and isinstance(loaded.decoder, ModuleDecoder)
         assert loaded.model.layers[0].self_attn.o_proj.weight.dtype in (torch.int8, torch.uint8)
-        talk = Talk(loaded, Strategy.full())
-        talk.ask(TURN, 1)
-        assert torch.cosine_similarity(talk.logits[0], reference.logits[0], dim=0) > 0.9999
-        assert torch.cosine_similarity(talk.logits[0], whole.logits[0], dim=0) < 0.9995
-        talk.sequence.release()
-        pruned = Talk(loaded, Strategy.preset(0.25, loaded.layers))
+        chat = Chat(loaded, Strategy.full())
+        chat.ask(TURN, 1)
+        assert torch.cosine_similarity(chat.logits[0], reference.logits[0], dim=0) > 0.9999
+        assert torch.cosine_similarity(chat.logits[0], whole.logits[0], dim=0) < 0.9995
+        chat.sequence.release()
+        pruned = Chat(loaded, Strategy.preset(0.25, loaded.layers))
         assert pruned.ask(TURN, 3) and pruned.logits[-1].isfinite().all()
         pruned.sequence.release()
         revisions.add(loaded.revision)
@@ -92,9 +92,9 @@ def test_weights_that_are_tensors_of_another_type_are_read_too(tmp_path: Path) -
     reference.network.save_pretrained(saved)
     runtime = Runtime.load(saved, kv_budget=32 << 20)
     assert isinstance(runtime.decoder, ModuleDecoder)
-    talk = Talk(runtime, Strategy.full())
-    assert [talk.ask(TURN, 6)] == reference.answers([TURN], 6)
-    talk.sequence.release()
+    chat = Chat(runtime, Strategy.full())
+    assert [chat.ask(TURN, 6)] == reference.answers([TURN], 6)
+    chat.sequence.release()
 
 
 def test_an_unknown_quantization_is_refused(plain_folder: Path) -> None:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
+from tests.vflowopt.generation import picture
 from tests.vflowopt.models.tiny_qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL, TinyQwenVl
 from tests.vflowopt.reference import Reference
-from tests.vflowopt.talk import picture
 from vflowopt.compression.importance import context_relevance, patch_entropy
 from vflowopt.compression.pipeline import choose, score
 from vflowopt.compression.strategy import Strategy

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 from transformers.image_utils import ChannelDimension
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 
+from tests.vflowopt.generation import picture
 from tests.vflowopt.models.tiny_internvl import INTERNVL, NAMES, TinyInternVL
 from tests.vflowopt.models.tiny_llava import LLAVA, LLAVA_NEXT, TinyLlava
-from tests.vflowopt.talk import picture
 from tests.vflowopt.tiny_models import SHAPES, Shape
 from vflowopt.compression.importance import context_relevance, patch_entropy
 from vflowopt.media.picture import Picture

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.vflowopt.generation import Chat, picture, video
 from tests.vflowopt.models.matrix import ONE_EACH, TinyModel
 from tests.vflowopt.models.tiny_internvl import INTERNVL
 from tests.vflowopt.models.tiny_qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
 from tests.vflowopt.reference import Reference
-from tests.vflowopt.talk import Talk, picture, video
 from tests.vflowopt.tiny_models import SHAPES
 from vflowopt.compression.importance import patch_entropy
 from vflowopt.compression.pipeline import choose, compress
@@ -58,13 +58,13 @@ def test_three_turns_about_a_video_answer_like_generate(
     turns = [[clip, "what happens?"], ["and then?"], [picture(50, 50, 9), "this?"]]
     reference = Reference(folder)
     expected = reference.answers(turns, 8)
-    talk = Talk(runtime, Strategy.full())
-    answers = [talk.ask(turn, 8) for turn in turns]
+    chat = Chat(runtime, Strategy.full())
+    answers = [chat.ask(turn, 8) for turn in turns]
     assert answers == expected
-    for ours, theirs in zip(talk.logits, reference.logits, strict=True):
+    for ours, theirs in zip(chat.logits, reference.logits, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
     assert len({token for answer in answers for token in answer}) > 5, "answers too uniform to prove anything"
-    talk.sequence.release()
+    chat.sequence.release()
 
 
 TENTH = Strategy((0, 1, 3), (0.16, 0.7, 0.5), threshold=1.0, grid=2.0)
@@ -73,7 +73,7 @@ TENTH = Strategy((0, 1, 3), (0.16, 0.7, 0.5), threshold=1.0, grid=2.0)
 def test_a_reused_cache_answers_like_a_recomputed_one(runtime: Runtime) -> None:
     clip = video(84, 112, (0.0, 1.0, 2.0, 3.0), seed=2)
     turns = [[clip, "what?"], ["one"], [picture(60, 90, 3), "two"]]
-    reused, recomputed = Talk(runtime, TENTH), Talk(runtime, TENTH)
+    reused, recomputed = Chat(runtime, TENTH), Chat(runtime, TENTH)
     for turn in turns:
         recomputed.sequence.release()
         assert reused.ask(turn, 4) == recomputed.ask(turn, 4)
@@ -85,7 +85,7 @@ def test_a_reused_cache_answers_like_a_recomputed_one(runtime: Runtime) -> None:
 
 def test_a_video_shown_ahead_is_one_shown_with_its_question(runtime: Runtime) -> None:
     clip, other = video(84, 112, (0.0, 1.0, 2.0), seed=3), picture(60, 90, 4)
-    ahead, together = Talk(runtime, TENTH), Talk(runtime, TENTH)
+    ahead, together = Chat(runtime, TENTH), Chat(runtime, TENTH)
     ahead.look(clip)
     ahead.look(other)
     assert ahead.ask(["same?"], 6) == together.ask([clip, other, "same?"], 6)
@@ -311,10 +311,10 @@ def test_videos_in_half_precision(folder: Path, dtype: str) -> None:
     runtime = Runtime.load(folder, dtype=dtype, kv_budget=16 << 20)
     (whole,) = runtime.compress([video(84, 112, (0.0, 1.0, 2.0), seed=11)], Strategy.full())
     assert whole.embeddings.dtype == runtime.model.dtype
-    talk = Talk(runtime, TENTH)
-    assert len(talk.ask([video(84, 112, (0.0, 1.0, 2.0), seed=11), "what?"], 2)) > 0
-    assert all(torch.isfinite(logits).all() for logits in talk.logits)
-    talk.sequence.release()
+    chat = Chat(runtime, TENTH)
+    assert len(chat.ask([video(84, 112, (0.0, 1.0, 2.0), seed=11), "what?"], 2)) > 0
+    assert all(torch.isfinite(logits).all() for logits in chat.logits)
+    chat.sequence.release()
 
 
 @pytest.mark.parametrize("tiny", INTERNVL, ids=lambda tiny: tiny.name)

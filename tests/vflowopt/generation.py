@@ -10,11 +10,13 @@ from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Detail, Picture
 from vflowopt.media.video import Video
+from vflowopt.runtime.generate import decode
 from vflowopt.runtime.model_runner import Runtime
+from vflowopt.runtime.sampling import Sampler, sample
 from vflowopt.runtime.sequence import Sequence
 
 
-class Talk:
+class Chat:
     """One sequence; remembers the logits behind every token."""
 
     def __init__(self, runtime: Runtime, strategy: Strategy, detail: Detail = "high") -> None:
@@ -39,20 +41,20 @@ class Talk:
         """One turn, greedy; returns the answer's tokens without the end token."""
         ready = [part if isinstance(part, str) else self._compressed(part) for part in parts]
         items = self.runtime.chat.turn(self.turns, [*self._ahead, *ready])[self._read :]
-        logits = self.runtime.extend(self.sequence, items)
-        answer: list[int] = []
-        while logits is not None:
-            self.logits.append(logits)
-            token = int(logits.argmax())
-            if token in self.runtime.chat.stop_ids:
-                break
-            answer.append(token)
-            if len(answer) == new_tokens:
-                self.sequence.log.append(token)
-                break
-            logits = self.runtime.decode([self.sequence], [token])[0]
+        before, begin = self.sequence.checkpoint(), len(self.sequence.log) + len(items)
+        self.sequence.log.extend(items)
+        try:
+            # What `generate` does, with a look at the logits that it draws from.
+            for forward in decode(self.sequence, self.runtime.chat, Sampler(), max_new_tokens=new_tokens):
+                (logits,) = self.runtime.advance([self.sequence])
+                assert logits is not None
+                self.logits.append(logits)
+                (forward.token,) = sample(logits[None], [Sampler()])
+        except BaseException:
+            self.sequence.rollback(before)
+            raise
         self.turns, self._ahead, self._read = self.turns + 1, [], 0
-        return answer
+        return [item for item in self.sequence.log[begin:] if isinstance(item, int)]
 
     def _compressed(self, shown: np.ndarray | Video) -> CompressedImage:
         visual = shown if isinstance(shown, Video) else Picture.from_pixels(shown).in_detail(self.detail)

@@ -1,15 +1,13 @@
-// Holds a conversation about a picture and prints what it heard as JSON.
+// Holds a conversation about a picture with the client of examples/node and prints what it heard as JSON.
 //
 //     node conversation.js ADDRESS PICTURE PROTO_FOLDER|reflection
 //
 // The contract comes from the .proto files in PROTO_FOLDER, or from the service itself.
 
 import { readFile } from "node:fs/promises";
-import path from "node:path";
 import { credentials, loadPackageDefinition, status } from "@grpc/grpc-js";
-import { fromJSON, load, loadFileDescriptorSetFromBuffer } from "@grpc/proto-loader";
-
-const LOADED = { keepCase: true, longs: Number, enums: String, defaults: true, oneofs: true };
+import { fromJSON, loadFileDescriptorSetFromBuffer } from "@grpc/proto-loader";
+import { LOADED, ask, call, connect, contractIn } from "./vflow.js";
 
 /** What a client must know beforehand to ask a service for its contract (grpc.reflection.v1alpha). */
 const REFLECTION = {
@@ -51,38 +49,29 @@ function varint(number) {
   return number < 0x80 ? [number] : [(number & 0x7f) | 0x80, ...varint(number >>> 7)];
 }
 
-/** A method that answers once, as a promise. */
-function unary(client, method, request) {
-  return new Promise((resolve, reject) => {
-    client[method](request, (error, response) => (error ? reject(error) : resolve(response)));
-  });
-}
-
 /** Says a turn; the text of its deltas, and its last event. */
-async function ask(client, session, parts) {
+async function turn(client, session, question, options) {
+  const pieces = ask(client, session, question, options);
   let deltas = "";
-  let finished;
-  const request = { session, parts, options: { max_new_tokens: 8, min_new_tokens: 8 } };
-  for await (const response of client.Chat(request)) {
-    if (response.event === "delta") deltas += response.delta.text;
-    else finished = response.finished;
+  for (;;) {
+    const { value, done } = await pieces.next();
+    if (done) return { deltas, finished: value };
+    deltas += value;
   }
-  return { deltas, finished };
 }
 
-const definition =
-  source === "reflection"
-    ? await reflected()
-    : await load("vflow/v1/conversations.proto", { ...LOADED, includeDirs: [path.resolve(source)] });
-const { Conversations } = loadPackageDefinition(definition).vflow.v1;
-const client = new Conversations(address, credentials.createInsecure());
-const { name } = await unary(client, "CreateSession", { session: { strategy: "strategies/preset-25" } });
-const shown = await unary(client, "AddImage", { session: name, image: { data: await readFile(picture) } });
+const client = connect(address, source === "reflection" ? await reflected() : await contractIn(source));
+const { name } = await call(client, "CreateSession", { session: { strategy: "strategies/preset-25" } });
+const shown = await call(client, "AddImage", { session: name, image: { data: await readFile(picture) } });
 const turns = [];
-for (const text of ["What is this?", "Why?"]) turns.push(await ask(client, name, [{ text }]));
-const state = await unary(client, "GetSession", { name });
-await unary(client, "DeleteSession", { name });
-const refusal = await unary(client, "GetSession", { name }).catch((error) => error);
+const short = { max_new_tokens: 8, min_new_tokens: 8 };
+for (const question of ["What is this?", "Why?"]) turns.push(await turn(client, name, question, short));
+const long = ask(client, name, "And then?", { max_new_tokens: 4000, min_new_tokens: 4000 });
+await long.next();
+await long.return(); // cancels the turn
+const state = await call(client, "GetSession", { name });
+await call(client, "DeleteSession", { name });
+const refusal = await call(client, "GetSession", { name }).catch((error) => error);
 client.close();
 console.log(
   JSON.stringify({

@@ -1,6 +1,7 @@
-"""Conversations from Node, which knows the contract from the .proto files alone, or from the service itself."""
+"""The example for Node, which knows the contract from the .proto files alone, or from the service itself."""
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from tests.server.drawing import png
 from tests.server.served import Served
 from tests.vflowopt.tiny_models import SHAPES, save
 from vflow_client.v1 import compression_pb2, conversations_pb2, strategies_pb2
+from vflowopt.demo import picture_path
 from vflowopt.runtime.model_runner import Runtime
 
 HERE = Path(__file__).parent
@@ -28,10 +30,10 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the programs and the packages that they need. Skips if these cannot be installed."""
+    """A folder with the example, the tests' programs and the packages that they need. Skips without these packages."""
     folder = tmp_path_factory.mktemp("node")
-    for file in ("package.json", "conversation.js", "contract.js"):
-        shutil.copy(HERE / file, folder)
+    for file in (*(ROOT / "examples" / "node").glob("*.js*"), *HERE.glob("*.js")):
+        shutil.copy(file, folder)
     install = ["npm", "install", "--no-package-lock", "--no-audit", "--no-fund", "--ignore-scripts"]
     try:
         installed = subprocess.run(install, cwd=folder, capture_output=True, text=True, timeout=120)
@@ -82,3 +84,21 @@ def test_a_conversation(contract: str, programs: Path, served: Served, tmp_path:
     assert (heard["state"]["turn_count"], heard["state"]["kv_bytes"]) == (2, state.kv_bytes)
     assert heard["refused"]["code"] == "NOT_FOUND" and "SESSION_NOT_FOUND" in heard["refused"]["details"]
     assert served.kv_bytes() == 0
+
+
+def test_the_example_answers_about_the_picture(programs: Path, embedded: Served) -> None:
+    questions = ["Which shape is green?", "Where do you see the hourglass?"]
+    ended = subprocess.run(
+        ["node", programs / "chat.js", embedded.address, picture_path() / "cat.png", *questions],
+        env={**os.environ, "VFLOW_PROTO": str(ROOT / "proto")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines() == [
+        "1312 visual tokens, kept per stage: 170, 162, 61",
+        "Which shape is green? arrow",
+        "Where do you see the hourglass? center",
+    ]
+    assert embedded.kv_bytes() == 0
