@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.vflowopt.talk import Talk, picture
+from tests.vflowopt.generation import Chat, picture
 from vflowopt.compression.strategy import Strategy
 from vflowopt.runtime.cache import PagePool
 from vflowopt.runtime.model_runner import Runtime
@@ -30,7 +30,7 @@ def own_runtime(request: pytest.FixtureRequest, plain_folder: Path, monkeypatch:
 
 def logits_of(runtime: Runtime) -> Iterator[torch.Tensor]:
     """The logits behind the answers of three sequences of unequal lengths, alone and then together."""
-    talks = [Talk(runtime, strategy) for strategy in (Strategy.full(), Strategy.preset(0.25, 6), Strategy.full())]
+    talks = [Chat(runtime, strategy) for strategy in (Strategy.full(), Strategy.preset(0.25, 6), Strategy.full())]
     for index, talk in enumerate(talks):
         talk.ask([picture(56 + 20 * index, 80, index), "go" * (9 * index + 1)], 3)
         yield from talk.logits
