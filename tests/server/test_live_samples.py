@@ -16,55 +16,55 @@ PICTURES = [Picture.from_pixels(noise(20, 20, seed)) for seed in range(4)]
 
 
 def told(live: LiveSamples, tenant: str = "red", most: int = 0) -> list[tuple[str, tuple[str, ...]]]:
-    return [(sample.picture.digest, sample.questions) for sample in live.take(tenant, most)]
+    return [(sample.picture.digest, sample.questions) for sample in live.pop(tenant, most)]
 
 
-def asked(live: LiveSamples, session: str, *texts: str, tenant: str = "red", after: int = 0) -> None:
+def ask(live: LiveSamples, session: str, *texts: str, tenant: str = "red", after: int = 0) -> None:
     for turn, text in enumerate(texts, start=after + 1):
-        live.asked(tenant, session, [text], turns=turn, images=1)
+        live.note_turn(tenant, session, [text], turns=turn, images=1)
 
 
 def test_a_conversation_about_one_picture_is_a_sample() -> None:
     live = LiveSamples(9, 1 << 20)
-    live.showed("red", "one", PICTURES[0], images=1)
-    asked(live, "one", "What?", "Where?")
-    live.asked("red", "two", ["Look:", PICTURES[1], "who?"], turns=1, images=1)
-    asked(live, "two", "Why?", after=1)
+    live.note_image("red", "one", PICTURES[0], images=1)
+    ask(live, "one", "What?", "Where?")
+    live.note_turn("red", "two", ["Look:", PICTURES[1], "who?"], turns=1, images=1)
+    ask(live, "two", "Why?", after=1)
     assert told(live) == [
         (PICTURES[1].digest, ("Look: who?", "Why?")),
         (PICTURES[0].digest, ("What?", "Where?")),
     ]
     with pytest.raises(ServiceError, match="CALIBRATION_UNAVAILABLE|since the last search"):
-        live.take("red", 0)
+        live.pop("red", 0)
 
 
 def test_what_makes_no_sample() -> None:
     live = LiveSamples(9, 1 << 20)
-    live.showed("red", "nothing asked", PICTURES[0], images=1)
-    asked(live, "no picture", "Hello?")
-    live.showed("red", "no picture", PICTURES[0], images=1)  # too late: there was a turn without it
-    asked(live, "no picture", "And now?", after=1)
-    live.asked("red", "two at once", [PICTURES[0], PICTURES[1], "Which?"], turns=1, images=2)
+    live.note_image("red", "nothing asked", PICTURES[0], images=1)
+    ask(live, "no picture", "Hello?")
+    live.note_image("red", "no picture", PICTURES[0], images=1)  # too late: there was a turn without it
+    ask(live, "no picture", "And now?", after=1)
+    live.note_turn("red", "two at once", [PICTURES[0], PICTURES[1], "Which?"], turns=1, images=2)
     clip = Video.of(PICTURES, range(4))
-    live.showed("red", "a video ahead", clip, images=1)
-    asked(live, "a video ahead", "What happens?")
-    live.asked("red", "a video within", [clip, "What happens?"], turns=1, images=1)
-    live.asked("red", "a video beside it", [PICTURES[0], clip, "Which?"], turns=1, images=2)
-    asked(live, "a fork", "What else?", after=1)
+    live.note_image("red", "a video ahead", clip, images=1)
+    ask(live, "a video ahead", "What happens?")
+    live.note_turn("red", "a video within", [clip, "What happens?"], turns=1, images=1)
+    live.note_turn("red", "a video beside it", [PICTURES[0], clip, "Which?"], turns=1, images=2)
+    ask(live, "a fork", "What else?", after=1)
     with pytest.raises(ServiceError):
-        live.take("red", 0)
+        live.pop("red", 0)
 
 
 def test_a_sample_ends_where_a_second_picture_comes_and_after_so_many_questions() -> None:
     live = LiveSamples(9, 1 << 20)
-    live.showed("red", "ahead", PICTURES[0], images=1)
-    asked(live, "ahead", "One?")
-    live.showed("red", "ahead", PICTURES[1], images=2)
-    live.asked("red", "ahead", ["Two?"], turns=2, images=2)
-    live.asked("red", "within", [PICTURES[2], "One?"], turns=1, images=1)
-    live.asked("red", "within", [PICTURES[3], "Two?"], turns=2, images=2)
-    live.showed("red", "long", PICTURES[3], images=1)
-    asked(live, "long", *"abcdefghijk")
+    live.note_image("red", "ahead", PICTURES[0], images=1)
+    ask(live, "ahead", "One?")
+    live.note_image("red", "ahead", PICTURES[1], images=2)
+    live.note_turn("red", "ahead", ["Two?"], turns=2, images=2)
+    live.note_turn("red", "within", [PICTURES[2], "One?"], turns=1, images=1)
+    live.note_turn("red", "within", [PICTURES[3], "Two?"], turns=2, images=2)
+    live.note_image("red", "long", PICTURES[3], images=1)
+    ask(live, "long", *"abcdefghijk")
     questions = {digest: len(texts) for digest, texts in told(live)}
     assert questions == {PICTURES[0].digest: 1, PICTURES[2].digest: 1, PICTURES[3].digest: MOST_QUESTIONS}
 
@@ -73,22 +73,22 @@ def test_the_latest_are_kept_within_their_number_and_bytes() -> None:
     few, small = LiveSamples(2, 1 << 20), LiveSamples(9, 3 * PICTURES[0].pixels.nbytes)
     for live in (few, small):
         for number, picture in enumerate(PICTURES):
-            live.showed("red", f"s{number}", picture, images=1)
-            asked(live, f"s{number}", "What?")
+            live.note_image("red", f"s{number}", picture, images=1)
+            ask(live, f"s{number}", "What?")
     assert [digest for digest, _ in told(few)] == [PICTURES[3].digest, PICTURES[2].digest]
     assert [digest for digest, _ in told(small, most=1)] == [PICTURES[3].digest]
     assert [digest for digest, _ in told(small)] == [PICTURES[2].digest, PICTURES[1].digest], "and not twice"
     none = LiveSamples(0, 1 << 20)
-    none.showed("red", "s", PICTURES[0], images=1)
-    asked(none, "s", "What?")
+    none.note_image("red", "s", PICTURES[0], images=1)
+    ask(none, "s", "What?")
     assert len(none) == 0
 
 
 def test_everybody_gets_their_own() -> None:
     live = LiveSamples(9, 1 << 20)
     for tenant, picture in zip(("red", "blue"), PICTURES, strict=False):
-        live.showed(tenant, "s", picture, images=1)
-        asked(live, "s", "What?", tenant=tenant)
+        live.note_image(tenant, "s", picture, images=1)
+        ask(live, "s", "What?", tenant=tenant)
     assert [digest for digest, _ in told(live, "blue")] == [PICTURES[1].digest]
     assert [digest for digest, _ in told(live, "red")] == [PICTURES[0].digest]
 

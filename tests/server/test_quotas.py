@@ -118,7 +118,7 @@ def test_tokens_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     allowance = Allowance(120)
-    allowance.take(150)
+    allowance.spend(150)
     assert (allowance.left, allowance.seconds_until_one()) == (-30, 15.5)
     now = 15.5
     assert allowance.left == 1

@@ -204,31 +204,31 @@ def test_no_page_is_left_wherever_reading_is_closed(runtime: Runtime) -> None:
 def test_a_shortage_is_told_and_waited_for(runtime: Runtime) -> None:
     calibration = prepared(runtime, piece=32)
     expected = cosines(calibration, STRATEGY)
-    others = runtime.pool.take(runtime.pool.free_pages - 8)
+    others = runtime.pool.acquire(runtime.pool.free_pages - 8)
     told: list[Shortage] = []
 
     def make_room(pause: Any) -> None:
         if isinstance(pause, Shortage):
             told.append(pause)
             assert not any(each.kv_bytes for each in calibration.sequences), "its own pages are given back"
-            runtime.pool.give_back(others[: pause.pages])
+            runtime.pool.release(others[: pause.pages])
             del others[: pause.pages]
 
     assert cosines(calibration, STRATEGY, make_room) == pytest.approx(expected, abs=1e-5)
     assert told and all(shortage.pages > 0 for shortage in told)
-    runtime.pool.give_back(others)
+    runtime.pool.release(others)
 
 
 @pytest.mark.parametrize("free", [4, 0])
 def test_what_never_finds_room_is_given_up(runtime: Runtime, free: int) -> None:
     calibration = prepared(runtime, piece=32)
-    others = runtime.pool.take(runtime.pool.free_pages - free)
+    others = runtime.pool.acquire(runtime.pool.free_pages - free)
     told: list[Any] = []
     with pytest.raises(PoolExhausted, match="release idle conversations"):
         cosines(calibration, STRATEGY, told.append)
     assert sum(isinstance(pause, Shortage) for pause in told) == PATIENCE - 1
     assert runtime.pool.free_pages == free and not calibration.sequences
-    runtime.pool.give_back(others)
+    runtime.pool.release(others)
 
 
 def test_the_digest_names_pictures_and_questions_in_order(runtime: Runtime) -> None:

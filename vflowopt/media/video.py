@@ -96,8 +96,8 @@ class Video:
             )
         _check_sizes(frames, limits)
         _check_times(frames, seconds)
-        said = "".join(f"{frame.digest}@{float(at)!r};" for frame, at in zip(frames, seconds, strict=True))
-        digest = hashlib.sha256(f"video:{said}".encode()).hexdigest()
+        content = "".join(f"{frame.digest}@{float(at)!r};" for frame, at in zip(frames, seconds, strict=True))
+        digest = hashlib.sha256(f"video:{content}".encode()).hexdigest()
         return cls(tuple(frames), tuple(map(float, seconds)), digest)
 
 

@@ -136,8 +136,8 @@ class InternVL(TiledVideoModel):
         texts: list[list[int]] = []
         for number in range(1, len(video.frames) + 1):
             counted = f"Frame{number}: " if number == 1 else f"\nFrame{number}: "
-            told = self.tokenizer(counted, add_special_tokens=False)["input_ids"]
-            texts.append([*([end] if texts else []), *told, begin])
+            ids = self.tokenizer(counted, add_special_tokens=False)["input_ids"]
+            texts.append([*([end] if texts else []), *ids, begin])
         return with_text(super()._encode_video(video), [*texts, [end]], self.decoder.embed_tokens)
 
     def _pack_frames(self, projected: Tensor) -> Tensor:

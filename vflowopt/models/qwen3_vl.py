@@ -68,6 +68,6 @@ class Qwen3Vl(QwenVl):
         seconds = [*video.seconds, *video.seconds[-1:] * (-len(video.seconds) % self.step)]
         texts: list[list[int]] = []
         for first, last in zip(seconds[:: self.step], seconds[self.step - 1 :: self.step], strict=True):
-            told = self.tokenizer(f"<{(first + last) / 2:.1f} seconds>", add_special_tokens=False)["input_ids"]
-            texts.append([*([self._end] if texts else []), *told, self._begin])
+            ids = self.tokenizer(f"<{(first + last) / 2:.1f} seconds>", add_special_tokens=False)["input_ids"]
+            texts.append([*([self._end] if texts else []), *ids, self._begin])
         return with_text(encoded, [*texts, [self._end]], self.decoder.embed_tokens)

@@ -95,7 +95,7 @@ class PagePool:
         """Bytes of the pages that are held, each counted once however many hold it."""
         return (self.pages - len(self._free)) * self.page_bytes
 
-    def take(self, count: int) -> list[int]:
+    def acquire(self, count: int) -> list[int]:
         """Take ``count`` free pages, with one reference each.
 
         Raises:
@@ -122,7 +122,7 @@ class PagePool:
         """Whether more than one holds ``page``, once ``leaving`` of them do not any more."""
         return self._references[page] - leaving > 1
 
-    def give_back(self, pages: Iterable[int]) -> None:
+    def release(self, pages: Iterable[int]) -> None:
         """Drop a reference to each page; those that nobody holds any more become free."""
         for page in pages:
             self._references[page] -= 1
@@ -225,7 +225,7 @@ class StageTable:
             first = self.length // self.pool.page_size
             old, self.block_table[first], pages = self.block_table[first], pages[:depth], pages[depth:]
             self.pool.copy(old, self.block_table[first])
-            self.pool.give_back(old)
+            self.pool.release(old)
         self.block_table += [pages[start : start + depth] for start in range(0, len(pages), depth)]
         self._update_pages(first)
 
@@ -237,7 +237,7 @@ class StageTable:
         cut = self.block_table[self.blocks_for(length) :]
         if cut:
             del self.block_table[self.blocks_for(length) :]
-            self.pool.give_back(page for block in cut for page in block)
+            self.pool.release(page for block in cut for page in block)
             self._update_pages(len(self.block_table))
 
     def fork(self) -> StageTable:
@@ -355,6 +355,6 @@ def reserve(caches: Sequence[StagedCache], tokens: Sequence[Sequence[int]]) -> N
     wanted = [stage.pages_to_write(more, leaving) for stage, more in zip(stages, counts, strict=True)]
     if not any(wanted):
         return
-    pages = iter(caches[0].pool.take(sum(wanted)))
+    pages = iter(caches[0].pool.acquire(sum(wanted)))
     for stage, count in zip(stages, wanted, strict=True):
         stage.make_writable(list(islice(pages, count)))

@@ -132,8 +132,8 @@ class Calibration:
     @property
     def digest(self) -> str:
         """SHA-256 of the pictures' identities and the questions, in hex: equal for equal samples in equal order."""
-        told = [[*sample.picture.identity, *sample.questions] for sample in self.samples]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        content = [[*sample.picture.identity, *sample.questions] for sample in self.samples]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @property
     def turns(self) -> npt.NDArray[np.int64]:

@@ -61,7 +61,7 @@ class PictureStore:
         """Bytes of all decoded pictures that anything still has: requests under way, samples, and what is held."""
         return self._decoded.total
 
-    async def take(self, image: images_pb2.Image, field: str, tenant: str) -> Picture:
+    async def acquire(self, image: images_pb2.Image, field: str, tenant: str) -> Picture:
         """The picture that ``image``, at ``field`` of a request of ``tenant``, brings or stands for.
 
         Raises:

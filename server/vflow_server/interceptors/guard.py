@@ -107,7 +107,7 @@ def _guarded(behaviour: Behaviour, name: str, caller: Caller | None) -> Behaviou
                 raise asyncio.CancelledError from None
         finally:
             milliseconds = round((time.perf_counter() - begun) * 1000, 1)
-            told = log.debug if name in _POLLED else log.info
-            told("call", method=name, outcome=outcome, ms=milliseconds)
+            write = log.debug if name in _POLLED else log.info
+            write("call", method=name, outcome=outcome, ms=milliseconds)
 
     return call

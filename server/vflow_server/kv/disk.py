@@ -167,7 +167,7 @@ class DiskStore:
 
     def forget(self, sequence: Sequence) -> None:
         """Remove the file of ``sequence``, if there is one."""
-        if (file := self._files.take(sequence)) is not None:
+        if (file := self._files.pop(sequence)) is not None:
             self._remove(file)
 
     def close(self, keep: Mapping[str, Sequence]) -> None:
@@ -200,11 +200,11 @@ class DiskStore:
 
 def _covered(sequence: Sequence, items: int) -> bytes:
     """The first ``items`` items of a log, and what cut its cache into stages, as bytes to be told apart by."""
-    said = [
+    content = [
         [*item.identity, *map(len, item.kept)] if isinstance(item, CompressedImage) else item
         for item in sequence.log[:items]
     ]
-    return json.dumps([sequence.strategy.to_json(), said]).encode()
+    return json.dumps([sequence.strategy.to_json(), content]).encode()
 
 
 def _write(path: Path, offloaded: OffloadedCache, covered: bytes) -> str | None:

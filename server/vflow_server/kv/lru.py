@@ -35,7 +35,7 @@ class ByteBoundedLRU(Generic[K, V]):
             self._values.move_to_end(key)
         return value
 
-    def take(self, key: K) -> V | None:
+    def pop(self, key: K) -> V | None:
         """The value of ``key``, which is not held any more; None if it was not."""
         value = self._values.pop(key, None)
         if value is not None:

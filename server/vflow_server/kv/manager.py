@@ -79,7 +79,7 @@ class KVCacheManager:
             del self._in_use[state]
             self._idle[state] = None
             sequence = state.sequence
-            self.offloaded.put_down(sequence)
+            self.offloaded.discard_read(sequence)
             self.offloaded.fit()
             self._images.note(state, sequence.log)
             state.publish()

@@ -80,7 +80,7 @@ class OffloadStore:
             return None
         return self._spill.read(sequence)
 
-    def has_been_read(self, sequence: Sequence, reading: Future[OffloadedCache]) -> None:
+    def put_read(self, sequence: Sequence, reading: Future[OffloadedCache]) -> None:
         """Take what ``reading``, which is done, has brought; a file that is damaged or gone is forgotten."""
         try:
             self._read[sequence] = reading.result()
@@ -88,14 +88,14 @@ class OffloadStore:
             log.warning("a parked KV cache is lost and will be rebuilt", because=str(error))
             self.forget(sequence)
 
-    def put_down(self, sequence: Sequence) -> None:
+    def discard_read(self, sequence: Sequence) -> None:
         """Let go of what was read ahead and not used; it still is in its file."""
         self._read.pop(sequence, None)
 
     def forget(self, sequence: Sequence) -> None:
         """Give up whatever is held of ``sequence``."""
-        self._memory.take(sequence)
-        self.put_down(sequence)
+        self._memory.pop(sequence)
+        self.discard_read(sequence)
         if self._spill is not None:
             self._spill.forget(sequence)
 
@@ -109,7 +109,7 @@ class OffloadStore:
         """
         if self._spill is None:
             return False
-        in_memory = self._memory.take(sequence)
+        in_memory = self._memory.pop(sequence)
         if (cache := offloaded or in_memory) is not None and time.monotonic() < until:
             self._spill.put(sequence, cache)
         return self._spill.is_written(sequence, until)

@@ -44,7 +44,7 @@ class CalibrationReader:
                         f"max_samples is {most}; give how many to use at most, or 0 for all",
                         metadata={"value": most, "min": 0},
                     )
-                return self._live.take(tenant, most)
+                return self._live.pop(tenant, most)
         raise InvalidRequest(
             "OPTION_OUT_OF_RANGE", "calibration", "give samples to calibrate on, or ask for those of live traffic"
         )
@@ -60,7 +60,7 @@ class CalibrationReader:
         )
         for index, sample in enumerate(samples):
             field = f"{path}[{index}].image"
-            picture = await self._pictures.take(sample.image, field, tenant)
+            picture = await self._pictures.acquire(sample.image, field, tenant)
             pixels.count(picture, field)
             read.append(Sample(picture, tuple(sample.questions)))
         return read

@@ -41,7 +41,7 @@ async def read_turn(
         match part.WhichOneof("content"):
             case "image":
                 field = f"parts[{index}].image"
-                picture = await pictures.take(part.image, field, tenant)
+                picture = await pictures.acquire(part.image, field, tenant)
                 pixels.count(picture, field)
                 parts.append(picture)
             case "video":

@@ -66,7 +66,7 @@ class Compression(compression_pb2_grpc.CompressionServicer):
         revision = self._strategies.get(request.strategy)
         tenant = current_caller().tenant
         async with self._quotas.work(tenant):
-            picture = await self._pictures.take(request.image, "image", tenant)
+            picture = await self._pictures.acquire(request.image, "image", tenant)
             return await self._compress(picture, revision, tenant, embeddings=request.include_embeddings)
 
     async def _compress(

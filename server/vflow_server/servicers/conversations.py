@@ -109,7 +109,7 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         """Show a picture ahead of its question."""
         session = self._find(request.session, "session")
         async with self._quotas.work(session.tenant) as charge:
-            picture = await self._pictures.take(request.image, "image", session.tenant)
+            picture = await self._pictures.acquire(request.image, "image", session.tenant)
             return conversations_pb2.AddImageResponse(receipt=await self._show(picture, session, charge))
 
     async def AddVideo(

@@ -57,7 +57,7 @@ class Allowance:
         self._at = now
         return self._left
 
-    def take(self, tokens: int) -> None:
+    def spend(self, tokens: int) -> None:
         """Take some, more than there are if need be."""
         self._left = self.left - tokens
 
@@ -137,7 +137,7 @@ class Quotas:
         finally:
             use.under_way.remove(work)
             if use.allowance is not None:
-                use.allowance.take(work.tokens)
+                use.allowance.spend(work.tokens)
 
     def show(self, tenant: str, work: Charge, pictures: int) -> None:
         """Count so many ``pictures`` as about to be shown to a session by ``work``.

@@ -21,7 +21,7 @@ MOST_QUESTIONS = 8
 
 
 @dataclass
-class _Heard:
+class _Conversation:
     """What was heard of a conversation about one picture: the questions of its turns, from the first one on."""
 
     picture: Picture
@@ -41,39 +41,47 @@ class LiveSamples:
         self._most = most
         self._most_bytes = most_bytes
         # By tenant and session; whose last turn is the latest comes last.
-        self._heard: OrderedDict[tuple[str, str], _Heard] = OrderedDict()
+        self._conversations: OrderedDict[tuple[str, str], _Conversation] = OrderedDict()
 
     def __len__(self) -> int:
         """How many conversations are kept, of all tenants."""
-        return len(self._heard)
+        return len(self._conversations)
 
-    def showed(self, tenant: str, session: str, visual: Visual, *, images: int) -> None:
+    def note_image(self, tenant: str, session: str, visual: Visual, *, images: int) -> None:
         """Hear that ``visual`` was shown ahead of a turn of ``session``, in which there are ``images`` by now."""
         if images == 1 and isinstance(visual, Picture):
-            self._keep((tenant, session), _Heard(visual))
-        elif (heard := self._heard.get((tenant, session))) is not None:
-            heard.over = True
+            self._put((tenant, session), _Conversation(visual))
+        elif (conversation := self._conversations.get((tenant, session))) is not None:
+            conversation.over = True
 
-    def asked(self, tenant: str, session: str, parts: Sequence[str | Visual], *, turns: int, images: int) -> None:
+    def note_turn(self, tenant: str, session: str, parts: Sequence[str | Visual], *, turns: int, images: int) -> None:
         """Hear of a finished turn of ``session``, in which there are so many ``turns`` and ``images`` by now."""
         key = (tenant, session)
         pictures = [part for part in parts if isinstance(part, Picture)]
-        heard = _Heard(pictures[0]) if turns == images == len(pictures) == 1 else self._heard.get(key)
-        if heard is None:
+        conversation = (
+            _Conversation(pictures[0]) if turns == images == len(pictures) == 1 else self._conversations.get(key)
+        )
+        if conversation is None:
             return
         # A turn may be missing: the first one came without a picture.
-        heard.over = heard.over or images > 1 or len(heard.questions) != turns - 1 or turns > MOST_QUESTIONS
-        if not heard.over:
-            heard.questions.append(" ".join(part for part in parts if isinstance(part, str)))
-            self._keep(key, heard)
+        conversation.over = (
+            conversation.over or images > 1 or len(conversation.questions) != turns - 1 or turns > MOST_QUESTIONS
+        )
+        if not conversation.over:
+            conversation.questions.append(" ".join(part for part in parts if isinstance(part, str)))
+            self._put(key, conversation)
 
-    def take(self, tenant: str, most: int) -> list[Sample]:
+    def pop(self, tenant: str, most: int) -> list[Sample]:
         """The samples of ``tenant``, latest first, which are kept no longer; 0 for ``most`` takes all.
 
         Raises:
             ServiceError: CALIBRATION_UNAVAILABLE where there are none.
         """
-        keys = [key for key, heard in reversed(self._heard.items()) if key[0] == tenant and heard.questions]
+        keys = [
+            key
+            for key, conversation in reversed(self._conversations.items())
+            if key[0] == tenant and conversation.questions
+        ]
         if not keys:
             raise ServiceError(
                 grpc.StatusCode.FAILED_PRECONDITION,
@@ -82,14 +90,14 @@ class LiveSamples:
                 if self._most
                 else "this server keeps nothing of conversations; send samples, or start it with --calibration-samples",
             )
-        taken = [self._heard.pop(key) for key in keys[: most or None]]
-        return [Sample(heard.picture, tuple(heard.questions)) for heard in taken]
+        popped = [self._conversations.pop(key) for key in keys[: most or None]]
+        return [Sample(conversation.picture, tuple(conversation.questions)) for conversation in popped]
 
-    def _keep(self, key: tuple[str, str], heard: _Heard) -> None:
-        self._heard[key] = heard
-        self._heard.move_to_end(key)
-        while len(self._heard) > self._most or self._bytes() > self._most_bytes:
-            self._heard.popitem(last=False)
+    def _put(self, key: tuple[str, str], conversation: _Conversation) -> None:
+        self._conversations[key] = conversation
+        self._conversations.move_to_end(key)
+        while len(self._conversations) > self._most or self._bytes() > self._most_bytes:
+            self._conversations.popitem(last=False)
 
     def _bytes(self) -> int:
-        return sum(heard.picture.pixels.nbytes for heard in self._heard.values())
+        return sum(conversation.picture.pixels.nbytes for conversation in self._conversations.values())

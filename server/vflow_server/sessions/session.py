@@ -248,11 +248,11 @@ class Session:
         return ticket
 
     def _showed(self, visual: Visual) -> None:
-        self._parts.live_samples.showed(self.tenant, self.name, visual, images=self.state.snapshot.images)
+        self._parts.live_samples.note_image(self.tenant, self.name, visual, images=self.state.snapshot.images)
 
     def _answered(self, request: TurnRequest) -> None:
         snapshot = self.state.snapshot
-        self._parts.live_samples.asked(
+        self._parts.live_samples.note_turn(
             self.tenant, self.name, request.parts, turns=snapshot.turns, images=snapshot.images
         )
 

@@ -153,7 +153,7 @@ def read_offloaded(kv: KVCacheManager, sequence: Sequence) -> Steps[None]:
     """Have an offloaded cache of a sequence in memory, where one is held in a file."""
     if not sequence.resident and (reading := kv.offloaded.read_ahead(sequence)) is not None:
         yield Wait(reading)
-        kv.offloaded.has_been_read(sequence, reading)
+        kv.offloaded.put_read(sequence, reading)
 
 
 def add_image(

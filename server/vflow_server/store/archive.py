@@ -68,7 +68,7 @@ class Archive:
         """Hand in something to do within a transaction; see :meth:`Journal.submit`."""
         return self._journal.submit(action)
 
-    def keep(self, connection: sqlite3.Connection, image: CompressedImage) -> str:
+    def put(self, connection: sqlite3.Connection, image: CompressedImage) -> str:
         """Have ``image`` in a file; its key. Part of a transaction that has an entry name it.
 
         Raises:

@@ -264,6 +264,6 @@ def _told(failure: BaseException) -> BaseException:
     if not isinstance(failure, sqlite3.Error | OSError):
         return failure
     log.error("the data folder cannot be used", because=str(failure))
-    told = storage_failed(failure)
-    told.__cause__ = failure
-    return told
+    refusal = storage_failed(failure)
+    refusal.__cause__ = failure
+    return refusal

@@ -95,7 +95,7 @@ class SessionRecord:
 
         def write(connection: sqlite3.Connection) -> None:
             self._truncate(connection, number)
-            keys = {id(item): self._archive.keep(connection, item) for item in _pictures(entry.items)}
+            keys = {id(item): self._archive.put(connection, item) for item in _pictures(entry.items)}
             self._check_room(connection)
             items = json.dumps([item if isinstance(item, int) else keys[id(item)] for item in entry.items])
             self._insert_row(connection, "entries", number, items, entry.images, entry.answered)
@@ -157,8 +157,8 @@ class SessionRecord:
                         pictures[key] = self._archive.pictures.read(key)
                     except PictureLost as error:
                         raise session_damaged(self.facts.name, error) from error
-                said = tuple(pictures[item] if isinstance(item, str) else item for item in log)
-                entries.append(Entry(said, images, bool(answered)))
+                restored = tuple(pictures[item] if isinstance(item, str) else item for item in log)
+                entries.append(Entry(restored, images, bool(answered)))
             return entries
 
         return self._archive.submit(read)

@@ -38,8 +38,8 @@ def revision_message(revision: StrategyRevision, strategies: StrategyStore) -> M
     if revision.provenance is not None:
         message.provenance.CopyFrom(strategies_pb2.Provenance(**asdict(revision.provenance)))
     for event in strategies.events(revision.name):
-        told = message.events.add(kind=strategies_pb2.StrategyEvent.Kind.Value(event.kind.name), reason=event.reason)
-        told.time.FromNanoseconds(int(event.time * 1e9))
+        added = message.events.add(kind=strategies_pb2.StrategyEvent.Kind.Value(event.kind.name), reason=event.reason)
+        added.time.FromNanoseconds(int(event.time * 1e9))
     return message
 
 
