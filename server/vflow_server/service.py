@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import grpc
 import structlog
 from google.longrunning import operations_pb2, operations_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from vflow_client.v1 import (
     compression_pb2,
@@ -39,8 +39,7 @@ from vflow_server.kv.manager import KVCacheManager
 from vflow_server.kv.offload import OffloadStore
 from vflow_server.kv.prefix_cache import PrefixCache
 from vflow_server.monitoring.gauges import Gauges
-from vflow_server.monitoring.side_port import Answer, Page, Request, SidePort
-from vflow_server.monitoring.status_page import StatusPage
+from vflow_server.monitoring.service_parts import ServiceParts
 from vflow_server.rpc.listener import Listener, is_loopback
 from vflow_server.servicers.admin import Strategies
 from vflow_server.servicers.calibration_request import CalibrationReader
@@ -63,6 +62,9 @@ from vflow_server.tuning.operations import OperationStore
 from vflow_server.tuning.retune import Retunes
 from vflowopt.media.picture import PictureLimits
 from vflowopt.runtime.model_runner import Runtime
+
+if TYPE_CHECKING:
+    from vflow_server.monitoring.side_port import SidePort
 
 _FOR_USERS = tuple(
     file.DESCRIPTOR.services_by_name[name].full_name
@@ -151,19 +153,21 @@ class Service:
             tokens_per_minute=settings.tenant_tokens,
         )
         self.quotas = Quotas(quota, self.sessions, self.engine, self.kv)
-        self.metrics.registry.register(
-            Gauges(
-                engine=self.engine,
-                runtime=self.runtime,
-                kv=self.kv,
-                images=self.images,
-                sessions=self.sessions,
-                strategies=self.strategies,
-                pictures=self.pictures,
-                fidelity_monitor=self.fidelity_monitor,
-                retunes=self.retunes,
-            )
+        self.parts = ServiceParts(
+            runtime=runtime,
+            engine=self.engine,
+            kv=self.kv,
+            images=self.images,
+            pictures=self.pictures,
+            sessions=self.sessions,
+            strategies=self.strategies,
+            fidelity_monitor=self.fidelity_monitor,
+            retunes=self.retunes,
+            receipt_log=self.receipt_log,
+            metrics=self.metrics,
+            access=self.access,
         )
+        self.metrics.registry.register(Gauges(self.parts))
         self.failed = asyncio.Event()
         """Set when the engine has died: nothing can be served any more."""
         self._loop = asyncio.get_running_loop()
@@ -171,7 +175,7 @@ class Service:
         self._listeners = self._listen()
         self.admin_port: int | None = None
         """Where the services for administrators listen, once they do, if that is a port of their own."""
-        self._side_port = SidePort({"/metrics": self._told_metrics, **self._status_pages()})
+        self._side_port: SidePort | None = None
         self.side_port: int | None = None
         """Where the side port listens, once it does."""
 
@@ -184,7 +188,7 @@ class Service:
         port, *further = [listener.bind() for listener in self._listeners]
         self.admin_port = next(iter(further), None)
         if self.settings.metrics_port is not None:
-            self.side_port = await self._side_port.start(self.settings.metrics_host, self.settings.metrics_port)
+            self.side_port = await self._start_side_port(self.settings.metrics_host, self.settings.metrics_port)
         self.engine.start()
         for name in ("", *NAMES):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -218,7 +222,8 @@ class Service:
         if self.archive is not None:
             await asyncio.to_thread(self.archive.close)
         self.pictures.close()
-        await self._side_port.stop()
+        if self._side_port is not None:
+            await self._side_port.stop(begun + grace - time.monotonic())
         await asyncio.to_thread(self.tracing.close)
 
     def _stop_engine(self, keep_until: float) -> None:
@@ -307,25 +312,13 @@ class Service:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
 
-    def _status_pages(self) -> Mapping[str, Page]:
-        if not self.settings.status_page:
-            return {}
-        return StatusPage(
-            engine=self.engine,
-            runtime=self.runtime,
-            kv=self.kv,
-            images=self.images,
-            sessions=self.sessions,
-            strategies=self.strategies,
-            pictures=self.pictures,
-            fidelity_monitor=self.fidelity_monitor,
-            retunes=self.retunes,
-            receipt_log=self.receipt_log,
-            access=self.access,
-        ).pages
+    async def _start_side_port(self, host: str, port: int) -> int:
+        # Starlette and uvicorn take a while to import, and a service without a side port starts without them.
+        from vflow_server.monitoring.pages import pages
+        from vflow_server.monitoring.side_port import SidePort
 
-    async def _told_metrics(self, request: Request) -> Answer:
-        return Answer(generate_latest(self.metrics.registry), CONTENT_TYPE_LATEST)
+        self._side_port = SidePort(pages(self.parts, status_page=self.settings.status_page))
+        return await self._side_port.start(host, port)
 
     def _engine_died(self) -> None:
         """Called in the engine's thread: say on the event loop that nothing is served any more."""

@@ -125,8 +125,8 @@ class Mortal:
         with self.client() as client, client.session("full") as session:
             while True:
                 gauges = self.gauges()
-                own = session.state().kv_bytes / gauges["vflow_pool_page_bytes"]
-                lost = gauges['vflow_pool_pages{state="held"}'] - own
+                own = session.state().kv_bytes / gauges["vflow_kv_page_bytes"]
+                lost = gauges['vflow_kv_pages{state="used"}'] - own
                 if not lost or not words:
                     return lost
                 try:

@@ -88,7 +88,7 @@ class Assailant:
             self._delete(*self._made.pop())
         self._delete(self._session, "default")
         self._session = ""
-        until(lambda: not self._mortal.gauges()["vflow_running"], 20)
+        until(lambda: not self._mortal.gauges()["vflow_requests_running"], 20)
         gauges, process = self._mortal.gauges(), self._mortal.process
         lost = self._mortal.lost_pages()
         self._session = self._talk.CreateSession(talk.CreateSessionRequest()).name

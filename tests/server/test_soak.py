@@ -226,9 +226,9 @@ def test_soak(seconds: float, parent: Parent, model_folder: Path, tmp_path: Path
             with mortal.client(tenant=tenant) as client:
                 for state in client.sessions():
                     client.attach(state.name).delete()
-        until(lambda: not mortal.gauges()["vflow_running"], 20)
+        until(lambda: not mortal.gauges()["vflow_requests_running"], 20)
         gauges = mortal.gauges()
-        assert gauges["vflow_engine_up"] and not gauges["vflow_queue_depth"] and not gauges["vflow_retune_running"]
+        assert gauges["vflow_engine_up"] and not gauges["vflow_requests_waiting"] and not gauges["vflow_retune_running"]
         assert not mortal.lost_pages()
         mortal.signal(signal.SIGTERM)
         assert mortal.ended() == 0

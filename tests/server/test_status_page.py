@@ -79,7 +79,7 @@ class Reader(HTMLParser):
 
 def test_it_shows_sessions_turns_pictures_and_strategies(served: Served, picture: bytes) -> None:
     empty = Reader(fetched(served, "/")[1]).text
-    assert "serves" in empty and "preset-10 active" in empty
+    assert "is serving" in empty and "preset-10 active" in empty
     with served.connect(tenant="acme") as client, client.session("preset-50") as session:
         receipt = session.add_image(picture)
         answer = session.ask("A secret question", max_new_tokens=3)

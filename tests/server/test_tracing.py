@@ -74,7 +74,7 @@ def converse(served: Served, picture: bytes) -> str:
     return str(session)
 
 
-def test_each_call_is_a_span_in_its_callers_trace_with_its_stages_below(
+def test_each_call_is_a_span_in_its_callers_trace_with_its_phases_below(
     serve: Serve, collector: Collector, picture: bytes
 ) -> None:
     served = serve(otlp_endpoint=collector.endpoint)
@@ -93,15 +93,15 @@ def test_each_call_is_a_span_in_its_callers_trace_with_its_stages_below(
         "vflow.session": session,
         "vflow.request": "order-66",
     }
-    stages = collector.below(chat)
-    assert [stage.name for stage in stages] == ["queue", "prefill", "decode"]
-    for before, after in zip(stages, stages[1:], strict=False):
+    phases = collector.below(chat)
+    assert [phase.name for phase in phases] == ["queue", "prefill", "decode"]
+    for before, after in zip(phases, phases[1:], strict=False):
         assert before.end_time_unix_nano <= after.start_time_unix_nano
     assert all(
-        stage.trace_id == chat.trace_id and stage.end_time_unix_nano <= chat.end_time_unix_nano for stage in stages
+        phase.trace_id == chat.trace_id and phase.end_time_unix_nano <= chat.end_time_unix_nano for phase in phases
     )
     shown = collector.below(collector.named(f"{service}/AddImage"))
-    assert [stage.name for stage in shown] == ["encode", "score", "prune", "prefill"]
+    assert [phase.name for phase in shown] == ["encode", "score", "prune", "prefill"]
     assert shown[0].end_time_unix_nano > shown[0].start_time_unix_nano
     refused = collector.named(f"{service}/GetSession")
     assert attributes(refused)["rpc.grpc.status_code"] == grpc.StatusCode.NOT_FOUND.value[0]

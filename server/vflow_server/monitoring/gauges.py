@@ -1,4 +1,4 @@
-"""Gauges: what is the case in the service at the moment when somebody asks, and what its parts have summed up.
+"""Gauges: the state of the service at the moment when Prometheus asks, and the sums that its parts keep themselves.
 
 Belongs to the event loop's thread; what it reads of the engine's things are single numbers that are always valid.
 """
@@ -8,71 +8,41 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.metadata import version
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    InfoMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
 from prometheus_client.registry import Collector
 
-from vflow_server.engine.engine import Engine
-from vflow_server.images.store import PictureStore
-from vflow_server.kv.image_cache import ImageCache
-from vflow_server.kv.manager import KVCacheManager
-from vflow_server.sessions.sessions import SessionStore
-from vflow_server.strategies.strategies import StrategyStore
-from vflow_server.tuning.fidelity_monitor import FidelityMonitor
-from vflow_server.tuning.retune import Retunes
-from vflowopt.runtime.model_runner import Runtime
+from vflow_server.monitoring.service_parts import ServiceParts
 
 
 class Gauges(Collector):
-    """Reads off the parts of one service.
+    """Reads one service.
 
     Args:
-        engine: what runs and waits.
-        runtime: the model and its KV pool.
-        kv: caches outside the pool.
-        images: compressed pictures.
-        sessions: that live.
-        strategies: which one is active.
-        pictures: that are held.
-        fidelity_monitor: what it has seen.
-        retunes: the one that is under way.
+        parts: of the service.
     """
 
-    def __init__(
-        self,
-        *,
-        engine: Engine,
-        runtime: Runtime,
-        kv: KVCacheManager,
-        images: ImageCache,
-        sessions: SessionStore,
-        strategies: StrategyStore,
-        pictures: PictureStore,
-        fidelity_monitor: FidelityMonitor,
-        retunes: Retunes,
-    ) -> None:
-        self._engine = engine
-        self._runtime = runtime
-        self._kv = kv
-        self._images = images
-        self._sessions = sessions
-        self._strategies = strategies
-        self._pictures = pictures
-        self._fidelity_monitor = fidelity_monitor
-        self._retunes = retunes
+    def __init__(self, parts: ServiceParts) -> None:
+        self._parts = parts
 
     def collect(self) -> Iterator[Metric]:
         """The present values."""
         yield from self._of_service()
         yield from self._of_memory()
         yield from self._of_sessions()
-        yield from self._of_watch()
+        yield from self._of_fidelity()
         yield from self._of_retune()
 
     def _of_service(self) -> Iterator[Metric]:
-        runtime = self._runtime
+        runtime, engine = self._parts.runtime, self._parts.engine
         yield InfoMetricFamily(
             "vflow_build",
-            "What is served by what.",
+            "Version of VFlow, and the model that it serves.",
             {
                 "version": version("vflowopt"),
                 "model_revision": runtime.revision,
@@ -81,40 +51,46 @@ class Gauges(Collector):
             },
         )
         yield InfoMetricFamily(
-            "vflow_active_strategy", "The default of new sessions.", {"strategy": self._strategies.active.name}
+            "vflow_active_strategy",
+            "Strategy that new sessions get by default.",
+            {"strategy": self._parts.strategies.active.name},
         )
-        yield GaugeMetricFamily("vflow_engine_up", "1 as long as the engine takes work.", self._engine.alive)
-        yield GaugeMetricFamily("vflow_queue_depth", "Requests that wait for their first step.", self._engine.waiting)
-        yield GaugeMetricFamily("vflow_running", "Requests that share the model's steps.", self._engine.running)
+        yield GaugeMetricFamily("vflow_engine_up", "1 while the engine works, 0 once it has failed.", engine.alive)
+        yield GaugeMetricFamily("vflow_requests_waiting", "Requests that wait for their first step.", engine.waiting)
+        yield GaugeMetricFamily("vflow_requests_running", "Requests that share the model's steps.", engine.running)
 
     def _of_memory(self) -> Iterator[Metric]:
-        pool = self._runtime.pool
-        pages = GaugeMetricFamily("vflow_pool_pages", "Pages of the KV pool, by state.", labels=("state",))
+        parts, pool = self._parts, self._parts.runtime.pool
+        pages = GaugeMetricFamily("vflow_kv_pages", "Pages of the KV pool, by state.", labels=("state",))
         free = pool.free_pages
         pages.add_metric(("free",), free)
-        pages.add_metric(("held",), pool.pages - free)
+        pages.add_metric(("used",), pool.pages - free)
         yield pages
-        yield GaugeMetricFamily("vflow_pool_page_bytes", "Bytes of a page.", pool.page_bytes)
-        held = GaugeMetricFamily("vflow_memory_bytes", "Bytes of what is held beside the KV pool.", labels=("what",))
-        held.add_metric(("parked_memory",), self._kv.offloaded.memory_bytes)
-        held.add_metric(("parked_disk",), self._kv.offloaded.file_bytes)
-        held.add_metric(("compressed_pictures",), self._images.bytes_held)
-        held.add_metric(("pictures",), self._pictures.bytes_held)
-        yield held
+        yield GaugeMetricFamily("vflow_kv_page_bytes", "Bytes of one page of the KV pool.", pool.page_bytes)
+        offloaded = GaugeMetricFamily(
+            "vflow_offloaded_bytes", "Bytes of idle sessions' KV caches outside the pool, by tier.", labels=("tier",)
+        )
+        offloaded.add_metric(("host_memory",), parts.kv.offloaded.memory_bytes)
+        offloaded.add_metric(("disk",), parts.kv.offloaded.file_bytes)
+        yield offloaded
+        pictures = GaugeMetricFamily(
+            "vflow_picture_bytes", "Bytes of pictures in memory: decoded, and compressed for reuse.", labels=("form",)
+        )
+        pictures.add_metric(("decoded",), parts.pictures.bytes_held)
+        pictures.add_metric(("compressed",), parts.images.bytes_held)
+        yield pictures
         yield GaugeMetricFamily(
-            "vflow_cached_prefixes",
-            "Beginnings that are kept for others who begin the same way.",
-            len(self._kv.prefixes),
+            "vflow_prefix_cache_entries", "Prefixes whose KV pages are kept for other sessions.", len(parts.kv.prefixes)
         )
 
     def _of_sessions(self) -> Iterator[Metric]:
-        sessions = GaugeMetricFamily("vflow_sessions", "Sessions that live, by state.", labels=("state",))
+        sessions = GaugeMetricFamily("vflow_sessions", "Sessions, by state.", labels=("state",))
         kv_bytes = GaugeMetricFamily(
             "vflow_session_kv_bytes",
-            "Bytes of the KV pages that sessions hold, by state; a shared page counts for each.",
+            "Bytes of the KV pages that sessions hold, by state; a shared page counts for each session.",
             labels=("state",),
         )
-        living = list(self._sessions)
+        living = list(self._parts.sessions)
         states = {
             "busy": [session for session in living if session.busy],
             "resident": [each for each in living if not each.busy and each.state.snapshot.kv_bytes],
@@ -126,32 +102,42 @@ class Gauges(Collector):
         yield sessions
         yield kv_bytes
 
-    def _of_watch(self) -> Iterator[Metric]:
+    def _of_fidelity(self) -> Iterator[Metric]:
+        totals = self._parts.fidelity_monitor.totals
+        cosine = SummaryMetricFamily(
+            "vflow_fidelity_cosine",
+            "Cosine of a turn's last hidden state with the unpruned model's; one observation for each turn compared.",
+            labels=("strategy",),
+        )
+        for strategy, each in totals.items():
+            cosine.add_metric((strategy,), each.watched, each.cosine_sum)
+        yield cosine
+
         def counter(name: str, what: str, field: str) -> CounterMetricFamily:
-            family = CounterMetricFamily(f"vflow_watch_{name}", what, labels=("strategy",))
-            for strategy, totals in self._fidelity_monitor.totals.items():
-                family.add_metric((strategy,), getattr(totals, field))
+            family = CounterMetricFamily(f"vflow_fidelity_{name}", what, labels=("strategy",))
+            for strategy, each in totals.items():
+                family.add_metric((strategy,), getattr(each, field))
             return family
 
-        yield counter("turns", "Turns that were read again without pruning.", "watched")
-        yield counter("skipped", "Turns that were chosen for it, but could not be.", "skipped")
-        yield counter("cosine_sum", "Cosines of their last hidden states with the unpruned ones, summed.", "cosine_sum")
-        yield counter("tokens", "Tokens of their answers that were compared.", "tokens")
-        yield counter("tokens_agreed", "Those that the unpruned model would have chosen.", "tokens_agreed")
-        yield counter("rollbacks", "Times that the strategy was rolled back for what was seen.", "rollbacks")
+        yield counter("turns_skipped", "Turns that were sampled for comparison but could not be compared.", "skipped")
+        yield counter("tokens_compared", "Tokens of answers that were compared with the unpruned model.", "tokens")
+        yield counter(
+            "tokens_agreed", "Compared tokens that the unpruned model would have chosen, too.", "tokens_agreed"
+        )
+        yield counter("rollbacks", "Times that a strategy was rolled back because of its cosine.", "rollbacks")
 
     def _of_retune(self) -> Iterator[Metric]:
-        operation = self._retunes.running
+        operation = self._parts.retunes.running
         metadata = None if operation is None else operation.metadata
+        yield GaugeMetricFamily("vflow_retune_running", "1 while a search for a strategy is running.", bool(operation))
         yield GaugeMetricFamily(
-            "vflow_retune_running", "1 while a search for a strategy is under way.", bool(operation)
-        )
-        yield GaugeMetricFamily(
-            "vflow_retune_trials", "Strategies that it will try.", metadata.trials if metadata else 0
+            "vflow_retune_trials", "Strategies that the search will try.", metadata.trials if metadata else 0
         )
         yield GaugeMetricFamily(
             "vflow_retune_trials_done", "Strategies that it has tried.", len(metadata.tried) if metadata else 0
         )
         yield GaugeMetricFamily(
-            "vflow_retune_best_objective", "Fidelity of the best so far.", metadata.best_objective if metadata else 0
+            "vflow_retune_best_objective",
+            "Fidelity of the best strategy so far.",
+            metadata.best_objective if metadata else 0,
         )

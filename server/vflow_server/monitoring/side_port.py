@@ -1,77 +1,70 @@
-"""The side port: a few pages over HTTP for those who look after the service. Not for its users, who speak gRPC.
+"""The side port: an HTTP server for those who look after the service. Users speak gRPC, on ports of their own.
 
-Small on purpose: GET and HEAD, one request a connection, bounded in bytes and time. Belongs to the event loop's thread.
+Uvicorn serves, and what is bounded here is what it leaves open: how long a request may take to arrive, how long its
+answer may take to be read, and how many connections there may be. Belongs to the event loop's thread.
+
+Importing this takes some tenths of a second, so the service does it only where there is to be a side port.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
-from urllib.parse import parse_qsl
 
-import structlog
+import h11
+import uvicorn
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MOST_BYTES = 16 * 1024
-"""Bytes of a request at most."""
+"""Bytes of a request's head at most."""
 
 MOST_OPEN = 64
 """Connections at the same time; what is beyond is closed at once."""
 
 PATIENCE = 10.0
-"""Seconds for a request to arrive, and again for its answer to be taken."""
+"""Seconds for a request to arrive and be answered, and again for its answer to be read."""
 
-log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What was asked for.
-
-    Attributes:
-        path: without the query.
-        query: what follows the question mark, by name.
-        headers: by lower-case name.
-    """
-
-    path: str
-    query: Mapping[str, str] = field(default_factory=dict)
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What is sent back; nothing of it may be kept by caches.
-
-    Attributes:
-        body: its bytes.
-        content_type: what they are.
-        status: how it went.
-        headers: further ones.
-    """
-
-    body: bytes
-    content_type: str = "text/plain; charset=utf-8"
-    status: HTTPStatus = HTTPStatus.OK
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-
-Page = Callable[[Request], Awaitable[Answer]]
+HEADERS = [
+    ("Cache-Control", "no-store"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Connection", "close"),  # one request a connection
+]
+"""Headers of every answer."""
 
 
 class SidePort:
-    """Serves pages by their path.
+    """Serves an ASGI application on a port.
 
     Args:
-        pages: what there is; each is called on the event loop.
+        app: the application; it runs on the event loop.
     """
 
-    def __init__(self, pages: Mapping[str, Page]) -> None:
-        self._pages = pages
-        self._server: asyncio.Server | None = None
-        self._open: set[asyncio.Task[None]] = set()
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._config = uvicorn.Config(
+            self._serve,
+            interface="asgi3",
+            http=_Connection,
+            ws="none",
+            loop="none",
+            lifespan="off",
+            # The application logs its own faults. What else uvicorn logs is up to callers, who could fill the log.
+            log_config=None,
+            log_level="critical",
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            headers=HEADERS,
+            h11_max_incomplete_event_size=MOST_BYTES,
+        )
+        self._server = _Server(self._config)
+        self._serving: asyncio.Task[None] | None = None
 
     async def start(self, host: str, port: int) -> int:
         """Listen and serve; returns the port.
@@ -80,80 +73,88 @@ class SidePort:
             OSError: the address cannot be listened on.
         """
         try:
-            self._server = await asyncio.start_server(self._accept, host, port, limit=MOST_BYTES)
+            listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         except OSError as error:
             raise OSError(
                 f"cannot listen on {host}:{port} for metrics ({error.strerror}); choose another with --metrics-port"
             ) from error
-        number: int = self._server.sockets[0].getsockname()[1]
+        self._serving = asyncio.create_task(self._server.serve([listener]))
+        number: int = listener.getsockname()[1]
         return number
 
-    async def stop(self) -> None:
-        """Listen no more, and drop what is open."""
-        if self._server is not None:
-            self._server.close()
-        for connection in list(self._open):
-            connection.cancel()
-        await asyncio.gather(*self._open, return_exceptions=True)
-
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._open) >= MOST_OPEN:
-            writer.transport.abort()
+    async def stop(self, grace: float = 0.0) -> None:
+        """Listen no more, give requests under way ``grace`` seconds (whole ones), and drop what is open then."""
+        if self._serving is None:
             return
-        connection = asyncio.create_task(self._serve(reader, writer))
-        self._open.add(connection)
-        connection.add_done_callback(self._open.discard)
+        self._config.timeout_graceful_shutdown = int(grace)
+        self._server.should_exit = True
+        await self._serving
+        for connection in list(self._server.server_state.connections):
+            connection.transport.abort()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            with suppress(ConnectionError, TimeoutError, asyncio.IncompleteReadError):
-                async with asyncio.timeout(PATIENCE):
-                    method, answer = await self._answer(reader)
-                async with asyncio.timeout(PATIENCE):
-                    writer.write(_head(answer) + (b"" if method == "HEAD" else answer.body))
-                    await writer.drain()
-                    writer.close()
-                    await writer.wait_closed()
-        finally:
-            writer.transport.abort()
-
-    async def _answer(self, reader: asyncio.StreamReader) -> tuple[str, Answer]:
-        try:
-            head = await reader.readuntil(b"\r\n\r\n")
-        except asyncio.LimitOverrunError:
-            return "GET", refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-        line, *rest = head.decode("latin-1").split("\r\n")
-        method, _, target = line.partition(" ")
-        target, _, protocol = target.rpartition(" ")
-        if not protocol.startswith("HTTP/1.") or not target.startswith("/"):
-            return "GET", refusal(HTTPStatus.BAD_REQUEST)
-        if method not in ("GET", "HEAD"):
-            return "GET", refusal(HTTPStatus.METHOD_NOT_ALLOWED, {"Allow": "GET, HEAD"})
-        split = (header.partition(":") for header in rest if header)
-        headers = {name.strip().lower(): value.strip() for name, _, value in split}
-        path, _, query = target.partition("?")
-        if (page := self._pages.get(path)) is None:
-            return method, refusal(HTTPStatus.NOT_FOUND, told=f"There is {', '.join(sorted(self._pages))}.")
-        try:
-            return method, await page(Request(path, dict(parse_qsl(query)), headers))
-        except Exception:
-            log.exception("a page of the side port failed", path=path)
-            return method, refusal(HTTPStatus.INTERNAL_SERVER_ERROR)
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request; a page that takes too long is cancelled, its connection being gone by then."""
+        app = self._app
+        # h11 bounds what is incomplete, and so lets a longer head pass that comes in one piece.
+        fields = sum(len(name) + len(value) + len(": \r\n") for name, value in scope["headers"])
+        if len(scope["raw_path"]) + len(scope["query_string"]) + fields > MOST_BYTES:
+            status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            app = PlainTextResponse(_refusal(status), status)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE):
+                await app(scope, receive, send)
 
 
-def refusal(status: HTTPStatus, headers: Mapping[str, str] | None = None, told: str = "") -> Answer:
-    """An answer that says no."""
-    return Answer(f"{status.value} {status.phrase}. {told}\n".encode(), status=status, headers=headers or {})
+class _Server(uvicorn.Server):
+    """Uvicorn without its signal handlers: the process has its own."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
 
-def _head(answer: Answer) -> bytes:
-    lines = {
-        "Content-Type": answer.content_type,
-        "Content-Length": str(len(answer.body)),
-        "Cache-Control": "no-store",
-        "X-Content-Type-Options": "nosniff",
-        "Connection": "close",
-        **answer.headers,
-    }
-    said = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
-    return f"HTTP/1.1 {answer.status.value} {answer.status.phrase}\r\n{said}\r\n".encode("latin-1")
+class _Connection(H11Protocol):
+    """One connection, bounded in time; there are not more than a certain number of them."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._deadline = self.loop.call_later(PATIENCE, transport.abort)
+        if len(self.connections) > MOST_OPEN:
+            transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._deadline.cancel()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        """The answer is written, and the connection closes once its caller has read it."""
+        super().on_response_complete()
+        self._deadline.cancel()
+        self._deadline = self.loop.call_later(PATIENCE, self.transport.abort)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP, or too long, by the status that h11 found for it."""
+        if self.cycle is not None:  # a request whose body is bad
+            self.cycle.disconnected = True  # so that its page says nothing any more
+            if self.cycle.response_started:
+                self.transport.abort()
+                return
+        error = sys.exception()  # uvicorn calls this while it handles the error
+        status = HTTPStatus(error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400)
+        body = _refusal(status).encode()
+        headers = [
+            *self.server_state.default_headers,
+            (b"content-type", b"text/plain; charset=utf-8"),
+            (b"content-length", str(len(body)).encode()),
+        ]
+        for event in (
+            h11.Response(status_code=status, headers=headers, reason=status.phrase.encode()),
+            h11.Data(body),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
+
+
+def _refusal(status: HTTPStatus) -> str:
+    return f"{status.value} {status.phrase}.\n"

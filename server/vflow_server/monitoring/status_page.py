@@ -9,31 +9,24 @@ import asyncio
 import base64
 import ipaddress
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
 from importlib.metadata import version
 from urllib.parse import urlsplit
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
 
 from vflow_client.v1 import images_pb2
-from vflow_server.access.access import Access
 from vflow_server.access.caller import Caller, bind_caller, current_caller
-from vflow_server.engine.engine import Engine
-from vflow_server.images.store import PictureStore
-from vflow_server.kv.image_cache import ImageCache
-from vflow_server.kv.manager import KVCacheManager
 from vflow_server.monitoring.overlay import overlay
-from vflow_server.monitoring.side_port import Answer, Page, Request, refusal
+from vflow_server.monitoring.service_parts import ServiceParts
 from vflow_server.rpc.errors import ServiceError
-from vflow_server.sessions.sessions import SessionStore
-from vflow_server.strategies.strategies import StrategyStore
-from vflow_server.telemetry.receipt_log import ReceiptLog
-from vflow_server.tuning.fidelity_monitor import FidelityMonitor
-from vflow_server.tuning.retune import Retunes
 from vflowopt.compression.pipeline import CompressedImage
-from vflowopt.media.picture import Detail
-from vflowopt.runtime.model_runner import Runtime
+from vflowopt.media.picture import Detail, Picture
 
 MOST_ROWS = 25
 """Rows of a table; the latest ones are shown."""
@@ -45,51 +38,20 @@ _NOTHING_FOREIGN = {
 
 _ASK = {"WWW-Authenticate": 'Basic realm="VFlow", charset="UTF-8"'}
 
+Page = Callable[[Request], Awaitable[Response]]
+
 
 class StatusPage:
     """Shows one service.
 
+    Where there are tokens, only administrators may look, each at what is of its own tenant.
+
     Args:
-        engine: what runs and waits.
-        runtime: the model and its KV pool.
-        kv: caches outside the pool.
-        images: compressed pictures.
-        sessions: that live.
-        strategies: that exist.
-        pictures: that are held.
-        fidelity_monitor: what it has seen.
-        retunes: the one that is under way.
-        receipt_log: the latest receipts.
-        access: who may look: where there are tokens, whoever brings an administrator's as the password, and only at
-            what is of that token's tenant.
+        parts: of the service.
     """
 
-    def __init__(
-        self,
-        *,
-        engine: Engine,
-        runtime: Runtime,
-        kv: KVCacheManager,
-        images: ImageCache,
-        sessions: SessionStore,
-        strategies: StrategyStore,
-        pictures: PictureStore,
-        fidelity_monitor: FidelityMonitor,
-        retunes: Retunes,
-        receipt_log: ReceiptLog,
-        access: Access,
-    ) -> None:
-        self._engine = engine
-        self._runtime = runtime
-        self._kv = kv
-        self._images = images
-        self._sessions = sessions
-        self._strategies = strategies
-        self._pictures = pictures
-        self._fidelity_monitor = fidelity_monitor
-        self._retunes = retunes
-        self._receipt_log = receipt_log
-        self._access = access
+    def __init__(self, parts: ServiceParts) -> None:
+        self._parts = parts
         self._started = time.time()
         environment = Environment(
             loader=PackageLoader("vflow_server.monitoring"),
@@ -102,10 +64,10 @@ class StatusPage:
         self._picture = environment.get_template("picture.html")
 
     @property
-    def pages(self) -> Mapping[str, Page]:
+    def routes(self) -> Sequence[Route]:
         """The pages, by path."""
         pages = {"/": self._show, "/picture": self._show_picture, "/overlay.png": self._draw}
-        return {path: self._guarded(page) for path, page in pages.items()}
+        return [Route(path, self._guarded(page)) for path, page in pages.items()]
 
     def _guarded(self, page: Page) -> Page:
         """Answer administrators only, and only those who name this machine by its address, or as localhost.
@@ -114,13 +76,13 @@ class StatusPage:
         along.
         """
 
-        async def answered(request: Request) -> Answer:
+        async def answered(request: Request) -> Response:
             if not _names_this_machine(request.headers.get("host", "")):
-                return refusal(HTTPStatus.FORBIDDEN, told="Ask by address, or as localhost.")
-            if not self._access.open:
+                raise HTTPException(HTTPStatus.FORBIDDEN, "Ask by address, or as localhost.")
+            if not self._parts.access.open:
                 caller = self._administrator(request.headers.get("authorization", ""))
                 if caller is None:
-                    return refusal(HTTPStatus.UNAUTHORIZED, _ASK, "The password is an administrator's token.")
+                    raise HTTPException(HTTPStatus.UNAUTHORIZED, "The password is an administrator's token.", _ASK)
                 bind_caller(caller)
             return await page(request)
 
@@ -131,81 +93,80 @@ class StatusPage:
         scheme, _, encoded = authorization.partition(" ")
         try:
             brought = base64.b64decode(encoded, validate=True).decode()
-            caller = self._access.bearer(brought.partition(":")[2])
+            caller = self._parts.access.bearer(brought.partition(":")[2])
         except (ValueError, ServiceError):
             return None
         return caller if scheme.lower() == "basic" and caller.admin else None
 
     def _visible(self, tenant: str) -> bool:
         """Whether whoever asks may see what is of ``tenant``."""
-        return self._access.open or current_caller().tenant == tenant
+        return self._parts.access.open or current_caller().tenant == tenant
 
-    async def _show(self, request: Request) -> Answer:
-        runtime, operation = self._runtime, self._retunes.running
-        visible = [session for session in self._sessions if self._visible(session.tenant)]
+    async def _show(self, request: Request) -> Response:
+        parts = self._parts
+        visible = [session for session in parts.sessions if self._visible(session.tenant)]
         sessions = sorted(visible, key=lambda session: session.used, reverse=True)
-        return _page(
-            self._status.render(
-                version=version("vflowopt"),
-                runtime=runtime,
-                engine=self._engine,
-                now=time.time(),
-                started=self._started,
-                pool=runtime.pool,
-                offloaded=self._kv.offloaded,
-                sessions=sessions[:MOST_ROWS],
-                session_count=len(sessions),
-                strategies=list(self._strategies),
-                active=self._strategies.active,
-                layers=runtime.layers,
-                low_detail=images_pb2.Image.LOW,
-                watched=dict(self._fidelity_monitor.totals),
-                retune=operation and operation.metadata,
-                turns=[turn for turn in self._receipt_log.turns if self._visible(turn.tenant)][:MOST_ROWS],
-                pictures=[each for each in self._receipt_log.pictures if self._visible(each.tenant)][:MOST_ROWS],
-            )
+        page = self._status.render(
+            parts=parts,
+            version=version("vflowopt"),
+            now=time.time(),
+            started=self._started,
+            sessions=sessions[:MOST_ROWS],
+            session_count=len(sessions),
+            strategies=list(parts.strategies),
+            low_detail=images_pb2.Image.LOW,
+            fidelity=dict(parts.fidelity_monitor.totals),
+            retune=parts.retunes.running and parts.retunes.running.metadata,
+            turns=[turn for turn in parts.receipt_log.turns if self._visible(turn.tenant)][:MOST_ROWS],
+            pictures=[each for each in parts.receipt_log.pictures if self._visible(each.tenant)][:MOST_ROWS],
         )
+        return HTMLResponse(page, headers=_NOTHING_FOREIGN)
 
-    async def _show_picture(self, request: Request) -> Answer:
-        if (image := await self._compressed(request)) is None:
-            return _gone()
-        return _page(
-            self._picture.render(
-                query={
-                    name: request.query[name]
-                    for name in ("tenant", "digest", "strategy", "detail")
-                    if name in request.query
-                },
-                shapes=image.layout.shapes(),
-                stages=[len(kept) for kept in image.kept],
-                tokens=image.tokens,
-                recycled=len(image.recycled),
-            )
+    async def _show_picture(self, request: Request) -> Response:
+        _, image = await self._compressed(request)
+        names, asked = ("tenant", "digest", "strategy", "detail"), request.query_params
+        page = self._picture.render(
+            query={name: asked[name] for name in names if name in asked},
+            shapes=image.layout.shapes(),
+            stages=[len(kept) for kept in image.kept],
+            tokens=image.tokens,
+            recycled=len(image.recycled),
         )
+        return HTMLResponse(page, headers=_NOTHING_FOREIGN)
 
-    async def _draw(self, request: Request) -> Answer:
-        image = await self._compressed(request)
-        picture = self._pictures.held(request.query.get("tenant", ""), request.query.get("digest", ""))
-        grid = request.query.get("grid", "0")
-        if image is None or picture is None or not grid.isdecimal():
-            return _gone()
-        return Answer(
-            await asyncio.to_thread(overlay, picture, image, int(grid)), "image/png", headers=_NOTHING_FOREIGN
-        )
+    async def _draw(self, request: Request) -> Response:
+        picture, image = await self._compressed(request)
+        grid = request.query_params.get("grid", "0")
+        if not grid.isdecimal():
+            raise _gone()
+        drawn = await asyncio.to_thread(overlay, picture, image, int(grid))
+        return Response(drawn, media_type="image/png", headers=_NOTHING_FOREIGN)
 
-    async def _compressed(self, request: Request) -> CompressedImage | None:
-        """The compressed picture that a request names, if it and the picture itself are still at hand."""
-        tenant = request.query.get("tenant", "")
-        picture = self._pictures.held(tenant, request.query.get("digest", ""))
+    async def _compressed(self, request: Request) -> tuple[Picture, CompressedImage]:
+        """The picture that a request names, and what it was compressed to.
+
+        Raises:
+            HTTPException: one of them is not at hand (any more), or not for whoever asks.
+        """
+        asked, parts = request.query_params, self._parts
+        tenant = asked.get("tenant", "")
+        picture = parts.pictures.held(tenant, asked.get("digest", ""))
         if picture is None or not self._visible(tenant):
-            return None
+            raise _gone()
         try:
-            strategy = self._strategies.get(request.query.get("strategy", "")).strategy
-            detail: Detail = "low" if request.query.get("detail") == "low" else "high"
+            strategy = parts.strategies.get(asked.get("strategy", "")).strategy
+            detail: Detail = "low" if asked.get("detail") == "low" else "high"
             key = (picture.in_detail(detail).identity, strategy, tenant)
-            return await self._engine.call(lambda: self._images.get(key), tenant).result()
-        except ServiceError:
-            return None
+            image = await parts.engine.call(lambda: parts.images.get(key), tenant).result()
+        except ServiceError as error:
+            raise _gone() from error
+        if image is None:
+            raise _gone()
+        return picture, image
+
+
+def _gone() -> HTTPException:
+    return HTTPException(HTTPStatus.NOT_FOUND, "This picture is not held here (any more).")
 
 
 def _names_this_machine(host: str) -> bool:
@@ -216,14 +177,6 @@ def _names_this_machine(host: str) -> bool:
     except ValueError:
         return host.partition(":")[0] == "localhost"
     return True
-
-
-def _page(html: str) -> Answer:
-    return Answer(html.encode(), "text/html; charset=utf-8", headers=_NOTHING_FOREIGN)
-
-
-def _gone() -> Answer:
-    return refusal(HTTPStatus.NOT_FOUND, told="This picture is not held here (any more).")
 
 
 def _size(count: float) -> str:

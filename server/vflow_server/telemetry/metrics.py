@@ -1,8 +1,8 @@
 """Metrics: what the service counts and measures as it works, for Prometheus.
 
-One registry for each service, so that several can live in one process. Whoever does something says so here in its own
-terms; names, units and buckets are this module's business. What is read off when somebody looks, instead of being
-counted as it happens, is in :mod:`vflow_server.monitoring.gauges`. For any thread.
+One registry for each service, so that several can live in one process. Whoever does something reports it here in its
+own terms; names, units and buckets are defined in this module. Values that are read when Prometheus asks, instead of
+being counted as they happen, are in :mod:`vflow_server.monitoring.gauges`. For any thread.
 """
 
 from __future__ import annotations
@@ -10,14 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
 
 from vflow_client.v1 import conversations_pb2, images_pb2
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-"""Buckets of durations: from a decode step of a small model to the longest turn that somebody would wait for."""
+"""Buckets of durations: from a decode step of a small model to the longest turn that anybody waits for."""
 
-CONVERSATIONS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Buckets of batch sizes."""
 
 
@@ -25,10 +32,12 @@ class Metrics:
     """The instruments of one service.
 
     Attributes:
-        registry: where they are registered; what is read off may be registered here, too.
+        registry: where they are registered; collectors of other values may be registered here, too.
     """
 
     def __init__(self) -> None:
+        # A `_created` series for each series would be a sixth of all, and nothing here reads them.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._make_of_calls()
@@ -49,7 +58,7 @@ class Metrics:
         self._call_seconds.labels(method).observe(seconds)
 
     def turn(self, finished: conversations_pb2.Finished) -> None:
-        """A turn has come to its end; its pictures are counted, too."""
+        """A turn was answered to its end; its pictures are counted, too."""
         receipt, usage = finished.receipt, finished.usage
         self._turns.labels(conversations_pb2.Finished.FinishReason.Name(finished.finish_reason).lower()).inc()
         self._turn_seconds.observe(receipt.total_ms / 1000)
@@ -58,7 +67,7 @@ class Metrics:
         if usage.completion_tokens > 1:
             self._token_seconds.observe(receipt.decode_ms / 1000 / (usage.completion_tokens - 1))
         self._prompt_tokens.labels("reused").inc(usage.reused_tokens)
-        self._prompt_tokens.labels("run").inc(receipt.new_prompt_tokens)
+        self._prompt_tokens.labels("computed").inc(receipt.new_prompt_tokens)
         self._completion_tokens.inc(usage.completion_tokens)
         if receipt.restored:
             tier = conversations_pb2.TurnReceipt.RestoredFrom.Name(receipt.restored_from)
@@ -67,7 +76,7 @@ class Metrics:
             self.picture(picture)
 
     def picture(self, receipt: images_pb2.ImageReceipt) -> None:
-        """A picture was shown to a session, or compressed for a caller."""
+        """A picture was added to a session, or compressed for a caller."""
         self._pictures.labels("hit" if receipt.cache_hit else "miss").inc()
         self._visual_tokens.inc(receipt.visual_tokens)
         for number, kept in enumerate(receipt.kept_tokens):
@@ -76,8 +85,8 @@ class Metrics:
         self._kv_bytes.inc(receipt.kv_bytes)
         self._kv_bytes_saved.inc(max(receipt.kv_bytes_full - receipt.kv_bytes, 0))
         if not receipt.cache_hit:
-            for stage in ("encode", "score", "prune"):
-                self._picture_seconds.labels(stage).observe(getattr(receipt, f"{stage}_ms") / 1000)
+            for phase in ("encode", "score", "prune"):
+                self._picture_seconds.labels(phase).observe(getattr(receipt, f"{phase}_ms") / 1000)
         if receipt.prefill_ms:
             self._picture_seconds.labels("prefill").observe(receipt.prefill_ms / 1000)
 
@@ -86,7 +95,7 @@ class Metrics:
 
         Args:
             seconds: it took; on a CUDA device, which only queues work, to queue it.
-            pending: tokens that each conversation of the batch had to run; an answer under way has one.
+            pending: tokens that each sequence of the batch had to run; one that is decoding has one.
             ran: how many of them the step ran.
         """
         self._step_seconds.observe(seconds)
@@ -100,7 +109,7 @@ class Metrics:
         self._evictions.labels(held_by).inc()
 
     def prefix(self, *, hit: bool) -> None:
-        """Somebody looked for a beginning that is cached already."""
+        """A sequence looked for a cached prefix."""
         self._prefixes.labels("hit" if hit else "miss").inc()
 
     def committed(self, seconds: float) -> None:
@@ -114,18 +123,18 @@ class Metrics:
     def _make_of_calls(self) -> None:
         self._calls = Counter(
             "vflow_calls",
-            "Calls that have ended, by method and status code.",
+            "gRPC calls that have ended, by method and status code.",
             ("method", "code"),
             registry=self.registry,
         )
         self._call_seconds = Histogram(
             "vflow_call_seconds",
-            "Seconds from a call's arrival to its end, streaming included.",
+            "Seconds from a gRPC call's arrival to its end, streaming included.",
             ("method",),
             buckets=SECONDS,
             registry=self.registry,
         )
-        self._calls_in_flight = Gauge("vflow_calls_in_flight", "Calls under way.", registry=self.registry)
+        self._calls_in_flight = Gauge("vflow_calls_in_flight", "gRPC calls in progress.", registry=self.registry)
 
     def _make_of_turns(self) -> None:
         def seconds(name: str, what: str) -> Histogram:
@@ -133,7 +142,7 @@ class Metrics:
 
         self._turns = Counter(
             "vflow_turns",
-            "Turns that were answered to their end, by why it ended.",
+            "Turns that were answered to their end, by finish reason.",
             ("reason",),
             registry=self.registry,
         )
@@ -143,18 +152,18 @@ class Metrics:
             "vflow_first_token_seconds", "Seconds from a turn's arrival to the first token of its answer."
         )
         self._token_seconds = seconds(
-            "vflow_token_seconds", "Seconds for each further token of an answer, averaged over the answer."
+            "vflow_token_seconds", "Seconds for each token of an answer after the first, averaged over the answer."
         )
         self._prompt_tokens = Counter(
             "vflow_prompt_tokens",
-            "Tokens of prompts: reused from the session's KV cache, or run by the model.",
+            "Tokens of prompts: reused from the KV cache, or computed by the model.",
             ("source",),
             registry=self.registry,
         )
         self._completion_tokens = Counter("vflow_completion_tokens", "Tokens of answers.", registry=self.registry)
         self._restores = Counter(
             "vflow_restores",
-            "Turns whose session had lost its KV pages, by where they came back from (log: computed anew).",
+            "Turns whose session had lost its KV pages, by the tier they were restored from (log: recomputed).",
             ("tier",),
             registry=self.registry,
         )
@@ -164,60 +173,62 @@ class Metrics:
     def _make_of_pictures(self) -> None:
         self._pictures = Counter(
             "vflow_pictures",
-            "Pictures taken in; a hit was compressed before, for the same tenant under the same strategy.",
+            "Pictures added; a hit was already compressed, for the same tenant and strategy.",
             ("cache",),
             registry=self.registry,
         )
         self._picture_seconds = Histogram(
             "vflow_picture_seconds",
-            "Seconds that a picture took, by stage; prefill only of those that were shown ahead of a question.",
-            ("stage",),
+            "Seconds that a picture took, by phase; prefill only of pictures added ahead of a question.",
+            ("phase",),
             buckets=SECONDS,
             registry=self.registry,
         )
         self._visual_tokens = Counter(
-            "vflow_visual_tokens", "Visual tokens of pictures before pruning.", registry=self.registry
+            "vflow_visual_tokens", "Visual tokens of the pictures added, before pruning.", registry=self.registry
         )
         self._kept_tokens = Counter(
             "vflow_visual_tokens_kept",
-            "Visual tokens of pictures after pruning, by stage of the decoder (0 is the first).",
+            "Visual tokens of the pictures added, after pruning, by stage of the decoder (0 is the first).",
             ("stage",),
             registry=self.registry,
         )
         self._recycled_tokens = Counter(
             "vflow_visual_tokens_recycled",
-            "Tokens among those kept in the first stage that are averages of dropped ones.",
+            "Tokens kept in the first stage that are averages of dropped tokens.",
             registry=self.registry,
         )
         self._kv_bytes = Counter(
-            "vflow_picture_kv_bytes", "Bytes that the KV cache takes for the pictures taken in.", registry=self.registry
+            "vflow_picture_kv_bytes", "Bytes of KV cache for the pictures added.", registry=self.registry
         )
         self._kv_bytes_saved = Counter(
-            "vflow_picture_kv_bytes_saved", "Bytes that it takes less than without pruning.", registry=self.registry
+            "vflow_picture_kv_bytes_saved",
+            "Bytes of KV cache that pruning saved.",
+            registry=self.registry,
         )
 
     def _make_of_engine(self) -> None:
         self._step_seconds = Histogram(
-            "vflow_step_seconds", "Seconds of one step of the model.", buckets=SECONDS, registry=self.registry
+            "vflow_step_seconds", "Seconds of a step of the model.", buckets=SECONDS, registry=self.registry
         )
         self._batch = Histogram(
-            "vflow_batch_size", "Conversations in one step.", buckets=CONVERSATIONS, registry=self.registry
+            "vflow_batch_size", "Sequences in a step of the model.", buckets=SEQUENCES, registry=self.registry
         )
         tokens = Counter(
-            "vflow_model_tokens", "Tokens that the model ran, by phase.", ("phase",), registry=self.registry
+            "vflow_model_tokens", "Tokens that the model processed, by phase.", ("phase",), registry=self.registry
         )
         self._prefilled, self._decoded = tokens.labels("prefill"), tokens.labels("decode")
         self._evictions = Counter(
             "vflow_evictions",
-            "Times that KV pages were taken from somebody because others needed them, by who held them.",
+            "Times that a sequence lost its KV pages because others needed them, by what it belonged to.",
             ("held_by",),
             registry=self.registry,
         )
         for held_by in ("search", "prefix", "idle", "running"):
-            self._evictions.labels(held_by)  # told from the beginning, as zero
+            self._evictions.labels(held_by)  # exported from the start, as zero
         self._prefixes = Counter(
-            "vflow_prefixes",
-            "Conversations with pictures and no KV cache that looked for a beginning that is cached already.",
+            "vflow_prefix_cache_lookups",
+            "Lookups of a cached prefix, by sequences with pictures and no KV cache.",
             ("cache",),
             registry=self.registry,
         )
@@ -225,10 +236,10 @@ class Metrics:
     def _make_of_journal(self) -> None:
         self._journal_seconds = Histogram(
             "vflow_journal_commit_seconds",
-            "Seconds of a commit of the sessions' journal to the disk.",
+            "Seconds that a commit of the session journal took, to the disk.",
             buckets=SECONDS,
             registry=self.registry,
         )
         self._journal_failures = Counter(
-            "vflow_journal_failures", "Commits of the sessions' journal that failed.", registry=self.registry
+            "vflow_journal_failures", "Commits of the session journal that failed.", registry=self.registry
         )

@@ -1,6 +1,6 @@
-"""The ledger: hears what became of each picture and turn, has it counted and traced, and remembers the latest receipts.
+"""The receipt log: counts and traces each picture and turn by its receipt, and remembers the latest receipts.
 
-It never hears what was said: receipts hold figures only. Belongs to the event loop's thread.
+Receipts hold figures only, never texts or pixels. Belongs to the event loop's thread.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from vflow_client.v1 import conversations_pb2, images_pb2
 from vflow_server.telemetry.metrics import Metrics
-from vflow_server.telemetry.tracing import Stage, Tracing
+from vflow_server.telemetry.tracing import Phase, Tracing
 
 MOST_ENTRIES = 50
 """Receipts of each kind that are remembered."""
@@ -20,10 +20,10 @@ MOST_ENTRIES = 50
 
 @dataclass(frozen=True)
 class PictureEntry:
-    """A picture that was taken in.
+    """A picture that was added.
 
     Attributes:
-        time: Unix time in seconds when its work was done.
+        time: when its work was done, Unix time in seconds.
         tenant: whose it is.
         receipt: what it cost.
     """
@@ -38,7 +38,7 @@ class TurnEntry:
     """A turn that was answered.
 
     Attributes:
-        time: Unix time in seconds when it ended.
+        time: when it ended, Unix time in seconds.
         tenant: whose it is.
         session: resource name of the session.
         usage: its tokens.
@@ -57,7 +57,7 @@ class ReceiptLog:
 
     Args:
         metrics: what counts them.
-        tracing: what makes spans of the times in them; they must be told within their call.
+        tracing: makes spans of the times in them; a receipt must be logged within its call.
 
     Attributes:
         pictures: the latest ones, the newest first.
@@ -71,24 +71,24 @@ class ReceiptLog:
         self.turns: deque[TurnEntry] = deque(maxlen=MOST_ENTRIES)
 
     def picture(self, tenant: str, receipt: images_pb2.ImageReceipt) -> None:
-        """A picture was shown ahead of its question, or compressed for a caller."""
+        """A picture was added ahead of its question, or compressed for a caller."""
         self._metrics.picture(receipt)
-        self._tracing.stages(list(_picture_stages(receipt)))
+        self._tracing.phases(list(_picture_phases(receipt)))
         self.pictures.appendleft(PictureEntry(time.time(), tenant, receipt))
 
     def turn(self, tenant: str, session: str, finished: conversations_pb2.Finished) -> None:
         """A turn was answered to its end."""
         receipt, now = finished.receipt, time.time()
         self._metrics.turn(finished)
-        stages = [("queue", receipt.queue_ms / 1000)]
+        phases = [("queue", receipt.queue_ms / 1000)]
         for picture in finished.images:
-            stages += _picture_stages(picture)
+            phases += _picture_phases(picture)
             self.pictures.appendleft(PictureEntry(now, tenant, picture))
-        self._tracing.stages([*stages, ("prefill", receipt.prefill_ms / 1000), ("decode", receipt.decode_ms / 1000)])
+        self._tracing.phases([*phases, ("prefill", receipt.prefill_ms / 1000), ("decode", receipt.decode_ms / 1000)])
         self.turns.appendleft(TurnEntry(now, tenant, session, finished.usage, receipt))
 
 
-def _picture_stages(receipt: images_pb2.ImageReceipt) -> Iterator[Stage]:
+def _picture_phases(receipt: images_pb2.ImageReceipt) -> Iterator[Phase]:
     if not receipt.cache_hit:
         for name in ("encode", "score", "prune"):
             yield name, getattr(receipt, f"{name}_ms") / 1000

@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from vflow_server.telemetry.tracing import CallSpan, Metadata, Stage, Tracing
+from vflow_server.telemetry.tracing import CallSpan, Metadata, Phase, Tracing
 
 PATIENCE = 5
 """Seconds that one attempt to send spans may take: an unreachable collector must not hold up the end for long."""
@@ -48,7 +48,7 @@ class _Span(CallSpan):
 
 
 class Spans(Tracing):
-    """Makes a span of every call, in its caller's trace where it names one, and one below it for each stage.
+    """Makes a span of every call, in its caller's trace where it names one, and one below it for each phase.
 
     Args:
         endpoint: ``http://host:port`` of an OTLP receiver, ``https://`` for TLS.
@@ -78,10 +78,10 @@ class Spans(Tracing):
         ) as span:
             yield _Span(span)
 
-    def stages(self, stages: Sequence[Stage]) -> None:
-        """Make a span of each stage below the call's; receipts tell how long each took, so they are laid end to end."""
-        at = time.time_ns() - sum(_nanoseconds(seconds) for _, seconds in stages)
-        for name, seconds in stages:
+    def phases(self, phases: Sequence[Phase]) -> None:
+        """Make a span of each phase below the call's; receipts tell how long each took, so they are laid end to end."""
+        at = time.time_ns() - sum(_nanoseconds(seconds) for _, seconds in phases)
+        for name, seconds in phases:
             span = self._tracer.start_span(name, start_time=at)
             at += _nanoseconds(seconds)
             span.end(end_time=at)

@@ -14,8 +14,8 @@ import grpc
 
 Metadata = Mapping[str, str | bytes]
 
-Stage = tuple[str, float]
-"""A part of a call's work, and the seconds that it took."""
+Phase = tuple[str, float]
+"""Name of a part of a call's work, and the seconds that it took."""
 
 _TRACEPARENT = re.compile("[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -44,11 +44,11 @@ class Tracing:
         match = _TRACEPARENT.fullmatch(given) if isinstance(given, str) else None
         yield CallSpan(match[1] if match else "")
 
-    def stages(self, stages: Sequence[Stage]) -> None:
-        """The work of the call that is under way, which ends now, was made up of ``stages``, one after the other."""
+    def phases(self, phases: Sequence[Phase]) -> None:
+        """The current call, which ends now, was made up of ``phases``, one after the other."""
 
     def close(self) -> None:
-        """Send what is left to send; returns when that is done or given up."""
+        """Send what is left to send; returns when that is done, or was given up."""
 
 
 def tracing_to(endpoint: str | None) -> Tracing:

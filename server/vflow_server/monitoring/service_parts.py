@@ -1,0 +1,51 @@
+"""What those who look after the service need of it: one object that names its parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vflow_server.access.access import Access
+from vflow_server.engine.engine import Engine
+from vflow_server.images.store import PictureStore
+from vflow_server.kv.image_cache import ImageCache
+from vflow_server.kv.manager import KVCacheManager
+from vflow_server.sessions.sessions import SessionStore
+from vflow_server.strategies.strategies import StrategyStore
+from vflow_server.telemetry.metrics import Metrics
+from vflow_server.telemetry.receipt_log import ReceiptLog
+from vflow_server.tuning.fidelity_monitor import FidelityMonitor
+from vflow_server.tuning.retune import Retunes
+from vflowopt.runtime.model_runner import Runtime
+
+
+@dataclass(frozen=True)
+class ServiceParts:
+    """The parts of one service. The service makes them, and makes this once.
+
+    Attributes:
+        runtime: the model and its KV pool.
+        engine: runs the model, a step at a time.
+        kv: who holds KV pages, the cached prefixes, and the KV caches outside the pool.
+        images: the compressed pictures.
+        pictures: the pictures themselves.
+        sessions: the sessions that exist.
+        strategies: the strategies that exist, and which of them is active.
+        fidelity_monitor: compares live turns with the unpruned model.
+        retunes: the searches for strategies.
+        receipt_log: the latest receipts.
+        metrics: what the service counts.
+        access: who may see what.
+    """
+
+    runtime: Runtime
+    engine: Engine
+    kv: KVCacheManager
+    images: ImageCache
+    pictures: PictureStore
+    sessions: SessionStore
+    strategies: StrategyStore
+    fidelity_monitor: FidelityMonitor
+    retunes: Retunes
+    receipt_log: ReceiptLog
+    metrics: Metrics
+    access: Access
