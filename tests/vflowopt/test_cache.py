@@ -86,7 +86,7 @@ def test_room_is_made_in_all_caches_or_in_none() -> None:
     first.advance([6])
     second, third = first.fork(), first.fork()
     # All three write into the block that they share: two of them need a copy of it, which only one gets.
-    shared.take(1)
+    shared.acquire(1)
     with pytest.raises(PoolExhausted, match="2 of 7 pages free but 4 are needed"):
         reserve([first, second, third], [[1], [1], [1]])
     assert shared.free_pages == 2
