@@ -1,4 +1,4 @@
-"""A folder of parked caches: where they go when host memory is full, and when the service stops.
+"""A folder of offloaded caches: where they go when host memory is full, and when the service stops.
 
 Files are safetensors, and one process at a time uses them. They are written, read and removed, in that order where it
 matters, by a thread of its own: the engine's thread never waits for a disk. What cannot be written or read is no
@@ -126,7 +126,7 @@ class DiskStore:
         if offloaded.nbytes > self.fit():
             return
         if len(self._unwritten) >= _MOST_UNWRITTEN:
-            log.warning("the disk is too slow for parked KV caches, one is given up", bytes=offloaded.nbytes)
+            log.warning("the disk is too slow for offloaded KV caches, one is given up", bytes=offloaded.nbytes)
             return
         path = self._folder / f"vflow-kv-{next(self._numbers)}.safetensors"
         items = offloaded.cached.items + bool(offloaded.cached.offset)
@@ -176,7 +176,7 @@ class DiskStore:
         try:
             self._remove_all(but={self._name(session, sequence) for session, sequence in keep.items()})
         except OSError as error:
-            log.warning("the folder of parked KV caches is not as it was", because=str(error))
+            log.warning("the folder of offloaded KV caches is not as it was", because=str(error))
         self._lock.close()
 
     def _name(self, session: str, sequence: Sequence) -> str | None:
@@ -213,7 +213,7 @@ def _write(path: Path, offloaded: OffloadedCache, covered: bytes) -> str | None:
         offloaded.save(path)
         return _seal(path, covered)
     except (OSError, SafetensorError) as error:
-        log.warning("a parked KV cache could not be written and is given up", file=str(path), because=str(error))
+        log.warning("an offloaded KV cache could not be written and is given up", file=str(path), because=str(error))
         return None
 
 

@@ -85,7 +85,7 @@ class OffloadStore:
         try:
             self._read[sequence] = reading.result()
         except OffloadError as error:
-            log.warning("a parked KV cache is lost and will be rebuilt", because=str(error))
+            log.warning("an offloaded KV cache is lost and will be rebuilt", because=str(error))
             self.forget(sequence)
 
     def discard_read(self, sequence: Sequence) -> None:
@@ -100,7 +100,7 @@ class OffloadStore:
             self._spill.forget(sequence)
 
     def file(self, sequence: Sequence, offloaded: OffloadedCache | None, until: float) -> bool:
-        """Have the cache of ``sequence`` in a file: ``parked``, or what is held.
+        """Have the cache of ``sequence`` in a file: ``offloaded``, or what is held.
 
         It waits for that, but no longer than ``until``, by the monotonic clock.
 

@@ -24,7 +24,7 @@ class Quota:
     Attributes:
         sessions: that live.
         pictures: in these sessions, a fork's among them.
-        kv_bytes: of KV cache that its sessions hold when more work begins; idle ones are parked before it is refused.
+        kv_bytes: of KV cache that its sessions hold when more work begins; idle ones are offloaded before it is refused.
         turns: turns, and pictures to be shown or compressed, at the same time.
         tokens_per_minute: that are run or generated. Known when a turn has ended: what was too much is waited for
             before the next one.
@@ -98,8 +98,8 @@ class Quotas:
     Args:
         quota: of each.
         sessions: that live.
-        engine: in whose thread caches are parked.
-        kv: parks them.
+        engine: in whose thread caches are offloaded.
+        kv: offloads them.
     """
 
     def __init__(self, quota: Quota, sessions: SessionStore, engine: Engine, kv: KVCacheManager) -> None:
