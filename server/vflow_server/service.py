@@ -56,7 +56,7 @@ from vflow_server.strategies.comparisons import Comparisons
 from vflow_server.strategies.strategies import StrategyStore
 from vflow_server.telemetry.metrics import Metrics
 from vflow_server.telemetry.receipt_log import ReceiptLog
-from vflow_server.telemetry.tracing import tracing_to
+from vflow_server.telemetry.tracing import Tracing
 from vflow_server.tuning.fidelity_monitor import FidelityMonitor
 from vflow_server.tuning.operations import OperationStore
 from vflow_server.tuning.retune import Retunes
@@ -101,7 +101,7 @@ class Service:
         self.strategies = StrategyStore(runtime.layers, runtime.model.strategies, settings.stored("strategies.json"))
         self.operations = OperationStore(settings.stored("operations.json"))
         self.metrics = Metrics()
-        self.tracing = tracing_to(settings.otlp_endpoint)
+        self.tracing = _tracing_to(settings.otlp_endpoint)
         self.receipt_log = ReceiptLog(self.metrics, self.tracing)
         stored = settings.data if not settings.ephemeral else None
         self.archive = Archive(stored, settings.data_bytes, self.metrics) if stored else None
@@ -324,3 +324,21 @@ class Service:
         """Called in the engine's thread: say on the event loop that nothing is served any more."""
         asyncio.run_coroutine_threadsafe(self._health.enter_graceful_shutdown(), self._loop)
         self._loop.call_soon_threadsafe(self.failed.set)
+
+
+def _tracing_to(endpoint: str | None) -> Tracing:
+    """Tracing whose spans go to the OTLP receiver at ``endpoint``; None: there are none.
+
+    Raises:
+        ValueError: what is needed for that is not installed.
+    """
+    if endpoint is None:
+        return Tracing()
+    try:
+        from vflow_server.telemetry.spans import Spans
+    except ImportError as error:
+        raise ValueError(
+            f"--otlp-endpoint needs OpenTelemetry ({error}); install it with pip install 'vflowopt[otel]', "
+            "or leave the option out"
+        ) from error
+    return Spans(endpoint)

@@ -2,6 +2,8 @@
 
 import ast
 import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +45,22 @@ def foreign(folder: str) -> dict[str, set[str]]:
             if (top := name.partition(".")[0]) not in STANDARD:
                 found.setdefault(top, set()).add(str(path.relative_to(ROOT)))
     return found
+
+
+def module_of(path: Path) -> str:
+    """The name by which a file is imported."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    inside = parts[1:] if parts[0] in ("client", "server") else parts
+    return ".".join(inside).removesuffix(".__init__")
+
+
+def imported_modules(path: Path) -> set[str]:
+    """All that a file imports, and each name imported from a package as if it was a module of that."""
+    found = set(imports(path))
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found - {module_of(path)}
 
 
 def test_the_library_knows_no_service() -> None:
@@ -92,6 +110,18 @@ def test_a_package_imports_from_packages_below_only(root: str, package: str, ord
             top, _, inside = name.partition(".")
             if top == root.rpartition("/")[2]:
                 assert inside.partition(".")[0] in allowed, f"{path.relative_to(ROOT)} must not import {name}"
+
+
+@pytest.mark.parametrize("root", ["client/vflow_client", "server/vflow_server", "vflowopt"])
+def test_no_modules_import_each_other_in_a_circle(root: str) -> None:
+    """Neither when they are imported nor later: imports inside functions count, too."""
+    modules = {module_of(path): path for path in python_files(root)}
+    graph = {name: {each for each in imported_modules(path) if each in modules} for name, path in modules.items()}
+    assert sum(map(len, graph.values())) > len(modules), "the scan finds what is certainly there"
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"these import each other: {' -> '.join(error.args[1])}")
 
 
 @pytest.mark.parametrize("package", SERVICE)

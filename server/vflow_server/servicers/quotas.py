@@ -24,7 +24,8 @@ class Quota:
     Attributes:
         sessions: that live.
         pictures: in these sessions, a fork's among them.
-        kv_bytes: of KV cache that its sessions hold when more work begins; idle ones are offloaded before it is refused.
+        kv_bytes: of KV cache that its sessions hold when more work begins; idle ones are offloaded before it is
+            refused.
         turns: turns, and pictures to be shown or compressed, at the same time.
         tokens_per_minute: that are run or generated. Known when a turn has ended: what was too much is waited for
             before the next one.

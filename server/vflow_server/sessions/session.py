@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Protocol, TypeVar
 
 from vflow_client.v1 import conversations_pb2, images_pb2
 from vflow_server.engine.engine import Engine, Steps, Ticket, Work, WorkCancelled
@@ -24,6 +24,7 @@ from vflow_server.tuning.fidelity_monitor import FidelityMonitor
 from vflowopt.media.video import Visual
 from vflowopt.runtime.model_runner import Runtime
 
+E = TypeVar("E")
 R = TypeVar("R")
 
 _PATIENCE = 0.25
@@ -31,11 +32,21 @@ _PATIENCE = 0.25
 right to do so, but here the next one may be seen first."""
 
 
+class _Ticket(Protocol):
+    """A ticket of whatever work."""
+
+    cancelled: bool
+
+    def cancel(self) -> None: ...
+
+    async def ended(self, patience: float | None = None) -> None: ...
+
+
 @dataclass(frozen=True)
 class _UnderWay:
     """What a session is doing."""
 
-    ticket: Ticket[Any, Any]
+    ticket: _Ticket
     request_id: str = ""
 
 
@@ -218,7 +229,7 @@ class Session:
         finally:
             ticket.cancel()
 
-    async def outcome(self, ticket: Ticket[Any, R]) -> R:
+    async def outcome(self, ticket: Ticket[E, R]) -> R:
         """The result of a ticket of this session.
 
         Raises:
@@ -236,12 +247,12 @@ class Session:
             self._under_way.ticket.cancel()
         return self._parts.engine.call(lambda: self._parts.kv.forget(self.state), self.tenant)
 
-    def _begin(self, work: Work[Any, R], request_id: str = "") -> Ticket[Any, R]:
+    def _begin(self, work: Work[E, R], request_id: str = "") -> Ticket[E, R]:
         if self.record is not None and not self.goes_on:
             raise model_changed(self.name, self.record.facts.model, self._parts.runtime.revision)
         return self._follow(self._parts.engine.submit(work, self.tenant), request_id)
 
-    def _follow(self, ticket: Ticket[Any, R], request_id: str = "") -> Ticket[Any, R]:
+    def _follow(self, ticket: Ticket[E, R], request_id: str = "") -> Ticket[E, R]:
         self._under_way = _UnderWay(ticket, request_id)
         # The engine's word, not the caller's: a caller may be gone long before its work is undone.
         ticket.on_end(self._ended)

@@ -49,21 +49,3 @@ class Tracing:
 
     def close(self) -> None:
         """Send what is left to send; returns when that is done, or was given up."""
-
-
-def tracing_to(endpoint: str | None) -> Tracing:
-    """Tracing whose spans go to the OTLP receiver at ``endpoint``; None: there are none.
-
-    Raises:
-        ValueError: what is needed for that is not installed.
-    """
-    if endpoint is None:
-        return Tracing()
-    try:
-        from vflow_server.telemetry.spans import Spans
-    except ImportError as error:
-        raise ValueError(
-            f"--otlp-endpoint needs OpenTelemetry ({error}); install it with pip install 'vflowopt[otel]', "
-            "or leave the option out"
-        ) from error
-    return Spans(endpoint)

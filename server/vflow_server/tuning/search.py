@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
 
 from vflow_client.v1 import strategies_pb2
 from vflow_server.engine.encoder import EncoderThread
@@ -14,7 +13,7 @@ from vflow_server.engine.idle_work import idle_work
 from vflow_server.kv.manager import KVCacheManager
 from vflow_server.tuning.proposer import Proposer
 from vflowopt.search.calibration import Calibration
-from vflowopt.search.pause import Aside
+from vflowopt.search.pause import Aside, Pause
 from vflowopt.search.tuner import Trial, Tuner
 
 Metadata = strategies_pb2.RetuneMetadata
@@ -68,7 +67,7 @@ class Search:
         assert self._tuner.best is not None  # the first trial sees all samples
         return self._tuner.best
 
-    def _pieces(self, emit: Callable[[SearchProgress], None]) -> Generator[Any, None, None]:
+    def _pieces(self, emit: Callable[[SearchProgress], None]) -> Generator[Trial | Pause, None, None]:
         """The tuner's, saying in between what they are for."""
         last = Metadata.PHASE_UNSPECIFIED
         with closing(self._tuner.steps()) as steps:
