@@ -1,12 +1,15 @@
-"""The Dockerfile, read as text, and whether settings given beside it are ones of the service."""
+"""The Dockerfile and .dockerignore, read as text, and whether settings given beside them are ones of the service."""
 
 import re
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 
 from tests.repository.source import ROOT
 from vflow_server.settings import ENVIRONMENT_PREFIX, options
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
+_IGNORED = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
 
 
 def instructions(name: str) -> list[str]:
@@ -32,3 +35,25 @@ def check_settings(variables: Mapping[str, str]) -> None:
     for name, value in variables.items():
         if name.startswith(ENVIRONMENT_PREFIX):
             options()[name.removeprefix(ENVIRONMENT_PREFIX).lower()].parse(value)
+
+
+def context_names() -> set[str]:
+    """The files and folders of the repository's root that are sent to the build."""
+    return {line[1:] for line in _IGNORED if line.startswith("!")}
+
+
+def copy_context(target: Path) -> None:
+    """Makes the folder `target` what the build sees: what .dockerignore keeps of the repository."""
+    left_out = [ROOT / line for line in _IGNORED if line[0] not in "!*"]
+    everywhere = [line.removeprefix("**/") for line in _IGNORED if line.startswith("**/")]
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        paths = [Path(folder, name) for name in names]
+        return {path.name for path in paths if path in left_out or any(path.match(each) for each in everywhere)}
+
+    target.mkdir()
+    for name in context_names():
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, target / name, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, target / name)

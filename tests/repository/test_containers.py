@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.repository.image import DOCKERFILE, check_settings, environment, instructions
+from tests.repository.image import DOCKERFILE, check_settings, context_names, environment, instructions
 from tests.repository.source import ROOT
 from vflow_server.settings import ENVIRONMENT_PREFIX, options
 
@@ -115,8 +115,7 @@ def test_the_unit_sets_options_of_the_service_and_waits_longer_than_it() -> None
 
 
 def test_the_build_context_holds_what_the_build_copies() -> None:
-    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    assert kept == {
+    assert context_names() == {
         "client",
         "proto",
         "server",
@@ -126,7 +125,7 @@ def test_the_build_context_holds_what_the_build_copies() -> None:
         "LICENSE",
         "README.md",
     }
-    assert all((ROOT / name).exists() for name in kept)
+    assert all((ROOT / name).exists() for name in context_names())
 
 
 def checked(*command: str | Path) -> None:

@@ -2,10 +2,11 @@
 
 import re
 import tomllib
-from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from tests.repository.source import ROOT
 
@@ -20,6 +21,7 @@ PINS = {
     name.lower().replace("_", "-"): version
     for name, version in re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
 }
+PYTHONS = [f"3.{minor}" for minor in range(11, 15)]
 
 
 def requirements() -> list[str]:
@@ -30,11 +32,8 @@ def requirements() -> list[str]:
         *SERVICE["project"]["optional-dependencies"]["dev"],
         *CLIENT["project"]["dependencies"],
         *CLIENT["project"]["optional-dependencies"]["cli"],
+        *CLIENT["build-system"]["requires"],
     ]
-
-
-def release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
 @pytest.mark.parametrize("folder", ["vflowopt", "server/vflow_server", "client/vflow_client"])
@@ -51,12 +50,12 @@ def test_both_distributions_have_one_version() -> None:
 
 @pytest.mark.parametrize("requirement", [line for line in requirements() if not line.startswith("vflow")])
 def test_the_pins_satisfy_every_requirement(requirement: str) -> None:
-    match = re.fullmatch(r"([\w.-]+)(?:>=([\d.]+))?(?:,<([\d.]+))?", requirement)
-    assert match, f"a floor, and at most a ceiling, is all that {requirement} should need"
-    name, floor, ceiling = match.groups()
-    assert name in PINS, f"constraints.txt does not pin {name}"
-    assert floor is None or release(PINS[name]) >= release(floor)
-    assert ceiling is None or release(PINS[name]) < release(ceiling)
+    parsed = Requirement(requirement)
+    operators = sorted(each.operator for each in parsed.specifier)
+    assert operators in ([], [">="], ["<", ">="], ["=="]), f"a floor, and at most a ceiling, is all it needs: {parsed}"
+    pin = PINS.get(parsed.name.lower().replace("_", "-"))
+    assert pin is not None, f"constraints.txt does not pin {parsed.name}"
+    assert parsed.specifier.contains(Version(pin))
 
 
 def test_the_runtime_floor_covers_the_pinned_generator() -> None:
@@ -66,18 +65,27 @@ def test_the_runtime_floor_covers_the_pinned_generator() -> None:
     assert generator.removeprefix("grpcio-tools==") == floor.removeprefix("grpcio>=")
 
 
+def test_the_tests_build_the_client_with_what_it_asks_for() -> None:
+    generators = {line for line in CLIENT["build-system"]["requires"] if "==" in line}
+    assert generators and generators <= set(SERVICE["project"]["optional-dependencies"]["dev"])
+
+
 def test_the_client_installs_without_the_heavy_parts() -> None:
     names = {re.split(r"[><=]", line)[0] for line in CLIENT["project"]["dependencies"]}
     assert names == {"grpcio", "protobuf", "googleapis-common-protos"}
 
 
-@pytest.mark.parametrize("file", ["weights/config.json", "weights/model.safetensors", "weights/tokenizer.json"])
-def test_the_embedded_model_is_package_data(file: str) -> None:
-    demo = ROOT / "vflowopt" / "demo"
-    patterns = SERVICE["tool"]["setuptools"]["package-data"]["vflowopt.demo"]
-    assert demo / file in {path for pattern in patterns for path in demo.glob(pattern)}
-
-
 def test_the_license_is_apache() -> None:
-    assert "Version 2.0, January 2004" in Path(ROOT / "LICENSE").read_text()
-    assert SERVICE["project"]["license"] == CLIENT["project"]["license"] == "Apache-2.0"
+    text = (ROOT / "LICENSE").read_text()
+    assert "Version 2.0, January 2004" in text
+    assert (ROOT / "client" / "LICENSE").read_text() == text, "a distribution takes no file from outside its folder"
+    for project in (SERVICE["project"], CLIENT["project"]):
+        assert project["license"] == "Apache-2.0" and project["license-files"] == ["LICENSE"]
+
+
+def test_both_distributions_name_the_same_pythons() -> None:
+    for project in (SERVICE["project"], CLIENT["project"]):
+        prefix = "Programming Language :: Python :: 3."
+        named = [line.rpartition(" ")[2] for line in project["classifiers"] if line.startswith(prefix)]
+        assert named == PYTHONS and project["requires-python"] == f">={PYTHONS[0]}"
+        assert "Typing :: Typed" in project["classifiers"]
