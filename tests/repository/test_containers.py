@@ -32,6 +32,12 @@ def test_only_the_first_stage_installs() -> None:
     assert "pip install" not in DOCKERFILE.rpartition("\nFROM ")[2]
 
 
+def test_the_service_is_installed_beside_the_client_that_it_asks_for() -> None:
+    """In one step: pip then takes the client from the folder, and looks for none in an index."""
+    (step,) = (line for line in instructions("RUN") if "./client" in line)
+    assert step == "pip install --constraint constraints.txt ./client '.[otel]'"
+
+
 def test_its_settings_are_options_of_the_service_with_valid_values() -> None:
     assert environment()[f"{ENVIRONMENT_PREFIX}HOST"] == environment()[f"{ENVIRONMENT_PREFIX}METRICS_HOST"] == "0.0.0.0"
     check_settings(environment())

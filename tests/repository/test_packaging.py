@@ -8,6 +8,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+import vflowopt
 from tests.repository.source import ROOT
 
 
@@ -41,9 +42,9 @@ def test_every_package_is_typed_and_its_folder_has_its_import_name(folder: str) 
     assert (ROOT / folder / "py.typed").exists() and (ROOT / folder / "__init__.py").exists()
 
 
-def test_both_distributions_have_one_version() -> None:
+def test_both_distributions_and_the_library_have_one_version() -> None:
     version = SERVICE["project"]["version"]
-    assert CLIENT["project"]["version"] == version
+    assert CLIENT["project"]["version"] == vflowopt.__version__ == version
     assert f"vflowopt-client[cli]=={version}" in SERVICE["project"]["dependencies"]
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
 
