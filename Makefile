@@ -74,4 +74,4 @@ image-check: ## build the container image without Docker and hold a conversation
 	deploy/image-check.sh
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) build client/vflow_client/v1 client/build *.egg-info client/*.egg-info
+	rm -rf $(VENV) build dist client/dist client/vflow_client/v1 client/build *.egg-info client/*.egg-info

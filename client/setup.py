@@ -185,7 +185,7 @@ def short(type_name: str) -> str:
 
 
 # At import, not inside a build command: setuptools looks for the packages before it runs any.
-if CONTRACT.is_dir():
+if (CONTRACT / "vflow" / "v1").is_dir():
     generate_stubs()
 
 setup()
