@@ -77,7 +77,7 @@ def test_sessions_that_are_deleted_while_they_answer_leave_no_pictures(serve: Se
     probe = serve()
     with probe.client.session("full") as session:
         session.add_image(png(60, 60))
-        size = measured(probe, "vflow_memory_bytes", what="compressed_pictures")
+        size = measured(probe, "vflow_picture_bytes", form="compressed")
     probe.stop()
     served = serve(compressed_memory=str(int(2.5 * size)))
     for seed in range(4):

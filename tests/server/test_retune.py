@@ -135,7 +135,7 @@ def test_conversations_beside_a_search_are_answered_as_without_it(
     served = serve(runtime)
     alone = [talk(served.client, number) for number in range(2)]
     steps: list[str] = []
-    for name in ("advance", "states"):
+    for name in ("step", "states"):
         monkeypatch.setattr(runtime, name, noted(steps, name, getattr(runtime, name)))
     search = served.client.strategies.retune(0.3, samples(4), trials=4)
     beside = [talk(served.client, number) for number in range(2)]
