@@ -1,163 +1,130 @@
-"""The reference of the contract: one page for each file under `proto/`, made from its declarations and comments.
-
-Every declaration has a comment of its own directly above it, which `tests/repository/test_contract.py` checks; so the
-text of a file is read line by line, and no protocol compiler is needed.
-"""
+"""The reference of the contract: one page for each file under `proto/`, made from its descriptors and comments."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-_OPENED = re.compile(r"^(service|message|enum|oneof) (\w+) \{(\})?$")
-_METHOD = re.compile(r"^rpc (\w+)\((stream )?([\w.]+)\) returns \((stream )?([\w.]+)\)(;| \{)$")
-_FIELD = re.compile(r"^(repeated |optional )?([\w.]+(?:<[\w., ]+>)?) (\w+) = \d+;$")
-_VALUE = re.compile(r"^([A-Z][A-Z0-9_]*) = (\d+);$")
+# Protobuf can read `field_behavior` only if the extension is imported before a file is parsed.
+from google.api.field_behavior_pb2 import FieldBehavior, field_behavior
+from google.protobuf.descriptor_pb2 import (
+    DescriptorProto,
+    EnumDescriptorProto,
+    FieldDescriptorProto,
+    FileDescriptorProto,
+    FileDescriptorSet,
+    ServiceDescriptorProto,
+)
+from google.protobuf.message import Message
 
+Place = tuple[int, ...]
+"""Path of a declaration in the descriptor of its file, by which the source information knows its comment."""
 
-@dataclass
-class Declaration:
-    """Something that a file declares.
-
-    Attributes:
-        kind: service, rpc, message, field, oneof, enum or value.
-        name: its own name, without those of the messages around it.
-        comment: the text above it.
-        type: of a field, its type; of a method, its request and response.
-        members: what is declared inside it.
-    """
-
-    kind: str
-    name: str
-    comment: str
-    type: tuple[str, ...] = ()
-    members: list[Declaration] = field(default_factory=list)
+_KINDS = ("service", "message_type", "nested_type", "enum_type")
+"""Fields of descriptors that hold declarations with a section of their own, in the order of the sections."""
 
 
-def parse(text: str) -> Declaration:
-    """Read the declarations of a file, as members of a declaration of the kind "file" whose comment is the file's.
-
-    Raises:
-        ValueError: a line is none that the contract's style has.
-    """
-    file = Declaration("file", "", "")
-    scopes = [file]
-    comment: list[str] = []
-    for line in (each.strip() for each in text.splitlines()):
-        scope = scopes[-1]
-        if line.startswith("//"):
-            comment.append(line.removeprefix("//").removeprefix(" "))
-            continue
-        made: Declaration | None = None
-        said = "\n".join(comment)
-        if opened := _OPENED.match(line):
-            made = Declaration(opened[1], opened[2], said)
-            if not opened[3]:
-                scopes.append(made)
-        elif method := _METHOD.match(line):
-            request, response = (
-                f"{stream or ''}{name}" for stream, name in ((method[2], method[3]), method.group(4, 5))
-            )
-            made = Declaration("rpc", method[1], said, (request, response))
-            if method[6] != ";":
-                scopes.append(made)
-        elif scope.kind == "rpc":
-            if line == "}":
-                scopes.pop()
-        elif each := _FIELD.match(line):
-            made = Declaration("field", each[3], said, ((each[1] or "") + each[2],))
-        elif value := _VALUE.match(line):
-            made = Declaration("value", value[1], said)
-        elif line == "}":
-            scopes.pop()
-        elif line and not re.match(r"(syntax|package|import|option|reserved)\b", line):
-            raise ValueError(f"not a line of the contract's style: {line!r}")
-        if made is not None:
-            scope.members.append(made)
-        comment = []
-    return file
-
-
-def pages(folder: Path) -> dict[str, str]:
+def pages(contract: Path) -> dict[str, str]:
     """The Markdown page of each file of the contract, by the file's stem.
 
     Args:
-        folder: that holds the files of one package.
+        contract: the folder of the contract. Its own files are in the folder `vflow` there.
+
+    Raises:
+        subprocess.CalledProcessError: buf cannot compile the contract. It has printed why.
     """
-    files = {path.stem: parse(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.proto"))}
-    known = {
-        name: stem for stem, file in files.items() for name, each in _all(file) if each.kind in ("message", "enum")
-    }
-    return {stem: _page(stem, file, known) for stem, file in files.items()}
+    buf = Path(sys.executable).with_name("buf")
+    command = [str(buf), "build", str(contract), f"--path={contract / 'vflow'}", "--exclude-imports", "--output=-"]
+    files = FileDescriptorSet.FromString(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout).file
+    homes = {f".{file.package}.{name}": Path(file.name).stem for file in files for _, name, _ in _declared(file)}
+    return {Path(file.name).stem: _Page(file, homes).text() for file in files}
 
 
-def _all(scope: Declaration, around: str = "") -> Iterator[tuple[str, Declaration]]:
-    """Every message, enum and service, each under its name with those around it."""
-    for member in scope.members:
-        if member.kind in ("message", "enum", "service"):
-            name = f"{around}{member.name}"
-            yield name, member
-            yield from _all(member, f"{name}.")
+def _members(scope: Message, kind: str, path: Place) -> Iterator[tuple[Place, Any]]:
+    """What a field of a descriptor holds, each with its path."""
+    number = scope.DESCRIPTOR.fields_by_name[kind].number
+    yield from (((*path, number, index), each) for index, each in enumerate(getattr(scope, kind)))
 
 
-def _page(stem: str, file: Declaration, known: dict[str, str]) -> str:
-    lines = [f"# {stem}.proto", ""]
-    for name, declared in _all(file):
-        lines += [f"## {declared.kind} {name} {{ #{name} }}", "", _prose(declared.comment), ""]
-        if declared.kind == "service":
-            for method in declared.members:
-                request, response = (_linked(each, name, known) for each in method.type)
-                lines += [f"### {method.name} {{ #{name}.{method.name} }}", ""]
-                lines += [f"{request} → {response}", "", _prose(method.comment), ""]
-        elif declared.kind == "enum":
-            lines += ["| Value | Meaning |", "|---|---|"]
-            lines += [
-                f"| `{value.name}` | {_coded(_cell(value.comment))} |" for value in declared.members if value.comment
-            ]
-        elif fields := list(_fields(declared)):
-            lines += ["| Field | Type | Meaning |", "|---|---|---|"]
-            for choice, each in fields:
-                meaning = f"One of `{choice}`. {each.comment}" if choice else each.comment
-                lines.append(f"| `{each.name}` | {_linked(each.type[0], name, known)} | {_cell(meaning)} |")
-        lines.append("")
-    return "\n".join(lines)
+def _declared(scope: Message, path: Place = (), around: str = "") -> Iterator[tuple[Place, str, Any]]:
+    """The path, name and descriptor of each service, message and enum; names include those of the messages around."""
+    for kind in _KINDS:
+        if kind in scope.DESCRIPTOR.fields_by_name:
+            for here, each in _members(scope, kind, path):
+                yield here, around + each.name, each
+                yield from _declared(each, here, f"{around}{each.name}.")
 
 
-def _fields(message: Declaration) -> Iterator[tuple[str, Declaration]]:
-    """The fields of a message, each with the name of the choice that it belongs to, or an empty one."""
-    for member in message.members:
-        if member.kind == "field":
-            yield "", member
-        elif member.kind == "oneof":
-            yield from ((member.name, each) for each in member.members)
+class _Page:
+    """The page of one file.
 
+    Args:
+        file: its descriptor.
+        homes: for each type of the contract, the stem of the file that declares it.
+    """
 
-def _linked(type_: str, around: str, known: dict[str, str]) -> str:
-    """A type with its label, as a link where the contract declares it; ``around`` is where it was named."""
-    label, _, name = type_.rpartition(" ")
-    scopes = around.split(".")
-    for depth in range(len(scopes), -1, -1):
-        whole = ".".join((*scopes[:depth], name))
-        if whole in known:
-            name = f"[{name}]({known[whole]}.md#{whole})"
-            break
-    else:
-        name = f"`{name}`"
-    return f"{label} {name}".strip()
+    def __init__(self, file: FileDescriptorProto, homes: dict[str, str]) -> None:
+        self._file = file
+        self._homes = homes
+        self._comments = {
+            tuple(place.path): textwrap.dedent(place.leading_comments).strip().replace("<", "&lt;").replace("*", r"\*")
+            for place in file.source_code_info.location
+        }
 
+    def text(self) -> str:
+        lines = [f"# {Path(self._file.name).name}", ""]
+        for path, name, declared in _declared(self._file):
+            match declared:
+                case ServiceDescriptorProto():
+                    kind, members = "service", self._methods(declared, path)
+                case EnumDescriptorProto():
+                    kind, members = "enum", self._values(declared, path)
+                case _:
+                    kind, members = "message", self._fields(declared, path)
+            lines += [f"## {kind} {name} {{ #{name} }}", "", self._comments[path], "", *members, ""]
+        return "\n".join(lines)
 
-def _coded(comment: str) -> str:
-    """A reason's comment, with the status code in front of it as code."""
-    return re.sub(r"^\[([A-Z_]+)\] ", r"`[\1]` ", comment)
+    def _methods(self, service: ServiceDescriptorProto, path: Place) -> Iterator[str]:
+        for here, method in _members(service, "method", path):
+            response = "stream " * method.server_streaming + self._linked(method.output_type)
+            yield from (f"### {method.name} {{ #{service.name}.{method.name} }}", "")
+            yield from (f"{self._linked(method.input_type)} → {response}", "", self._comments[here], "")
 
+    def _fields(self, message: DescriptorProto, path: Place) -> Iterator[str]:
+        if message.field:
+            yield from ("| Field | Type | Meaning |", "|---|---|---|")
+        for here, field in _members(message, "field", path):
+            chosen = field.HasField("oneof_index") and not field.proto3_optional
+            choice = f"One of `{message.oneof_decl[field.oneof_index].name}`. " if chosen else ""
+            yield f"| `{field.name}` | {self._type(field)} | {choice}{self._cell(here)} |"
 
-def _prose(comment: str) -> str:
-    return comment.replace("<", "&lt;").replace("*", r"\*")
+    def _values(self, enum: EnumDescriptorProto, path: Place) -> Iterator[str]:
+        yield from ("| Value | Meaning |", "|---|---|")
+        for here, value in _members(enum, "value", path):
+            # The comment of an error's reason begins with its status code.
+            meaning = re.sub(r"^\[([A-Z_]+)\] ", r"`\1` ", self._cell(here))
+            yield f"| `{value.name}` | {meaning} |"
 
+    def _type(self, field: FieldDescriptorProto) -> str:
+        """The type of a field, and how it behaves: "repeated Part, required"."""
+        name = field.type_name or field.Type.Name(field.type).removeprefix("TYPE_").lower()
+        label = "repeated " if field.label == field.LABEL_REPEATED else ""
+        behaviour = [FieldBehavior.Name(each) for each in field.options.Extensions[field_behavior]]
+        if field.proto3_optional and "OPTIONAL" not in behaviour:
+            behaviour.append("OPTIONAL")
+        return ", ".join([label + self._linked(name), *(each.lower().replace("_", " ") for each in behaviour)])
 
-def _cell(comment: str) -> str:
-    """A comment as one cell of a table; the items of a list in it go on lines of their own."""
-    lines = re.sub(r"\n- ", "<br>• ", _prose(comment)).replace("\n  ", " ")
-    return lines.replace("\n", " ").replace("|", r"\|")
+    def _linked(self, name: str) -> str:
+        """A type, as a link where the contract declares it."""
+        short = name.removeprefix(f".{self._file.package}.").removeprefix(".")
+        return f"[{short}]({self._homes[name]}.md#{short})" if name in self._homes else f"`{short}`"
+
+    def _cell(self, path: Place) -> str:
+        """A comment as one cell of a table; the items of a list in it go on lines of their own."""
+        lines = re.sub(r"\n- ", "<br>• ", self._comments[path]).replace("\n  ", " ")
+        return lines.replace("\n", " ").replace("|", r"\|")

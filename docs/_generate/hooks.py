@@ -35,7 +35,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "reference/metrics.md": metrics.page(),
         "reference/command-line.md": commands.page(),
     }
-    made |= {f"reference/contract/{name}.md": page for name, page in contract.pages(ROOT / "proto/vflow/v1").items()}
+    made |= {f"reference/contract/{name}.md": page for name, page in contract.pages(ROOT / "proto").items()}
     made |= {f"reference/library/{name}.md": page for name, page in library.pages(ROOT / "vflowopt").items()}
     made |= {page: (ROOT / name).read_text(encoding="utf-8") for name, page in MOVED.items()}
     for path, text in made.items():
