@@ -48,7 +48,7 @@ _COMMANDS: Mapping[str, Mapping[str, str]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    parsed = _parser().parse_args(arguments)
+    parsed = command_parser().parse_args(arguments)
     if parsed.command in _CLIENTS:
         return _CLIENTS[parsed.command](parsed)
     if parsed.command == "health":
@@ -63,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _serve(settings)
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """The arguments of ``vflow`` and of all its commands."""
     parser = argparse.ArgumentParser(
         prog="vflow",
         usage="vflow [-h] [--version] COMMAND ...",
