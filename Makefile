@@ -62,6 +62,7 @@ bench: setup ## measure speed, capacity and memory (VLLM=http://host:port to com
 fidelity: setup ## ask 2,000 questions of VFlowOpt, its rivals and itself without its parts (about an hour on two cores)
 	$(BIN)/python -m benchmarks.fidelity --pictures 430 --json build/fidelity/rivals.json --plot build/fidelity/rivals.svg
 	$(BIN)/python -m benchmarks.fidelity --pictures 430 --retention 0.25 0.1 --compare ablations --json build/fidelity/ablations.json
+	$(BIN)/python -m benchmarks.fidelity --pictures 430 --retention 0.1 0.05 --compare choices --json build/fidelity/choices.json
 	$(BIN)/python -m benchmarks.video --clips 150 --json build/fidelity/video.json
 
 demo-model: setup ## train the embedded model anew
