@@ -1,10 +1,24 @@
 """The VFlow service: gRPC in front of the library ``vflowopt``.
 
-What flows: a request is checked by a servicer, becomes a unit of work on the engine, and its events come back as
-responses. Only :mod:`vflow_server.engine.engine` runs threads that touch the model; everything else lives on the
-event loop.
+A servicer checks a request and submits its work to the engine. The events of that work come back as responses. Only
+:mod:`vflow_server.engine.engine` runs threads that touch the model. The rest runs on the event loop.
 
-Here are the command, its settings and the wiring; the rest is in rooms. From the top: ``servicers`` and ``monitoring``
-answer who asks; ``sessions``, ``tuning`` and ``strategies`` are what they ask about; ``engine`` and ``caches`` do the
-work; ``store``, ``access``, ``telemetry`` and ``rpc`` are there for all. A room imports from rooms further down only.
+The files of this package are the command ``vflow`` (``cli``), its settings, and the service that joins the parts
+(``app``, ``service``). The parts are packages. Each imports only from those below it:
+
+================  ====================================================================================
+``servicers``     the services of the contract: they check requests and fill in responses
+``monitoring``    gauges, and the side port with metrics, readiness and the status page
+``sessions``      sessions, and the work that they give to the engine: turns, pictures, forks
+``tuning``        searches for strategies, and the live watch of the active one
+``strategies``    which strategies exist, which one is active, and how they compare
+``images``        pictures and videos of requests: decoded within bounds, held for their tenant
+``engine``        the thread that owns the model, its queues and its scheduler
+``kv``            the KV caches of all sessions: pages, preemption, offloading
+``store``         the data folder: what a restart needs
+``interceptors``  what surrounds every call: metrics, traces, access, draining
+``access``        tokens, certificates and tenants
+``telemetry``     metrics, traces and logs, for any part to report to
+``rpc``           errors, resource names, pages, and the gRPC servers
+================  ====================================================================================
 """

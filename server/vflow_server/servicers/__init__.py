@@ -1,1 +1,1 @@
-"""The contract's services: each checks what is asked, has the rooms below do it, and puts what comes into messages."""
+"""The services of the contract: each checks a request, passes it to the packages below and fills in the response."""

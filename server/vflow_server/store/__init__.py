@@ -1,1 +1,1 @@
-"""The data folder: what is written down so that sessions outlive the process, and how it is read back."""
+"""The data folder: what is stored so that sessions survive a restart, and how it is read back."""
