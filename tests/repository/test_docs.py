@@ -71,7 +71,7 @@ def relative_links(path: Path) -> Iterator[str]:
 @pytest.mark.parametrize("path", WRITTEN, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_relative_link_leads_to_a_file(path: Path) -> None:
     made = {f"docs/reference/{name}.md" for name in ("settings", "metrics", "command-line")}
-    made |= {f"docs/reference/contract/{name}.md" for name in contract.pages(ROOT / "proto/vflow/v1")}
+    made |= {f"docs/reference/contract/{path.stem}.md" for path in (ROOT / "proto/vflow/v1").glob("*.proto")}
     made |= {f"docs/reference/library/{name}.md" for name in library.pages(ROOT / "vflowopt")}
     for link in relative_links(path):
         target = Path(os.path.normpath(path.parent / link.partition("#")[0]))
@@ -113,22 +113,34 @@ def test_the_first_programs_print_what_is_said(monkeypatch: pytest.MonkeyPatch) 
     assert all(text.splitlines()[-1].partition(" ")[0] in tutorial for text in (unpruned, said))
 
 
+def test_the_programs_of_the_library_print_what_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {}
+    programs, said = blocks("docs/how-to/library.md", "python"), blocks("docs/how-to/library.md", "text")
+    for program, printed in zip(programs, said, strict=True):
+        exec(program, names)
+        assert capsys.readouterr().out == printed
+
+
 def test_every_option_has_a_row_and_every_command_a_section() -> None:
     assert "| `25%` |" in settings.page()
     sections = re.findall(r"^## (vflow.*)$", commands.page(), re.M)
     assert {"vflow", "vflow serve", "vflow strategies", "vflow strategies compare", "vflow health"} <= set(sections)
 
 
-def test_a_contract_is_read_with_what_is_nested_and_linked() -> None:
-    file = contract.parse(
+def test_a_contract_is_read_with_what_is_nested_linked_and_required(tmp_path: Path) -> None:
+    (tmp_path / "google").symlink_to(ROOT / "proto/google")
+    (tmp_path / "vflow").mkdir()
+    (tmp_path / "vflow/talks.proto").write_text(
         """
+        syntax = "proto3";
+        package vflow;
+        import "google/api/field_behavior.proto";
+
         // What it is.
         service Talks {
           // Says it.
-          rpc Say(Saying) returns (stream Said) {
-            option (a) = {
-              b: "c"
-            };
+          rpc Say(Saying) returns (stream Saying) {
+            option deprecated = true;
           }
         }
 
@@ -136,28 +148,47 @@ def test_a_contract_is_read_with_what_is_nested_and_linked() -> None:
         message Saying {
           // How.
           enum Tone {
-            // Loud.
-            LOUD = 1;
+            // [ABORTED] Loud.
+            LOUD = 0;
           }
 
           // Which.
           oneof what {
             // Text.
-            repeated Tone tones = 1;
+            string text = 1;
           }
+          // One | two:
+          // - a
+          // - b.
+          repeated Tone tones = 2 [
+            (google.api.field_behavior) = REQUIRED,
+            (google.api.field_behavior) = IMMUTABLE
+          ];
+          // Less < more.
+          optional int32 number = 3;
         }
         """
     )
-    service, message = file.members
-    assert (service.name, service.comment, service.members[0].type) == (
-        "Talks",
+    page = contract.pages(tmp_path)["talks"]
+    rows = [line for line in page.splitlines() if line and not line.startswith("|--")]
+    assert rows == [
+        "# talks.proto",
+        "## service Talks { #Talks }",
         "What it is.",
-        ("Saying", "stream Said"),
-    )
-    tone, what = message.members
-    assert (tone.members[0].name, what.members[0].type) == ("LOUD", ("repeated Tone",))
-    with pytest.raises(ValueError, match="extend Saying"):
-        contract.parse("extend Saying {\n")
+        "### Say { #Talks.Say }",
+        "[Saying](talks.md#Saying) → stream [Saying](talks.md#Saying)",
+        "Says it.",
+        "## message Saying { #Saying }",
+        "Words.",
+        "| Field | Type | Meaning |",
+        "| `text` | `string` | One of `what`. Text. |",
+        r"| `tones` | repeated [Saying.Tone](talks.md#Saying.Tone), required, immutable | One \| two:<br>• a<br>• b. |",
+        "| `number` | `int32`, optional | Less &lt; more. |",
+        "## enum Saying.Tone { #Saying.Tone }",
+        "How.",
+        "| Value | Meaning |",
+        "| `LOUD` | `ABORTED` Loud. |",
+    ]
 
 
 def test_links_of_a_page_lead_to_pages_of_the_site(tmp_path: Path) -> None:
