@@ -59,7 +59,7 @@ bench: setup ## measure speed, capacity and memory (VLLM=http://host:port to com
 	$(BIN)/python -m benchmarks.geometry --runs 1 --json build/bench/geometry.json
 	$(BIN)/python -m benchmarks.fidelity --pictures 24 --retention 0.25 0.1 --json build/bench/fidelity.json
 
-fidelity: setup ## ask 2,000 questions of VFlowOpt, its rivals and itself without its parts (about an hour on two cores)
+fidelity: setup ## ask 2,000 questions of VFlowOpt, its rivals and itself without its parts (an hour and more on two cores)
 	$(BIN)/python -m benchmarks.fidelity --pictures 430 --json build/fidelity/rivals.json --plot build/fidelity/rivals.svg
 	$(BIN)/python -m benchmarks.fidelity --pictures 430 --retention 0.25 0.1 --compare ablations --json build/fidelity/ablations.json
 	$(BIN)/python -m benchmarks.fidelity --pictures 430 --retention 0.1 0.05 --compare choices --json build/fidelity/choices.json

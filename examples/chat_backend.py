@@ -9,9 +9,9 @@ VFLOW_ADDRESS=localhost:50051 uvicorn --app-dir examples chat_backend:app
     DELETE /chats/{chat}
     GET    /usage               tokens of all finished turns of the user
 
-Whoever authenticates users in front of this says in the header X-User who calls. A browser that goes away cancels its
-turn: the chat is as if it had not been asked. While the service restarts, calls are tried again; a turn carries a
-request id, so it is never said twice.
+The proxy that authenticates users in front of this names the caller in the header X-User. A browser that goes away
+cancels its turn, and the chat is as it was before. While the service restarts, calls are tried again. A turn carries a
+request id, so it is never repeated.
 """
 
 import json
