@@ -55,6 +55,12 @@ def test_every_name_of_the_client_is_on_its_page(site: Path) -> None:
     assert not [name for name in vflow_client.__all__ if not re.search(rf"\b{name}\b", page)]
 
 
+def test_docstrings_are_shown_without_what_only_sphinx_reads(site: Path) -> None:
+    left = re.compile(r":(class|func|meth|attr|mod): ?<code|::</p>")
+    assert "as often as you like:</p>" in (site / "reference/library.html").read_text()
+    assert not [page.name for page in site.glob("reference/**/*.html") if left.search(page.read_text())]
+
+
 def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
     assert ASSET.search('<script src="https://example.com/a.js">'), "the scan finds what it looks for"
     pages = list(site.rglob("*.html"))
