@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 _Open = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_int, ctypes.c_void_p
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_int, ctypes.c_void_p
 )
 _Sync = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
 
@@ -138,12 +138,13 @@ def _sqlite_noting(flushed: Callable[[Path], None]) -> Iterator[None]:
     usual_open = _Open(noting.open)
 
     @_Open
-    def opened(system: int, name: bytes | None, file: Any, flags: int, out_flags: int) -> int:
+    def opened(system: int, name: int | None, file: Any, flags: int, out_flags: int) -> int:
+        # The name stays the pointer that it is: the file system reads it as long as the file is open.
         code: int = usual_open(system, name, file, flags, out_flags)
         if code or not name:
             return code
         methods = _Methods.from_buffer_copy(_Methods.from_address(file[0]))
-        sync, path = _Sync(methods.sync), Path(os.fsdecode(name))
+        sync, path = _Sync(methods.sync), Path(os.fsdecode(ctypes.string_at(name)))
 
         @_Sync
         def noted(synced: int, how: int) -> int:
