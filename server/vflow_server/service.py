@@ -110,7 +110,7 @@ class Service:
         self.kv = KVCacheManager(
             runtime,
             PrefixCache(MAX_PREFIXES),
-            OffloadStore(settings.parked_memory, self._spill_folder()),
+            OffloadStore(settings.offload_memory, self._spill_folder()),
             LoggedImages(settings.compressed_memory),
             self.metrics,
         )

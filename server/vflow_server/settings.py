@@ -133,7 +133,7 @@ class Settings:
         size_or_share,
         metavar="SIZE",
     )
-    parked_memory: int = option(
+    offload_memory: int = option(
         Group.MEMORY, "1GiB", "memory for KV caches of idle sessions, beside the KV budget", size, metavar="SIZE"
     )
     picture_memory: int = option(
@@ -217,7 +217,7 @@ class Settings:
     spill_dir: Path | None = option(
         Group.STORAGE,
         None,
-        "folder for KV caches that do not fit --parked-memory, and for those of idle sessions when the service stops "
+        "folder for KV caches that do not fit --offload-memory, and for those of idle sessions when the service stops "
         "(unset: `kv` in the data folder; without a data folder they are rebuilt when needed)",
         Path,
         metavar="PATH",

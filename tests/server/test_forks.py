@@ -99,11 +99,11 @@ def test_a_new_session_can_be_forked(client: Client) -> None:
         assert say(twin, PAST) == say(session, PAST)
 
 
-@pytest.mark.parametrize("parked_memory", ["1GiB", "1"], ids=["parked", "only the log is left"])
+@pytest.mark.parametrize("offload_memory", ["1GiB", "1"], ids=["parked", "only the log is left"])
 def test_what_has_made_room_for_others_can_be_forked(
-    serve: Serve, picture: bytes, expected: dict[str, list[str]], parked_memory: str
+    serve: Serve, picture: bytes, expected: dict[str, list[str]], offload_memory: str
 ) -> None:
-    served = serve(parked_memory=parked_memory)
+    served = serve(offload_memory=offload_memory)
     session = begun(served.client, picture)
     put_aside(served)
     assert not session.state().resident

@@ -77,7 +77,7 @@ class TestAProcess:
 def test_those_that_had_made_room_are_kept_as_well(
     serve_data: Serve, kv: Path, picture: bytes, expected: list[str], memory: str
 ) -> None:
-    served = serve_data(parked_memory=memory)
+    served = serve_data(offload_memory=memory)
     session = asked_once(served.client, picture, expected)
     served.on_engine(served.service.kv.release_idle)  # the prefix
     served.on_engine(served.service.kv.release_idle)

@@ -174,7 +174,7 @@ def test_malformed_requests_leave_nothing(rounds: int, parent: Parent, model_fol
         max_picture_pixels=100_000,
         picture_memory="1MiB",
         compressed_memory="1MiB",
-        parked_memory="1MiB",
+        offload_memory="1MiB",
         metrics_port=free_port(),
     )
     try:

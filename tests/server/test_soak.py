@@ -213,7 +213,7 @@ def test_soak(seconds: float, parent: Parent, model_folder: Path, tmp_path: Path
         kv_budget="2MiB",
         max_running=RUNNING,
         max_waiting=WAITING,
-        parked_memory="256KiB",
+        offload_memory="256KiB",
         spill_dir=tmp_path / "spilled",
         data=tmp_path / "data",
         metrics_port=free_port(),

@@ -14,7 +14,7 @@ from vflow_server.kv.disk import LOCK
 from vflowopt.runtime.model_runner import Runtime
 from vflowopt.runtime.offload import OffloadedCache
 
-NO_MEMORY = {"parked_memory": "1"}
+NO_MEMORY = {"offload_memory": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_a_cache_comes_back_from_each_tier(
     serve: Serve, tmp_path: Path, picture: bytes, expected: list[str], memory: str, spill: bool, tier: str
 ) -> None:
     folder = tmp_path / "spill"
-    served = serve(parked_memory=memory, **({"spill_dir": str(folder)} if spill else {}))
+    served = serve(offload_memory=memory, **({"spill_dir": str(folder)} if spill else {}))
     session = begun(served.client, picture)
     put_aside(served)
     assert not session.state().resident and session.state().kv_bytes == 0
@@ -89,7 +89,7 @@ def test_memory_overflows_into_files_least_recently_used_first(
     put_aside(probe)
     one = probe.service.kv.offloaded._memory.bytes_held
     probe.stop()
-    served = serve(parked_memory=str(2 * one), spill_dir=str(tmp_path), spill_bytes=str(2 * one))
+    served = serve(offload_memory=str(2 * one), spill_dir=str(tmp_path), spill_bytes=str(2 * one))
     sessions = [begun(served.client, picture) for _ in range(5)]
     put_aside(served)
     # Two are in memory, the two before them in files, and the oldest of all has only its log.
@@ -229,7 +229,7 @@ class TestASlowDisk:
 def test_a_cancelled_turn_leaves_what_was_restored_for_it(
     serve: Serve, picture: bytes, expected: list[str], memory: str
 ) -> None:
-    served = serve(parked_memory=memory)
+    served = serve(offload_memory=memory)
     session = begun(served.client, picture)
     held = session.state().kv_bytes
     put_aside(served)
