@@ -20,7 +20,7 @@ class Caller:
     admin: bool
 
 
-_current: ContextVar[Caller] = ContextVar("caller")  # each call is served in a task, and so a context, of its own
+_current: ContextVar[Caller] = ContextVar("caller")  # each call runs in its own task, and so in its own context
 
 
 def current_caller() -> Caller:

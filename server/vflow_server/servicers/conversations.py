@@ -209,7 +209,7 @@ async def _write(context: Context, response: conversations_pb2.ChatResponse) -> 
             await context.write(response)
     except TimeoutError:
         raise reader_stalled(SLOWEST_READER) from None
-    except grpc.aio.InternalError:  # the connection broke, and gRPC has not got round to cancelling the call
+    except grpc.aio.InternalError:  # the connection broke, and gRPC has not cancelled the call yet
         raise asyncio.CancelledError from None
 
 

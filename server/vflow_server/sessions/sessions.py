@@ -187,7 +187,7 @@ class SessionStore:
                 log.info("session expired", session=session.name)
                 try:
                     await self.delete(session)
-                except ServiceError as error:  # deleted meanwhile, or the engine is going down
+                except ServiceError as error:  # deleted meanwhile, or the engine is stopping
                     log.debug("an expired session was not deleted", session=session.name, reason=error.reason)
                 except Exception:  # the other sessions must expire all the same
                     log.exception("an expired session was not deleted", session=session.name)
