@@ -1,4 +1,4 @@
-"""The service, wired: engine, stores and servicers behind one gRPC server."""
+"""The service: makes engine, stores and servicers, connects them, and serves them with gRPC."""
 
 from __future__ import annotations
 
@@ -78,10 +78,10 @@ NAMES = (*_FOR_USERS, *_FOR_ADMINISTRATORS)
 """Full names of the services, as health checks ask for them."""
 
 MAX_PREFIXES = 64
-"""Beginnings that are cached for sessions that begin the same way."""
+"""Number of prefixes that are cached for sessions that begin in the same way."""
 
 _LAST_WORDS = 0.2
-"""Seconds, at least, between the end of a call and the end of its connection."""
+"""Seconds at least between the end of a call and the end of its connection."""
 
 log = structlog.get_logger(__name__)
 
@@ -90,13 +90,23 @@ class Service:
     """One service on one loaded model. Made, started and stopped on one event loop.
 
     Args:
-        runtime: the model; handed over for good, nobody else may use it while the service runs.
+        runtime: the model; nothing else may use it while the service runs.
         settings: how to serve it.
+
+    Attributes:
+        failed: set when the engine has died, and the service can answer nothing any more.
+        admin_port: port of the services for administrators, once they listen, if it is a separate one.
+        side_port: port of the HTTP pages, once they listen.
+
+    Raises:
+        OSError: a file or a folder cannot be used.
+        ValueError: the content of a file is not valid, or an option needs a package that is not installed.
+        ServiceError: STORAGE_FAILED.
     """
 
     def __init__(self, runtime: Runtime, settings: Settings) -> None:
         self.settings = settings
-        # What may be unusable is read before folders are taken that others could want.
+        # Files that may be invalid are read first, before folders are locked.
         self.access = Access(settings.tokens)
         self.strategies = StrategyStore(runtime.layers, runtime.model.strategies, settings.stored("strategies.json"))
         self.operations = OperationStore(settings.stored("operations.json"))
@@ -169,15 +179,12 @@ class Service:
         )
         self.metrics.registry.register(Gauges(self.parts))
         self.failed = asyncio.Event()
-        """Set when the engine has died: nothing can be served any more."""
         self._loop = asyncio.get_running_loop()
         self._health = health.aio.HealthServicer()
         self._listeners = self._listen()
         self.admin_port: int | None = None
-        """Where the services for administrators listen, once they do, if that is a port of their own."""
         self._side_port: SidePort | None = None
         self.side_port: int | None = None
-        """Where the side port listens, once it does."""
 
     async def start(self) -> int:
         """Listen and serve; returns the port.
@@ -201,7 +208,7 @@ class Service:
         return port
 
     async def stop(self, grace: float | None = None) -> None:
-        """Take no more calls, give those that run ``grace`` seconds (default: as set), and give everything back."""
+        """Accept no more calls, wait ``grace`` seconds for the running ones (default: the setting), and release all."""
         await self._health.enter_graceful_shutdown()
         await self.retunes.close()  # before the calls that wait for it
         grace = self.settings.grace if grace is None else grace
@@ -211,12 +218,13 @@ class Service:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
-        # What has just ended still has its last words to send.
+        # Calls that have just ended still have to send their status.
         left = max(grace - (time.monotonic() - begun), _LAST_WORDS)
         hung_up = asyncio.gather(*(listener.stop(left) for listener in self._listeners))
         if not drained:
             await hung_up
-        # Else beside it: whoever watches the health stays on until the time is up, and KV caches are to be kept in it.
+        # If all calls have ended, the engine stops meanwhile: a health watch may stay connected until the time is up,
+        # and that time is needed to persist KV caches.
         await asyncio.to_thread(self._stop_engine, begun + grace)
         await hung_up
         if self.archive is not None:
@@ -226,15 +234,15 @@ class Service:
             await self._side_port.stop(begun + grace - time.monotonic())
         await asyncio.to_thread(self.tracing.close)
 
-    def _stop_engine(self, keep_until: float) -> None:
-        """End the engine and give back what it held; until then put KV caches where the next process finds them."""
+    def _stop_engine(self, persist_until: float) -> None:
+        """Stop the engine, persist KV caches for the next process until ``persist_until``, and release the others."""
         self.engine.stop()
-        keeps = self.archive is not None and not self.failed.is_set()
+        persists = self.archive is not None and not self.failed.is_set()
         self.encoder.close()
-        self.kv.close(keep_until if keeps else None)
+        self.kv.close(persist_until if persists else None)
 
     def _spill_folder(self) -> DiskStore | None:
-        """The folder of KV caches; in the data folder they have the room that sessions leave."""
+        """The folder of KV caches. In the data folder they may use the space that sessions leave."""
         settings, archive = self.settings, self.archive
         if (folder := settings.spill_folder) is None:
             return None
@@ -243,7 +251,7 @@ class Service:
         return DiskStore(folder, lambda: min(settings.spill_bytes, archive.room))
 
     def _listen(self) -> Sequence[Listener]:
-        """The listener for users and, where it is to be another, that for administrators; nobody is served yet."""
+        """Make the listener for users and, if it is separate, that for administrators. They do not serve yet."""
         settings = self.settings
         public = self._listener(settings.host, settings.port, "--port")
         self._serve_users(public.server)
@@ -308,12 +316,12 @@ class Service:
         operations_pb2_grpc.add_OperationsServicer_to_server(Operations(self.operations), server)
 
     def _serve_all(self, server: grpc.aio.Server, names: Sequence[str]) -> None:
-        """What is open to everybody: the state of the services called ``names``, and their contract."""
+        """Add the services that need no token: health and reflection of the services ``names``."""
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
 
     async def _start_side_port(self, host: str, port: int) -> int:
-        # Starlette and uvicorn take a while to import, and a service without a side port starts without them.
+        # Starlette and uvicorn are slow to import, and are not needed without a side port.
         from vflow_server.monitoring.pages import pages
         from vflow_server.monitoring.side_port import SidePort
 
@@ -321,16 +329,16 @@ class Service:
         return await self._side_port.start(host, port)
 
     def _engine_died(self) -> None:
-        """Called in the engine's thread: say on the event loop that nothing is served any more."""
+        """Report on the event loop that the service has failed. Called in the engine's thread."""
         asyncio.run_coroutine_threadsafe(self._health.enter_graceful_shutdown(), self._loop)
         self._loop.call_soon_threadsafe(self.failed.set)
 
 
 def _tracing_to(endpoint: str | None) -> Tracing:
-    """Tracing whose spans go to the OTLP receiver at ``endpoint``; None: there are none.
+    """Tracing that sends spans to the OTLP receiver at ``endpoint``; None: no spans are made.
 
     Raises:
-        ValueError: what is needed for that is not installed.
+        ValueError: OpenTelemetry is not installed.
     """
     if endpoint is None:
         return Tracing()

@@ -1,4 +1,4 @@
-"""`vflow token`: makes a token for a caller."""
+"""``vflow token``: creates a token for a caller."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vflow_server.option import OptionError, seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the options on ``parser``."""
+    """Add the options to ``parser``."""
     parser.add_argument(
         "tenant",
         nargs="?",
@@ -31,10 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Makes a token with the parsed ``arguments`` and prints it; returns the exit code.
+    """Create a token for the parsed ``arguments`` and print it; returns the exit code.
 
     Raises:
-        OptionError: an argument cannot be used, or the file cannot be written.
+        OptionError: an argument is not valid, or the file cannot be written.
     """
     if not is_tenant(arguments.tenant):
         raise OptionError(

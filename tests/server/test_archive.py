@@ -46,7 +46,7 @@ def written_together(served: Served) -> Iterator[None]:
 def handed_in(served: Served) -> int:
     """How much waits for the journal."""
     assert served.service.archive is not None
-    return served.service.archive._journal._handed.qsize()
+    return served.service.archive._journal._queue.qsize()
 
 
 def test_a_picture_that_is_deleted_and_shown_again_at_once_stays(

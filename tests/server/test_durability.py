@@ -122,7 +122,7 @@ def test_a_turn_cancelled_while_it_is_written_is_gone(
     reached.wait(10)
     answer = session.ask("Never mind", max_new_tokens=2)
     assert next(answer)
-    until(lambda: served.service.archive._journal._handed.qsize() == 1)  # type: ignore[union-attr]
+    until(lambda: served.service.archive._journal._queue.qsize() == 1)  # type: ignore[union-attr]
     answer.close()
     until(lambda: not served.live(session).busy)
     gate.set()

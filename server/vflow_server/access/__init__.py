@@ -1,1 +1,1 @@
-"""Access: tokens, certificates and tenants, and the guard that lets nobody else in."""
+"""Access: tokens, certificates and tenants."""

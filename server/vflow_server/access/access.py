@@ -1,8 +1,8 @@
-"""Access: who is let in, and to what.
+"""Access: decides which callers may call which methods.
 
-Where there are tokens, one of them must come with every call, and says whose it is. Without any, whoever reaches the
-service may do everything, for the tenant that the call names: then the service listens to its own machine only, unless
-it was told otherwise.
+If tokens are configured, every call must carry one, and the token determines the tenant. Without tokens every caller
+may call every method, for the tenant that the call names. By default the service then listens on the loopback interface
+only.
 """
 
 from __future__ import annotations
@@ -19,37 +19,40 @@ from vflow_server.access.watched_files import WatchedFiles
 from vflow_server.rpc.errors import InvalidRequest, ServiceError, unauthenticated
 
 AUTHORIZATION = "authorization"
-"""Request metadata that brings the token."""
+"""Request metadata that carries the token."""
 
 ADMINISTRATION = ("/vflow.v1.Strategies/", "/google.longrunning.Operations/")
-"""What the methods begin with that are for administrators only."""
+"""Prefixes of the methods that only administrators may call."""
 
 Metadata = Sequence[tuple[str, str | bytes]]
 
 
 class Access:
-    """Lets calls in, or refuses them.
+    """Admits calls, or refuses them.
 
     Args:
-        tokens: those that are known, or the file that lists them, which may change; None lets everybody in.
+        tokens: the known tokens, or the file that lists them, which is read again when it changes; None admits every
+            caller.
+
+    Attributes:
+        open: whether every caller is admitted.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it does not list tokens.
+        ValueError: the file is not a list of tokens.
     """
 
     def __init__(self, tokens: Sequence[TokenEntry] | Path | None) -> None:
         self._entries: Sequence[TokenEntry] = ()
         self._file: WatchedFiles[Sequence[TokenEntry]] | None = None
         self.open = tokens is None
-        """Whether everybody is let in."""
         if isinstance(tokens, Path):
             self._file = WatchedFiles([tokens], lambda: _read(tokens))
         elif tokens is not None:
             self._entries = tokens
 
     def caller(self, method: str, metadata: Metadata) -> Caller:
-        """Who calls ``method`` (``/package.Service/Method``) with this request metadata.
+        """The caller of ``method`` (``/package.Service/Method``) with the request metadata ``metadata``.
 
         Raises:
             ServiceError: TOKEN_MISSING, TOKEN_INVALID, TOKEN_EXPIRED, TENANT_INVALID, TENANT_FORBIDDEN, ADMIN_REQUIRED.
@@ -74,7 +77,7 @@ class Access:
         return caller
 
     def bearer(self, token: str) -> Caller:
-        """Who comes with ``token``.
+        """The caller that ``token`` belongs to.
 
         Raises:
             ServiceError: TOKEN_INVALID, TOKEN_EXPIRED.
@@ -83,12 +86,12 @@ class Access:
         if entry is None:
             raise unauthenticated("TOKEN_INVALID", "the token is not known here; ask the operator for a valid one")
         if entry.expired(datetime.now(UTC)):
-            raise unauthenticated("TOKEN_EXPIRED", "the token is valid no longer; ask the operator for a new one")
+            raise unauthenticated("TOKEN_EXPIRED", "the token has expired; ask the operator for a new one")
         return entry.caller
 
 
 def named_tenant(metadata: Metadata) -> str | None:
-    """The tenant that request ``metadata`` names; None if it names none.
+    """The tenant that the request metadata names; None if it names none.
 
     Raises:
         InvalidRequest: TENANT_INVALID.
@@ -112,7 +115,7 @@ def _token(metadata: Metadata) -> str:
     if not brought:
         raise unauthenticated(
             "TOKEN_MISSING",
-            f"this service asks who calls; send the request metadata {AUTHORIZATION}: Bearer TOKEN",
+            f"this service needs a token; send the request metadata {AUTHORIZATION}: Bearer TOKEN",
         )
     scheme, _, token = brought[0].partition(" ")
     if len(brought) > 1 or scheme.lower() != "bearer" or not token:
@@ -125,5 +128,5 @@ def _read(file: Path) -> Sequence[TokenEntry]:
         return read_tokens(file.read_text())
     except OSError as error:
         raise OSError(f"the tokens file {file} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # a file that is no text is one, too
+    except ValueError as error:  # includes UnicodeDecodeError
         raise ValueError(f"the tokens file {file} cannot be used: {error}") from None

@@ -1,4 +1,4 @@
-"""Who calls, and for which tenant. The guard finds it out and binds it to the call; the servicers read it here."""
+"""The caller of a call, and its tenant. The guard binds the caller to the call; servicers read it here."""
 
 from __future__ import annotations
 
@@ -9,27 +9,31 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Caller:
-    """Whoever a call comes from.
+    """The caller of a call.
 
     Attributes:
-        tenant: whose sessions, pictures and operations it sees.
-        admin: whether it may administrate strategies and operations.
+        tenant: the tenant whose sessions, pictures and operations the caller sees.
+        admin: whether the caller may manage strategies and operations.
     """
 
     tenant: str
     admin: bool
 
 
-_current: ContextVar[Caller] = ContextVar("caller")  # each call is served in a task, and so a context, of its own
+_current: ContextVar[Caller] = ContextVar("caller")  # each call runs in its own task, and so in its own context
 
 
 def current_caller() -> Caller:
-    """The caller of the call that is being served."""
+    """The caller of the call that is served in this context.
+
+    Raises:
+        LookupError: the context serves no call.
+    """
     return _current.get()
 
 
 def bind_caller(caller: Caller) -> None:
-    """Have ``caller`` be the one whose call is served in this context."""
+    """Set the caller of the call that is served in this context."""
     _current.set(caller)
 
 
@@ -37,7 +41,7 @@ METADATA_KEY = "vflow-tenant"
 """Request metadata that names the tenant."""
 
 DEFAULT_TENANT = "default"
-"""The tenant of calls that name none, where no token says whose they are."""
+"""The tenant of calls without a token that name none."""
 
 _TENANT = re.compile("[a-z0-9-]{1,63}")
 

@@ -1,4 +1,4 @@
-"""TLS: the certificate that the service shows, and whose certificates it takes from its callers."""
+"""TLS: the certificate of the service, and the roots of the certificates that it accepts from callers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class CertificateFiles:
     """PEM files.
 
     Attributes:
-        certificate: the service's own, followed by those between it and the root.
-        key: its private key.
-        client_ca: roots of the certificates that callers must show; None asks for none.
+        certificate: the service's certificate, followed by the intermediate ones.
+        key: the private key of the certificate.
+        client_ca: roots of the certificates that callers must present; None: callers need no certificate.
     """
 
     certificate: Path
@@ -26,11 +26,11 @@ class CertificateFiles:
     client_ca: Path | None = None
 
     def credentials(self) -> grpc.ServerCredentials:
-        """What a gRPC server listens with. Files that change hold for the connections made from then on.
+        """Credentials for a gRPC server. When the files change, new connections use the new content.
 
         Raises:
             OSError: a file cannot be read.
-            ValueError: a file is not what it must be, or the key is not the certificate's.
+            ValueError: the content of a file is not valid, or the key does not match the certificate.
         """
         files = [file for file in (self.certificate, self.key, self.client_ca) if file is not None]
         watched = WatchedFiles(files, self._read)
@@ -39,7 +39,7 @@ class CertificateFiles:
         )
 
     def _read(self) -> grpc.ServerCertificateConfiguration:
-        self._check()  # gRPC would take anything, and refuse every caller without a word
+        self._check()  # gRPC accepts invalid files, and then refuses every caller without a message
         return grpc.ssl_server_certificate_configuration(
             [(self.key.read_bytes(), self.certificate.read_bytes())],
             root_certificates=None if self.client_ca is None else self.client_ca.read_bytes(),
@@ -51,7 +51,8 @@ class CertificateFiles:
             if file is not None:
                 _readable(file)
         try:
-            context.load_cert_chain(self.certificate, self.key, password="")  # asks nobody at the terminal for one
+            # A password, so that OpenSSL does not ask for one at the terminal.
+            context.load_cert_chain(self.certificate, self.key, password="")
         except ssl.SSLError as error:
             raise ValueError(
                 f"{self.certificate} and {self.key} are not a certificate and its unencrypted private key in PEM "

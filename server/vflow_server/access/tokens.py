@@ -1,8 +1,8 @@
-"""Bearer tokens: what is kept of each is a line with its hash, whose it is, what it may do and until when.
+"""Bearer tokens. A line is stored of each: its hash, its tenant, its role, and the time of its expiry.
 
     sha256=9f86d0... tenant=acme role=admin expires=2027-01-31T00:00:00+00:00  # the nightly search
 
-A token is 32 random bytes, so that its plain SHA-256 gives nothing away: there is no list of likely tokens to try.
+A token is 32 random bytes, so a plain SHA-256 is enough: there are no likely tokens that an attacker could try.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from pathlib import Path
 from vflow_server.access.caller import Caller, is_tenant
 
 ROLES = ("user", "admin")
-"""What a token may do: hold conversations, or administrate the service as well."""
+"""Roles: a user has conversations, an administrator manages the service as well."""
 
 _HASH = re.compile("[0-9a-f]{64}")
-_PREFIX = "vflow_"  # by which scanners of repositories and logs know a token that was left lying about
+_PREFIX = "vflow_"  # lets secret scanners recognize a leaked token
 
 
 @dataclass(frozen=True)
 class TokenEntry:
-    """What is kept of a token.
+    """The stored entry of a token.
 
     Attributes:
         digest: SHA-256 of the token.
-        caller: who comes with it.
-        expires: when it ends to be valid; None: never.
+        caller: the caller that it belongs to.
+        expires: when it expires; None: never.
     """
 
     digest: bytes
@@ -40,24 +40,24 @@ class TokenEntry:
     expires: datetime | None = None
 
     def expired(self, now: datetime) -> bool:
-        """Whether it is valid no longer at ``now``."""
+        """Whether the token has expired at ``now``."""
         return self.expires is not None and now >= self.expires
 
     def line(self) -> str:
-        """The entry as :func:`read_tokens` reads it."""
+        """The entry as a line that :func:`read_tokens` reads."""
         expires = f" expires={self.expires.isoformat(timespec='seconds')}" if self.expires else ""
         role = "admin" if self.caller.admin else "user"
         return f"sha256={self.digest.hex()} tenant={self.caller.tenant} role={role}{expires}"
 
 
 def new_token(caller: Caller, expires: datetime | None = None) -> tuple[str, TokenEntry]:
-    """A new token for ``caller``, which is told here and never again, and what is kept of it."""
+    """Create a token for ``caller``; returns the token itself, which is not stored anywhere, and its entry."""
     token = _PREFIX + secrets.token_urlsafe(32)
     return token, TokenEntry(_digest(token), caller, expires)
 
 
 def find_token(entries: Sequence[TokenEntry], token: str) -> TokenEntry | None:
-    """The entry of ``token``, valid or expired. Takes the same time whichever it is, and whether there is any."""
+    """The entry of ``token``, even if expired; None if it is unknown. The time taken does not depend on the result."""
     digest, found = _digest(token), None
     for entry in entries:
         if hmac.compare_digest(entry.digest, digest):
@@ -66,19 +66,19 @@ def find_token(entries: Sequence[TokenEntry], token: str) -> TokenEntry | None:
 
 
 def entries_or_file(text: str) -> tuple[TokenEntry, ...] | Path:
-    """The value of an option: the entries themselves, line by line, or the file that they are in.
+    """Parse the value of an option: the entries themselves, one a line, or the path of a file with them.
 
     Raises:
-        ValueError: an entry is wrong.
+        ValueError: an entry is not valid.
     """
     return read_tokens(text) if text.lstrip().startswith("sha256=") else Path(text)
 
 
 def read_tokens(text: str) -> tuple[TokenEntry, ...]:
-    """The entries that ``text`` lists, one a line; empty lines and what follows a # are for people.
+    """The entries in ``text``, one a line; empty lines and comments after a ``#`` are ignored.
 
     Raises:
-        ValueError: a line is not as it must be, a token is listed twice, or there is none.
+        ValueError: a line is not valid, a token is listed twice, or there is none.
     """
     entries = []
     for number, line in enumerate(text.splitlines(), start=1):

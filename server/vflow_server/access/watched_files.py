@@ -1,4 +1,4 @@
-"""Something that was read from files, and is read again when they change."""
+"""A value that is read from files, and read again when they change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import structlog
 T = TypeVar("T")
 
 LOOK_EVERY = 1.0
-"""Seconds between two looks at whether the files have changed."""
+"""Seconds between two checks whether the files have changed."""
 
 Signature = tuple[tuple[int, int, int], ...]
 
@@ -21,17 +21,17 @@ log = structlog.get_logger(__name__)
 
 
 class WatchedFiles(Generic[T]):
-    """What some files say. May be asked from any thread.
+    """A value that is read from files. For any thread.
 
-    Files that cannot be read any more, or say something invalid, change nothing but the log: whoever replaces them may
-    be in the middle of it, and what they said before goes on to hold.
+    If changed files are missing or not valid, an error is logged and the earlier value stays: somebody may be replacing
+    them at the moment.
 
     Args:
-        files: what to look at.
-        read: reads them; raises OSError or ValueError where they are not as they must be.
+        files: the files to watch.
+        read: reads the value; raises OSError or ValueError if the files are not valid.
 
     Raises:
-        OSError, ValueError: what ``read`` raised the first time.
+        OSError, ValueError: the first call of ``read`` raised it, or a file is missing.
     """
 
     def __init__(self, files: Sequence[Path], read: Callable[[], T]) -> None:
@@ -43,7 +43,7 @@ class WatchedFiles(Generic[T]):
         self._looked = time.monotonic()
 
     def current(self) -> T:
-        """What they say now, or said within the last second."""
+        """The present value, at most about a second old."""
         with self._lock:
             now = time.monotonic()
             if now - self._looked >= LOOK_EVERY:
@@ -57,11 +57,11 @@ class WatchedFiles(Generic[T]):
                 return
             self._signature = signature
             read = self._read()
-            if self._look() != signature:  # written to while it was read: the next look takes it
+            if self._look() != signature:  # written to during the read: the next check reads it again
                 self._signature = ()
                 return
         except (OSError, ValueError) as error:
-            log.error("files that changed cannot be used; what they said before holds", reason=str(error))
+            log.error("files that changed cannot be used; their earlier content stays in effect", reason=str(error))
         else:
             self._current = read
             log.info("files that changed were read again", files=[str(file) for file in self._files])

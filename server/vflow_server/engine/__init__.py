@@ -1,1 +1,1 @@
-"""The engine: the one thread that owns the model, what waits for it, and what it does in its next step."""
+"""The engine: the one thread that owns the model, the queue of work for it, and the scheduler of its steps."""

@@ -1,4 +1,4 @@
-"""A batch: the sequences that the model runs in one step, and how many tokens of each."""
+"""A batch: the sequences that the model runs in one step, and the number of tokens of each."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vflowopt.runtime.sequence import Sequence
 
 @dataclass(frozen=True, eq=False)
 class Scheduled:
-    """A task whose sequence is to be run.
+    """A task that waits for a :class:`Forward`.
 
     Attributes:
-        task: whose op it is.
-        op: what to run.
-        num_tokens: tokens of the sequence that are not cached yet.
+        task: the task.
+        op: the op that it waits for.
+        num_tokens: tokens of the op's sequence that are not cached yet.
     """
 
     task: Task
@@ -32,16 +32,17 @@ class Scheduled:
         return self.op.sequence
 
     def counted_again(self) -> Scheduled:
-        """The same, with the tokens counted anew: its cache has come back, or was released."""
+        """A copy with a new ``num_tokens``, for a sequence whose cache was restored or released meanwhile."""
         return replace(self, num_tokens=self.op.sequence.pending_tokens)
 
 
 @dataclass(eq=False)
 class Batch:
-    """What runs in one step, in no particular order.
+    """The sequences of one step, in no particular order.
 
     Attributes:
-        limits: how many tokens of each are run.
+        scheduled: the tasks whose sequences run.
+        limits: for each of them, the number of tokens that the step runs.
     """
 
     scheduled: list[Scheduled] = field(default_factory=list)
@@ -54,30 +55,30 @@ class Batch:
         return iter(self.scheduled)
 
     def add(self, scheduled: Scheduled, limit: int) -> None:
-        """Run at most ``limit`` tokens of ``scheduled``, too."""
+        """Add a task; the step runs ``limit`` tokens of its sequence, at most its ``num_tokens``."""
         self.scheduled.append(scheduled)
         self.limits.append(limit)
 
     @property
     def sequences(self) -> list[Sequence]:
-        """Of each, the sequence."""
+        """The sequence of each task."""
         return [each.op.sequence for each in self.scheduled]
 
     @property
     def samplers(self) -> list[Sampler | None]:
-        """Of each, what draws its next token."""
+        """The sampler of each task; None where no token is wanted."""
         return [each.op.sampler for each in self.scheduled]
 
     @property
     def pending(self) -> list[int]:
-        """Of each, the tokens that were not cached before the step."""
+        """For each task, the number of tokens that were not cached before the step."""
         return [each.num_tokens for each in self.scheduled]
 
     def finish(self, tokens: abc.Sequence[int | None], begun: float) -> None:
-        """Hand out what the step came to.
+        """Hand the results of the step to the ops. An op is done when its sequence has run to its end.
 
         Args:
-            tokens: the next token of each sequence; None where something is left to run, or none is wanted.
+            tokens: the next token of each sequence; None where tokens are left to run or none is wanted.
             begun: ``time.perf_counter()`` at the beginning of the step.
         """
         for each, limit, token in zip(self.scheduled, self.limits, tokens, strict=True):

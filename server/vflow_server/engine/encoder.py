@@ -1,4 +1,4 @@
-"""The encoder: where pictures are encoded and compressed, beside the engine's thread where that helps."""
+"""The encoder: encodes and compresses pictures, on a thread of its own where that helps."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ T = TypeVar("T")
 
 
 class EncoderThread:
-    """Does the vision encoder's work.
+    """Runs the vision encoder.
 
-    On a processor it has a thread of its own: a picture takes as long as a dozen steps of decoding, and nobody's stream
-    should wait for it. A CUDA device does one thing at a time anyway, and what another thread starts there would
-    disturb the capture of graphs: there the work is done by whoever submits it.
+    On a CPU the encoder has a thread of its own: a picture takes as long as a dozen steps of decoding, and no stream
+    should wait for it. A CUDA device does one thing at a time anyway, and work from another thread would disturb the
+    capture of graphs. There the encoder runs on the thread that submits the work.
 
     Args:
         runtime: the model.
@@ -34,17 +34,18 @@ class EncoderThread:
         """Encode pictures in one batch and compress them.
 
         Args:
-            ops: all under one strategy.
-            threads: how many of the processor's threads to use.
+            ops: the pictures, all with the same strategy.
+            threads: number of CPU threads to use.
 
         Returns:
-            The pictures; the future raises PictureError where the model cannot take the shape of one of them.
+            A future of the compressed pictures, in the order of ``ops``. It raises PictureError if the model cannot
+            take the shape of one of them.
         """
         visuals, strategy = [op.visual for op in ops], ops[0].strategy
         return self.submit(lambda: self._runtime.compress(visuals, strategy), threads=threads)
 
     def submit(self, work: Callable[[], T], *, threads: int) -> Future[T]:
-        """Do other work with the vision encoder, in the same place."""
+        """Run other work that uses the vision encoder, on the same thread; ``threads`` as for :meth:`compress`."""
 
         def working() -> T:
             torch.set_num_threads(threads)
@@ -60,5 +61,5 @@ class EncoderThread:
         return future
 
     def close(self) -> None:
-        """Do nothing more; what is being done is finished."""
+        """Finish the work that is running, and drop the work that waits."""
         self._thread.shutdown(cancel_futures=True)

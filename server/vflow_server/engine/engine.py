@@ -1,10 +1,10 @@
 """The engine: one thread that owns the model. Work goes in, events come out.
 
-Work is a generator that yields ops (:mod:`vflow_server.engine.ops`) and goes on when they are done. In every round the
-engine takes all running work to its next op and hands the ops to a scheduler, which does as many as it sees fit in one
-step of the model. So a long answer holds nobody up, and cancelled work ends within a step. Where nothing is left to do
-the thread sleeps until it is woken: by new work, a cancellation, or a future. The engine knows no calls, no sessions
-and no model: whoever submits work brings them along.
+Work is a generator that yields ops (:mod:`vflow_server.engine.ops`) and continues when they are done. In every round
+the engine advances all running work to its next op and passes the ops to a scheduler, which does as many of them as fit
+in one step of the model. So a long answer does not hold up the others, and cancelled work ends within a step. When
+there is nothing to do the thread sleeps until new work, a cancellation or a future wakes it. The engine knows nothing
+of calls, sessions or the model: the work that is submitted carries them.
 """
 
 from __future__ import annotations
@@ -28,40 +28,40 @@ R = TypeVar("R")
 V = TypeVar("V")
 
 Steps = Generator[Op | None, None, R]
-"""Yields ops, or None where it only lets others have their turn; returns the result."""
+"""Yields ops, or None to let other work run first; returns the result."""
 
 Work = Callable[[Callable[[E], None]], Steps[R]]
-"""Work: given a function that emits events, the steps.
+"""Takes a function that emits events, and returns the steps.
 
-Closing the generator means that the work is cancelled: it must undo what it did and let GeneratorExit pass.
+Closing the generator cancels the work: it must undo what it did and let GeneratorExit pass.
 """
 
 log = structlog.get_logger(__name__)
 
 
 class WorkCancelled(Exception):
-    """The work was cancelled before it had a result; it has undone what it did."""
+    """The work was cancelled before it had a result, and has undone what it did."""
 
 
 class Outbox:
-    """What the engine's thread has to say to event loops: collected, and delivered with one wake-up a round."""
+    """Messages from the engine's thread to event loops, delivered with one wake-up a round."""
 
     def __init__(self) -> None:
         self._messages: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
 
     def put(self, loop: asyncio.AbstractEventLoop, message: Callable[[], None]) -> None:
-        """Have ``message`` called on ``loop`` with the next delivery; messages stay in order."""
+        """Call ``message`` on ``loop`` at the next delivery; messages stay in order."""
         self._messages.setdefault(loop, []).append(message)
 
     def deliver(self) -> None:
-        """Deliver all that was collected."""
+        """Deliver all messages that were put."""
         if not self._messages:
             return
         messages, self._messages = self._messages, {}
-        for loop, those in messages.items():
+        for loop, batch in messages.items():
             try:
-                loop.call_soon_threadsafe(_call_all, those)
-            except RuntimeError:  # the event loop is closed: nobody is left to hear it
+                loop.call_soon_threadsafe(_call_all, batch)
+            except RuntimeError:  # the event loop is closed: nobody waits for the messages
                 log.debug("event loop closed before the engine")
 
 
@@ -71,10 +71,10 @@ def _call_all(messages: Sequence[Callable[[], None]]) -> None:
 
 
 class Ticket(Generic[E, R]):
-    """The event loop's end of submitted work. Its methods are for the event loop's thread, unless they say otherwise.
+    """The submitter's handle of work. Its methods are for the event loop's thread, unless they say otherwise.
 
     Attributes:
-        cancelled: whether the work is to be ended.
+        cancelled: whether the work was cancelled.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, outbox: Outbox, wake: Callable[[], None]) -> None:
@@ -83,40 +83,40 @@ class Ticket(Generic[E, R]):
         self._wake = wake
         self._events: asyncio.Queue[E | None] = asyncio.Queue()
         self._outcome: asyncio.Future[R] = loop.create_future()
-        # Nobody may be left to ask for the outcome: the caller of a cancelled call is gone.
+        # Marks the exception as retrieved: after a cancelled call nobody asks for the outcome.
         self._outcome.add_done_callback(lambda outcome: outcome.cancelled() or outcome.exception())
         self.cancelled = False
 
     def cancel(self) -> None:
-        """Ask the engine to end the work within a step. Idempotent; too late once the work has its result."""
+        """Ask the engine to end the work within a step. Idempotent; no effect once the work has ended."""
         if not self.cancelled and not self._outcome.done():
             self.cancelled = True
             self._wake()
 
     async def events(self) -> AsyncIterator[E]:
-        """The events of the work as they come, until it has ended."""
+        """The events of the work as they are emitted, until the work ends."""
         while (event := await self._events.get()) is not None:
             yield event
 
     async def result(self) -> R:
-        """What the work returned.
+        """Wait for the result of the work.
 
         Raises:
-            WorkCancelled: it was cancelled.
-            Exception: whatever the work raised.
+            WorkCancelled: the work was cancelled.
+            Exception: the exception that the work raised.
         """
         return await asyncio.shield(self._outcome)
 
     async def ended(self, patience: float | None = None) -> None:
-        """Wait until the engine is through with the work, however it ended, but ``patience`` seconds at most."""
+        """Wait until the work has ended in any way; at most ``patience`` seconds, None: without limit."""
         await asyncio.wait([self._outcome], timeout=patience)
 
     def on_end(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` on the event loop as soon as the engine is through with the work."""
+        """Call ``callback`` on the event loop as soon as the work has ended in any way."""
         self._outcome.add_done_callback(lambda _: callback())
 
     def on_result(self, callback: Callable[[R], None]) -> None:
-        """Call ``callback`` with the result, on the event loop, if the work comes to one."""
+        """Call ``callback`` with the result, on the event loop; never if the work fails or is cancelled."""
 
         def deliver(outcome: asyncio.Future[R]) -> None:
             if not outcome.cancelled() and outcome.exception() is None:
@@ -125,15 +125,15 @@ class Ticket(Generic[E, R]):
         self._outcome.add_done_callback(deliver)
 
     def emit(self, event: E) -> None:
-        """Deliver an event of the work. For the engine's thread."""
+        """Deliver an event. For the engine's thread."""
         self._outbox.put(self._loop, partial(self._events.put_nowait, event))
 
     def succeed(self, result: R) -> None:
-        """Deliver the result of the work. For the engine's thread."""
+        """Deliver the result. For the engine's thread."""
         self._outbox.put(self._loop, partial(self._end, self._outcome.set_result, result))
 
     def fail(self, failure: Exception) -> None:
-        """Deliver why the work has none. For the engine's thread."""
+        """Deliver the exception that ended the work. For the engine's thread."""
         self._outbox.put(self._loop, partial(self._end, self._outcome.set_exception, failure))
 
     def _end(self, settle: Callable[[V], None], value: V) -> None:
@@ -142,26 +142,26 @@ class Ticket(Generic[E, R]):
 
 
 class Caller(Protocol):
-    """What a task sees of the ticket."""
+    """The part of a ticket that a task uses."""
 
     cancelled: bool
 
     def fail(self, failure: Exception) -> None:
-        """Deliver why the work has no result."""
+        """Deliver the exception that ended the work."""
         ...
 
 
 class Task:
-    """The engine's end of submitted work.
+    """The engine's side of submitted work.
 
     Args:
-        tenant: whose work it is.
-        steps: the work; it delivers its events and its result by itself.
-        ticket: who is waiting for it.
-        counted: whether it takes one of the places for running work.
+        tenant: the tenant that the work belongs to.
+        steps: the work; it delivers its own events and its own result.
+        ticket: the submitter's handle.
+        counted: whether the work counts towards the bound on running work.
 
     Attributes:
-        op: what the work waits for; None if it can go on.
+        op: the op that the work waits for; None if the work can continue.
     """
 
     def __init__(self, tenant: str, steps: Steps[None], ticket: Caller, *, counted: bool = True) -> None:
@@ -171,19 +171,19 @@ class Task:
         self.op: Op | None = None
         self._steps = steps
         self._failure: Exception | None = None
-        # What is logged during the work says whose it is.
+        # Log lines of the work carry the ids of the call that submitted it.
         self._context = contextvars.copy_context()
 
     def done(self) -> None:
-        """The op is done: the work can go on."""
+        """Mark the op as done, so that the work can continue."""
         self.op = None
 
     def fail(self, failure: Exception) -> None:
-        """Raise ``failure`` where the work waits for its op."""
+        """Raise ``failure`` in the work, at the op that it waits for."""
         self.op, self._failure = None, failure
 
     def advance(self) -> bool:
-        """Go on to the next op; False when the work has ended."""
+        """Run the work up to its next op; returns False when the work has ended."""
         failure, self._failure = self._failure, None
         try:
             if self.ticket.cancelled:
@@ -197,13 +197,13 @@ class Task:
             return False
         except Exception as error:
             if self.ticket.cancelled and not isinstance(error, WorkCancelled):
-                log.exception("cancelled work failed to undo itself")  # its caller is gone: nobody else would tell
+                log.exception("cancelled work failed to undo itself")  # its caller is gone: only the log can show it
             self.ticket.fail(error)
             return False
         return True
 
     def abandon(self, refusal: ServiceError) -> None:
-        """End the work without another step: the engine is going down."""
+        """Close the work and fail it with ``refusal``, because the engine is stopping."""
         try:
             self._steps.close()
         except Exception:
@@ -212,20 +212,22 @@ class Task:
 
 
 Schedule = Callable[[Sequence[Task], Callable[[], None]], bool]
-"""Does some of the ops of tasks, given in the order in which they began; told how to wake the engine from any thread.
+"""Does some of the ops of tasks, which come in the order in which they began.
 
-Returns whether anything was done: if not, the engine sleeps until it is woken.
+The second argument wakes the engine; it may be called from any thread. Returns whether anything was done: if not, the
+engine sleeps until it is woken.
 """
 
 
 class Engine:
-    """One thread that advances work, step by step, in turn.
+    """One thread that advances all work step by step.
 
     Args:
-        waiting: how much submitted work may wait for its first step; a tenant that has none waiting may go beyond.
-        running: how much work may be under way at once; what is beyond waits, but for a tenant that has none running.
+        waiting: how many submissions may wait for their first step; a tenant that has none waiting may exceed it (see
+            :func:`~vflow_server.engine.fair_queue.may_admit`).
+        running: how many submissions may run at once; the others wait. A tenant that has none running may exceed it.
         schedule: called once a round with the tasks that wait for an op.
-        on_death: called in the engine's thread if it ends other than by :meth:`stop`.
+        on_death: called in the engine's thread if the thread dies of an exception.
     """
 
     def __init__(
@@ -260,28 +262,29 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """How much work waits for its first step."""
+        """Number of submissions that wait for their first step."""
         with self._changed:
             return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """How much work is under way, not counting what only takes idle time."""
+        """Number of submissions that are running, without background work and calls."""
         with self._changed:
             return sum(task.counted for task in self._running)
 
     def submit(self, work: Work[E, R], tenant: str, *, background: bool = False) -> Ticket[E, R]:
-        """Hand in work; must be called on an event loop, which is the one that receives the events.
+        """Submit work. Must be called on an event loop; that loop receives the events and the result.
 
         Args:
-            work: what to do.
-            tenant: whose work it is: tenants get equal shares, the work of one is done in the order of its arrival.
-            background: work that only takes idle time: it waits for no place and takes none from others. Whoever
-                submits such work must bound how much there is of it.
+            work: the work.
+            tenant: the tenant that the work belongs to. Tenants get equal shares; within a tenant, work starts in the
+                order of its arrival.
+            background: for work that runs in idle time only: it starts at once and does not count towards the bounds.
+                The caller must bound how much such work there is.
 
         Raises:
             ServiceError: CAPACITY_EXHAUSTED when too much work waits, SERVER_STOPPING or ENGINE_FAILED when the engine
-                takes none any more.
+                accepts no more work.
         """
         ticket, task = self._task(work, tenant, counted=not background)
         with self._changed:
@@ -297,7 +300,7 @@ class Engine:
         """Call ``function`` in the engine's thread between two steps, before any work that waits.
 
         Raises:
-            ServiceError: SERVER_STOPPING or ENGINE_FAILED when the engine takes no work any more.
+            ServiceError: SERVER_STOPPING or ENGINE_FAILED when the engine accepts no more work.
         """
 
         def work(emit: Callable[[None], None]) -> Steps[R]:
@@ -312,7 +315,7 @@ class Engine:
         return ticket
 
     def stop(self) -> None:
-        """Cancel all work and end the thread; returns when it has ended. Idempotent."""
+        """End all work and the thread; returns when the thread has ended. Idempotent."""
         with self._changed:
             self._open = False
             self._wake_locked()
@@ -320,7 +323,7 @@ class Engine:
             self._thread.join()
 
     def wake(self) -> None:
-        """Have the engine look again whether there is something to do. For any thread."""
+        """Wake the engine, so that it looks for something to do. For any thread."""
         with self._changed:
             self._wake_locked()
 
@@ -352,7 +355,7 @@ class Engine:
             self._abandon_all()
 
     def _round(self) -> None:
-        """Admit work, take it to its next op, and have the scheduler do some; sleep where there is nothing to do."""
+        """Admit work, advance all work to its next op, and schedule a step; sleep if there is nothing to do."""
         tasks = self._admit()
         for task in tasks:
             if (task.op is None or task.ticket.cancelled) and not task.advance():
@@ -362,15 +365,15 @@ class Engine:
         self._outbox.deliver()
         waiting = [task for task in tasks if task.op is not None]
         progress = bool(waiting) and self._schedule(waiting, self.wake)
-        # Work that can go on at once: what was just done, what only let others have their turn, and what ended, which
-        # makes room for what waits.
+        # Do not sleep while work can continue at once: an op was done, work yielded None, or work ended, so that other
+        # work can be admitted.
         if not progress and len(waiting) == len(tasks):
             with self._changed:
                 while self._open and not self._woken:
                     self._changed.wait()
 
     def _admit(self) -> list[Task]:
-        """The work of the next round in the order in which it began; cancelled work first."""
+        """The tasks of the next round, in the order in which they began, but cancelled ones first."""
         with self._changed:
             self._woken = False
             self._running.extend(self._waiting.take_cancelled())
@@ -380,7 +383,7 @@ class Engine:
                     self._running.append(task)
                     running[task.tenant] += 1
             tasks = list(self._running)
-        # Cancelled work gives its memory back before anybody else asks for memory.
+        # Cancelled work releases its memory before other work asks for memory.
         if any(task.ticket.cancelled for task in tasks):
             tasks.sort(key=lambda task: not task.ticket.cancelled)
         return tasks

@@ -1,6 +1,6 @@
-"""Fair shares for tenants: who is admitted, who waits, and whose turn is next.
+"""Fair shares for tenants: which tenant is admitted, and which is served next.
 
-Belongs to whoever holds the engine's lock.
+:class:`FairQueue` is guarded by the engine's lock. :class:`RoundRobin` belongs to the engine's thread.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from vflow_server.rpc.errors import CapacityExhausted
 
 
 class Cancellable(Protocol):
-    """What may be cancelled."""
+    """Has a flag that says whether it was cancelled."""
 
     cancelled: bool
 
 
 class Waiting(Protocol):
-    """What waits."""
+    """A task as the queue sees it."""
 
     tenant: str
 
     @property
     def ticket(self) -> Cancellable:
-        """Whether it is still wanted."""
+        """The handle of its submitter, who may cancel it."""
         ...
 
 
@@ -34,10 +34,10 @@ T = TypeVar("T", bound=Waiting)
 
 
 class FairQueue(Generic[T]):
-    """Bounded lines, one for each tenant that has work waiting.
+    """A bounded queue with a line for each tenant.
 
     Args:
-        most: how much work may wait; a tenant that has none waiting may go beyond.
+        most: how many tasks may wait; a tenant that has none waiting may exceed it (see :func:`may_admit`).
     """
 
     def __init__(self, most: int) -> None:
@@ -51,10 +51,10 @@ class FairQueue(Generic[T]):
         return sum(map(len, self._lines.values()))
 
     def put(self, task: T) -> None:
-        """Have ``task`` wait.
+        """Add ``task`` at the end of its tenant's line.
 
         Raises:
-            CapacityExhausted: too much work waits.
+            CapacityExhausted: too many tasks wait.
         """
         waiting = Counter({tenant: len(line) for tenant, line in self._lines.items()})
         if not may_admit(waiting, task.tenant, self._most):
@@ -66,13 +66,13 @@ class FairQueue(Generic[T]):
         self._lines.setdefault(task.tenant, deque()).append(task)
 
     def admit(self, running: Counter[str], most: int) -> T | None:
-        """The task that is to run next, which waits no longer; None where nothing may or nothing waits.
+        """Remove and return the task that is to run next; None if no task waits or none may run.
 
-        The tenant that has least running comes first; among equals, the one whose line moved on longest ago.
+        The tenant with the fewest running tasks comes first; among equals, the one that was served longest ago.
 
         Args:
-            running: how much work of each tenant is running.
-            most: how much may run; a tenant that has none running may go beyond.
+            running: number of running tasks by tenant.
+            most: how many tasks may run; a tenant that has none running may exceed it.
         """
         tenant = min(self._lines, key=lambda tenant: running[tenant], default=None)
         if tenant is None or not may_admit(running, tenant, most):
@@ -82,14 +82,14 @@ class FairQueue(Generic[T]):
         return task
 
     def take_cancelled(self) -> list[T]:
-        """The tasks that were cancelled while they waited; they wait no longer."""
+        """Remove and return the tasks that were cancelled while they waited."""
         cancelled = [task for task in self if task.ticket.cancelled]
         for task in cancelled:
             self._remove(task)
         return cancelled
 
     def _remove(self, task: T) -> None:
-        # Whose line moved on stands behind the other lines.
+        # A tenant that was served goes behind the other tenants.
         line = self._lines.pop(task.tenant)
         line.remove(task)
         if line:
@@ -97,11 +97,11 @@ class FairQueue(Generic[T]):
 
 
 class Owned(Protocol):
-    """What belongs to a tenant."""
+    """Something that belongs to a tenant."""
 
     @property
     def tenant(self) -> str:
-        """Whose it is."""
+        """The tenant."""
         ...
 
 
@@ -109,15 +109,15 @@ W = TypeVar("W", bound=Owned)
 
 
 class RoundRobin:
-    """Remembers who was served last. A tenant that has nothing waiting loses its place in the line."""
+    """Serves tenants in turn. A tenant that has nothing waiting loses its place in the line."""
 
     def __init__(self) -> None:
         self._line: list[str] = []
 
     def order(self, waiting: Sequence[W]) -> list[W]:
-        """``waiting`` in the order in which to serve it: one of each tenant, then a second one of each, and so on.
+        """``waiting`` in the order in which to serve it: one item of each tenant, then a second one of each, and so on.
 
-        The tenant that was served longest ago comes first, one that is new last; what is of one tenant stays in order.
+        The tenant that was served longest ago comes first, a new one last. The items of one tenant stay in order.
         """
         present = dict.fromkeys(each.tenant for each in waiting)
         self._line = list(dict.fromkeys([*(tenant for tenant in self._line if tenant in present), *present]))
@@ -125,15 +125,15 @@ class RoundRobin:
         return [each for column in zip_longest(*lines) for each in column if each is not None]
 
     def served(self, tenant: str) -> None:
-        """``tenant`` had its turn."""
+        """Note that ``tenant`` was served."""
         self._line.remove(tenant)
         self._line.append(tenant)
 
 
 def may_admit(taken: Counter[str], tenant: str, most: int) -> bool:
-    """Whether ``tenant`` may take another place of ``most``, of which each tenant has ``taken`` so many.
+    """Whether ``tenant`` may take one more of ``most`` places; ``taken`` counts the places of each tenant.
 
-    A tenant that has none may go beyond ``most`` by one, until twice as many are taken: so nobody is kept out because
-    another took all there were, and however many tenants there are, the bound is a bound.
+    A tenant that has no place may exceed ``most`` by one, as long as fewer than twice ``most`` are taken. So one tenant
+    cannot keep out the others, and the total stays bounded however many tenants there are.
     """
     return taken.total() < most or (not taken[tenant] and taken.total() < 2 * most)

@@ -1,4 +1,4 @@
-"""Work in idle time: pieces of bounded size that come between those of conversations, and give way to them."""
+"""Work in idle time: pieces of bounded size, which run when no conversation needs the model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vflowopt.search.pause import Aside, Pause, Shortage
 T = TypeVar("T")
 
 Propose = Callable[[Callable[[], object]], Future[object]]
-"""Has work that needs nothing of the engine's done somewhere else."""
+"""Runs work that does not need the engine somewhere else, such as in another process."""
 
 
 def idle_work(
@@ -31,19 +31,19 @@ def idle_work(
     *,
     propose: Propose | None = None,
 ) -> Steps[None]:
-    """Go through ``pieces``, each in idle time; they are closed at the end, whatever it is.
+    """Run ``pieces``, each in idle time, and close them at the end.
 
     Args:
-        kv: makes room for it, and takes it back.
+        kv: frees KV pages for the work, and may evict its sequences between two pieces.
         encoder: encodes its pictures.
-        pieces: work that pauses after each of them as :mod:`vflowopt.search.pause` says.
-        sequences: what it holds pages with between two pieces; others may take them away.
-        receive: called with each value that is no pause.
-        propose: where proposals are made; None: pieces make none.
+        pieces: work that pauses between its pieces, as :mod:`vflowopt.search.pause` describes.
+        sequences: returns the sequences that hold pages between two pieces.
+        receive: called with each value that is not a pause.
+        propose: runs the pieces of kind "propose"; None if there are none.
 
     Raises:
-        CapacityExhausted: a piece needs more KV pages than there are.
-        Exception: whatever a piece raised.
+        CapacityExhausted: a piece needs more KV pages than the pool has.
+        Exception: the exception that a piece raised.
     """
     with kv.lending(sequences), closing(pieces):
         while True:
@@ -61,7 +61,7 @@ def idle_work(
                     while not kv.make_room(value.pages):
                         yield Idle()
                 case Aside(kind="encode"):
-                    # On a processor answers keep a thread to themselves.
+                    # On a CPU one thread is left to the answers.
                     encoding = encoder.submit(value.work, threads=max(torch.get_num_threads() - 1, 1))
                     yield Wait(encoding)
                     value.finish(encoding.result())

@@ -1,6 +1,6 @@
-"""What work asks the engine for: a picture encoded, a sequence run, another thread's work, idle time.
+"""Ops: what work asks the engine for. An op encodes a picture, runs a sequence, waits for a future or for idle time.
 
-Work yields an op and goes on once it is done; the result is then an attribute of the op.
+Work yields an op and continues once the op is done; the result is then an attribute of the op.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Encode:
 
     Attributes:
         visual: the picture or video.
-        strategy: compresses it.
-        tenant: who asks; nothing that was compressed for others is handed out.
-        cache_hit: whether it was compressed before.
+        strategy: the strategy that compresses it.
+        tenant: the tenant that asks; a picture that was compressed for another tenant is not used.
+        cache_hit: whether the compressed picture was cached; set when the op is done.
     """
 
     visual: Visual
@@ -34,40 +34,40 @@ class Encode:
 
     @property
     def image(self) -> CompressedImage:
-        """The compressed picture, once the op is done."""
+        """The compressed picture; valid once the op is done."""
         assert self._image is not None, "the op is not done"
         return self._image
 
     def put(self, image: CompressedImage, *, cache_hit: bool) -> None:
-        """Hand in the compressed picture."""
+        """Set the result."""
         self._image, self.cache_hit = image, cache_hit
 
 
 class Completion(Protocol):
-    """A future of whatever result."""
+    """A future of any result type."""
 
     def done(self) -> bool:
-        """Whether the result is there, or will never be."""
+        """Whether the future has a result, has failed or was cancelled."""
         ...
 
     def add_done_callback(self, callback: Callable[[object], object], /) -> None:
-        """Call ``callback`` as soon as it is done, in any thread."""
+        """Call ``callback``, in any thread, as soon as the future is done."""
         ...
 
 
 @dataclass(eq=False)
 class Wait:
-    """Wait for what another thread does, such as reading a file.
+    """Wait for a future, such as that of a file being read.
 
     Attributes:
-        future: done when that is done; whoever waits takes its result.
+        future: the future; the work reads the result from it.
     """
 
     future: Completion
     _watched: bool = field(default=False, init=False)
 
     def watch(self, wake: Callable[[], None]) -> None:
-        """Have ``wake`` called, in any thread, when the future is done; only the first call counts."""
+        """Call ``wake``, in any thread, when the future is done. Only the first call of this method counts."""
         if not self._watched:
             self._watched = True
             self.future.add_done_callback(lambda _: wake())
@@ -75,7 +75,7 @@ class Wait:
 
 @dataclass(eq=False)
 class Idle:
-    """Time that nobody else needs, for one bounded piece of work."""
+    """Wait for idle time, enough for one bounded piece of work."""
 
 
 __all__ = ["Encode", "Forward", "Idle", "Op", "Wait"]

@@ -1,10 +1,10 @@
-"""The scheduler: which ops of the running work are done in a step, and what gives way when KV pages run short.
+"""The scheduler: chooses the ops that a step does, and the sequences that are evicted when KV pages run short.
 
-Every step runs one batch of the model: one token of every answer that is under way and a bounded number of tokens of
-prompts. Pictures are encoded beside the steps, a few at a time. So neither a long prompt nor a picture stalls the
-streams of others for more than a step. Tenants have equal shares of the prompt tokens and take turns with their
-pictures; within a tenant it is first come, first served. Idle work gets on by one piece when nobody else needs the
-model, and rarely beside others. Belongs to the engine's thread.
+Every step runs one batch of the model: one token of every running answer, and a bounded number of prompt tokens.
+Pictures are encoded beside the steps, a few at a time. So neither a long prompt nor a picture stalls other streams for
+more than a step. Tenants have equal shares of the prompt tokens and take turns with their pictures; within a tenant the
+order is first come, first served. Idle work advances by one piece when no other work needs the model, and rarely while
+other work does. Belongs to the engine's thread.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from vflowopt.runtime.cache import PoolExhausted
 from vflowopt.runtime.model_runner import Runtime
 
 PROMPT_TOKENS = 512
-"""Tokens of prompts that a step runs at most, over all sequences (and one of each tenant at least)."""
+"""Prompt tokens that a step runs at most, over all sequences. Each tenant gets at least one."""
 
 PICTURES = 4
-"""Pictures that a step encodes at most; one only while answers are under way."""
+"""Pictures that are encoded in one batch at most; only one while answers are being decoded."""
 
 IDLE_EVERY = 32
-"""Steps of conversations for each piece of idle work, where there is no idle time: so rare that the 95th percentile of
-the steps does not notice, and yet such work comes to an end."""
+"""Steps between two pieces of idle work when there is no idle time. Rare enough not to show in the 95th percentile of
+the step times, and often enough for such work to finish."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Asking:
-    """A task that waits for a picture, and the op that it waits for."""
+    """A task that waits for a picture, and its op."""
 
     task: Task
     op: Encode
@@ -54,7 +54,7 @@ class _Asking:
 
     @property
     def waits(self) -> bool:
-        """Whether the task still waits for it: it may have been cancelled."""
+        """Whether the task still waits for the op; it may have been cancelled."""
         return self.task.op is self.op
 
 
@@ -67,13 +67,13 @@ class _Encoding:
 
 
 class Scheduler:
-    """Does the ops of work.
+    """Does the ops that tasks wait for.
 
     Args:
         runtime: the model.
-        kv: makes room for sequences.
-        images: compressed pictures.
-        encoder: compresses more.
+        kv: restores and evicts sequences.
+        images: the cache of compressed pictures.
+        encoder: compresses pictures that are not cached.
         metrics: counts the steps.
     """
 
@@ -92,11 +92,11 @@ class Scheduler:
         self._last_idle: Task | None = None
 
     def __call__(self, tasks: Sequence[Task], wake: Callable[[], None]) -> bool:
-        """One step: do some of the ops of ``tasks``, which come in the order in which they began.
+        """Run one step: do some of the ops of ``tasks``.
 
         Args:
-            tasks: those that wait for an op.
-            wake: to be called, in any thread, when another step may do more.
+            tasks: the tasks that wait for an op, in the order in which they began.
+            wake: wakes the engine; called from any thread when another step may do more.
 
         Returns:
             Whether anything was done.
@@ -131,7 +131,7 @@ class Scheduler:
         return progress
 
     def _grant_idle_time(self, idle: Sequence[Task], *, needed: bool) -> bool:
-        """Let the next of the ``idle`` tasks go on by one piece, unless others need the model now."""
+        """Let the next of the ``idle`` tasks run one piece, unless the model is ``needed`` for other work."""
         self._steps_without_idle_work += 1
         if needed and self._steps_without_idle_work < IDLE_EVERY:
             return False
@@ -143,7 +143,7 @@ class Scheduler:
 
     @staticmethod
     def _finish_waiting(waiting: Sequence[tuple[Task, Wait]], wake: Callable[[], None]) -> bool:
-        """Let those go on whose future is done; have the others wake the engine."""
+        """Finish the ops whose future is done; let the other futures wake the engine."""
         progress = False
         for task, op in waiting:
             if op.future.done():
@@ -154,7 +154,7 @@ class Scheduler:
         return progress
 
     def _encode(self, asking: Sequence[_Asking], wake: Callable[[], None], *, answering: bool) -> bool:
-        """Hand out pictures that were compressed before, and begin to encode others if none are being encoded."""
+        """Hand out the pictures that are cached. Start to encode others, unless a batch is being encoded."""
         missing = []
         for each in asking:
             image = self._images.get((each.op.visual.identity, each.op.strategy, each.op.tenant))
@@ -170,9 +170,9 @@ class Scheduler:
         return len(missing) < len(asking)
 
     def _begin_encoding(self, asking: Sequence[_Asking], wake: Callable[[], None], *, answering: bool) -> None:
-        """Begin to encode the first few pictures in one batch; the same picture of a tenant is encoded once.
+        """Start to encode the first few pictures in one batch; the same picture of a tenant is encoded once.
 
-        A video is encoded by itself: no picture of the same batch waits for its frames. What comes later does.
+        A video is encoded alone, so that no picture of the same batch waits for its frames. Later batches do wait.
         """
         first = {(each.op.visual.identity, each.op.tenant): each for each in reversed(asking)}
         batch = [each for each in asking if each in first.values()]
@@ -180,14 +180,14 @@ class Scheduler:
         batch = pictures[: 1 if answering else PICTURES] or batch[:1]
         for each in batch:
             self._pictures.served(each.tenant)
-        # Answers that are under way keep a thread to themselves.
+        # One thread is left to the answers.
         threads = max(self._threads - 1, 1) if answering else self._threads
         future = self._encoder.compress([each.op for each in batch], threads=threads)
         self._encoding = _Encoding(batch, future)
         future.add_done_callback(lambda _: wake())
 
     def _finish_encoding(self, encoded: _Encoding, wake: Callable[[], None]) -> None:
-        """Hand out the pictures of a batch that has been encoded, to those who still wait for them."""
+        """Cache the pictures of a finished batch, and hand them to the tasks that still wait for them."""
         self._encoding = None
         waiting = [each for each in encoded.asking if each.waits]
         failure = encoded.future.exception()
@@ -198,7 +198,7 @@ class Scheduler:
                     each.op.put(image, cache_hit=False)
                     each.task.done()
         elif len(encoded.asking) > 1:
-            if waiting:  # whose picture it was shows when the first is encoded alone
+            if waiting:  # encode them one by one: only the faulty picture fails
                 self._begin_encoding(waiting[:1], wake, answering=True)
         elif waiting:
             assert isinstance(failure, Exception)
@@ -207,8 +207,8 @@ class Scheduler:
     def _run(self, forwards: Sequence[Scheduled]) -> None:
         """Run one batch.
 
-        Where pages run short, what is idle gives way first, then the youngest in use, then all but the eldest of the
-        batch; that one is refused only where it needs more than the whole pool.
+        When pages run short, idle sequences are evicted first. Then the youngest running ones are preempted. Then the
+        batch is reduced to its eldest sequence, which fails only if it needs more than the whole pool.
         """
         while True:
             begun = time.perf_counter()
@@ -228,7 +228,7 @@ class Scheduler:
                     eldest.task.fail(self._kv.too_large(held + shortage.needed))
                     return
             except Exception as failure:
-                if len(batch) > 1:  # whose fault it was shows when each is run alone
+                if len(batch) > 1:  # run them one by one: only the faulty one fails
                     for each in batch:
                         self._run([each.counted_again()])
                 else:
@@ -240,10 +240,10 @@ class Scheduler:
                 return
 
     def _batch(self, forwards: Sequence[Scheduled]) -> Batch:
-        """Who runs in this step, and how many tokens of each: the eldest, every answer, and prompts.
+        """The batch of this step: the eldest sequence, every answer, and prompts up to their bound.
 
-        A prompt that is not the eldest's runs only when there is room for all of it beside the batch: so two never keep
-        taking each other's pages, and the eldest always gets on.
+        A prompt other than the eldest's runs only if there are pages for all of it beside the batch. So two prompts
+        never keep taking each other's pages, and the eldest always advances.
         """
         batch = Batch()
         prompts: dict[str, list[Scheduled]] = {}
@@ -257,7 +257,7 @@ class Scheduler:
         eldest = forwards[0]
         promised = sum(each.sequence.pages_wanted for each in {eldest, *batch})
         left = PROMPT_TOKENS
-        # Who asks for least comes first: what a tenant leaves of its share falls to those after it.
+        # Tenants with the fewest tokens come first: the unused part of their share goes to the next ones.
         queues = sorted(prompts.values(), key=lambda queue: sum(each.num_tokens for each in queue))
         for served, queue in enumerate(queues):
             share = max(left // (len(queues) - served), 1)
@@ -278,7 +278,7 @@ class Scheduler:
         return batch
 
     def _restore(self, scheduled: Scheduled) -> bool:
-        """Bring back what was offloaded of a sequence, if it is there and nothing of it is cached; whether it was."""
+        """Restore the offloaded cache of a sequence, if there is one in memory; returns whether it did."""
         tier = self._kv.restore(scheduled.sequence)
         if tier is not None:
             scheduled.op.restored_from = tier

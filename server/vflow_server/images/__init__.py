@@ -1,1 +1,1 @@
-"""Pictures and videos as requests bring them: decoded within bounds, held for their tenant."""
+"""The pictures and videos of requests: decoded within bounds, and held for their tenants."""

@@ -1,4 +1,4 @@
-"""How many pixels one request may bring."""
+"""The bound on the pixels of one request."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from vflow_server.rpc.errors import InvalidRequest
 from vflowopt.media.picture import Picture, PictureLimits
 
 MOST_OF_LARGEST = 4
-"""Pixels of all that a request brings, as a multiple of what one picture may have: all are decoded at a time."""
+"""Pixels of all pictures of a request at most, as a multiple of the bound on one picture: all are in memory at once."""
 
 
 class PixelBound:
-    """Counts the pixels of what one request brings.
+    """Counts the pixels of the pictures of one request.
 
     Args:
-        limits: of one picture.
-        advice: what to do about too many, for the caller.
+        limits: the limits of one picture.
+        advice: what the caller can do about too many pixels, for the error message.
 
     Attributes:
-        most: how many there may be.
+        most: number of pixels that the request may have.
     """
 
     def __init__(self, limits: PictureLimits, advice: str) -> None:
@@ -26,7 +26,7 @@ class PixelBound:
         self._counted = 0
 
     def count(self, picture: Picture, field: str) -> None:
-        """Count those of ``picture``, which came at ``field`` of the request.
+        """Count the pixels of ``picture``, which is at ``field`` of the request.
 
         Raises:
             InvalidRequest: PICTURE_TOO_MANY_PIXELS.

@@ -1,4 +1,4 @@
-"""Pictures as they come in: bytes are decoded off the event loop; a digest stands for a picture still held."""
+"""The picture store: decodes pictures off the event loop, and holds the latest ones so that a digest can name them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from vflow_server.rpc.errors import CapacityExhausted, InvalidRequest, NotFound
 from vflowopt.media.picture import Detail, Picture, PictureError, PictureLimits
 
 MOST_WAITING = 64
-"""Pictures that may wait to be decoded. One that takes long to decode keeps others waiting, but not without end."""
+"""Pictures that may wait to be decoded, so that a slow one delays a bounded number of others."""
 
 _LARGEST_IN_USE = 8
-"""Pixels decoded for all requests under way, as a multiple of what one picture may have; one request brings half of
-that at most."""
+"""Pixels decoded for all running requests at most, as a multiple of the bound on one picture. One request can have half
+of that."""
 
 _DIGEST = re.compile("[0-9a-f]{64}")
 _DETAILS: dict[int, Detail] = {
@@ -31,12 +31,12 @@ _DETAILS: dict[int, Detail] = {
 
 
 class PictureStore:
-    """Takes in pictures and holds the latest of them for their tenants. Belongs to the event loop's thread.
+    """Decodes pictures and holds the latest ones for their tenants. Belongs to the event loop's thread.
 
     Args:
-        limits: what a picture may measure (also an attribute).
+        limits: the limits of one picture (also an attribute).
         held_bytes: bytes of decoded pictures to hold.
-        threads: pictures decoded at the same time.
+        threads: number of pictures that are decoded at the same time.
     """
 
     def __init__(self, limits: PictureLimits, *, held_bytes: int, threads: int = 2) -> None:
@@ -48,7 +48,7 @@ class PictureStore:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="vflow-picture")
         self._waiting = 0
         self._decoded = _BytesAlive()
-        # What is held here, what live samples hold, and what requests do.
+        # The pictures held here, those that live samples hold, and those of running requests.
         self._most_decoded = 2 * held_bytes + _LARGEST_IN_USE * 3 * limits.max_pixels
 
     @property
@@ -58,14 +58,19 @@ class PictureStore:
 
     @property
     def bytes_decoded(self) -> int:
-        """Bytes of all decoded pictures that anything still has: requests under way, samples, and what is held."""
+        """Bytes of all decoded pictures in memory: of running requests, of live samples, and those held here."""
         return self._decoded.total
 
     async def acquire(self, image: images_pb2.Image, field: str, tenant: str) -> Picture:
-        """The picture that ``image``, at ``field`` of a request of ``tenant``, brings or stands for.
+        """The picture that ``image`` contains, or names by its digest, in the detail that it asks for; it is held.
+
+        Args:
+            image: the message.
+            field: its path in the request.
+            tenant: the tenant that sent it.
 
         Raises:
-            ServiceError: what :meth:`read` raises, or its detail is none.
+            ServiceError: OPTION_OUT_OF_RANGE if the detail is unknown, or an error of :meth:`read`.
         """
         detail = _detail(image.detail, field)
         picture = await self.read(image, field, tenant)
@@ -73,11 +78,11 @@ class PictureStore:
         return picture.in_detail(detail)
 
     async def read(self, image: images_pb2.Image, field: str, tenant: str) -> Picture:
-        """The same in high detail, whatever ``image`` says of it. It is not held if it was not.
+        """The picture as in :meth:`acquire`, but always in high detail, and without holding it.
 
         Raises:
-            ServiceError: too many wait to be decoded or are decoded already, it is not a picture within the limits, or
-                its digest is malformed or of none that is held.
+            ServiceError: too many pictures wait to be decoded or are in memory; the bytes are not a picture within the
+                limits; or the digest is malformed or names no picture that is held.
         """
         if image.WhichOneof("source") == "digest":
             return self._by_digest(image.digest, field, tenant)
@@ -97,13 +102,13 @@ class PictureStore:
             self._waiting -= 1
 
     def hold(self, tenant: str, pictures: Collection[Picture]) -> None:
-        """Hold ``pictures`` that ``tenant`` has sent, unless there is not even room for them without all others."""
+        """Hold ``pictures``, which ``tenant`` has sent; none of them if together they exceed the bound."""
         if sum(picture.pixels.nbytes for picture in pictures) <= self._held_bytes:
             for picture in pictures:
                 self._held.put((tenant, picture.digest), picture)
 
     def held(self, tenant: str, digest: str) -> Picture | None:
-        """The picture of ``digest`` that ``tenant`` has sent, if it is still held."""
+        """The picture with ``digest`` that ``tenant`` has sent; None if it is no longer held."""
         return self._held.get((tenant, digest))
 
     def close(self) -> None:
@@ -111,7 +116,7 @@ class PictureStore:
         self._threads.shutdown(cancel_futures=True)
 
     def _decode(self, data: bytes) -> Picture:
-        """Decode in one of the threads, where all that was decoded before is counted already."""
+        """Decode in one of the threads. Checks the bound here, where all pictures decoded before are counted."""
         if (decoded := self.bytes_decoded) >= self._most_decoded:
             raise CapacityExhausted(
                 "picture_decoding",
@@ -157,14 +162,14 @@ def _sha256(data: bytes) -> str:
 
 
 class _BytesAlive:
-    """Bytes of the pixels of all pictures that anybody still has, whichever request, cache or thread that is."""
+    """Bytes of the pixels of all decoded pictures that are still referenced anywhere. For any thread."""
 
     def __init__(self) -> None:
         self.total = 0
         self._lock = threading.Lock()
 
     def add(self, picture: Picture) -> None:
-        """Count ``picture``, until nobody has its pixels any more."""
+        """Count ``picture`` until its pixels are garbage-collected."""
         nbytes = picture.pixels.nbytes
         self._change(nbytes)
         weakref.finalize(picture.pixels, self._change, -nbytes).atexit = False

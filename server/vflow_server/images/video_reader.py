@@ -1,4 +1,4 @@
-"""The videos that requests bring, checked and decoded."""
+"""Checks and decodes the videos of requests."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class VideoReader:
     """Reads videos for one model.
 
     Args:
-        pictures: decodes their frames, and holds those of videos that were taken in.
-        model: may take no videos.
-        most_frames: of the videos of one request together.
+        pictures: decodes the frames, and holds those of valid videos.
+        model: the model; it need not support videos.
+        most_frames: number of frames of all videos of one request at most.
     """
 
     def __init__(self, pictures: PictureStore, model: MultimodalModel, *, most_frames: int) -> None:
@@ -28,10 +28,10 @@ class VideoReader:
         self._most_frames = most_frames
 
     def check(self, videos: Mapping[str, images_pb2.Video]) -> None:
-        """Refuse what can be refused of the videos of one request, by their fields, before anything is decoded.
+        """Check the videos of one request, given by their paths, before anything is decoded.
 
         Raises:
-            ServiceError: VIDEO_UNSUPPORTED, VIDEO_TOO_LONG, or OPTION_OUT_OF_RANGE where a frame has a detail.
+            ServiceError: VIDEO_UNSUPPORTED, VIDEO_TOO_LONG, or OPTION_OUT_OF_RANGE if a frame has a detail.
         """
         if videos and self._model.video_mark is None:
             raise video_unsupported(self._model.family)
@@ -57,16 +57,16 @@ class VideoReader:
                     )
 
     async def read(self, video: images_pb2.Video, field: str, tenant: str, pixels: PixelBound) -> Video:
-        """The video that ``video`` brings, which was checked, at ``field`` of a request of ``tenant``.
+        """Decode a video that was checked, and hold its frames.
 
         Args:
             video: the message.
-            field: where it came.
-            tenant: whose it is.
-            pixels: counts those of the frames.
+            field: its path in the request.
+            tenant: the tenant that sent it.
+            pixels: counts the pixels of the frames.
 
         Raises:
-            ServiceError: a frame is no picture, or they are no video together. None of them is held then.
+            ServiceError: a frame is not a valid picture, or the frames are not a valid video. Then none is held.
         """
         frames: list[Picture] = []
         for index, frame in enumerate(video.frames):

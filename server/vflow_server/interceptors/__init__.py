@@ -1,1 +1,1 @@
-"""What happens around every call: metrics and traces, access, draining."""
+"""Interceptors around every call: metrics and traces, access, draining."""

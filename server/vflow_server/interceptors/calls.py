@@ -1,7 +1,7 @@
-"""Around every method of the contract: a call is counted, timed and traced, and what is logged says whose it is.
+"""Counts, times and traces every call of the contract, and adds its ids to the log lines.
 
-The ids go into structlog's context variables: ``request`` (the caller's ``x-request-id``, or one made up) and ``trace``
-here, ``tenant`` and ``session`` where they become known.
+The ids are structlog's context variables: ``request`` (the caller's ``x-request-id``, or a generated one) and ``trace``
+are set here, ``tenant`` and ``session`` where they become known.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from vflow_server.telemetry.metrics import Metrics
 from vflow_server.telemetry.tracing import Tracing
 
 REQUEST_ID = "x-request-id"
-"""Request metadata by which a caller names its call, for the log."""
+"""Request metadata with the caller's own id of the call, for the log."""
 
 NEAR = 0.1
-"""Seconds before a call's deadline in which a cancelled call counts as late: the caller's clock runs ahead of ours by
-the time that its request took to get here."""
+"""Seconds before its deadline in which a cancelled call counts as DEADLINE_EXCEEDED: the caller's deadline passes
+earlier than the server's, by the time that the request took to arrive."""
 
 _REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,64}")
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 COUNTED = ("/vflow.v1.", "/google.longrunning.Operations/")
-"""What the methods begin with that are counted: those of health and reflection are left alone."""
+"""Prefixes of the methods that are counted; health checks and reflection are not."""
 
 
 class Calls(grpc.aio.ServerInterceptor):
-    """Stands before all other interceptors, so that it sees what they refuse.
+    """The first interceptor, so that it also sees the calls that others refuse.
 
     Args:
-        metrics: what it counts in.
-        tracing: what it traces by.
+        metrics: counts the calls.
+        tracing: traces them.
     """
 
     def __init__(self, metrics: Metrics, tracing: Tracing) -> None:
@@ -49,7 +49,7 @@ class Calls(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], handler_call_details: Any
     ) -> Any:
-        """Hand out the method's handler, observed."""
+        """Wrap the method's handler, so that its calls are observed."""
         handler = await continuation(handler_call_details)
         method: str = handler_call_details.method
         if handler is None or not method.startswith(COUNTED):
@@ -62,14 +62,14 @@ class Calls(grpc.aio.ServerInterceptor):
         async def call(request: Any, context: Context) -> Any:
             begun = time.perf_counter()
             metadata = {str(key): value for key, value in context.invocation_metadata() or ()}
-            code = grpc.StatusCode.CANCELLED  # unless we hear otherwise
+            code = grpc.StatusCode.CANCELLED  # stays if the call is cancelled, which raises no Exception
             with self._metrics.call_in_flight(), self._tracing.call(name, metadata) as span:
                 bind_contextvars(request=_request_id(metadata), **({"trace": span.trace} if span.trace else {}))
                 try:
                     response = await behaviour(request, context)
                     code = grpc.StatusCode.OK
                     return response
-                except Exception:  # the guard within has set the status
+                except Exception:  # the guard, which is called within, has set the status
                     code = _CODES.get(_number(context.code()), grpc.StatusCode.UNKNOWN)
                     raise
                 finally:
@@ -88,5 +88,5 @@ def _request_id(metadata: Mapping[str, str | bytes]) -> str:
 
 
 def _number(code: Any) -> int:
-    """The status as gRPC keeps it: a number, whatever its documentation says."""
+    """The number of a status. gRPC stores a number, contrary to its documentation."""
     return int(code.value[0]) if isinstance(code, grpc.StatusCode) else int(code)

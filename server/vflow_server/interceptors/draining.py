@@ -1,4 +1,4 @@
-"""Draining: how calls come to an end when the service stops. Those under way go on, new ones are told to come back."""
+"""Draining: when the service stops, running calls continue, and new ones are refused with SERVER_STOPPING."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ _COUNTED = "/vflow.v1."
 
 
 class Draining(grpc.aio.ServerInterceptor):
-    """Counts the calls of the contract's services that are under way; belongs within the guard."""
+    """Counts the running calls of the contract's services. Must be called within the guard, which turns errors into
+    statuses."""
 
     def __init__(self) -> None:
         self._under_way = 0
@@ -26,17 +27,17 @@ class Draining(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], handler_call_details: Any
     ) -> Any:
-        """Hand out the method's handler, counted."""
+        """Wrap the method's handler, so that its calls are counted."""
         handler = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith(_COUNTED):
             return handler
         return around(handler, self._counted)
 
     async def drain(self, grace: float) -> bool:
-        """Refuse new calls (SERVER_STOPPING) and wait for the end of those under way, ``grace`` seconds at most.
+        """Refuse new calls (SERVER_STOPPING), and wait ``grace`` seconds at most for the running ones.
 
         Returns:
-            Whether they have ended; whoever stops the server cancels what is left.
+            Whether all have ended. Stopping the gRPC server cancels the others.
         """
         self._stopping = True
         try:

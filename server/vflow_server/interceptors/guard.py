@@ -1,6 +1,4 @@
-"""The guard around every method: a caller without access is refused before anything of its request is read, what goes
-wrong ends the call with a status that says why, and every call is logged.
-"""
+"""The guard around every method: checks access before a request is read, turns errors into statuses, and logs calls."""
 
 from __future__ import annotations
 
@@ -21,10 +19,10 @@ from vflow_server.rpc.errors import ServiceError, foreseen, incident
 from vflow_server.rpc.handlers import Behaviour, Context, around
 
 _POLLED = ("Operations/GetOperation", "Operations/WaitOperation")
-"""Methods that whoever follows an operation calls again and again."""
+"""Methods that clients poll. Their calls are logged at the debug level."""
 
 _LAST_WORD = 5.0
-"""Seconds for a caller to take the status of its call; from then on the connection alone remembers it."""
+"""Seconds that the status of a call may wait for a caller that does not read."""
 
 _GUARDED = ("/vflow.v1.", "/google.longrunning.Operations/")
 
@@ -32,10 +30,10 @@ log = structlog.get_logger(__name__)
 
 
 class Guard(grpc.aio.ServerInterceptor):
-    """Wraps the methods of the contract's services and of Operations; health and reflection are open to all.
+    """Guards the methods of the contract's services and of Operations; health and reflection need no access.
 
     Args:
-        access: decides who may call what.
+        access: decides which callers may call which methods.
     """
 
     def __init__(self, access: Access) -> None:
@@ -44,7 +42,7 @@ class Guard(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], handler_call_details: Any
     ) -> Any:
-        """Hand out the method's handler, guarded."""
+        """Wrap the method's handler, so that its calls are guarded."""
         handler = await continuation(handler_call_details)
         method: str = handler_call_details.method
         if handler is None or not method.startswith(_GUARDED):
@@ -53,8 +51,8 @@ class Guard(grpc.aio.ServerInterceptor):
         try:
             caller = self._access.caller(method, handler_call_details.invocation_metadata or ())
         except ServiceError as refusal:
-            # As a stream of requests it is called before the first one is received: so of what a caller without access
-            # sends no message is buffered and none is parsed.
+            # A handler with a stream of requests is called before the first one is received. So no message of a caller
+            # without access is buffered or parsed.
             return grpc.stream_unary_rpc_method_handler(_guarded(_refusing(refusal), name, None))
         if handler.request_streaming:
             return around(handler, lambda behaviour: _guarded(behaviour, name, caller))
@@ -70,7 +68,7 @@ def _refusing(refusal: ServiceError) -> Behaviour:
 
 
 def _parsing(behaviour: Behaviour, parse: Callable[[bytes], Any]) -> Behaviour:
-    """``behaviour`` for bytes: left to gRPC, those that are no message would end the call as a fault of ours."""
+    """``behaviour`` for unparsed requests. If gRPC parsed them, an invalid one would end the call with INTERNAL."""
 
     async def read(message: bytes, context: Context) -> Any:
         try:
@@ -89,7 +87,7 @@ def _parsing(behaviour: Behaviour, parse: Callable[[bytes], Any]) -> Behaviour:
 def _guarded(behaviour: Behaviour, name: str, caller: Caller | None) -> Behaviour:
     async def call(request: Any, context: Context) -> Any:
         begun = time.perf_counter()
-        outcome = "CANCELLED"  # unless we hear otherwise: by the client, or by its deadline
+        outcome = "CANCELLED"  # stays if the client or the deadline cancels the call, which raises no Exception
         if caller is not None:
             bind_caller(caller)
             bind_contextvars(tenant=caller.tenant)
@@ -103,7 +101,7 @@ def _guarded(behaviour: Behaviour, name: str, caller: Caller | None) -> Behaviou
             try:
                 async with asyncio.timeout(_LAST_WORD):
                     await context.abort_with_status(rpc_status.to_status(refusal.status()))
-            except TimeoutError:  # who reads nothing does not hear of it, either: gRPC is left to see the caller go
+            except TimeoutError:  # the caller does not read: leave it to gRPC to notice that it is gone
                 raise asyncio.CancelledError from None
         finally:
             milliseconds = round((time.perf_counter() - begun) * 1000, 1)

@@ -1,1 +1,1 @@
-"""The KV caches of all sessions: who holds pages, who gives way, and where their caches go meanwhile."""
+"""The KV caches of all sessions: which hold pages, which are evicted, and where offloaded caches are held."""

@@ -1,8 +1,8 @@
-"""A folder of offloaded caches: where they go when host memory is full, and when the service stops.
+"""A folder of offloaded KV caches, for when host memory is full and for when the service stops.
 
-Files are safetensors, and one process at a time uses them. They are written, read and removed, in that order where it
-matters, by a thread of its own: the engine's thread never waits for a disk. What cannot be written or read is no
-failure, because a cache can be computed again from its sequence's log; it is logged.
+The files are safetensors, and only one process at a time uses the folder. A thread of the store's own writes, reads and
+removes them in the order in which this was asked for, so that the engine's thread never waits for a disk. A file that
+cannot be written or read is logged and is not an error, because a cache can be computed again from its sequence's log.
 """
 
 from __future__ import annotations
@@ -29,28 +29,32 @@ from vflowopt.runtime.offload import OffloadedCache, OffloadError
 from vflowopt.runtime.sequence import Sequence
 
 LOCK = "vflow.lock"
-"""Held while a process uses the folder."""
+"""Name of the file that a process locks while it uses the folder."""
 
 _SCHEMA = 1
-"""To be raised when the same numbers in a file come to mean something else: a later release must not go on from what it
-would have computed differently."""
+"""Must be raised whenever the meaning of the numbers in a file changes: a later release must not continue from a cache
+that it would have computed differently."""
 
-_KEPT = re.compile(rf"vflow-kv-v{_SCHEMA}-(?P<session>\w+)-(?P<items>\d+)-(?P<seal>[0-9a-f]{{64}})\.safetensors")
-"""What another process may go on from. The name tells all about it, so that nothing is left when the file is gone."""
+_PERSISTED = re.compile(rf"vflow-kv-v{_SCHEMA}-(?P<session>\w+)-(?P<items>\d+)-(?P<seal>[0-9a-f]{{64}})\.safetensors")
+"""Files that the next process may take over. All metadata is in the name, so none is left when the file is gone."""
 
 _OURS = re.compile(r"vflow-kv-(\d+|v\d+-\w+-\d+-[0-9a-f]{64})\.safetensors(\.partial)?")
 
 _MOST_UNWRITTEN = 8
-"""Caches that may wait in memory to be written; where the disk is slower than that, further ones are given up."""
+"""Caches that may wait in memory to be written. If the disk is too slow, further ones are dropped."""
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class _File:
-    """A file, its size, how many items of its sequence's log it covers, and its seal.
+    """A file of an offloaded cache.
 
-    The seal is the digest of the file and of these items, once it is written; None if it could not be.
+    Attributes:
+        path: where it is.
+        nbytes: its size in bytes.
+        items: number of items of the sequence's log that it covers.
+        seal: digest of the file and of these items, once the file is written; None if it could not be written.
     """
 
     path: Path
@@ -60,13 +64,13 @@ class _File:
 
 
 class DiskStore:
-    """Parked caches in files, by sequence. Belongs to the engine's thread.
+    """Offloaded caches in files, by sequence. Belongs to the engine's thread.
 
-    Files of other kinds in the folder are left alone.
+    Other files in the folder are left alone.
 
     Args:
         folder: made if it does not exist; no other process may use it meanwhile.
-        most_bytes: tells how many bytes of files there may be, now; beyond, the least recently used go.
+        most_bytes: returns the present bound on the bytes of all files. Beyond it the least recently used are removed.
 
     Raises:
         OSError: the folder cannot be used.
@@ -95,15 +99,15 @@ class DiskStore:
         return self._files.bytes_held
 
     def recover(self, owners: Mapping[str, Sequence]) -> list[str]:
-        """Take over what an earlier process kept of ``owners``, by session, and remove what else it left behind.
+        """Take over the files that an earlier process persisted, and remove the others that it left.
 
         Args:
-            owners: the most recently used last.
+            owners: the sequences by session, the most recently used last.
 
         Returns:
-            The sessions of which there is something, in that order.
+            The sessions for which there is a file, in the order of ``owners``.
         """
-        names = [name for path in self._folder.iterdir() if (name := _KEPT.fullmatch(path.name))]
+        names = [name for path in self._folder.iterdir() if (name := _PERSISTED.fullmatch(path.name))]
         kept = {name["session"]: name for name in names}
         found = [session for session in owners if session in kept]
         self._remove_all(but={kept[session].string for session in found})
@@ -114,19 +118,19 @@ class DiskStore:
         return found
 
     def fit(self) -> int:
-        """Keep to the bound as it is now, which is returned."""
+        """Remove files beyond the present bound; returns the bound in bytes."""
         most_bytes = self._most_bytes()
         self._files.limit(most_bytes)
         return most_bytes
 
     def put(self, sequence: Sequence, offloaded: OffloadedCache) -> None:
-        """Begin to write a cache of ``sequence``, in the place of an earlier one."""
+        """Start to write the cache of ``sequence``; it replaces an earlier one."""
         self.forget(sequence)
         self._unwritten = [seal for seal in self._unwritten if not seal.done()]
         if offloaded.nbytes > self.fit():
             return
         if len(self._unwritten) >= _MOST_UNWRITTEN:
-            log.warning("the disk is too slow for offloaded KV caches, one is given up", bytes=offloaded.nbytes)
+            log.warning("the disk is too slow for offloaded KV caches, one was dropped", bytes=offloaded.nbytes)
             return
         path = self._folder / f"vflow-kv-{next(self._numbers)}.safetensors"
         items = offloaded.cached.items + bool(offloaded.cached.offset)
@@ -142,13 +146,12 @@ class DiskStore:
         return file is not None
 
     def size(self, sequence: Sequence) -> int:
-        """Bytes of the cache of ``sequence``; 0 where there is no file."""
+        """Bytes of the cache of ``sequence``; 0 if there is no file."""
         file = self._files.get(sequence)
         return 0 if file is None else file.nbytes
 
     def is_written(self, sequence: Sequence, until: float) -> bool:
-        """Whether the file of ``sequence`` is written; waits for it, but no longer than ``until``, by the
-        monotonic clock."""
+        """Whether the file of ``sequence`` is written; waits for it until ``until`` (``time.monotonic()``) at most."""
         file = self._files.get(sequence)
         if file is None:
             return False
@@ -157,12 +160,12 @@ class DiskStore:
         return False
 
     def read(self, sequence: Sequence) -> Future[OffloadedCache]:
-        """Begin to read the cache of ``sequence``, which must be held; its file stays.
+        """Start to read the cache of ``sequence``, which must be held; its file stays.
 
-        The future raises OffloadError where the file is gone, or is not what it should be; then it is set aside.
+        The future raises OffloadError if the file is missing or damaged. A damaged file is set aside.
         """
         file = self._files.get(sequence)
-        assert file is not None, "only what is held can be read"
+        assert file is not None, "only a cache that is held can be read"
         return self._thread.submit(_read, file, _covered(sequence, file.items))
 
     def forget(self, sequence: Sequence) -> None:
@@ -171,17 +174,17 @@ class DiskStore:
             self._remove(file)
 
     def close(self, keep: Mapping[str, Sequence]) -> None:
-        """Leave what is written of ``keep``, by session, to another process; remove all else, and let it in."""
+        """Leave the files of ``keep`` (sequences by session) to the next process, and remove the others."""
         self._thread.shutdown(cancel_futures=True)
         try:
             self._remove_all(but={self._name(session, sequence) for session, sequence in keep.items()})
         except OSError as error:
-            log.warning("the folder of offloaded KV caches is not as it was", because=str(error))
+            log.warning("the folder of offloaded KV caches could not be cleaned up", because=str(error))
         self._lock.close()
 
     def _name(self, session: str, sequence: Sequence) -> str | None:
-        """Give the file of ``sequence`` the name by which another process knows what it is; None if there is
-        none."""
+        """Rename the file of ``sequence`` so that the next process can find it; returns the name, None if there is no
+        file."""
         file = self._files.get(sequence)
         if file is None or (seal := file.seal.result()) is None:
             return None
@@ -199,7 +202,7 @@ class DiskStore:
 
 
 def _covered(sequence: Sequence, items: int) -> bytes:
-    """The first ``items`` items of a log, and what cut its cache into stages, as bytes to be told apart by."""
+    """The first ``items`` items of a sequence's log and its strategy, as bytes to compute a seal from."""
     content = [
         [*item.identity, *map(len, item.kept)] if isinstance(item, CompressedImage) else item
         for item in sequence.log[:items]
@@ -208,23 +211,23 @@ def _covered(sequence: Sequence, items: int) -> bytes:
 
 
 def _write(path: Path, offloaded: OffloadedCache, covered: bytes) -> str | None:
-    """Write a file; returns its seal, None if it could not be written."""
+    """Write a file; returns its seal, or None if it could not be written."""
     try:
         offloaded.save(path)
         return _seal(path, covered)
     except (OSError, SafetensorError) as error:
-        log.warning("an offloaded KV cache could not be written and is given up", file=str(path), because=str(error))
+        log.warning("an offloaded KV cache could not be written and was dropped", file=str(path), because=str(error))
         return None
 
 
 def _read(file: _File, covered: bytes) -> OffloadedCache:
-    # Written before: one thread does both, in the order in which they were asked for.
+    # The file was written before: one thread does both, in the order in which they were submitted.
     try:
         if _seal(file.path, covered) != file.seal.result():
-            raise OffloadError(f"{file.path} is not what was written, or not about what was said")
+            raise OffloadError(f"{file.path} is not what was written, or belongs to another log")
         return OffloadedCache.load(file.path)
     except (OSError, OffloadError) as error:
-        with suppress(OSError):  # then it is removed
+        with suppress(OSError):  # otherwise it is removed when the store forgets it
             set_aside(file.path, error)
         raise OffloadError(str(error)) from error
 

@@ -1,4 +1,4 @@
-"""Compressed pictures that are kept, so that a tenant's picture is not encoded twice under the same strategy.
+"""A cache of compressed pictures, so that a tenant's picture is not encoded twice with the same strategy.
 
 Belongs to the engine's thread.
 """
@@ -24,8 +24,9 @@ class ImageCache:
     """Compressed pictures by identity, strategy and tenant.
 
     Args:
-        max_bytes: bytes of pictures to keep; those that a session's log holds are found beyond that, too.
-        device: where the decoder reads them.
+        max_bytes: bytes of the least recently used cache. Pictures that a session's log holds are found as well, and do
+            not count.
+        device: the device that the decoder reads them from.
     """
 
     def __init__(self, max_bytes: int, device: torch.device) -> None:
@@ -35,21 +36,21 @@ class ImageCache:
 
     @property
     def bytes_held(self) -> int:
-        """Bytes of the pictures that are kept whether a session holds them or not."""
+        """Bytes of the pictures in the least recently used cache."""
         return self._latest.bytes_held
 
     def get(self, key: Key) -> CompressedImage | None:
-        """The compressed picture; None if it is not there."""
+        """The compressed picture; None if it is not cached and no session holds it."""
         image = self._latest.get(key)
         return self._in_use.get(key) if image is None else image
 
     def put(self, key: Key, image: CompressedImage) -> None:
-        """Keep a picture that was just compressed."""
+        """Cache a picture that was just compressed."""
         self._in_use[key] = image
         self._latest.put(key, image)
 
     def intern(self, image: CompressedImage, strategy: Strategy, tenant: str) -> CompressedImage:
-        """The one copy to use of ``image``, which was read from a store: the one that is there, or else this one."""
+        """The shared copy of ``image``, which was read from the archive: one that a session holds, or else this one."""
         key = (image.identity, strategy, tenant)
         if (known := self._in_use.get(key)) is not None:
             return known

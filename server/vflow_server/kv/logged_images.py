@@ -1,4 +1,4 @@
-"""The compressed pictures that sessions were shown: their logs need them, because caches are rebuilt from logs."""
+"""The compressed pictures in the logs of sessions, which stay in memory because KV caches are rebuilt from logs."""
 
 from __future__ import annotations
 
@@ -14,43 +14,48 @@ from vflowopt.runtime.sequence import Item
 
 
 class LoggedImages:
-    """Counts them within a bound, each once however many sessions share it. Belongs to the engine's thread.
+    """Counts the bytes of these pictures and bounds them. A picture that several sessions share counts once.
+
+    Belongs to the engine's thread.
 
     Args:
-        most_bytes: the bound; it is checked before a picture is taken in, so work under way may exceed it by little.
+        most_bytes: the bound. It is checked before a picture is added, so concurrent work may exceed it a little.
+
+    Attributes:
+        bytes_held: bytes of all pictures that are counted.
     """
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
         self._of: dict[SessionState, list[CompressedImage]] = {}
-        # By identity: what is held here keeps its id.
-        self._dialogues_with: Counter[int] = Counter()
+        # Number of sessions by the id of the picture; ``_of`` keeps the pictures alive, so ids stay unique.
+        self._holders: Counter[int] = Counter()
         self.bytes_held = 0
 
     def note(self, state: SessionState, log: Sequence[Item]) -> None:
-        """Count what is in the log of ``state`` now."""
+        """Count the pictures that are in the log of ``state`` now, instead of those counted before."""
         self.forget(state)
         self._of[state] = _distinct(log)
         for image in self._of[state]:
-            self._dialogues_with[id(image)] += 1
-            if self._dialogues_with[id(image)] == 1:
+            self._holders[id(image)] += 1
+            if self._holders[id(image)] == 1:
                 self.bytes_held += image_bytes(image)
 
     def forget(self, state: SessionState) -> None:
-        """Count nothing for ``state`` any more."""
+        """Stop counting the pictures of ``state``."""
         for image in self._of.pop(state, ()):
-            self._dialogues_with[id(image)] -= 1
-            if not self._dialogues_with[id(image)]:
-                del self._dialogues_with[id(image)]
+            self._holders[id(image)] -= 1
+            if not self._holders[id(image)]:
+                del self._holders[id(image)]
                 self.bytes_held -= image_bytes(image)
 
     def check_room(self, items: Iterable[Item]) -> None:
-        """Refuse pictures that are too many.
+        """Refuse pictures beyond the bound.
 
         Raises:
-            CapacityExhausted: with those of ``items`` that are new the bound is exceeded.
+            CapacityExhausted: the pictures among ``items`` that are new would exceed the bound.
         """
-        new = sum(image_bytes(image) for image in _distinct(items) if id(image) not in self._dialogues_with)
+        new = sum(image_bytes(image) for image in _distinct(items) if id(image) not in self._holders)
         if new and self.bytes_held + new > self._most_bytes:
             raise CapacityExhausted(
                 "session_pictures",

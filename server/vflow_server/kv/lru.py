@@ -1,4 +1,4 @@
-"""A least-recently-used store bounded by bytes, for what can be made again."""
+"""A least-recently-used cache bounded by bytes, for values that can be computed again."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ V = TypeVar("V")
 
 
 class ByteBoundedLRU(Generic[K, V]):
-    """Holds values until their bytes exceed a bound; then the least recently used go. Belongs to one thread.
+    """Holds values up to a number of bytes; beyond it the least recently used are dropped. Belongs to one thread.
 
     Args:
-        most_bytes: the bound; 0 holds nothing.
-        size: bytes of a value.
-        dropped: called with each key and value for which there was no room.
+        most_bytes: the bound; with 0 nothing is held.
+        size: returns the bytes of a value.
+        dropped: called with each key and value that is dropped to keep the bound.
+
+    Attributes:
+        bytes_held: bytes of the values that are held.
     """
 
     def __init__(
@@ -29,21 +32,21 @@ class ByteBoundedLRU(Generic[K, V]):
         self.bytes_held = 0
 
     def get(self, key: K) -> V | None:
-        """The value of ``key``, which thereby was used last; None if it is not held."""
+        """The value of ``key``, which becomes the most recently used; None if it is not held."""
         value = self._values.get(key)
         if value is not None:
             self._values.move_to_end(key)
         return value
 
     def pop(self, key: K) -> V | None:
-        """The value of ``key``, which is not held any more; None if it was not."""
+        """Remove ``key`` and return its value; None if it is not held."""
         value = self._values.pop(key, None)
         if value is not None:
             self.bytes_held -= self._size(value)
         return value
 
     def put(self, key: K, value: V) -> None:
-        """Hold ``value``; a value larger than the bound is not held at all."""
+        """Hold ``value`` in place of an earlier one; a value larger than the bound is dropped at once."""
         if (old := self._values.pop(key, None)) is not None:
             self.bytes_held -= self._size(old)
         if self._size(value) > self._most_bytes:
@@ -54,7 +57,7 @@ class ByteBoundedLRU(Generic[K, V]):
         self.limit(self._most_bytes)
 
     def limit(self, most_bytes: int) -> None:
-        """Have another bound; what is beyond it goes."""
+        """Set another bound, and drop values beyond it."""
         self._most_bytes = most_bytes
         while self.bytes_held > self._most_bytes:
             oldest, dropped = self._values.popitem(last=False)

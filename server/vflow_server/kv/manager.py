@@ -1,4 +1,4 @@
-"""Which sessions hold KV pages, and which of them go when pages run short: the least recently used idle ones.
+"""Decides which sessions hold KV pages: when pages run short, the least recently used idle ones are offloaded.
 
 Belongs to the engine's thread.
 """
@@ -24,24 +24,26 @@ from vflowopt.runtime.offload import Tier, offload, restore
 from vflowopt.runtime.sequence import Item, Sequence, tokens_per_stage
 
 Evictable = Callable[[], abc.Sequence[Sequence]]
-"""The sequences, as they are at the time of the call, that hold pages between pieces of work in spare time. Each
-may be released at any time but during such a piece; its work rebuilds it."""
+"""Returns the sequences that hold pages between two pieces of idle work. Each may be released at any time except during
+a piece; the work rebuilds it."""
 
 log = structlog.get_logger(__name__)
 
 
 class KVCacheManager:
-    """The sessions on a runtime, by last use.
+    """Manages the KV caches of all sessions of a runtime, ordered by last use.
 
-    A session is in use while work on it is under way. When pages run short, what idle sessions hold is offloaded and
-    comes back with their next turn; what is not held outside the pool any more is rebuilt from the log.
+    A session is in use while work on it is running, and idle otherwise. When pages run short, the caches of idle
+    sessions are offloaded and restored with their next turn. A cache that is no longer held outside the pool is rebuilt
+    from the log.
 
     Args:
-        runtime: whose pages are held.
-        prefixes: they hold pages, too, and go before idle sessions; evictable sequences go before all.
-        offloaded: where the caches of idle sessions go.
+        runtime: the model and its pool of pages.
+        prefixes: the cached prefixes. They hold pages, too, and are evicted before idle sessions. Sequences of idle
+            work (:meth:`lending`) are evicted first.
+        offloaded: holds the caches of idle sessions that were offloaded.
         images: the pictures in the sessions' logs.
-        metrics: counts who gave way.
+        metrics: counts evictions.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class KVCacheManager:
         self._evictable: list[Evictable] = []
 
     def recover(self, states: Iterable[SessionState]) -> None:
-        """Take over what an earlier process persisted of ``states``, the most recently used last."""
+        """Take over the caches of ``states`` that an earlier process persisted; the most recently used come last."""
         owners = {_session(state): state for state in states}
         found = self.offloaded.recover({name: owner.sequence for name, owner in owners.items()})
         self._idle.update((owners[name], None) for name in found)
@@ -70,7 +72,7 @@ class KVCacheManager:
 
     @contextmanager
     def using(self, state: SessionState) -> Iterator[None]:
-        """Count ``state`` as in use while work on it is under way."""
+        """Count ``state`` as in use within the block."""
         self._idle.pop(state, None)
         self._in_use[state] = None
         try:
@@ -86,7 +88,7 @@ class KVCacheManager:
 
     @contextmanager
     def lending(self, sequences: Evictable) -> Iterator[None]:
-        """Let ``sequences`` hold pages as long as nobody else needs them."""
+        """Let ``sequences`` hold pages within the block; they are evicted as soon as pages run short."""
         self._evictable.append(sequences)
         try:
             yield
@@ -94,13 +96,13 @@ class KVCacheManager:
             self._evictable.remove(sequences)
 
     def find_prefix(self, tenant: str, strategy: Strategy, items: abc.Sequence[Item]) -> Sequence | None:
-        """The longest prefix of ``items`` that is cached for ``tenant``; None where there is none."""
+        """The longest prefix of ``items`` that is cached for ``tenant`` and ``strategy``; None if there is none."""
         prefix = self.prefixes.find(tenant, strategy, items)
         self._metrics.prefix(hit=prefix is not None)
         return prefix
 
     def release_idle(self) -> bool:
-        """Free some pages that no work under way needs; False when there are none."""
+        """Free some pages that no running work needs; returns False if there are none."""
         for sequence in self._evictables():
             if sequence.kv_bytes:
                 sequence.release()
@@ -112,7 +114,10 @@ class KVCacheManager:
         return self._offload(self._idle)
 
     def limit(self, tenant: str, most: int) -> int:
-        """Offload what is idle of ``tenant`` until its sessions hold ``most`` bytes; the bytes that they hold then."""
+        """Offload idle sessions of ``tenant`` until its sessions hold at most ``most`` bytes; returns the bytes held.
+
+        The result exceeds ``most`` if the sessions in use alone hold more.
+        """
         while (held := self._held(tenant)) > most:
             if not self._offload(state for state in self._idle if state.tenant == tenant):
                 break
@@ -123,7 +128,7 @@ class KVCacheManager:
         return sum(state.sequence.kv_bytes for state in held)
 
     def _offload(self, idle: Iterable[SessionState]) -> bool:
-        """Offload the first of the ``idle`` sessions that holds pages; False if none does."""
+        """Offload the first of the ``idle`` sessions that holds pages; returns False if none does."""
         resident = next((state for state in idle if state.snapshot.kv_bytes), None)
         if resident is None:
             return False
@@ -135,16 +140,17 @@ class KVCacheManager:
         return True
 
     def make_room(self, pages: int) -> bool:
-        """Have what is idle give way until ``pages`` are free; False if that does not suffice."""
+        """Evict idle sequences until ``pages`` pages are free; returns False if that is not enough."""
         while pages > self._runtime.pool.free_pages:
             if not self.release_idle():
                 return False
         return True
 
     def preempt(self, spare: Sequence) -> bool:
-        """Release the sequence in use that began last and holds pages, but not ``spare``; False if none does.
+        """Release the youngest sequence in use that holds pages, other than ``spare``; returns False if there is none.
 
-        It is not offloaded: only a cache of finished turns alone stays true whatever becomes of this one.
+        It is not offloaded: a cache is offloaded only if it holds nothing but finished turns, because the running turn
+        may still be rolled back.
         """
         for state in reversed(self._in_use):
             sequence = state.sequence
@@ -156,13 +162,13 @@ class KVCacheManager:
         return False
 
     def restore(self, sequence: Sequence) -> Tier | None:
-        """Bring back what was offloaded of a sequence, if that is in memory and the sequence has nothing cached.
+        """Restore the offloaded cache of ``sequence``, if it is in memory and the sequence has nothing cached.
 
         Returns:
-            Where it came back from; None if it did not.
+            The tier that it came from; None if nothing was restored.
 
         Raises:
-            PoolExhausted: too few pages are free; it stays offloaded.
+            PoolExhausted: too few pages are free; the cache stays offloaded.
         """
         if sequence.resident or (found := self.offloaded.find(sequence)) is None:
             return None
@@ -172,25 +178,28 @@ class KVCacheManager:
         return tier
 
     def fork(self, origin: SessionState, twin: SessionState) -> None:
-        """Give ``twin`` the past of ``origin``, and its offloaded cache. Pages and tensors are shared, not copied."""
+        """Give ``twin`` the log, the pages and the offloaded cache of ``origin``; all tensors are shared."""
         twin.continue_from(origin)
         if (found := self.offloaded.find(origin.sequence)) is not None:
             self.offloaded.put(twin.sequence, found[0])
 
     def forget(self, state: SessionState) -> None:
-        """Release all that is held of ``state`` for good."""
+        """Release the pages, the offloaded cache and the pictures of ``state``, whose session was deleted."""
         self.offloaded.forget(state.sequence)
         self._images.forget(state)
         state.release()
         self._idle.pop(state, None)
 
     def persist(self, until: float) -> dict[str, Sequence]:
-        """Put what idle sessions hold into files, for the next process, once no work is done any more.
+        """Write the caches of idle sessions to files for the next process. The engine must have stopped.
 
-        Those used last come first, as many as the files have room for, and until the monotonic clock says ``until``.
+        The most recently used sessions come first, as many as fit within the bound of the files.
+
+        Args:
+            until: stop then, by ``time.monotonic()``.
 
         Returns:
-            The sequences in files, by session.
+            The sequences that are in files, by session.
         """
         room, worth = self.offloaded.fit(), list[tuple[str, Sequence]]()
         for state in reversed(self._idle):
@@ -200,7 +209,7 @@ class KVCacheManager:
                 room -= size
                 worth.append((_session(state), sequence))
             else:
-                self.offloaded.forget(sequence)  # gives its room to others
+                self.offloaded.forget(sequence)  # leaves its space to others
         persisted: dict[str, Sequence] = {}
         for session, sequence in worth:
             offloaded = offload(sequence) if sequence.resident and time.monotonic() < until else None
@@ -214,11 +223,10 @@ class KVCacheManager:
         return persisted
 
     def close(self, persist_until: float | None = None) -> None:
-        """Give back all pages, once no work is done any more.
+        """Release all pages. The engine must have stopped.
 
         Args:
-            persist_until: by the monotonic clock, until when to put KV caches into files for the next process; None:
-                none are put there.
+            persist_until: persist caches for the next process until then, by ``time.monotonic()``; None: persist none.
         """
         persisted = {} if persist_until is None else self.persist(persist_until)
         self.prefixes.clear()
@@ -227,10 +235,13 @@ class KVCacheManager:
         self.offloaded.close(persisted)
 
     def check(self) -> int:
-        """Bytes of the pages that sessions hold, after proving that each page is held as often as it has owners.
+        """Check that the reference count of each page equals the number of its owners.
+
+        Returns:
+            Bytes of the pages that sessions and idle work hold.
 
         Raises:
-            AssertionError: a page is lost, or its references and its owners differ.
+            AssertionError: a page is lost, or its reference count differs.
         """
         owners = [state.sequence.cache for state in (*self._idle, *self._in_use)]
         owners += [sequence.cache for sequence in self._evictables()]
@@ -238,11 +249,11 @@ class KVCacheManager:
         return sum(owner.bytes_held for owner in owners)
 
     def check_room(self, sequence: Sequence, items: abc.Sequence[Item]) -> None:
-        """Refuse at once what the pool could not hold even if there were nobody else, and pictures that are too many.
+        """Refuse ``items`` that could never fit.
 
         Raises:
-            CapacityExhausted: the sequence with ``items`` needs more pages than there are, or the pictures of all
-                sequences more memory than they may have.
+            CapacityExhausted: the sequence with ``items`` needs more pages than the pool has, or the pictures of all
+                sessions would exceed their bound.
         """
         self._images.check_room(items)
         stages = sequence.cache.stages
@@ -255,7 +266,7 @@ class KVCacheManager:
         return (sequence for sequences in self._evictable for sequence in sequences())
 
     def too_large(self, pages: int) -> CapacityExhausted:
-        """The refusal of a sequence that alone needs ``pages`` pages and can never have them."""
+        """The error for a sequence that needs ``pages`` pages, more than the pool has."""
         pool = self._runtime.pool
         return CapacityExhausted(
             "kv_cache",
@@ -268,6 +279,6 @@ class KVCacheManager:
 
 
 def _session(state: SessionState) -> str:
-    """Under which the files of a session that has a record are known: the last part of its session's name."""
+    """The name of a session with a record in the names of files: the last part of its resource name."""
     assert state.record is not None
     return state.record.facts.name.rpartition("/")[2]

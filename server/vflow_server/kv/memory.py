@@ -1,4 +1,4 @@
-"""How much memory there is to have."""
+"""The memory that is available."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that a process can still get on ``device``: on the host within its container's limit, if it has one."""
+    """Bytes that the process can still allocate on ``device``. On the host a limit of the container counts."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free
@@ -19,7 +19,7 @@ def available_memory(device: torch.device) -> int:
 
 
 def _host_memory() -> int:
-    """What the system could give without swapping; where it does not tell, half of all there is."""
+    """Bytes that the system could give without swapping; half of its memory if it does not report that."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -30,7 +30,7 @@ def _host_memory() -> int:
 
 
 def _left_in_container(cgroup: Path) -> list[int]:
-    """What is left of a limit on memory (cgroup v2), if there is one; cached files give way and do not count."""
+    """Bytes left of the container's memory limit (cgroup v2), if there is one. Inactive file cache counts as free."""
     try:
         limit = (cgroup / "memory.max").read_text().strip()
         used = int((cgroup / "memory.current").read_text())

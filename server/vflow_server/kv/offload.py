@@ -1,4 +1,4 @@
-"""The caches of idle sequences outside the pool: in host memory, then in files, least recently used first."""
+"""Offloaded KV caches: in host memory, and beyond its bound in files. The least recently used move to files first."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ log = structlog.get_logger(__name__)
 
 
 class OffloadStore:
-    """Parked caches by sequence. Belongs to the engine's thread.
+    """Offloaded caches by sequence. Belongs to the engine's thread.
 
-    A file is read ahead of its use, by :meth:`read_ahead`, which does not wait for it.
+    A file is read before its use, by :meth:`read_ahead` and :meth:`put_read`.
 
     Args:
-        memory_bytes: bytes to hold in host memory; what is beyond goes to files.
-        spill: the files; None: what is beyond is given up, and rebuilt from the log.
+        memory_bytes: bytes to hold in host memory; caches beyond that go to files.
+        spill: the files; None: caches beyond the bound are dropped, and rebuilt from the log.
     """
 
     def __init__(self, memory_bytes: int, spill: DiskStore | None) -> None:
@@ -44,15 +44,15 @@ class OffloadStore:
         return 0 if self._spill is None else self._spill.bytes_held
 
     def recover(self, owners: Mapping[str, Sequence]) -> list[str]:
-        """Take over what an earlier process kept; see :meth:`DiskStore.recover`."""
+        """Take over the files that an earlier process persisted; see :meth:`DiskStore.recover`."""
         return [] if self._spill is None else self._spill.recover(owners)
 
     def fit(self) -> int:
-        """Have the files keep to their bound as it is now, which is returned: bytes."""
+        """Remove files beyond their present bound; returns the bound in bytes, 0 if there are no files."""
         return 0 if self._spill is None else self._spill.fit()
 
     def put(self, sequence: Sequence, offloaded: OffloadedCache) -> None:
-        """Hold the cache of ``sequence``, in the place of an earlier one."""
+        """Hold the cache of ``sequence``; it replaces an earlier one."""
         self.forget(sequence)
         self._memory.put(sequence, offloaded)
 
@@ -61,13 +61,13 @@ class OffloadStore:
         return self.find(sequence) is not None or self._in_file(sequence)
 
     def size(self, sequence: Sequence) -> int:
-        """Bytes of the cache of ``sequence``; 0 where none is held."""
+        """Bytes of the cache of ``sequence``; 0 if none is held."""
         if (found := self.find(sequence)) is not None:
             return found[0].nbytes
         return 0 if self._spill is None else self._spill.size(sequence)
 
     def find(self, sequence: Sequence) -> tuple[OffloadedCache, Tier] | None:
-        """The cache of ``sequence``, if it is in memory or was read ahead, and where it comes from."""
+        """The cache of ``sequence`` and its tier, if it is in memory or was read from its file; None otherwise."""
         if (offloaded := self._memory.get(sequence)) is not None:
             return offloaded, Tier.HOST_MEMORY
         if (offloaded := self._read.get(sequence)) is not None:
@@ -75,13 +75,13 @@ class OffloadStore:
         return None
 
     def read_ahead(self, sequence: Sequence) -> Future[OffloadedCache] | None:
-        """Begin to read what is held of ``sequence`` in a file alone; None where there is nothing to read."""
+        """Start to read the cache of ``sequence`` if only a file holds it; None if there is nothing to read."""
         if self.find(sequence) is not None or self._spill is None or not self._in_file(sequence):
             return None
         return self._spill.read(sequence)
 
     def put_read(self, sequence: Sequence, reading: Future[OffloadedCache]) -> None:
-        """Take what ``reading``, which is done, has brought; a file that is damaged or gone is forgotten."""
+        """Hold the result of ``reading``, which is done. A file that is damaged or missing is forgotten."""
         try:
             self._read[sequence] = reading.result()
         except OffloadError as error:
@@ -89,23 +89,26 @@ class OffloadStore:
             self.forget(sequence)
 
     def discard_read(self, sequence: Sequence) -> None:
-        """Let go of what was read ahead and not used; it still is in its file."""
+        """Drop a cache that was read from its file and not used; the file stays."""
         self._read.pop(sequence, None)
 
     def forget(self, sequence: Sequence) -> None:
-        """Give up whatever is held of ``sequence``."""
+        """Drop the cache of ``sequence``, wherever it is held."""
         self._memory.pop(sequence)
         self.discard_read(sequence)
         if self._spill is not None:
             self._spill.forget(sequence)
 
     def file(self, sequence: Sequence, offloaded: OffloadedCache | None, until: float) -> bool:
-        """Have the cache of ``sequence`` in a file: ``offloaded``, or what is held.
+        """Write the cache of ``sequence`` to a file, and wait for that.
 
-        It waits for that, but no longer than ``until``, by the monotonic clock.
+        Args:
+            sequence: the sequence.
+            offloaded: its cache; None: the one that is held here.
+            until: wait until then at most, by ``time.monotonic()``.
 
         Returns:
-            Whether there is one.
+            Whether the cache is in a file.
         """
         if self._spill is None:
             return False
@@ -115,8 +118,7 @@ class OffloadStore:
         return self._spill.is_written(sequence, until)
 
     def close(self, keep: Mapping[str, Sequence]) -> None:
-        """Remove the files, but leave those of ``keep``, by session, to the next process; see
-        :meth:`DiskStore.close`."""
+        """Remove the files, except those of ``keep`` (sequences by session); see :meth:`DiskStore.close`."""
         if self._spill is not None:
             self._spill.close(keep)
 

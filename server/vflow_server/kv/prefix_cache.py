@@ -1,7 +1,7 @@
-"""Beginnings that sequences have in common: the same tokens and pictures under the same strategy, cached once.
+"""Prefixes that sequences have in common: the same tokens and pictures with the same strategy, cached once.
 
-A prefix is a frozen fork of a sequence at the moment when its last item was a picture. Whoever of the same tenant
-begins the same way shares its pages. Belongs to the engine's thread.
+A prefix is a fork of a sequence, made when the last item of its log was a picture. Other sequences of the same tenant
+that begin with the same items share its pages. Belongs to the engine's thread.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class PrefixCache:
     """Prefixes by tenant, strategy and content, for one model.
 
     Args:
-        most: prefixes held; the least recently used go first.
+        most: number of prefixes to hold; beyond it the least recently used are evicted.
     """
 
     def __init__(self, most: int) -> None:
@@ -33,10 +33,10 @@ class PrefixCache:
         return len(self._prefixes)
 
     def find(self, tenant: str, strategy: Strategy, items: abc.Sequence[Item]) -> Sequence | None:
-        """The longest prefix of ``items`` that is held for ``tenant``, or None."""
+        """The longest prefix of ``items`` that is cached for ``tenant`` and ``strategy``, or None."""
         content = _content(items)
         for end in range(len(items), 0, -1):
-            # Only pictures end prefixes: looking for others would hash every beginning of a long text.
+            # Prefixes end with a picture. To look for other ones would hash every prefix of a long text.
             if isinstance(items[end - 1], CompressedImage):
                 key = (tenant, strategy, content[:end])
                 if (prefix := self._prefixes.get(key)) is not None:
@@ -45,7 +45,7 @@ class PrefixCache:
         return None
 
     def put(self, tenant: str, sequence: Sequence) -> None:
-        """Hold the present state of ``sequence`` of ``tenant``, all of it cached and its last item a picture."""
+        """Cache a fork of ``sequence``, which must be fully cached and end with a picture."""
         key = (tenant, sequence.strategy, _content(sequence.log))
         if key not in self._prefixes:
             self._prefixes[key] = sequence.fork()
@@ -55,7 +55,7 @@ class PrefixCache:
             oldest.release()
 
     def release_one(self) -> bool:
-        """Free pages: give up the least recently used prefix that holds some alone; False when there is none."""
+        """Evict the least recently used prefix whose release frees pages; returns False if there is none."""
         for key, prefix in self._prefixes.items():
             if prefix.cache.frees_pages:
                 del self._prefixes[key]
@@ -64,16 +64,16 @@ class PrefixCache:
         return False
 
     def clear(self) -> None:
-        """Give up all prefixes."""
+        """Evict all prefixes."""
         for prefix in self._prefixes.values():
             prefix.release()
         self._prefixes.clear()
 
     def caches(self) -> list[StagedCache]:
-        """The caches held, for the proof of the pool's integrity."""
+        """The KV caches of all prefixes, for the integrity check of the pool."""
         return [prefix.cache for prefix in self._prefixes.values()]
 
 
 def _content(items: abc.Sequence[Item]) -> _Content:
-    """What items say, whoever says it: token ids, and pictures by what they are called in caches."""
+    """Items as a key: token ids, and the identities of pictures."""
     return tuple(item.identity if isinstance(item, CompressedImage) else item for item in items)

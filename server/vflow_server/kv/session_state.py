@@ -1,4 +1,4 @@
-"""The state of a session: its sequence, and where its turns begin and end.
+"""The engine's state of a session: its sequence, and its counts of turns and pictures.
 
 Changed in the engine's thread only. The event loop reads :attr:`SessionState.snapshot`, which is replaced as a whole.
 """
@@ -18,7 +18,15 @@ from vflowopt.runtime.sequence import Item, Sequence
 
 @dataclass(frozen=True)
 class SessionSnapshot:
-    """What a session shows of its state: counts of finished turns and pictures, bytes of KV cache."""
+    """An immutable copy of what the event loop may know of a session's state.
+
+    Attributes:
+        turns: finished turns.
+        images: pictures and videos in the log.
+        kv_bytes: bytes of KV cache that the session holds.
+        kv_bytes_full: bytes that the same items would take without pruning.
+        resident: whether any of the log is cached in the KV pool.
+    """
 
     turns: int = 0
     images: int = 0
@@ -28,16 +36,19 @@ class SessionSnapshot:
 
 
 class SessionState:
-    """The engine's side of a session; pictures may be shown ahead of the turn that they belong to.
+    """The engine's side of a session. Pictures may be added before the turn that they belong to.
 
     Args:
         runtime: the model.
-        strategy: compresses every picture of this session.
-        tenant: whose session it is; what is computed for it is shared with that tenant's other sessions alone.
-        record: what the data folder holds of it; None: nothing.
+        strategy: the strategy that compresses every picture of the session.
+        tenant: the tenant. Pages and pictures are shared only with other sessions of the same tenant.
+        record: the session's record in the data folder; None if the session is not stored.
 
     Attributes:
-        recalled: whether the log is in memory; that of an earlier process is read when it is needed.
+        recalled: whether the log is in memory. The log of an earlier process is read when it is needed.
+        snapshot: the latest published state.
+        turns: finished turns.
+        images: pictures and videos in the log.
     """
 
     def __init__(self, runtime: Runtime, strategy: Strategy, tenant: str, record: SessionRecord | None = None) -> None:
@@ -55,46 +66,46 @@ class SessionState:
 
     @property
     def sequence(self) -> Sequence:
-        """The tokens and pictures of the session, begun when first asked for: sessions of another model never are."""
+        """The session's sequence, made on first use: a stored session of another model never needs one."""
         if self._sequence is None:
             self._sequence = self._runtime.start(self.strategy)
         return self._sequence
 
     def picture(self, image: CompressedImage) -> list[Item]:
-        """The items that showing ``image`` ahead of the next turn adds to the log."""
+        """The items that ``image`` adds to the log when it is added before the next turn."""
         return self._runtime.chat.turn(self.turns, [*self._ahead, image], generate=False)[self._items_ahead :]
 
     def turn(self, parts: abc.Sequence[str | CompressedImage]) -> list[Item]:
-        """The items that the next turn adds to the log, without those of the pictures that were shown ahead of it."""
+        """The items that the next turn adds to the log, without those of pictures that were added before it."""
         return self._runtime.chat.turn(self.turns, [*self._ahead, *parts])[self._items_ahead :]
 
     def commit_picture(self, image: CompressedImage, items: int) -> None:
-        """Count ``image``, whose ``items`` items are in the log now, as shown ahead of the next turn."""
+        """Count ``image``, whose ``items`` items are in the log now, as added before the next turn."""
         self._ahead.append(image)
         self._items_ahead += items
         self.images += 1
 
     def commit_turn(self, images: int) -> None:
-        """Count a finished turn that brought ``images`` pictures of its own."""
+        """Count a finished turn with ``images`` pictures of its own."""
         self._ahead.clear()
         self._items_ahead = 0
         self.images += images
         self.turns += 1
 
     def continue_from(self, origin: SessionState) -> None:
-        """Take over all that was said and shown in ``origin``, sharing its pages; nothing may have been said here."""
+        """Take over the log and the counts of ``origin``, and share its pages; this session must be new."""
         self._sequence = origin.sequence.fork()
         self._ahead = list(origin._ahead)
         self._items_ahead = origin._items_ahead
         self.turns, self.images = origin.turns, origin.images
 
     def resume(self, turns: int, images: int) -> None:
-        """Count what an earlier process finished; :meth:`recall` brings the log of it."""
+        """Set the counts of a session of an earlier process; :meth:`recall` takes over its log later."""
         self.turns, self.images, self.recalled = turns, images, False
         self.publish()
 
     def recall(self, entries: Iterable[Entry]) -> None:
-        """Take over the log of an earlier process."""
+        """Fill the log with the entries that an earlier process stored."""
         log = self.sequence.log
         self.turns = self.images = 0
         for entry in entries:
@@ -108,18 +119,18 @@ class SessionState:
         self.recalled = True
 
     def release(self) -> None:
-        """Give back the KV pages; the log stays, and the next turn rebuilds them."""
+        """Release the KV pages; the log stays, and the next turn rebuilds the cache from it."""
         if self._sequence is not None:
             self._sequence.release()
         self.publish()
 
     def publish(self) -> None:
-        """Let the event loop see the present state."""
-        held = self._sequence
+        """Publish the present state to the event loop."""
+        sequence = self._sequence
         self.snapshot = SessionSnapshot(
             turns=self.turns,
             images=self.images,
-            kv_bytes=held.kv_bytes if held else 0,
-            kv_bytes_full=held.kv_bytes_full if held else 0,
-            resident=held.resident if held else False,
+            kv_bytes=sequence.kv_bytes if sequence else 0,
+            kv_bytes_full=sequence.kv_bytes_full if sequence else 0,
+            resident=sequence.resident if sequence else False,
         )

@@ -1,1 +1,1 @@
-"""For those who look after the service: gauges, and the side port with its metrics, readiness and status pages."""
+"""For operators: gauges, and the side port with its metrics and its status page."""

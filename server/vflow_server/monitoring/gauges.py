@@ -1,6 +1,6 @@
-"""Gauges: the state of the service at the moment when Prometheus asks, and the sums that its parts keep themselves.
+"""Gauges: the state of the service at the time of a scrape, and totals that its parts keep themselves.
 
-Belongs to the event loop's thread; what it reads of the engine's things are single numbers that are always valid.
+Belongs to the event loop's thread. Of the engine's data it reads single numbers only, which are always valid.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from vflow_server.monitoring.service_parts import ServiceParts
 
 
 class Gauges(Collector):
-    """Reads one service.
+    """Collects the gauges of one service.
 
     Args:
-        parts: of the service.
+        parts: the parts of the service.
     """
 
     def __init__(self, parts: ServiceParts) -> None:
         self._parts = parts
 
     def collect(self) -> Iterator[Metric]:
-        """The present values."""
+        """Yield the metrics with their present values."""
         yield from self._of_service()
         yield from self._of_memory()
         yield from self._of_sessions()

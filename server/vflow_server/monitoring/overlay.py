@@ -1,4 +1,4 @@
-"""A picture with what the service made of it drawn on: how important each token is, and which ones are read."""
+"""Draws on a picture how important each visual token is, and which tokens are kept."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ RECYCLED = (255, 110, 60)
 def overlay(picture: Picture, image: CompressedImage, grid: int) -> bytes:
     """Draw one token grid of a compressed picture.
 
-    The warmer a token, the more important it is. Frames show what the first stage reads: blue tokens as they are,
-    orange ones averages of dropped tokens.
+    Warmer tokens are more important. Frames mark the tokens of the first stage: blue ones are kept as they are, orange
+    ones are averages of dropped tokens.
 
     Args:
-        picture: as it came.
-        image: what it was compressed to.
-        grid: number of the grid; nothing is drawn of one that there is not.
+        picture: the picture.
+        image: its compressed form.
+        grid: index of the grid; nothing is drawn if there is no such grid.
 
     Returns:
         A PNG file.
@@ -39,7 +39,7 @@ def overlay(picture: Picture, image: CompressedImage, grid: int) -> bytes:
     base = Image.fromarray(picture.pixels).resize((max(round(width * scale), 1), max(round(height * scale), 1)))
     boxes = np.rint(layout.boxes.numpy() * scale).astype(int)
     importance = image.importance.numpy()
-    # A few tokens tower above all others: shown in proportion, those would be all that is seen.
+    # The importance of a few tokens is far above all others: on a linear scale only those would be visible.
     warmth = np.zeros(len(importance))
     if content.any():
         most = np.quantile(importance[content], 0.98) or 1.0

@@ -22,8 +22,8 @@ def pages(parts: ServiceParts, *, status_page: bool) -> Starlette:
     """The pages of one service.
 
     Args:
-        parts: of the service.
-        status_page: whether there is a status page beside the metrics.
+        parts: the parts of the service.
+        status_page: whether to serve the status page as well as the metrics.
     """
 
     async def metrics(request: Request) -> Response:
@@ -37,7 +37,7 @@ def pages(parts: ServiceParts, *, status_page: bool) -> Starlette:
         routes=[*routes, Route("/{path:path}", nothing)],
         exception_handlers={HTTPException: _refused, Exception: _failed},
     )
-    # What no route has a place for is no path at all, such as the address of another server.
+    # No route matches a target that is not a path, such as the address of another server.
     app.router.default = PlainTextResponse("400 Bad Request. Ask for a path.\n", HTTPStatus.BAD_REQUEST)
     return app
 
@@ -45,8 +45,8 @@ def pages(parts: ServiceParts, *, status_page: bool) -> Starlette:
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     status = HTTPStatus(error.status_code)
-    told = "" if error.detail == status.phrase else error.detail
-    return PlainTextResponse(f"{status.value} {status.phrase}. {told}\n", status, error.headers)
+    detail = "" if error.detail == status.phrase else error.detail
+    return PlainTextResponse(f"{status.value} {status.phrase}. {detail}\n", status, error.headers)
 
 
 async def _failed(request: Request, error: Exception) -> Response:

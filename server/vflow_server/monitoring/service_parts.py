@@ -1,4 +1,4 @@
-"""What those who look after the service need of it: one object that names its parts."""
+"""The parts of a service that the pages and gauges for operators read, in one object."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from vflowopt.runtime.model_runner import Runtime
 
 @dataclass(frozen=True)
 class ServiceParts:
-    """The parts of one service. The service makes them, and makes this once.
+    """The parts of one service, which makes this object once.
 
     Attributes:
         runtime: the model and its KV pool.
         engine: runs the model, a step at a time.
-        kv: who holds KV pages, the cached prefixes, and the KV caches outside the pool.
-        images: the compressed pictures.
-        pictures: the pictures themselves.
+        kv: manages the KV pages, the cached prefixes and the offloaded caches.
+        images: the cache of compressed pictures.
+        pictures: the decoded pictures that are held.
         sessions: the sessions that exist.
         strategies: the strategies that exist, and which of them is active.
         fidelity_monitor: compares live turns with the unpruned model.
         retunes: the searches for strategies.
         receipt_log: the latest receipts.
-        metrics: what the service counts.
-        access: who may see what.
+        metrics: the counters and histograms.
+        access: decides which callers may see what.
     """
 
     runtime: Runtime

@@ -1,9 +1,9 @@
-"""The side port: an HTTP server for those who look after the service. Users speak gRPC, on ports of their own.
+"""The side port: an HTTP server for operators. Users call gRPC, on other ports.
 
-Uvicorn serves, and what is bounded here is what it leaves open: how long a request may take to arrive, how long its
-answer may take to be read, and how many connections there may be. Belongs to the event loop's thread.
+Uvicorn serves. This module adds the bounds that it lacks: on the time in which a request must arrive and its answer be
+read, and on the number of connections. Belongs to the event loop's thread.
 
-Importing this takes some tenths of a second, so the service does it only where there is to be a side port.
+The import takes some tenths of a second, so the service imports this only if the side port is enabled.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MOST_BYTES = 16 * 1024
-"""Bytes of a request's head at most."""
+"""Bytes of a request's headers at most."""
 
 MOST_OPEN = 64
-"""Connections at the same time; what is beyond is closed at once."""
+"""Connections at the same time; further ones are closed at once."""
 
 PATIENCE = 10.0
-"""Seconds for a request to arrive and be answered, and again for its answer to be read."""
+"""Seconds in which a request must arrive and be answered, and again for its answer to be read."""
 
 HEADERS = [
     ("Cache-Control", "no-store"),
@@ -54,7 +54,7 @@ class SidePort:
             ws="none",
             loop="none",
             lifespan="off",
-            # The application logs its own faults. What else uvicorn logs is up to callers, who could fill the log.
+            # The application logs its own errors. Uvicorn's other log lines depend on callers, who could fill the log.
             log_config=None,
             log_level="critical",
             access_log=False,
@@ -83,7 +83,7 @@ class SidePort:
         return number
 
     async def stop(self, grace: float = 0.0) -> None:
-        """Listen no more, give requests under way ``grace`` seconds (whole ones), and drop what is open then."""
+        """Stop listening, wait ``grace`` (whole) seconds for running requests, and close the other connections."""
         if self._serving is None:
             return
         self._config.timeout_graceful_shutdown = int(grace)
@@ -93,9 +93,9 @@ class SidePort:
             connection.transport.abort()
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request; a page that takes too long is cancelled, its connection being gone by then."""
+        """Answer one request. A page that takes too long is cancelled; its connection is closed by then."""
         app = self._app
-        # h11 bounds what is incomplete, and so lets a longer head pass that comes in one piece.
+        # h11 bounds only incomplete headers, so longer ones pass that arrive in one piece.
         fields = sum(len(name) + len(value) + len(": \r\n") for name, value in scope["headers"])
         if len(scope["raw_path"]) + len(scope["query_string"]) + fields > MOST_BYTES:
             status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
@@ -114,7 +114,7 @@ class _Server(uvicorn.Server):
 
 
 class _Connection(H11Protocol):
-    """One connection, bounded in time; there are not more than a certain number of them."""
+    """A connection with a deadline; closed at once if there are too many."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -127,15 +127,15 @@ class _Connection(H11Protocol):
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
-        """The answer is written, and the connection closes once its caller has read it."""
+        """Give the caller time to read the answer, which is written now; then the connection closes."""
         super().on_response_complete()
         self._deadline.cancel()
         self._deadline = self.loop.call_later(PATIENCE, self.transport.abort)
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP, or too long, by the status that h11 found for it."""
+        """Refuse a request that is not HTTP or too long, with the status that h11 suggests."""
         if self.cycle is not None:  # a request whose body is bad
-            self.cycle.disconnected = True  # so that its page says nothing any more
+            self.cycle.disconnected = True  # so that its page writes nothing more
             if self.cycle.response_started:
                 self.transport.abort()
                 return

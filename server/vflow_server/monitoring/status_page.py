@@ -1,6 +1,6 @@
-"""The status page: what the service is doing, for a person with a browser. Plain HTML, made on the server.
+"""The status page: shows in a browser what the service is doing, as plain HTML.
 
-Belongs to the event loop's thread, but for drawing.
+Belongs to the event loop's thread, except for drawing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.media.picture import Detail, Picture
 
 MOST_ROWS = 25
-"""Rows of a table; the latest ones are shown."""
+"""Rows of a table at most; the latest ones are shown."""
 
 _NOTHING_FOREIGN = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self'; style-src 'unsafe-inline'; frame-ancestors 'none'",
@@ -42,12 +42,12 @@ Page = Callable[[Request], Awaitable[Response]]
 
 
 class StatusPage:
-    """Shows one service.
+    """The status page of one service.
 
-    Where there are tokens, only administrators may look, each at what is of its own tenant.
+    If tokens are configured, only administrators have access, each to the data of its own tenant.
 
     Args:
-        parts: of the service.
+        parts: the parts of the service.
     """
 
     def __init__(self, parts: ServiceParts) -> None:
@@ -70,10 +70,10 @@ class StatusPage:
         return [Route(path, self._guarded(page)) for path, page in pages.items()]
 
     def _guarded(self, page: Page) -> Page:
-        """Answer administrators only, and only those who name this machine by its address, or as localhost.
+        """``page`` for administrators only, and only if the request names this machine by address or as localhost.
 
-        A page of somebody else's, in a browser on this machine, could otherwise have its own name lead here and read
-        along.
+        Otherwise a foreign web site could point its own host name at this machine and read the page in a browser here
+        (DNS rebinding).
         """
 
         async def answered(request: Request) -> Response:
@@ -89,7 +89,7 @@ class StatusPage:
         return answered
 
     def _administrator(self, authorization: str) -> Caller | None:
-        """The administrator whose token is the password; None where there is none, or it is not one's."""
+        """The administrator whose token is the password of ``authorization``; None if it is not such a token."""
         scheme, _, encoded = authorization.partition(" ")
         try:
             brought = base64.b64decode(encoded, validate=True).decode()
@@ -99,7 +99,7 @@ class StatusPage:
         return caller if scheme.lower() == "basic" and caller.admin else None
 
     def _visible(self, tenant: str) -> bool:
-        """Whether whoever asks may see what is of ``tenant``."""
+        """Whether the caller may see the data of ``tenant``."""
         return self._parts.access.open or current_caller().tenant == tenant
 
     async def _show(self, request: Request) -> Response:
@@ -143,10 +143,10 @@ class StatusPage:
         return Response(drawn, media_type="image/png", headers=_NOTHING_FOREIGN)
 
     async def _compressed(self, request: Request) -> tuple[Picture, CompressedImage]:
-        """The picture that a request names, and what it was compressed to.
+        """The picture that a request names, and its compressed form.
 
         Raises:
-            HTTPException: one of them is not at hand (any more), or not for whoever asks.
+            HTTPException: one of them is no longer held, or the caller may not see it.
         """
         asked, parts = request.query_params, self._parts
         tenant = asked.get("tenant", "")
@@ -180,7 +180,7 @@ def _names_this_machine(host: str) -> bool:
 
 
 def _size(count: float) -> str:
-    """Bytes as a person reads them."""
+    """A number of bytes for people, such as ``1.5 MiB``."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.1f} {unit}" if unit == "MiB" else f"{count:.0f} {unit}"
@@ -189,7 +189,7 @@ def _size(count: float) -> str:
 
 
 def _ago(seconds: float) -> str:
-    """A time that has passed, as a person reads it."""
+    """A duration for people, such as ``5 min``."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"

@@ -1,1 +1,1 @@
-"""What all methods share: errors, resource names, pages; and the gRPC servers that they are called on."""
+"""Parts that all methods share: errors, resource names, pages of lists, and the gRPC servers."""

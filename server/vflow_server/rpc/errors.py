@@ -1,13 +1,12 @@
-"""What the service refuses, and how it says so: status code, google.rpc.ErrorInfo, a message that says what to do.
+"""The errors of the service. Each has a status code, a google.rpc.ErrorInfo, and a message that says what to do.
 
     ServiceError
     ├── InvalidRequest        INVALID_ARGUMENT, with BadRequest field violations
     ├── NotFound              NOT_FOUND
-    └── CapacityExhausted     RESOURCE_EXHAUSTED, with RetryInfo where waiting can help
+    └── CapacityExhausted     RESOURCE_EXHAUSTED, with RetryInfo if waiting can help
 
-Errors of the library (a picture that the model cannot take, a strategy that fails validation) become one of these by
-:func:`foreseen`. Knows no servicer and no call: :mod:`vflow_server.interceptors.guard` ends the call with what this
-module makes.
+:func:`foreseen` converts errors of the library, such as a picture that the model cannot take or a strategy that is not
+valid. :mod:`vflow_server.interceptors.guard` ends a call with the status of its error.
 """
 
 from __future__ import annotations
@@ -35,15 +34,15 @@ DOMAIN = "vflow.dev"
 
 
 class ServiceError(Exception):
-    """A refusal with a reason that a program can act on.
+    """An error with a reason that programs can act on.
 
     Args:
         code: status code of the call.
         reason: name of a value of the contract's ``ErrorReason``.
-        message: what is wrong, what was expected, what to do next.
-        metadata: numbers and names of the message, for programs.
-        violations: field paths and what is wrong with each.
-        retry_after: seconds after which a retry may succeed.
+        message: what is wrong, what was expected, and what to do next.
+        metadata: numbers and names in the message, for programs.
+        violations: field paths, with a description of what is wrong with each.
+        retry_after: seconds after which a retry may succeed; None: not stated.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class ServiceError(Exception):
 
     def status(self) -> status_pb2.Status:
         """The error as a google.rpc.Status with its details."""
-        errors_pb2.ErrorReason.Value(self.reason)  # a reason outside the contract is a bug of ours: fail loudly
+        errors_pb2.ErrorReason.Value(self.reason)  # raises ValueError for a reason that is not in the contract: a bug
         details: list[Message] = [
             error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=self.metadata)
         ]
@@ -91,7 +90,7 @@ _RPC_CODES = {code: code_pb2.Code.Value(code.name) for code in grpc.StatusCode}
 
 
 class InvalidRequest(ServiceError):
-    """A request whose ``field`` holds something that is not allowed there."""
+    """A request with a ``field`` whose value is not allowed."""
 
     def __init__(self, reason: str, field: str, message: str, *, metadata: Mapping[str, object] | None = None) -> None:
         super().__init__(
@@ -104,14 +103,14 @@ class InvalidRequest(ServiceError):
 
 
 class NotFound(ServiceError):
-    """A resource that is not, or no longer, there."""
+    """A resource that does not exist, or no longer."""
 
     def __init__(self, reason: str, message: str, *, metadata: Mapping[str, object] | None = None) -> None:
         super().__init__(grpc.StatusCode.NOT_FOUND, reason, message, metadata=metadata)
 
 
 class CapacityExhausted(ServiceError):
-    """No room for ``resource`` now; ``retry_after`` (seconds) is None where waiting cannot help."""
+    """``resource`` is exhausted; ``retry_after`` (seconds) is None if waiting cannot help."""
 
     def __init__(
         self,
@@ -131,12 +130,12 @@ class CapacityExhausted(ServiceError):
 
 
 def unauthenticated(reason: str, message: str) -> ServiceError:
-    """The call brings no token that says whose it is."""
+    """The call has no valid token."""
     return ServiceError(grpc.StatusCode.UNAUTHENTICATED, reason, message)
 
 
 def server_stopping() -> ServiceError:
-    """The service is going down."""
+    """The service is stopping."""
     return ServiceError(
         grpc.StatusCode.UNAVAILABLE,
         "SERVER_STOPPING",
@@ -146,7 +145,7 @@ def server_stopping() -> ServiceError:
 
 
 def engine_failed() -> ServiceError:
-    """The engine's thread is gone."""
+    """The engine's thread has died."""
     return ServiceError(
         grpc.StatusCode.UNAVAILABLE,
         "ENGINE_FAILED",
@@ -155,7 +154,7 @@ def engine_failed() -> ServiceError:
 
 
 def session_not_found(name: str) -> NotFound:
-    """No session is called ``name`` now."""
+    """There is no session ``name``."""
     return NotFound(
         "SESSION_NOT_FOUND",
         f"there is no session {name!r}: it was never created, was deleted, or expired; create a new one",
@@ -164,7 +163,7 @@ def session_not_found(name: str) -> NotFound:
 
 
 def session_busy(name: str) -> ServiceError:
-    """Something else is under way in the session ``name``."""
+    """Other work is running in the session ``name``."""
     return ServiceError(
         grpc.StatusCode.ABORTED,
         "SESSION_BUSY",
@@ -174,7 +173,7 @@ def session_busy(name: str) -> ServiceError:
 
 
 def session_deleted(name: str) -> ServiceError:
-    """The session ``name`` was deleted under a running turn."""
+    """The session ``name`` was deleted while its work was running."""
     return ServiceError(
         grpc.StatusCode.ABORTED,
         "SESSION_DELETED",
@@ -184,7 +183,7 @@ def session_deleted(name: str) -> ServiceError:
 
 
 def reader_stalled(seconds: float) -> ServiceError:
-    """A caller did not take its answer."""
+    """A caller did not read its answer."""
     return ServiceError(
         grpc.StatusCode.ABORTED,
         "READER_STALLED",
@@ -194,18 +193,18 @@ def reader_stalled(seconds: float) -> ServiceError:
 
 
 def model_changed(name: str, revision: str, served: str) -> ServiceError:
-    """The session ``name`` was held with the model ``revision``, and another is ``served`` now."""
+    """The session ``name`` belongs to the model ``revision``, and the model ``served`` is served now."""
     return ServiceError(
         grpc.StatusCode.FAILED_PRECONDITION,
         "MODEL_CHANGED",
-        f"{name!r} was held with the model of revision {revision}, and the server serves {served} now: it is kept, but "
-        "cannot go on; create a new session, or have the server started with the earlier model",
+        f"{name!r} belongs to the model of revision {revision}, and the server serves {served} now: it is stored, but "
+        "cannot continue; create a new session, or have the server started with the earlier model",
         metadata={"session": name, "revision": revision, "served": served},
     )
 
 
 def session_damaged(name: str, because: object) -> ServiceError:
-    """What was stored of the session ``name`` cannot be read any more."""
+    """The record of the session ``name`` is damaged."""
     return ServiceError(
         grpc.StatusCode.DATA_LOSS,
         "SESSION_DAMAGED",
@@ -216,7 +215,7 @@ def session_damaged(name: str, because: object) -> ServiceError:
 
 
 def video_unsupported(family: str) -> ServiceError:
-    """The model that is served, of ``family``, takes no videos."""
+    """The model, which is of ``family``, does not support videos."""
     return ServiceError(
         grpc.StatusCode.FAILED_PRECONDITION,
         "VIDEO_UNSUPPORTED",
@@ -231,14 +230,14 @@ def storage_failed(because: object) -> ServiceError:
     return ServiceError(
         grpc.StatusCode.UNAVAILABLE,
         "STORAGE_FAILED",
-        f"the server cannot use its data folder ({because}) and kept nothing of this; retry when its disk has room and "
-        "can be written. What needs no writing goes on",
+        f"the server cannot use its data folder ({because}) and stored nothing of this; retry when its disk has space "
+        "and can be written. Calls that write nothing still work",
         retry_after=10.0,
     )
 
 
 def operation_not_found(name: str) -> NotFound:
-    """No operation is called ``name`` now."""
+    """There is no operation ``name``."""
     return NotFound(
         "OPERATION_NOT_FOUND",
         f"there is no operation {name!r}: it was never begun, was deleted, or ended long ago; ListOperations names "
@@ -248,7 +247,7 @@ def operation_not_found(name: str) -> NotFound:
 
 
 def operation_cancelled(name: str, draft: str = "") -> ServiceError:
-    """The operation ``name`` was cancelled, and left the strategy ``draft`` if it had found any."""
+    """The operation ``name`` was cancelled; ``draft`` is the strategy that it left, empty if there is none."""
     return ServiceError(
         grpc.StatusCode.CANCELLED,
         "OPERATION_CANCELLED",
@@ -258,7 +257,7 @@ def operation_cancelled(name: str, draft: str = "") -> ServiceError:
 
 
 def operation_interrupted(name: str, draft: str = "") -> ServiceError:
-    """The service ended while the operation ``name`` ran, which left the strategy ``draft`` if it could."""
+    """The service stopped while the operation ``name`` was running; ``draft`` as for :func:`operation_cancelled`."""
     return ServiceError(
         grpc.StatusCode.ABORTED,
         "OPERATION_INTERRUPTED",
@@ -272,7 +271,7 @@ def _left(draft: str) -> str:
 
 
 def incident(error: Exception, **where: object) -> ServiceError:
-    """A fault of ours, which the log tells all about; ``where`` it happened is for the log, too."""
+    """An internal error. It is logged with its traceback and ``where``; the caller gets the incident's id."""
     incident = secrets.token_hex(6)
     log.error("a fault of the service", incident=incident, exc_info=error, **where)
     return ServiceError(
@@ -285,14 +284,14 @@ def incident(error: Exception, **where: object) -> ServiceError:
 
 
 def foreseen(error: BaseException) -> ServiceError | None:
-    """The refusal that ``error`` amounts to; None where it is a fault of the service."""
+    """The service's error for ``error``; None if ``error`` is an internal one."""
     match error:
         case ServiceError():
             return error
         case PictureError():
             field = "video" if isinstance(error, VideoError) else "image"
             return InvalidRequest(error.reason, field, str(error), metadata=error.metadata)
-        case CalibrationError():  # only a sample that is too long gets as far as that
+        case CalibrationError():  # other invalid samples are refused before
             return InvalidRequest("CONTEXT_EXCEEDED", "calibration", str(error))
         case StrategyError():
             return InvalidRequest("STRATEGY_INVALID", f"strategy.{error.field}", str(error))

@@ -1,4 +1,4 @@
-"""gRPC handlers of methods, and putting something around what one does."""
+"""Wrapping the gRPC handlers of methods."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Behaviour = Callable[[Any, Context], Awaitable[Any]]
-"""What a method does with a request, or with the stream of them; it writes streamed responses to the context."""
+"""The function of a method. It gets a request, or the stream of them, and writes streamed responses to the context."""
 
 
 def around(handler: Any, wrap: Callable[[Behaviour], Behaviour], *, raw: bool = False) -> Any:
-    """``handler`` with ``wrap`` around its behaviour; ``raw``: which is handed requests as bytes."""
+    """A copy of ``handler`` with ``wrap`` around its behaviour; with ``raw`` the behaviour gets requests as bytes."""
     build, behaviour = {
         (False, False): (grpc.unary_unary_rpc_method_handler, handler.unary_unary),
         (False, True): (grpc.unary_stream_rpc_method_handler, handler.unary_stream),

@@ -1,4 +1,4 @@
-"""A listener: one gRPC server on one port, and the bounds of what a caller can send to it or hold open."""
+"""A listener: one gRPC server on one port, with bounds on what callers can send and hold open."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Sequence
 import grpc
 
 MOST_CALLS = 4096
-"""Calls at the same time. A fuse against runaway clients only: it counts health checks too, and refuses without saying
-why."""
+"""Calls at the same time. This only protects against runaway clients: it counts health checks, too, and gRPC refuses
+further calls without a reason."""
 
 MOST_METADATA = 16 * 1024
-"""Bytes of a call's metadata. gRPC would begin to refuse some calls by chance at half of it; here it is all or none."""
+"""Bytes of a call's metadata at most. By default gRPC refuses some calls at random above half of its limit."""
 
 LONGEST_CALL = 1800
-"""Seconds that a call may last beyond the age of its connection: longer than any turn takes, but for one whose caller
-does not read it."""
+"""Seconds that a call may last beyond the age of its connection: longer than any turn, unless its caller does not read
+the answer."""
 
 
 class Listener:
@@ -25,15 +25,15 @@ class Listener:
     Args:
         host: address to listen on.
         port: port to listen on; 0 takes a free one.
-        option: the setting that the port comes from, for the error.
-        credentials: for TLS; None: unencrypted.
-        interceptors: around each method.
-        most_bytes: of a message, sent or received.
+        option: the option that sets the port, for the error message.
+        credentials: credentials for TLS; None: unencrypted.
+        interceptors: interceptors around each method.
+        most_bytes: bytes of a message at most, sent or received.
         longest_idle: seconds without a call after which a connection is closed.
-        longest_age: seconds after which a connection takes no more calls, which then go over a new one.
+        longest_age: seconds after which a connection accepts no more calls, and clients open a new one.
 
     Attributes:
-        server: takes the services, until it is started.
+        server: the gRPC server. Services are added to it before :meth:`start`.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Listener:
     ) -> None:
         self._address = address(host, port)
         self._option = option
-        self._credentials = credentials  # gRPC's core calls into it as long as the server lives, and holds it not
+        self._credentials = credentials  # gRPC's core calls it, but holds no reference
         self.server = grpc.aio.server(
             interceptors=interceptors,
             maximum_concurrent_rpcs=MOST_CALLS,
@@ -64,7 +64,7 @@ class Listener:
                 ("grpc.max_connection_age_grace_ms", LONGEST_CALL * 1000),
                 # Two processes on one port would share the calls but not the sessions.
                 ("grpc.so_reuseport", 0),
-                # Find clients that died without a word, and bear with those that ping often.
+                # Detect clients that died without closing their connection, and tolerate those that ping often.
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
                 ("grpc.keepalive_permit_without_calls", 1),
@@ -74,7 +74,7 @@ class Listener:
         )
 
     def bind(self) -> int:
-        """Take the port, and return it; nobody is served yet.
+        """Bind the port and return it; calls are not served yet.
 
         Raises:
             OSError: the address cannot be listened on.
@@ -91,16 +91,16 @@ class Listener:
             ) from error
 
     async def start(self) -> None:
-        """Serve."""
+        """Start to serve."""
         await self.server.start()
 
     async def stop(self, grace: float) -> None:
-        """Take no more calls, and give those that run ``grace`` seconds."""
+        """Accept no more calls, and cancel the running ones after ``grace`` seconds."""
         await self.server.stop(grace)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what listens on ``host``, an address or a name."""
+    """Whether ``host``, an address or a name, can be reached from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -108,5 +108,5 @@ def is_loopback(host: str) -> bool:
 
 
 def address(host: str, port: int) -> str:
-    """``host:port``, as gRPC and people write it."""
+    """``host:port``, with brackets around an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

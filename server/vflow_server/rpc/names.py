@@ -10,7 +10,7 @@ _IDENTIFIER = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
 def check_name(name: str, collection: str, field: str) -> str:
-    """``name``, which must be ``{collection}/{identifier}``.
+    """Check that ``name`` is ``{collection}/{identifier}``; returns it.
 
     Raises:
         InvalidRequest: NAME_INVALID.
@@ -27,7 +27,7 @@ def check_name(name: str, collection: str, field: str) -> str:
 
 
 def check_identifier(identifier: str, field: str) -> str:
-    """``identifier``, which must be fit to be the last part of a resource name.
+    """Check that ``identifier`` can be the last part of a resource name; returns it.
 
     Raises:
         InvalidRequest: NAME_INVALID.

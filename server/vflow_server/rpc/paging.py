@@ -1,7 +1,7 @@
-"""Pages of a listing: sizes, and tokens that say where the next page begins.
+"""Pages of a list: their sizes, and tokens that say where the next page begins.
 
-A token is opaque to clients: a cursor with a keyed checksum, so that only what a listing of this process gave out is
-taken back by it.
+A token is opaque to clients. It is a cursor with a keyed checksum, so that a list accepts only tokens that it returned
+itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CHECK_BYTES = 8
 
 
 class Pager:
-    """The pages of one listing, whose entries carry ascending cursors."""
+    """The pages of one list, whose entries have ascending cursors."""
 
     def __init__(self) -> None:
         self._key = secrets.token_bytes(16)
@@ -32,10 +32,16 @@ class Pager:
     def page(
         self, entries: Iterable[T], cursor: Callable[[T], int], page_size: int, page_token: str
     ) -> tuple[list[T], str]:
-        """One page of ``entries`` (by ascending ``cursor``), and the token of the next, empty if there is none.
+        """One page of ``entries``, and the token of the next page, empty if there is none.
+
+        Args:
+            entries: all entries, by ascending cursor.
+            cursor: returns the cursor of an entry, 0 or more.
+            page_size: entries of the page at most; 0: the default.
+            page_token: the token of the page; empty: the first page.
 
         Raises:
-            InvalidRequest: OPTION_OUT_OF_RANGE for a negative size, PAGE_TOKEN_INVALID for a token of another origin.
+            InvalidRequest: OPTION_OUT_OF_RANGE for a negative size, PAGE_TOKEN_INVALID for a foreign token.
         """
         if page_size < 0:
             raise InvalidRequest(

@@ -1,4 +1,4 @@
-"""The contract's ``Strategies`` service: the administration of strategies."""
+"""The contract's ``Strategies`` service: the management of strategies."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ MOST_TRIALS, DEFAULT_TRIALS = 1000, 50
 
 
 class Strategies(strategies_pb2_grpc.StrategiesServicer):
-    """Between the contract's messages and the strategies that exist.
+    """Serves the strategies.
 
     Args:
-        strategies: that exist.
-        retunes: search for others.
-        comparisons: hold them against each other.
-        reader: reads what requests are to be calibrated on.
-        runtime: the model that they are for.
+        strategies: the strategies that exist.
+        retunes: searches for new ones.
+        comparisons: compares them.
+        reader: reads the calibration samples of requests.
+        runtime: the model.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Strategies(strategies_pb2_grpc.StrategiesServicer):
     async def CreateStrategy(
         self, request: strategies_pb2.CreateStrategyRequest, context: Context
     ) -> strategies_pb2.Strategy:
-        """Create a strategy by its ratios, or by a budget and all ratios but the last."""
+        """Create a strategy from its ratios, or from a budget and all ratios but the last."""
         name = f"strategies/{check_identifier(request.strategy_id, 'strategy_id')}"
         description = request.strategy.description
         if len(description) > LONGEST_DESCRIPTION:
@@ -94,11 +94,11 @@ class Strategies(strategies_pb2_grpc.StrategiesServicer):
     async def RollbackStrategy(
         self, request: strategies_pb2.RollbackStrategyRequest, context: Context
     ) -> strategies_pb2.Strategy:
-        """Make the strategy active again that was so before the active one."""
+        """Activate the strategy that was active before the present one."""
         return self._message(await self._strategies.roll_back(request.etag, "RollbackStrategy was called"))
 
     async def Retune(self, request: strategies_pb2.RetuneRequest, context: Context) -> operations_pb2.Operation:
-        """Begin to search for the strategy that serves samples best within a budget."""
+        """Start a search for the most faithful strategy within a budget."""
         self._retunes.check_free()
         name = ""
         if request.strategy_id:
@@ -117,7 +117,7 @@ class Strategies(strategies_pb2_grpc.StrategiesServicer):
     async def CompareStrategies(
         self, request: strategies_pb2.CompareStrategiesRequest, context: Context
     ) -> strategies_pb2.CompareStrategiesResponse:
-        """Hold two strategies against each other and against the unpruned model."""
+        """Compare two strategies with the unpruned model."""
         self._comparisons.check_free()
         if len(request.names) != 2:
             raise InvalidRequest(

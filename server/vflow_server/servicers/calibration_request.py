@@ -1,4 +1,4 @@
-"""A Calibration message, checked: the samples that it brings, or those of live traffic that it asks for."""
+"""Reads a Calibration message: the samples that it contains, or the live samples that it asks for."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ MOST_SAMPLES, MOST_QUESTIONS = 256, 8
 
 
 class CalibrationReader:
-    """Reads what requests are to be calibrated on.
+    """Reads the calibration samples of requests.
 
     Args:
-        pictures: takes in what requests bring.
-        live: what is held of live traffic.
+        pictures: decodes their pictures.
+        live: the samples of live traffic.
     """
 
     def __init__(self, pictures: PictureStore, live: LiveSamples) -> None:
@@ -28,10 +28,10 @@ class CalibrationReader:
         self._live = live
 
     async def read(self, calibration: strategies_pb2.Calibration, tenant: str) -> list[Sample]:
-        """The samples that ``calibration`` of a request of ``tenant`` stands for; those of live traffic are taken out.
+        """The samples of ``calibration`` in a request of ``tenant``. Live samples are removed from the collection.
 
         Raises:
-            ServiceError: a field is not as the contract says, a picture is none, or no live traffic is held.
+            ServiceError: a field is not valid, a picture cannot be decoded, or there are no live samples.
         """
         match calibration.WhichOneof("source"):
             case "samples":

@@ -1,4 +1,4 @@
-"""A ChatRequest, checked: what the contract allows in parts, options and request_id."""
+"""Reads a ChatRequest, and checks its parts, its options and its request_id."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vflowopt.runtime.sampling import SamplingOptions
 
 MOST_PARTS = 64
 MOST_TEXT = 100_000
-"""Characters of one text part; what fits the model's context is far less."""
+"""Characters of one text part at most; the model's context holds far less."""
 MOST_NEW_TOKENS, DEFAULT_NEW_TOKENS = 4096, 256
 MOST_STOPS, LONGEST_STOP = 8, 64
 LONGEST_REQUEST_ID = 64
@@ -28,7 +28,8 @@ async def read_turn(
     """The turn that ``request`` of ``tenant`` asks for, with its pictures and videos decoded.
 
     Raises:
-        ServiceError: a field is not as the contract says, a picture is none, or the model takes no videos.
+        ServiceError: a field is not valid, a picture cannot be decoded, or the model does not support videos.
+        SamplingError: a sampling option is out of range.
     """
     _check_request_id(request.request_id)
     _check_parts(request)
@@ -52,7 +53,7 @@ async def read_turn(
 
 
 def fingerprint(turn: TurnRequest) -> str:
-    """Digest of a turn's content: equal for requests that say, show and ask for the same."""
+    """Digest of a turn's content; equal for requests with the same parts and options."""
     parts = [
         ["text", part] if isinstance(part, str) else ["video" if isinstance(part, Video) else "image", *part.identity]
         for part in turn.parts

@@ -28,16 +28,16 @@ Response = compression_pb2.CompressImageResponse
 
 
 class Compression(compression_pb2_grpc.CompressionServicer):
-    """Compresses pictures and keeps no session.
+    """Compresses pictures without a session.
 
     Args:
-        engine: does the work.
+        engine: runs the work.
         runtime: the model.
-        strategies: that a request may ask for.
-        pictures: takes in what requests bring.
-        receipt_log: hears what became of them.
-        quotas: of the tenants.
-        most_bytes: size of a response at most.
+        strategies: the strategies that a request may name.
+        pictures: decodes the pictures of requests.
+        receipt_log: logs the receipts.
+        quotas: the quotas of the tenants.
+        most_bytes: bytes of a response at most.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Compression(compression_pb2_grpc.CompressionServicer):
             response.embeddings = save(
                 {
                     "embeddings": image.embeddings.cpu().contiguous(),
-                    "positions": image.positions.clone(),  # safetensors takes no two tensors of one memory
+                    "positions": image.positions.clone(),  # safetensors refuses tensors that share memory
                     "kept": image.kept[0].contiguous(),
                 }
             )

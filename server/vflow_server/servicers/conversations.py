@@ -30,19 +30,19 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 SLOWEST_READER = 60.0
-"""Seconds in which a caller must take a part of an answer, once what is under way to it fills its window."""
+"""Seconds that a part of an answer may wait for a caller that does not read, once its flow-control window is full."""
 
 
 class Conversations(conversations_pb2_grpc.ConversationsServicer):
-    """Between the contract's messages and the sessions.
+    """Serves the sessions.
 
     Args:
-        sessions: that live.
-        strategies: that a new session may begin with.
-        pictures: takes in what requests bring.
-        videos: takes in what they bring of these.
-        receipt_log: hears what became of them.
-        quotas: of the tenants.
+        sessions: the sessions that exist.
+        strategies: the strategies that a new session may have.
+        pictures: decodes the pictures of requests.
+        videos: decodes their videos.
+        receipt_log: logs the receipts.
+        quotas: the quotas of the tenants.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
     async def CreateSession(
         self, request: conversations_pb2.CreateSessionRequest, context: Context
     ) -> conversations_pb2.Session:
-        """Open a session."""
+        """Create a session."""
         strategy = request.session.strategy
         if strategy:
             check_name(strategy, "strategies", "session.strategy")
@@ -93,20 +93,20 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
     async def ForkSession(
         self, request: conversations_pb2.ForkSessionRequest, context: Context
     ) -> conversations_pb2.Session:
-        """Open a second session with the same past."""
+        """Create a second session with the same state."""
         origin = self._find(request.name, "name")
         self._quotas.check_session(origin.tenant, origin.state.snapshot.images)
         return self._message(await self._sessions.fork(origin))
 
     async def DeleteSession(self, request: conversations_pb2.DeleteSessionRequest, context: Context) -> empty_pb2.Empty:
-        """End a session and free what it holds."""
+        """Delete a session and release its memory."""
         await self._sessions.delete(self._find(request.name, "name"))
         return empty_pb2.Empty()
 
     async def AddImage(
         self, request: conversations_pb2.AddImageRequest, context: Context
     ) -> conversations_pb2.AddImageResponse:
-        """Show a picture ahead of its question."""
+        """Add a picture before its question."""
         session = self._find(request.session, "session")
         async with self._quotas.work(session.tenant) as charge:
             picture = await self._pictures.acquire(request.image, "image", session.tenant)
@@ -115,7 +115,7 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
     async def AddVideo(
         self, request: conversations_pb2.AddVideoRequest, context: Context
     ) -> conversations_pb2.AddVideoResponse:
-        """Show a video ahead of its question."""
+        """Add a video before its question."""
         session = self._find(request.session, "session")
         async with self._quotas.work(session.tenant) as charge:
             self._videos.check({"video": request.video})
@@ -133,10 +133,10 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
     async def Chat(  # type: ignore[override]  # the stubs only know handlers that yield
         self, request: conversations_pb2.ChatRequest, context: Context
     ) -> None:
-        """Say a turn and stream the answer.
+        """Run a turn and stream the answer.
 
-        Writes to the context instead of yielding: when the client is gone, gRPC cancels this coroutine wherever it
-        waits, whereas it may leave a suspended generator to the garbage collector with the turn still running.
+        This writes to the context instead of yielding. When the client is gone, gRPC cancels this coroutine wherever it
+        waits; a suspended generator it may leave to the garbage collector, with the turn still running.
         """
         accepted = time.perf_counter()
         session = self._find(request.session, "session")
@@ -167,7 +167,7 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
             return
         try:
             async for text in answer.events():
-                charge.tokens += 1  # or more, by a few: what is cut off here is never told exactly
+                charge.tokens += 1  # an estimate, for answers that are cut off
                 await _write(context, _delta(text))
             finished = await session.outcome(answer)
             charge.tokens = finished.receipt.new_prompt_tokens + finished.usage.completion_tokens
@@ -199,13 +199,17 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
 
 
 async def _write(context: Context, response: conversations_pb2.ChatResponse) -> None:
-    """Send a part of an answer, to a caller who takes it within bounds."""
+    """Send a part of an answer.
+
+    Raises:
+        ServiceError: READER_STALLED.
+    """
     try:
         async with asyncio.timeout(SLOWEST_READER):
             await context.write(response)
     except TimeoutError:
         raise reader_stalled(SLOWEST_READER) from None
-    except grpc.aio.InternalError:  # the connection broke, and gRPC has not got round to cancelling the call
+    except grpc.aio.InternalError:  # the connection broke, and gRPC has not cancelled the call yet
         raise asyncio.CancelledError from None
 
 

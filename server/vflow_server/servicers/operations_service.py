@@ -1,4 +1,4 @@
-"""google.longrunning.Operations: following, cancelling and forgetting searches."""
+"""The service ``google.longrunning.Operations``: follows, cancels and deletes searches."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ from vflow_server.tuning.operations import Operation, OperationStore
 Context = grpc.aio.ServicerContext[Any, Any]
 
 LONGEST_WAIT = 60.0
-"""Seconds for which a call may wait for the end of an operation; then it is told how far that has come."""
+"""Seconds that a call may wait for the end of an operation; then it gets the present state."""
 
 _MARGIN = 0.2
-"""Seconds before the deadline of a call at which it is answered rather than lost."""
+"""Seconds before the deadline of a call at which it is answered, so that the answer arrives in time."""
 
 
 class Operations(operations_pb2_grpc.OperationsServicer):  # type: ignore[misc]  # it has no stubs
-    """Between the messages of google.longrunning and the operations of the caller's tenant."""
+    """Serves the operations of the caller's tenant.
+
+    Args:
+        operations: the operations that are known.
+    """
 
     def __init__(self, operations: OperationStore) -> None:
         self._operations = operations
@@ -64,21 +68,21 @@ class Operations(operations_pb2_grpc.OperationsServicer):  # type: ignore[misc] 
     async def CancelOperation(
         self, request: operations_pb2.CancelOperationRequest, context: Context
     ) -> empty_pb2.Empty:
-        """Ask an operation to end; one that has ended already stays as it is."""
+        """Cancel an operation; no effect on one that has ended."""
         self._find(request.name).cancel()
         return empty_pb2.Empty()
 
     async def DeleteOperation(
         self, request: operations_pb2.DeleteOperationRequest, context: Context
     ) -> empty_pb2.Empty:
-        """Forget an operation; one that is running goes on, and is forgotten at its end."""
+        """Delete an operation. One that is running continues, and is forgotten when it has ended."""
         await self._operations.delete(self._find(request.name))
         return empty_pb2.Empty()
 
     async def WaitOperation(
         self, request: operations_pb2.WaitOperationRequest, context: Context
     ) -> operations_pb2.Operation:
-        """Wait for the end of an operation, within bounds; its state by then."""
+        """Wait a bounded time for the end of an operation; returns its state then."""
         operation = self._find(request.name)
         patience = [LONGEST_WAIT]
         if request.HasField("timeout"):

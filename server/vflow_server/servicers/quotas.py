@@ -1,6 +1,6 @@
-"""Quotas: what one tenant may have and do at most, whatever room there is.
+"""Quotas: bounds on what one tenant may have and do, however much capacity is free.
 
-Sessions and pictures are counted as they stand; work is counted while it is under way, and its tokens by the minute.
+Sessions and pictures are counted as they exist, work while it is running, and its tokens per minute.
 Belongs to the event loop's thread.
 """
 
@@ -19,16 +19,16 @@ from vflow_server.sessions.sessions import SessionStore
 
 @dataclass(frozen=True)
 class Quota:
-    """What each tenant may have and do; None: without limit.
+    """The bounds of each tenant; None: no bound.
 
     Attributes:
-        sessions: that live.
-        pictures: in these sessions, a fork's among them.
-        kv_bytes: of KV cache that its sessions hold when more work begins; idle ones are offloaded before it is
-            refused.
-        turns: turns, and pictures to be shown or compressed, at the same time.
-        tokens_per_minute: that are run or generated. Known when a turn has ended: what was too much is waited for
-            before the next one.
+        sessions: number of sessions.
+        pictures: number of pictures in these sessions; those of a fork count again.
+        kv_bytes: bytes of KV cache that its sessions may hold when new work starts. Idle sessions are offloaded before
+            work is refused.
+        turns: number of turns, pictures that are added, and pictures that are compressed, at the same time.
+        tokens_per_minute: tokens that are run or generated per minute. They are known when a turn has ended; a tenant
+            that exceeded the bound must wait before its next turn.
     """
 
     sessions: int | None = None
@@ -39,10 +39,10 @@ class Quota:
 
 
 class Allowance:
-    """Tokens that come back evenly, up to those of a minute.
+    """A token bucket that refills evenly and holds the tokens of one minute.
 
     Args:
-        per_minute: how many.
+        per_minute: number of tokens per minute.
     """
 
     def __init__(self, per_minute: int) -> None:
@@ -52,28 +52,28 @@ class Allowance:
 
     @property
     def left(self) -> float:
-        """How many there are; below zero where too many were taken."""
+        """Number of tokens in the bucket; negative if too many were taken."""
         now = time.monotonic()
         self._left = min(self._left + (now - self._at) * self.per_minute / 60, self.per_minute)
         self._at = now
         return self._left
 
     def spend(self, tokens: int) -> None:
-        """Take some, more than there are if need be."""
+        """Take ``tokens``, even if fewer are left."""
         self._left = self.left - tokens
 
     def seconds_until_one(self) -> float:
-        """After what time there is one."""
+        """Seconds until one token is left; negative if there is one already."""
         return (1 - self.left) * 60 / self.per_minute
 
 
 @dataclass(eq=False)
 class Charge:
-    """Charge of a tenant that is under way; whoever does it says what it comes to.
+    """The cost of one piece of running work, which the servicer updates.
 
     Attributes:
-        tokens: that were run or generated.
-        pictures: that it shows to a session (:meth:`Quotas.show`).
+        tokens: tokens that were run or generated.
+        pictures: pictures that it adds to a session (:meth:`Quotas.show`).
     """
 
     tokens: int = 0
@@ -82,25 +82,25 @@ class Charge:
 
 @dataclass
 class _Use:
-    """What a tenant is doing, and has lately done."""
+    """The running work of a tenant, and its allowance."""
 
     allowance: Allowance | None
     under_way: set[Charge] = field(default_factory=set)
 
     @property
     def over(self) -> bool:
-        """Whether nothing of it matters any more."""
+        """Whether it need not be remembered: nothing is running and the allowance is full."""
         return not self.under_way and (self.allowance is None or self.allowance.left >= self.allowance.per_minute)
 
 
 class Quotas:
-    """Holds every tenant to one quota.
+    """Enforces one quota for every tenant.
 
     Args:
-        quota: of each.
-        sessions: that live.
-        engine: in whose thread caches are offloaded.
-        kv: offloads them.
+        quota: the quota of each tenant.
+        sessions: the sessions that exist.
+        engine: calls ``kv`` in its thread.
+        kv: offloads the caches of idle sessions.
     """
 
     def __init__(self, quota: Quota, sessions: SessionStore, engine: Engine, kv: KVCacheManager) -> None:
@@ -111,10 +111,10 @@ class Quotas:
         self._uses: dict[str, _Use] = {}
 
     def check_session(self, tenant: str, pictures: int = 0) -> None:
-        """Refuse ``tenant`` another session, with so many ``pictures`` in it from the beginning.
+        """Check that ``tenant`` may have another session, which starts with ``pictures`` pictures.
 
         Raises:
-            CapacityExhausted: it has as many as it may.
+            CapacityExhausted: a quota is exhausted.
         """
         most = self._quota.sessions
         if most is not None and sum(1 for _ in self._sessions.of(tenant)) >= most:
@@ -123,28 +123,28 @@ class Quotas:
 
     @asynccontextmanager
     async def work(self, tenant: str) -> AsyncIterator[Charge]:
-        """Count a turn, a picture to be shown or one to be compressed as under way.
+        """Count a turn, a picture that is added or one that is compressed as running within the block.
 
         Raises:
-            CapacityExhausted: the tenant does, or has used, as much as it may.
+            CapacityExhausted: a quota is exhausted.
         """
         use = self._use(tenant)
         self._check_work(use)
-        work = Charge()
-        use.under_way.add(work)
+        charge = Charge()
+        use.under_way.add(charge)
         try:
             await self._make_room(tenant)
-            yield work
+            yield charge
         finally:
-            use.under_way.remove(work)
+            use.under_way.remove(charge)
             if use.allowance is not None:
-                use.allowance.spend(work.tokens)
+                use.allowance.spend(charge.tokens)
 
     def show(self, tenant: str, work: Charge, pictures: int) -> None:
-        """Count so many ``pictures`` as about to be shown to a session by ``work``.
+        """Count ``pictures`` pictures that ``work`` is about to add to a session.
 
         Raises:
-            CapacityExhausted: the tenant has as many as it may.
+            CapacityExhausted: the quota of pictures is exhausted.
         """
         self._check_pictures(tenant, pictures)
         work.pictures += pictures
@@ -176,7 +176,7 @@ class Quotas:
         if most is None or not more:
             return
         shown = sum(session.state.snapshot.images for session in self._sessions.of(tenant))
-        if shown + sum(work.pictures for work in self._use(tenant).under_way) + more > most:
+        if shown + sum(charge.pictures for charge in self._use(tenant).under_way) + more > most:
             raise _exceeded(
                 "tenant_pictures", most, f"has {shown} pictures in its sessions and may have {most}; delete some", None
             )

@@ -1,1 +1,1 @@
-"""Sessions and what they do: turns, pictures shown ahead of a question, forks; each a unit of work for the engine."""
+"""Sessions, and their work for the engine: turns, pictures that are added before a question, and forks."""

@@ -1,6 +1,6 @@
-"""Pictures and questions of conversations that were held lately, kept in memory for whoever calibrates on them.
+"""Pictures and questions of recent conversations, held in memory to calibrate strategies on.
 
-Only where the operator opted in; videos are not kept. Belongs to the event loop's thread.
+Nothing is held unless the operator opted in, and videos never are. Belongs to the event loop's thread.
 """
 
 from __future__ import annotations
@@ -17,12 +17,18 @@ from vflowopt.media.video import Visual
 from vflowopt.search.calibration import Sample
 
 MOST_QUESTIONS = 8
-"""Questions that are kept of a conversation."""
+"""Questions of a conversation that are held."""
 
 
 @dataclass
 class _Conversation:
-    """What was heard of a conversation about one picture: the questions of its turns, from the first one on."""
+    """A conversation about one picture: the questions of its turns, from the first one on.
+
+    Attributes:
+        picture: the picture.
+        questions: the texts of the turns.
+        over: whether further turns no longer count.
+    """
 
     picture: Picture
     questions: list[str] = field(default_factory=list)
@@ -30,32 +36,32 @@ class _Conversation:
 
 
 class LiveSamples:
-    """The latest conversations about one picture, by tenant; each counts up to the moment when more is shown.
+    """The latest conversations about one picture each, by tenant. A conversation counts until another picture is added.
 
     Args:
-        most: conversations to keep; 0 keeps none.
-        most_bytes: of their decoded pictures.
+        most: conversations to hold; 0 holds none.
+        most_bytes: bytes of their decoded pictures to hold.
     """
 
     def __init__(self, most: int, most_bytes: int) -> None:
         self._most = most
         self._most_bytes = most_bytes
-        # By tenant and session; whose last turn is the latest comes last.
+        # By tenant and session, in the order of their last turns.
         self._conversations: OrderedDict[tuple[str, str], _Conversation] = OrderedDict()
 
     def __len__(self) -> int:
-        """How many conversations are kept, of all tenants."""
+        """Number of conversations that are held, of all tenants."""
         return len(self._conversations)
 
     def note_image(self, tenant: str, session: str, visual: Visual, *, images: int) -> None:
-        """Hear that ``visual`` was shown ahead of a turn of ``session``, in which there are ``images`` by now."""
+        """Note that ``visual`` was added to ``session`` before a turn; ``images`` counts it and those before."""
         if images == 1 and isinstance(visual, Picture):
             self._put((tenant, session), _Conversation(visual))
         elif (conversation := self._conversations.get((tenant, session))) is not None:
             conversation.over = True
 
     def note_turn(self, tenant: str, session: str, parts: Sequence[str | Visual], *, turns: int, images: int) -> None:
-        """Hear of a finished turn of ``session``, in which there are so many ``turns`` and ``images`` by now."""
+        """Note a finished turn of ``session``; ``turns`` and ``images`` count it and those before."""
         key = (tenant, session)
         pictures = [part for part in parts if isinstance(part, Picture)]
         conversation = (
@@ -63,7 +69,7 @@ class LiveSamples:
         )
         if conversation is None:
             return
-        # A turn may be missing: the first one came without a picture.
+        # The conversation is also over if a turn is missing, because the first one had no picture.
         conversation.over = (
             conversation.over or images > 1 or len(conversation.questions) != turns - 1 or turns > MOST_QUESTIONS
         )
@@ -72,10 +78,14 @@ class LiveSamples:
             self._put(key, conversation)
 
     def pop(self, tenant: str, most: int) -> list[Sample]:
-        """The samples of ``tenant``, latest first, which are kept no longer; 0 for ``most`` takes all.
+        """Remove and return the latest samples of ``tenant``, latest first.
+
+        Args:
+            tenant: the tenant.
+            most: number of samples at most; 0: all.
 
         Raises:
-            ServiceError: CALIBRATION_UNAVAILABLE where there are none.
+            ServiceError: CALIBRATION_UNAVAILABLE if there are none.
         """
         keys = [
             key

@@ -1,4 +1,4 @@
-"""Receipts: what a picture or a video cost and what compression saved, read off what is really held."""
+"""Receipts: the tokens, bytes and milliseconds of a picture or a video, and what compression saved."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def image_receipt(
     """The receipt of one picture or video.
 
     Args:
-        visual: as it came.
-        image: as the decoder reads it.
-        runtime: the model that reads it.
-        strategy: which compressed it.
-        strategy_name: that strategy's resource name.
-        cache_hit: whether it was at hand, compressed already.
-        name: its resource name, where it belongs to a session.
-        prefill_ms: milliseconds of its prefill, where it had one of its own.
+        visual: the picture or video that was sent.
+        image: the compressed form that the decoder reads.
+        runtime: the model.
+        strategy: the strategy that compressed it.
+        strategy_name: resource name of the strategy.
+        cache_hit: whether the compressed form was cached.
+        name: resource name of the picture, if it belongs to a session.
+        prefill_ms: milliseconds of its prefill, if it was prefilled by itself.
     """
     kept = [len(indices) for indices in image.kept]
     token_layers = sum(count * span for count, span in zip(kept, strategy.spans(runtime.layers), strict=True))
@@ -59,7 +59,7 @@ def image_receipt(
 
 
 def _kept_by_frame(image: CompressedImage) -> list[int]:
-    """Tokens in the first stage of each frame, or of frames that the model takes in as one: each is a token grid."""
+    """Tokens kept in the first stage, by token grid: one grid for each frame, or for frames that the model merges."""
     grid = image.layout.grid
     kept: list[int] = grid[image.kept[0]].bincount(minlength=int(grid.max()) + 1).tolist()
     return kept

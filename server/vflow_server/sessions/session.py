@@ -1,4 +1,4 @@
-"""A session: a named dialogue that does one thing at a time. Belongs to the event loop's thread."""
+"""A session: a named conversation that does one thing at a time. Belongs to the event loop's thread."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ E = TypeVar("E")
 R = TypeVar("R")
 
 _PATIENCE = 0.25
-"""Seconds before SESSION_BUSY. A client that cancels a turn, or runs out of time, and at once sends the next one is
-right to do so, but here the next one may be seen first."""
+"""Seconds to wait before SESSION_BUSY. A client may send its next turn right after it cancelled one or ran into the
+deadline, and the server may see the new turn before the cancellation."""
 
 
 class _Ticket(Protocol):
-    """A ticket of whatever work."""
+    """A ticket of any kind of work."""
 
     cancelled: bool
 
@@ -44,7 +44,7 @@ class _Ticket(Protocol):
 
 @dataclass(frozen=True)
 class _UnderWay:
-    """What a session is doing."""
+    """The work that a session is doing."""
 
     ticket: _Ticket
     request_id: str = ""
@@ -52,15 +52,15 @@ class _UnderWay:
 
 @dataclass(frozen=True)
 class SessionParts:
-    """What all sessions of a service share.
+    """The parts of a service that all its sessions share.
 
     Attributes:
-        engine: does their work.
+        engine: runs their work.
         runtime: the model.
         kv: their KV caches.
-        images: compressed pictures.
-        live_samples: notes what is shown and asked.
-        monitor: looks at some turns afterwards.
+        images: the cache of compressed pictures.
+        live_samples: collects pictures and questions.
+        monitor: compares some turns with the unpruned model.
     """
 
     engine: Engine
@@ -76,11 +76,18 @@ class Session:
 
     Args:
         name: its resource name.
-        number: sessions count up in the order of their creation.
-        tenant: whose it is.
-        revision: the strategy that it keeps for as long as it lives.
-        parts: what it shares with others.
-        record: what the data folder holds of it; None: nothing.
+        number: position in the order of creation of all sessions.
+        tenant: the tenant that it belongs to.
+        revision: its strategy, which never changes.
+        parts: the parts that it shares with other sessions.
+        record: its record in the data folder; None if it is not stored.
+
+    Attributes:
+        state: the engine's side of it.
+        created: Unix time in seconds.
+        used: Unix time in seconds of its last use.
+        idle_from: Unix time in seconds since when it has been idle; see :attr:`idle` for the duration.
+        deleted: whether it was deleted.
     """
 
     def __init__(
@@ -101,16 +108,15 @@ class Session:
         self.created = self.used = time.time() if record is None else record.facts.created
         self.deleted = False
         self._parts = parts
-        # Those of an earlier process are read when the first request comes.
+        # None: the answers of an earlier process are read with the first request.
         self._answers: AnswerCache | None = AnswerCache()
         self.idle_from = self.used
-        """Unix time in seconds since when it has been idle, for people; see :attr:`idle`."""
-        self._idle_since = time.monotonic()  # sessions expire by a clock that nobody sets
+        self._idle_since = time.monotonic()  # sessions expire by a clock that is never set back
         self._under_way: _UnderWay | None = None
 
     @property
     def busy(self) -> bool:
-        """Whether a turn or a picture is being worked on."""
+        """Whether work of this session is running or waiting."""
         return self._under_way is not None
 
     @property
@@ -120,21 +126,22 @@ class Session:
 
     @property
     def goes_on(self) -> bool:
-        """Whether it was held with the model that is served now; if not, it is only kept."""
+        """Whether it belongs to the model that is served now. A session of another model is only stored."""
         return self.record is None or self.record.facts.model == self._parts.runtime.revision
 
     def recover(self, found: Recovered) -> None:
-        """Go on where an earlier process ended."""
+        """Continue a session of an earlier process."""
         self.used, self.idle_from = found.used, time.time()
         self._answers = None
         self.state.resume(found.turns, found.images)
 
     async def show(self, visual: Visual) -> images_pb2.ImageReceipt:
-        """Show ``visual`` ahead of the next turn.
+        """Add ``visual`` before the next turn; returns its receipt.
 
         Raises:
-            ServiceError: SESSION_BUSY, SESSION_NOT_FOUND, SESSION_DELETED, MODEL_CHANGED, or what the work was refused
-                for.
+            ServiceError: SESSION_BUSY, SESSION_NOT_FOUND, SESSION_DELETED, MODEL_CHANGED, or an error of the engine or
+                of :func:`~vflow_server.sessions.work.add_image`.
+            PictureError: the model does not take it.
         """
         await self._until_free()
         parts = self._parts
@@ -166,20 +173,23 @@ class Session:
         fingerprint: str = "",
         admit: Callable[[], None] = lambda: None,
     ) -> Ticket[str, conversations_pb2.Finished] | conversations_pb2.Finished:
-        """Begin a turn, or find the answer to the same request from before.
+        """Start a turn, or return the stored answer to the same request.
 
-        The caller must cancel the ticket when it loses interest in it, and take its result by :meth:`outcome`.
+        The caller must cancel the ticket when it no longer needs it, and get its result from :meth:`outcome`.
 
         Args:
             request: the turn.
-            accepted: ``time.perf_counter()`` when the request came.
-            request_id: makes a repeated request safe.
+            accepted: ``time.perf_counter()`` when the request arrived.
+            request_id: identifies a request that the client may repeat; empty if it has none.
             fingerprint: digest of the request's content.
-            admit: called before a turn begins that was not answered yet; what it raises refuses the turn.
+            admit: called before a turn starts that has no stored answer; an exception that it raises refuses the turn.
+
+        Returns:
+            The ticket of the turn, whose events are pieces of text, or the stored answer.
 
         Raises:
-            ServiceError: SESSION_BUSY, SESSION_NOT_FOUND, REQUEST_ID_REUSED, MODEL_CHANGED, or what the work was
-                refused for.
+            ServiceError: SESSION_BUSY, SESSION_NOT_FOUND, REQUEST_ID_REUSED, MODEL_CHANGED; SESSION_DAMAGED or
+                STORAGE_FAILED if stored answers cannot be read; or an error of :meth:`Engine.submit`.
         """
         answers = await self._stored_answers()
         await self._until_free(request_id)
@@ -204,18 +214,18 @@ class Session:
             )
 
         ticket = self._begin(work, request_id)
-        # Not the caller's task: a caller that is gone when the turn is done will ask for it again.
+        # Stored by the ticket, not by the caller's task: a caller that is gone by then will send the request again.
         if request_id:
             ticket.on_result(lambda finished: answers.put(StoredAnswer(request_id, fingerprint, finished)))
         ticket.on_result(lambda _: self._answered(request))
         return ticket
 
     async def fork(self, twin: Session) -> None:
-        """Give ``twin``, a new session, the past of this one; until that is done it is busy, too.
+        """Copy the state of this session to ``twin``, a new session. Both are busy until that is done.
 
         Raises:
-            ServiceError: SESSION_BUSY, SESSION_NOT_FOUND, SESSION_DELETED, MODEL_CHANGED, or what the work was refused
-                for.
+            ServiceError: SESSION_BUSY, SESSION_NOT_FOUND, SESSION_DELETED, MODEL_CHANGED, or an error of the engine or
+                of :func:`~vflow_server.sessions.work.fork`.
         """
         await self._until_free()
         parts = self._parts
@@ -230,10 +240,11 @@ class Session:
             ticket.cancel()
 
     async def outcome(self, ticket: Ticket[E, R]) -> R:
-        """The result of a ticket of this session.
+        """Wait for the result of a ticket of this session.
 
         Raises:
-            ServiceError: SESSION_DELETED, or what the work was refused for.
+            ServiceError: SESSION_DELETED if the work was cancelled by :meth:`delete`.
+            Exception: the exception that the work raised.
         """
         try:
             return await ticket.result()
@@ -241,7 +252,11 @@ class Session:
             raise session_deleted(self.name) from None
 
     def delete(self) -> Ticket[None, None]:
-        """Cancel what is under way and give back all memory; the ticket ends when that is done."""
+        """Cancel the running work and release all memory; the ticket ends when that is done.
+
+        Raises:
+            ServiceError: SERVER_STOPPING or ENGINE_FAILED.
+        """
         self.deleted = True
         if self._under_way is not None:
             self._under_way.ticket.cancel()
@@ -254,7 +269,7 @@ class Session:
 
     def _follow(self, ticket: Ticket[E, R], request_id: str = "") -> Ticket[E, R]:
         self._under_way = _UnderWay(ticket, request_id)
-        # The engine's word, not the caller's: a caller may be gone long before its work is undone.
+        # The session is busy until the engine is done: a caller may be gone long before its work is undone.
         ticket.on_end(self._ended)
         return ticket
 
@@ -276,11 +291,11 @@ class Session:
         if self._answers is None and self.record is not None:
             answers = await asyncio.wrap_future(self.record.answers())
             self._answers = self._answers or AnswerCache(answers)
-        assert self._answers is not None, "only a session with a record has answers to read"
+        assert self._answers is not None, "a session without a record has no stored answers to read"
         return self._answers
 
     async def _until_free(self, request_id: str = "") -> None:
-        """Wait for what is being undone, and for an earlier call of the very same turn; refuse beside anything else."""
+        """Wait for cancelled work and for an earlier call with the same request_id; refuse if other work is running."""
         while (current := self._under_way) is not None:
             if current.ticket.cancelled or (request_id and current.request_id == request_id):
                 await current.ticket.ended()

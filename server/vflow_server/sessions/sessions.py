@@ -1,4 +1,4 @@
-"""All sessions: created within a bound, found by name, deleted on request or when they stay idle.
+"""All sessions: created up to a bound, found by name, deleted on request or after an idle time.
 
 Belongs to the event loop's thread.
 """
@@ -27,13 +27,13 @@ log = structlog.get_logger(__name__)
 
 
 class SessionStore:
-    """The sessions that live, those of an earlier process among them.
+    """The sessions that exist, including those of an earlier process.
 
     Args:
-        parts: what all sessions share.
-        most: how many may live at the same time; a tenant that has none may go beyond.
-        idle_timeout: seconds without use after which a session is deleted.
-        archive: where their records are; None: sessions end with the process.
+        parts: the parts that all sessions share.
+        most: how many sessions may exist at once; a tenant that has none may exceed it.
+        idle_timeout: seconds without use after which a session is deleted (also an attribute).
+        archive: holds their records; None: sessions end with the process.
 
     Raises:
         ServiceError: STORAGE_FAILED.
@@ -57,10 +57,10 @@ class SessionStore:
         parts.kv.recover([session.state for session in by_use if session.goes_on])
 
     async def create(self, tenant: str, revision: StrategyRevision) -> Session:
-        """A new session of ``tenant`` under ``revision``.
+        """Create a session of ``tenant`` with the strategy ``revision``.
 
         Raises:
-            ServiceError: too many sessions live, or it cannot be written down.
+            ServiceError: CAPACITY_EXHAUSTED if there are too many sessions or the data folder is full; STORAGE_FAILED.
         """
         session = self._make(tenant, revision)
         if session.record is not None:
@@ -72,8 +72,8 @@ class SessionStore:
         return session
 
     def _make(self, tenant: str, revision: StrategyRevision) -> Session:
-        """A session of which there is no record yet."""
-        # Those of another model are only kept, and take up nothing that others could use.
+        """A new session, whose record is not written yet."""
+        # Sessions of another model are only stored, and use no memory.
         living = Counter(session.tenant for session in self if session.goes_on)
         if not may_admit(living, tenant, self._most):
             raise CapacityExhausted(
@@ -105,7 +105,7 @@ class SessionStore:
         return session
 
     def _recover(self, archive: Archive) -> int:
-        """Take over the sessions of ``archive``; returns the number that the next new one gets."""
+        """Take over the sessions of ``archive``; returns the number of the next new session."""
         following = 0
         for found in recover(archive):
             facts = found.record.facts
@@ -122,15 +122,15 @@ class SessionStore:
         return following
 
     async def fork(self, origin: Session) -> Session:
-        """A new session with the past of ``origin``.
+        """Create a session with a copy of the state of ``origin``.
 
         Raises:
-            ServiceError: too many sessions live, or what :meth:`Session.fork` raises.
+            ServiceError: CAPACITY_EXHAUSTED if there are too many sessions, or an error of :meth:`Session.fork`.
         """
         twin = self._make(origin.tenant, origin.revision)
         try:
             await origin.fork(twin)
-        except BaseException:  # the caller never hears of the twin, even where the work was done just before it left
+        except BaseException:  # the caller does not get the twin's name, even if the fork itself was done
             await asyncio.shield(self._forget(twin))
             raise
         return twin
@@ -139,7 +139,7 @@ class SessionStore:
         """The session ``name`` of ``tenant``.
 
         Raises:
-            NotFound: SESSION_NOT_FOUND, as well for a session of another tenant.
+            NotFound: SESSION_NOT_FOUND, also for a session of another tenant.
         """
         session = self._sessions.get(name)
         if session is None or session.tenant != tenant:
@@ -155,12 +155,12 @@ class SessionStore:
         return iter(self._sessions.values())
 
     async def delete(self, session: Session) -> None:
-        """Delete ``session``, cancelling what is under way in it; returns when nothing is left of it.
+        """Delete ``session`` and cancel its work; returns when its record and its memory are released.
 
         Raises:
-            ServiceError: SESSION_NOT_FOUND, where it was deleted before; STORAGE_FAILED, then it is still there.
+            ServiceError: SESSION_NOT_FOUND if it was deleted before; STORAGE_FAILED, then it still exists.
         """
-        await asyncio.shield(self._delete(session))  # a caller that leaves must not part the record from the session
+        await asyncio.shield(self._delete(session))  # a cancelled caller must not leave a session without its record
 
     async def _delete(self, session: Session) -> None:
         if session.record is not None:
@@ -170,7 +170,7 @@ class SessionStore:
         await session.delete().result()
 
     async def _forget(self, session: Session) -> None:
-        """Delete a session that nobody has heard of; a record that cannot be deleted now expires after a restart."""
+        """Delete a session whose name no caller knows. A record that cannot be deleted now expires after a restart."""
         if session.record is not None:
             with suppress(ServiceError):
                 await asyncio.wrap_future(session.record.delete())
@@ -179,7 +179,7 @@ class SessionStore:
             await session.delete().result()
 
     async def expire_forever(self) -> None:
-        """Delete sessions as they expire."""
+        """Delete sessions as they expire; never returns."""
         while True:
             await asyncio.sleep(min(self.idle_timeout / 4, 10.0))
             idle = [session for session in self if not session.busy and session.idle > self.idle_timeout]
@@ -187,7 +187,7 @@ class SessionStore:
                 log.info("session expired", session=session.name)
                 try:
                     await self.delete(session)
-                except ServiceError as error:  # deleted meanwhile, or the engine is going down
+                except ServiceError as error:  # deleted meanwhile, or the engine is stopping
                     log.debug("an expired session was not deleted", session=session.name, reason=error.reason)
-                except Exception:  # one that resists must not keep the others from expiring
+                except Exception:  # the other sessions must expire all the same
                     log.exception("an expired session was not deleted", session=session.name)

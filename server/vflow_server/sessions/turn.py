@@ -1,7 +1,7 @@
-"""A turn: what a user says and shows, and the answer, as work for the engine.
+"""A turn: a user's texts, pictures and videos, and the answer to them, as work for the engine.
 
-One step encodes a picture or a video, runs a piece of the prompt, or generates a token. Until the last step is done
-nothing is committed: a turn that fails or is cancelled leaves the session as it was.
+A step encodes a picture or a video, runs a chunk of the prompt, or generates a token. Nothing is committed before the
+last step is done: a turn that fails or is cancelled leaves the session unchanged.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ _FINISH_REASONS = {
 
 @dataclass(frozen=True)
 class TurnRequest:
-    """A user turn, checked.
+    """A checked request for a turn.
 
     Attributes:
-        parts: text, pictures and videos in the order given.
-        max_new_tokens: tokens of the answer at most.
+        parts: texts, pictures and videos in the order given.
+        max_new_tokens: number of tokens of the answer at most.
         sampling: how its tokens are drawn.
-        stop: the answer ends before any of these.
-        min_new_tokens: tokens before which the model cannot end the answer.
+        stop: strings before which the answer ends.
+        min_new_tokens: number of tokens before which the model cannot end the answer.
     """
 
     parts: tuple[str | Visual, ...]
@@ -74,23 +74,24 @@ def turn(
     monitor: FidelityMonitor,
     store_as: tuple[str, str] | None = None,
 ) -> Steps[Finished]:
-    """Answer a turn; emits pieces of text and returns the contract's ``Finished``.
+    """Answer a turn: emits pieces of text and returns the contract's ``Finished``.
 
     Args:
         runtime: the model.
         kv: the KV caches.
-        images: the compressed pictures.
-        state: of the session; nothing else may be under way in it.
-        request: what is said, and how to answer.
+        images: the cache of compressed pictures.
+        state: the session's state; no other work may be running in the session.
+        request: the turn.
         emit: receives the answer piece by piece.
-        session_name: the session's resource name.
+        session_name: resource name of the session.
         strategy_name: resource name of its strategy.
-        accepted: ``time.perf_counter()`` when the request came.
-        monitor: may look at the turn afterwards.
-        store_as: the request_id and the fingerprint under which the answer is stored; None: it is not.
+        accepted: ``time.perf_counter()`` when the request arrived.
+        monitor: may compare the turn with the unpruned model afterwards.
+        store_as: request_id and fingerprint to store the answer under; None: the answer is not stored.
 
     Raises:
-        ServiceError: what the request was refused for.
+        ServiceError: the log cannot be read or written; the context, the pool or the data folder has no space for the
+            turn; or the model does not take one of the pictures or videos.
     """
     begun = time.perf_counter()
     yield from recall(kv, images, state)
@@ -116,10 +117,10 @@ def turn(
         )
         ended = time.perf_counter()
         prefilled = prefilled.then(generated.prefill)
-        # More than the prompt has may have been run, where pages ran short and some had to be run again.
+        # More tokens than the prompt has were run if pages ran short and a part had to be run again.
         reused_tokens = max(prompt_tokens - prefilled.num_run, 0)
         if monitor.chooses():
-            # Before the fewest tokens are said the most likely one may be one that the answer could not take.
+            # With min_new_tokens the most likely token may be banned, because it would end the answer too early.
             greedy = request.sampling.temperature == 0 and not request.min_new_tokens
             log = tuple(sequence.log)
             monitor.submit(AnsweredTurn(state.tenant, strategy_name, state.strategy, log, prompt_ends, greedy))
@@ -157,7 +158,7 @@ def turn(
 def _compress(
     runtime: Runtime, state: SessionState, request: TurnRequest, session_name: str, strategy_name: str
 ) -> Generator[Op, None, tuple[list[images_pb2.ImageReceipt], list[str | CompressedImage]]]:
-    """Compress a turn's pictures and videos, one a step.
+    """Compress the pictures and videos of a turn, one after the other; returns their receipts, and all parts in order.
 
     Raises:
         InvalidRequest: the model does not take one of them.

@@ -1,6 +1,6 @@
-"""What work in a session is made of: recall its past, prefill what is new, persist it, all of it or nothing.
+"""The parts of all work in a session: recall the log, prefill new items, persist them, all within one transaction.
 
-And the two pieces of work that are little more than that: a picture ahead of its question, and a fork.
+Two kinds of work that need little more are here, too: adding a picture before its question, and a fork.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from vflowopt.runtime.sequence import Checkpoint, Item, Sequence, span
 
 @contextmanager
 def transaction(kv: KVCacheManager, state: SessionState) -> Iterator[Checkpoint]:
-    """Count a session as in use, and have its sequence as it was before unless the block comes to its end.
+    """Count a session as in use within the block, and roll its sequence back if the block raises.
 
-    GeneratorExit, which is how cancelled work ends, rolls back like any failure.
+    Cancelled work ends with GeneratorExit, which rolls back as well.
     """
     with kv.using(state):
         checkpoint = state.sequence.checkpoint()
@@ -45,10 +45,10 @@ def transaction(kv: KVCacheManager, state: SessionState) -> Iterator[Checkpoint]
 
 
 def recall(kv: KVCacheManager, images: ImageCache, state: SessionState) -> Steps[None]:
-    """Have the log of a session in memory, which may be of an earlier process.
+    """Read the log of a session that an earlier process stored, unless it is in memory.
 
     Raises:
-        ServiceError: it cannot be read, or its pictures do not fit in memory.
+        ServiceError: the log cannot be read, or it does not fit in memory.
     """
     if state.recalled or state.record is None:
         return
@@ -70,10 +70,15 @@ def recall(kv: KVCacheManager, images: ImageCache, state: SessionState) -> Steps
 
 
 def persist(state: SessionState, entry: Entry, answer: StoredAnswer | None = None) -> Steps[None]:
-    """Have what was said on the disk, if the session has a record. To be called within a :func:`transaction`.
+    """Write an entry of the log to the disk, if the session has a record. Call this within a :func:`transaction`.
+
+    Args:
+        state: the session's state.
+        entry: the items that the transaction added to the log.
+        answer: the answer to store with it, if any.
 
     Raises:
-        ServiceError: it cannot be written.
+        ServiceError: STORAGE_FAILED, SESSION_DELETED, or CAPACITY_EXHAUSTED if the data folder is full.
     """
     if state.record is None:
         return
@@ -90,12 +95,12 @@ def persist(state: SessionState, entry: Entry, answer: StoredAnswer | None = Non
 
 @dataclass(frozen=True)
 class PrefillResult:
-    """What it took to cache what a session said before its last steps.
+    """What a prefill took.
 
     Attributes:
         num_run: tokens that the model had to run.
-        begun: ``time.perf_counter()`` when the model first ran any of it; None if nothing had to run.
-        restored_from: where an offloaded cache came back from for it, if one did.
+        begun: ``time.perf_counter()`` when the first of them began to run; None if nothing had to run.
+        restored_from: the tier from which the offloaded cache of the sequence was restored; None if it was not.
     """
 
     num_run: int = 0
@@ -103,7 +108,7 @@ class PrefillResult:
     restored_from: Tier | None = None
 
     def then(self, op: Forward) -> PrefillResult:
-        """The same with another step behind it."""
+        """The sum of this result and the op that ran next."""
         return PrefillResult(
             self.num_run + op.num_run,
             op.begun if self.begun is None else self.begun,
@@ -112,18 +117,22 @@ class PrefillResult:
 
 
 def prefill(kv: KVCacheManager, state: SessionState, items: abc.Sequence[Item]) -> Steps[PrefillResult]:
-    """Append ``items`` to a session's log and cache it up to its last picture, from a shared prefix where one is held.
+    """Append ``items`` to a session's log, and share the longest cached prefix if nothing of the session is cached.
 
-    What follows the last picture is left to run. To be called within a :func:`transaction`.
+    While no turn is finished, other sessions of the tenant may begin with the same items. So the sequence is run up to
+    its last picture and cached as a prefix. Items that are not run are left to the caller. Call this within a
+    :func:`transaction`.
 
     Args:
         kv: the KV caches.
-        state: of the session whose log grows.
-        items: what is said. While no turn is finished the tenant's other sessions may begin the same way: then
-            pictures make prefixes to share.
+        state: the session's state.
+        items: the items to append.
+
+    Returns:
+        What was run; all zero if nothing was.
 
     Raises:
-        CapacityExhausted: pages are short though everything was released that can be.
+        CapacityExhausted: the sequence needs more pages than the pool has.
     """
     sequence, tenant = state.sequence, state.tenant
     log = [*sequence.log, *items]
@@ -138,7 +147,7 @@ def prefill(kv: KVCacheManager, state: SessionState, items: abc.Sequence[Item]) 
     result = PrefillResult()
     pictures = [place for place, item in enumerate(rest) if isinstance(item, CompressedImage)]
     if not state.turns and pictures:
-        # Stop behind the last picture, for others who begin with it and ask something else.
+        # Run up to the last picture only: other sessions may begin with it and ask something else.
         sequence.log.extend(rest[: pictures[-1] + 1])
         op = Forward(sequence)
         yield op
@@ -150,7 +159,7 @@ def prefill(kv: KVCacheManager, state: SessionState, items: abc.Sequence[Item]) 
 
 
 def read_offloaded(kv: KVCacheManager, sequence: Sequence) -> Steps[None]:
-    """Have an offloaded cache of a sequence in memory, where one is held in a file."""
+    """Read the offloaded cache of a sequence into memory, if only a file holds it."""
     if not sequence.resident and (reading := kv.offloaded.read_ahead(sequence)) is not None:
         yield Wait(reading)
         kv.offloaded.put_read(sequence, reading)
@@ -166,19 +175,20 @@ def add_image(
     session_name: str,
     strategy_name: str,
 ) -> Steps[images_pb2.ImageReceipt]:
-    """Encode a picture or a video and prefill it, ahead of its question; returns the receipt.
+    """Encode a picture or a video and prefill it, before its question; returns the receipt.
 
     Args:
         runtime: the model.
         kv: the KV caches.
-        images: the compressed pictures.
-        state: of the session; nothing else may be under way in it.
+        images: the cache of compressed pictures.
+        state: the session's state; no other work may be running in the session.
         visual: the picture or video.
-        session_name: the session's resource name.
+        session_name: resource name of the session.
         strategy_name: resource name of its strategy.
 
     Raises:
-        ServiceError: the context, the pool or the disk has no room for it.
+        ServiceError: the log cannot be read or written, or the context, the pool or the data folder has no space for
+            the picture.
         PictureError: the model does not take it.
     """
     yield from recall(kv, images, state)
@@ -210,10 +220,12 @@ def add_image(
 
 
 def fork(kv: KVCacheManager, images: ImageCache, origin: SessionState, twin: SessionState) -> Steps[None]:
-    """Give ``twin``, which is new and unused, the past of ``origin``; nothing else may be under way in either.
+    """Copy the log and the KV cache of ``origin`` to ``twin``, a new session; pages are shared.
+
+    No other work may be running in either.
 
     Raises:
-        ServiceError: the past cannot be read or written.
+        ServiceError: the log cannot be read or written.
     """
     yield from recall(kv, images, origin)
     with kv.using(origin), kv.using(twin):
@@ -226,10 +238,10 @@ def fork(kv: KVCacheManager, images: ImageCache, origin: SessionState, twin: Ses
 
 
 def check_context(sequence: Sequence, items: abc.Sequence[Item], max_new_tokens: int, context: int) -> None:
-    """Refuse what the model has no positions for.
+    """Check that ``items`` and an answer of ``max_new_tokens`` fit behind a sequence in the model's context.
 
     Raises:
-        InvalidRequest: CONTEXT_EXCEEDED.
+        InvalidRequest: CONTEXT_EXCEEDED; more than ``context`` positions are needed.
     """
     position, new = sequence.position, sum(map(span, items))
     if position + new + max_new_tokens > context:
@@ -248,7 +260,7 @@ def check_context(sequence: Sequence, items: abc.Sequence[Item], max_new_tokens:
 
 
 def _on_host(items: abc.Sequence[Item]) -> tuple[Item, ...]:
-    """The same items for another thread, which must start nothing on a device."""
+    """The same items with embeddings in host memory, for a thread that must not use a device."""
     return tuple(
         replace(item, embeddings=item.embeddings.cpu())
         if isinstance(item, CompressedImage) and item.embeddings.device.type != "cpu"

@@ -1,4 +1,4 @@
-"""Answers of finished turns by request_id, so that a retried turn is answered and not said twice (AIP-155)."""
+"""Answers of finished turns by request_id, so that a retried turn is not run twice (AIP-155)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from vflow_client.v1 import conversations_pb2
 from vflow_server.rpc.errors import InvalidRequest
 
 REMEMBERED = 16
-"""Turns of a session whose answers are kept."""
+"""Number of answers of a session that are stored."""
 
 
 @dataclass(frozen=True)
 class StoredAnswer:
-    """The end of a turn, and what it was the answer to.
+    """The answer to a turn, and the request that it answers.
 
     Attributes:
-        request_id: chosen by the client.
+        request_id: the request's id, chosen by the client.
         fingerprint: digest of the request's content.
-        finished: the contract's message.
+        finished: the answer, as the contract's message.
     """
 
     request_id: str
@@ -32,7 +32,7 @@ class AnswerCache:
     """The latest answers of one session. Belongs to the event loop's thread.
 
     Args:
-        answers: those that are known already, oldest first.
+        answers: answers that are stored already, oldest first.
     """
 
     def __init__(self, answers: Iterable[StoredAnswer] = ()) -> None:
@@ -41,14 +41,14 @@ class AnswerCache:
             self.put(answer)
 
     def find(self, request_id: str, fingerprint: str) -> conversations_pb2.Finished | None:
-        """The stored answer to the request, marked as replayed; None if it is new.
+        """The stored answer to a request, marked as replayed; None if the request is new.
 
         Args:
-            request_id: chosen by the client; empty matches nothing.
+            request_id: the request's id; an empty one matches nothing.
             fingerprint: digest of the request's content.
 
         Raises:
-            InvalidRequest: REQUEST_ID_REUSED where the request_id came with other content.
+            InvalidRequest: REQUEST_ID_REUSED if an earlier request with other content had the same request_id.
         """
         if not request_id or request_id not in self._answers:
             return None
@@ -66,7 +66,7 @@ class AnswerCache:
         return replay
 
     def put(self, answer: StoredAnswer) -> None:
-        """Remember an answer; the oldest goes when there are too many."""
+        """Store an answer; the oldest one is dropped when there are too many."""
         self._answers[answer.request_id] = answer
         while len(self._answers) > REMEMBERED:
             self._answers.popitem(last=False)

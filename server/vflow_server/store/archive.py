@@ -1,8 +1,7 @@
-"""The archive: the data folder's sessions, their logs in a journal and their pictures in files.
+"""The archive: stores sessions in the data folder, their logs in a journal and their pictures in files.
 
-Whatever happens between two steps, the journal is right: a picture's file is there before an entry names it, and goes
-after the last one that did. The archive knows what a session's record is made of;
-:mod:`vflow_server.store.session_record` knows what it says.
+The journal is valid after a crash at any point: a picture's file is written before an entry names it, and deleted after
+the last such entry. :mod:`vflow_server.store.session_record` defines the content of the records.
 """
 
 from __future__ import annotations
@@ -24,23 +23,23 @@ from vflowopt.compression.pipeline import CompressedImage
 R = TypeVar("R")
 
 JOURNAL, PICTURES, LOCK = "sessions.sqlite3", "pictures", "sessions.lock"
-"""What the folder holds: the journal, the folder of pictures, and what is locked while a process uses them."""
+"""Names in the folder: the journal, the folder of pictures, and the file that a process locks while it uses them."""
 
 
 class Archive:
-    """Keeps records of sessions in a folder.
+    """Stores records of sessions in a folder.
 
     Args:
         folder: made if it does not exist; no other process may use it meanwhile.
-        most_bytes: bytes of the journal and the pictures at most; beyond that nothing new is taken in.
-        metrics: counts what is written; None: nobody looks.
+        most_bytes: bytes of the journal and the pictures at most; beyond that new entries are refused.
+        metrics: counts commits; None: not counted.
 
     Attributes:
-        pictures: the files of pictures, for the archive's thread alone.
-        room: bytes that were left of the bound at the last look, for what can be made again; read by any thread.
+        pictures: the files of pictures; for the archive's thread only.
+        room: bytes that were left of the bound when it was last measured, for caches. May be read by any thread.
 
     Raises:
-        WrittenByNewerRelease: the journal is left as it is.
+        WrittenByNewerRelease: a newer release wrote the journal, which stays unchanged.
         OSError: the folder cannot be used.
     """
 
@@ -48,7 +47,7 @@ class Archive:
         make_folder(folder)
         self._most_bytes = most_bytes
         self.room = 0
-        # What the transaction under way has left to do once it is committed.
+        # What the current transaction leaves to do after its commit.
         self._deleted = False
         self._unwanted: set[str] = set()
         self._lock = (folder / LOCK).open("w")
@@ -65,21 +64,21 @@ class Archive:
         self.submit(self._sweep).result()
 
     def submit(self, action: Action[R]) -> Future[R]:
-        """Hand in something to do within a transaction; see :meth:`Journal.submit`."""
+        """Run ``action`` within a transaction; see :meth:`Journal.submit`."""
         return self._journal.submit(action)
 
     def put(self, connection: sqlite3.Connection, image: CompressedImage) -> str:
-        """Have ``image`` in a file; its key. Part of a transaction that has an entry name it.
+        """Store ``image`` in a file, and return its key. Call this in the transaction whose entry names the key.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         key, size = self.pictures.write(image)
         connection.execute("INSERT OR IGNORE INTO pictures (key, bytes) VALUES (?, ?)", (key, size))
         return key
 
     def let_go(self, connection: sqlite3.Connection, keys: Iterable[str]) -> None:
-        """Delete those pictures of ``keys`` that no entry names any more. Part of a transaction that deleted others."""
+        """Delete the pictures of ``keys`` that no entry names. Call this in the transaction that deleted entries."""
         self._deleted = True
         for key in keys:
             gone = connection.execute(
@@ -89,10 +88,10 @@ class Archive:
                 self._unwanted.add(key)
 
     def check_room(self, connection: sqlite3.Connection) -> None:
-        """Refuse to let the folder grow any further.
+        """Check that the folder may grow.
 
         Raises:
-            CapacityExhausted: it is as large as it may become.
+            CapacityExhausted: the folder exceeds its bound.
         """
         if (held := self._measure(connection)) > self._most_bytes:
             raise CapacityExhausted(
@@ -104,12 +103,12 @@ class Archive:
             )
 
     def close(self) -> None:
-        """Do what was handed in, and let others use the folder."""
+        """Run the actions that were submitted, and unlock the folder."""
         self._journal.close()
         self._lock.close()
 
     def _committed(self, connection: sqlite3.Connection) -> None:
-        """What was deleted goes from the disk: files that no committed entry names, and old pages of the journal."""
+        """Remove deleted data from the disk: files that no committed entry names, and old pages of the journal."""
         if self._deleted:
             self._deleted = False
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")

@@ -10,10 +10,10 @@ import structlog
 
 
 def make_folder(folder: Path) -> None:
-    """Make ``folder``, for its owner alone, where there is none; its name is on the disk when this returns.
+    """Make ``folder`` and its missing parents, for their owner alone. Their names are on the disk when this returns.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the folder cannot be made.
     """
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -22,17 +22,17 @@ def make_folder(folder: Path) -> None:
 
 
 def replace_file(file: Path, content: str | bytes) -> None:
-    """Write ``content`` to ``file`` as a whole, for its owner alone; its folder is made where there is none.
+    """Replace the content of ``file`` atomically; only its owner can read it. A missing folder is made.
 
-    When this returns both the content and the name are on the disk.
+    The content and the name are on the disk when this returns.
 
     Raises:
-        OSError: it cannot be written; the old file is as it was, or the new one is there as a whole.
+        OSError: the file cannot be written; it holds the complete old content, or the complete new one.
     """
     make_folder(file.parent)
     draft = file.with_name(f"{file.name}.new")
     try:
-        draft.unlink(missing_ok=True)  # one that a crash left may be open to others
+        draft.unlink(missing_ok=True)  # a draft that a crash left may be readable by others
         with open(draft, "wb", opener=_private) as handle:
             handle.write(content if isinstance(content, bytes) else content.encode())
             handle.flush()
@@ -49,7 +49,7 @@ def _private(path: str, flags: int) -> int:
 
 
 def _flush(folder: Path) -> None:
-    """Have the names in ``folder`` on the disk: until then a crash may undo that a file was made, or replaced."""
+    """Flush the names in ``folder`` to the disk. Before that a crash may undo the creation or replacement of a file."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -58,18 +58,18 @@ def _flush(folder: Path) -> None:
 
 
 FOLDER = "quarantine"
-"""Beside the file that is moved, the folder that it is moved to."""
+"""Name of the folder that a damaged file is moved to, beside the file."""
 
 log = structlog.get_logger(__name__)
 
 
 class WrittenByNewerRelease(ValueError):
-    """A file that is sound, but that this release cannot read and must not touch.
+    """A file of a newer release, which this release cannot read and must not change.
 
     Args:
-        file: which.
-        schema: the version that it is written in.
-        known: the latest version that this release knows.
+        file: the file.
+        schema: its schema version.
+        known: the latest schema version that this release knows.
     """
 
     def __init__(self, file: Path, schema: object, known: int) -> None:
@@ -80,11 +80,11 @@ class WrittenByNewerRelease(ValueError):
 
 
 def check_schema(file: Path, schema: object, known: int) -> None:
-    """Refuse what ``file`` holds where it is not of the ``known`` schema.
+    """Check that the content of ``file`` has the ``known`` schema version.
 
     Raises:
-        WrittenByNewerRelease: it is of a later one.
-        ValueError: it is of none.
+        WrittenByNewerRelease: it has a later one.
+        ValueError: it has none, or an earlier one.
     """
     if isinstance(schema, int) and schema > known:
         raise WrittenByNewerRelease(file, schema, known)
@@ -96,11 +96,11 @@ def set_aside(file: Path, because: object) -> None:
     """Move ``file`` into the quarantine beside it.
 
     Args:
-        file: what cannot be used; nothing happens where it is not there any more.
+        file: the damaged file; if it is missing, that is logged.
         because: what is wrong with it, for the log.
 
     Raises:
-        OSError: it cannot be moved.
+        OSError: the file cannot be moved.
     """
     folder = file.parent / FOLDER
     folder.mkdir(mode=0o700, exist_ok=True)

@@ -1,7 +1,8 @@
 """The journal: an SQLite database and the one thread that uses it.
 
-What is handed in together is committed together, in the order in which it came, and is on the disk when its future is
-done. So neither the event loop nor the engine's thread waits for a disk, and a busy service pays for few flushes.
+Actions that wait at the same time are committed together, in the order in which they were submitted. The future of an
+action is done once it is on the disk. So neither the event loop nor the engine's thread waits for a disk, and a busy
+service needs few flushes.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from vflow_server.telemetry.metrics import Metrics
 R = TypeVar("R")
 
 Action = Callable[[sqlite3.Connection], R]
-"""What is done within a transaction of the journal's thread. It begins and ends none itself."""
+"""Reads or writes within a transaction of the journal's thread. It must not begin or end a transaction itself."""
 
 _APPLICATION = 0x56464C57
 """Marks a database as this service's (``PRAGMA application_id``)."""
@@ -78,20 +79,20 @@ _MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX shown_by_entry ON shown (session, entry);
     """,
 )
-"""Each takes the schema one version further (``PRAGMA user_version``); what is released never changes."""
+"""Each raises the schema by one version (``PRAGMA user_version``). A released migration never changes."""
 
 _TOGETHER = 64
-"""Actions that are committed together at most."""
+"""Number of actions that are committed together at most."""
 
 log = structlog.get_logger(__name__)
 
 
 class _Damaged(sqlite3.DatabaseError):
-    """What opens as a database, but is damaged or somebody else's."""
+    """A database that can be opened, but is damaged or not a journal of this service."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Handed(Generic[R]):
+class _Submission(Generic[R]):
     action: Action[R]
     future: Future[R]
 
@@ -99,16 +100,16 @@ class _Handed(Generic[R]):
 class Journal:
     """The database and its thread.
 
-    A file that is damaged, or is not a journal, is set aside and a new one begun.
+    A file that is damaged, or is not a journal, is set aside and replaced by a new one.
 
     Args:
         file: made if it does not exist; no other process may use it.
-        committed: called in the thread after each commit, with the connection.
-        metrics: counts commits; None: nobody looks.
+        committed: called in the journal's thread after each commit, with the connection.
+        metrics: counts commits; None: not counted.
 
     Raises:
-        WrittenByNewerRelease: it is left as it is.
-        OSError: it cannot be opened or written.
+        WrittenByNewerRelease: a newer release wrote the file, which stays unchanged.
+        OSError: the file cannot be opened or written.
     """
 
     def __init__(
@@ -130,23 +131,23 @@ class Journal:
                     set_aside(damaged, error)
             self._connection = _open(file)
         self._identity = _identity(file)
-        self._handed: SimpleQueue[_Handed[Any] | None] = SimpleQueue()
+        self._queue: SimpleQueue[_Submission[Any] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="vflow-journal", daemon=True)
         self._thread.start()
 
     def submit(self, action: Action[R]) -> Future[R]:
-        """Hand in an action, from any thread.
+        """Submit an action, from any thread.
 
-        The future is done when the action's transaction is on the disk. It raises what the action raised, which then
-        has changed nothing, or STORAGE_FAILED. Cancelled before its turn comes, the action never was.
+        The future is done when the action's transaction is on the disk. It raises the exception of the action, which
+        then changed nothing, or STORAGE_FAILED. An action whose future is cancelled before it starts is never run.
         """
-        handed = _Handed(action, Future())
-        self._handed.put(handed)
-        return handed.future
+        submission = _Submission(action, Future())
+        self._queue.put(submission)
+        return submission.future
 
     def close(self) -> None:
-        """Do what was handed in, and end. Nothing may be handed in any more."""
-        self._handed.put(None)
+        """Run the actions that were submitted, and end the thread. No action may be submitted after that."""
+        self._queue.put(None)
         self._thread.join()
         with suppress(sqlite3.Error):
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -155,21 +156,21 @@ class Journal:
     def _run(self) -> None:
         going = True
         while going:
-            batch = [self._handed.get()]
-            while len(batch) < _TOGETHER and not self._handed.empty():
-                batch.append(self._handed.get())
+            batch = [self._queue.get()]
+            while len(batch) < _TOGETHER and not self._queue.empty():
+                batch.append(self._queue.get())
             going = None not in batch
-            self._commit([handed for handed in batch if handed and handed.future.set_running_or_notify_cancel()])
+            self._commit([each for each in batch if each and each.future.set_running_or_notify_cancel()])
 
-    def _commit(self, batch: Sequence[_Handed[Any]]) -> None:
+    def _commit(self, batch: Sequence[_Submission[Any]]) -> None:
         outcomes: list[tuple[Any, BaseException | None]] = []
         begun = time.perf_counter()
         try:
             if _identity(self._file) != self._identity:
                 raise OSError(f"{self._file} was deleted or replaced; restart the service")
-            # Not IMMEDIATE: there is no other writer, and what only reads may go on where nothing can be written.
+            # Not IMMEDIATE: there is no other writer, and reads must work even if the disk cannot be written.
             self._connection.execute("BEGIN")
-            outcomes = [self._attempt(handed) for handed in batch]
+            outcomes = [self._attempt(submission) for submission in batch]
             self._connection.execute("COMMIT")
         except Exception as error:
             with suppress(sqlite3.Error):
@@ -179,18 +180,18 @@ class Journal:
         else:
             self._metrics.committed(time.perf_counter() - begun)
             self._after_commit()
-        for handed, (result, failure) in zip(batch, outcomes, strict=True):
+        for submission, (result, failure) in zip(batch, outcomes, strict=True):
             if failure is None:
-                handed.future.set_result(result)
+                submission.future.set_result(result)
             else:
-                handed.future.set_exception(_told(failure))
+                submission.future.set_exception(_as_raised(failure))
 
-    def _attempt(self, handed: _Handed[Any]) -> tuple[Any, BaseException | None]:
+    def _attempt(self, submission: _Submission[Any]) -> tuple[Any, BaseException | None]:
         self._connection.execute("SAVEPOINT action")
         try:
-            result = handed.action(self._connection)
+            result = submission.action(self._connection)
         except Exception as error:
-            if not self._connection.in_transaction:  # SQLite gave up the whole of it, as it does when a disk is full
+            if not self._connection.in_transaction:  # SQLite rolled back all of it, as on a full disk
                 raise
             self._connection.execute("ROLLBACK TO action")
             self._connection.execute("RELEASE action")
@@ -202,17 +203,17 @@ class Journal:
         try:
             self._committed(self._connection)
         except Exception:
-            log.exception("what follows a commit failed")
+            log.exception("cleaning up after a commit failed")
 
 
 def _open(file: Path) -> sqlite3.Connection:
-    # SQLite would make the file as open to others as the umask allows. What it puts beside the file has its rights.
-    with suppress(OSError):  # SQLite says what is wrong
+    # SQLite would make the file with the rights of the umask. The files that it adds beside it get the same rights.
+    with suppress(OSError):  # SQLite reports what is wrong
         os.close(os.open(file, os.O_RDONLY | os.O_CREAT, 0o600))
     connection = sqlite3.connect(file, isolation_level=None, check_same_thread=False, timeout=0)
     try:
         _check_ours(connection, file)
-        # FULL: what was acknowledged outlives the machine, not only the process.
+        # FULL: acknowledged writes survive a crash of the machine, not only of the process.
         for setting in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
             connection.execute(f"PRAGMA {setting}")
         _migrate(connection, file)
@@ -226,7 +227,7 @@ def _open(file: Path) -> sqlite3.Connection:
 
 
 def _check_ours(connection: sqlite3.Connection, file: Path) -> None:
-    """Look before anything is written: somebody else's database, or a later one, stays as it is."""
+    """Check the file before anything is written: a foreign database, or a newer one, stays unchanged."""
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -259,8 +260,8 @@ def _identity(file: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def _told(failure: BaseException) -> BaseException:
-    """What to tell whoever handed in an action that failed."""
+def _as_raised(failure: BaseException) -> BaseException:
+    """The exception that the future of a failed action raises."""
     if not isinstance(failure, sqlite3.Error | OSError):
         return failure
     log.error("the data folder cannot be used", because=str(failure))

@@ -1,7 +1,6 @@
 """A folder of compressed pictures, each in a file that is named by the digest of its content.
 
-So a name is a checksum, the same picture is written once, and what is read is what was written. Belongs to one thread,
-the journal's.
+So the name is a checksum, and a picture is written only once. Belongs to the journal's thread.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ _OURS = re.compile(rf"[0-9a-f]{{64}}\{_SUFFIX}(\.new)?")
 
 
 class PictureLost(Exception):
-    """A picture that is not in its file any more; the message says why."""
+    """A picture cannot be read from its file; the message says why."""
 
 
 class PictureFolder:
-    """The files.
+    """Compressed pictures in files, by key.
 
     Args:
         folder: made if it does not exist.
@@ -40,10 +39,10 @@ class PictureFolder:
         self._known: WeakKeyDictionary[CompressedImage, str] = WeakKeyDictionary()
 
     def write(self, image: CompressedImage) -> tuple[str, int]:
-        """Have ``image`` in a file, on the disk when this returns; its key and the bytes of the file.
+        """Store ``image`` in a file, which is on the disk when this returns; returns its key and the file's bytes.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         if (key := self._known.get(image)) is None or not self._file(key).exists():
             data = pack(image)
@@ -54,11 +53,11 @@ class PictureFolder:
         return key, self._file(key).stat().st_size
 
     def read(self, key: str) -> CompressedImage:
-        """The picture of ``key``. A file that holds something else is set aside.
+        """Read the picture of ``key``. A damaged file is set aside.
 
         Raises:
-            PictureLost: it is damaged, or gone.
-            OSError: it cannot be read.
+            PictureLost: the file is damaged or missing.
+            OSError: the file cannot be read.
         """
         file = self._file(key)
         try:
@@ -80,7 +79,7 @@ class PictureFolder:
         self._file(key).unlink(missing_ok=True)
 
     def sweep(self, wanted: Collection[str]) -> None:
-        """Delete files of pictures that are not among ``wanted`` keys: what a crash left between two steps."""
+        """Delete the files of pictures whose keys are not in ``wanted``; a crash may have left some."""
         for file in self._folder.iterdir():
             if _OURS.fullmatch(file.name) and file.name.removesuffix(_SUFFIX) not in wanted:
                 file.unlink()

@@ -1,8 +1,8 @@
-"""A session's record: what the data folder holds of one session, so that it goes on after the process has ended.
+"""A session's record: the part of the data folder that lets the session continue after a restart.
 
-It is the session's log in entries, one for each turn and for each picture shown ahead of one, and the answers to its
-latest requests. An entry is on the disk as a whole or not at all. The pictures are in files of their own, which the
-entries name. Everything is checked as it is read.
+It holds the session's log in entries, one for each turn and for each picture that was added before a turn, and the
+answers to its latest requests. An entry is on the disk completely or not at all. The pictures are in separate files,
+which the entries name. Checksums are verified when a record is read.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from vflowopt.runtime.sequence import Item
 
 @dataclass(frozen=True)
 class Entry:
-    """What a session's log grew by at once.
+    """Items that were appended to a session's log together.
 
     Attributes:
-        items: what was said and shown, an answer included.
-        images: pictures among them.
-        answered: whether it is a turn; else it is a picture that was shown ahead of one.
+        items: tokens and pictures, including those of the answer.
+        images: number of pictures among them.
+        answered: whether the entry is a turn; if not, it is a picture that was added before a turn.
     """
 
     items: tuple[Item, ...]
@@ -43,15 +43,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class SessionFacts:
-    """What never changes of a session.
+    """The part of a session's record that never changes.
 
     Attributes:
-        name: its resource name.
-        number: sessions count up in the order of their creation.
-        tenant: whose it is.
+        name: resource name of the session.
+        number: position in the order of creation of all sessions.
+        tenant: the tenant that it belongs to.
         strategy_name: resource name of its strategy.
         strategy: that strategy, as JSON.
-        model: revision of the model that it is held with.
+        model: revision of its model.
         created: Unix time in seconds.
     """
 
@@ -67,13 +67,13 @@ class SessionFacts:
 class SessionRecord:
     """The record of one session.
 
-    Its methods hand something in to the archive's thread, from any thread, and do not wait: the future is done when it
-    is on the disk. It raises STORAGE_FAILED where that could not be done; nothing of it was done then.
+    Its methods may be called from any thread. They submit an action to the archive's thread and do not wait: the future
+    is done when the action is on the disk. It raises STORAGE_FAILED if that fails; then nothing was changed.
 
     Args:
-        facts: about the session.
-        archive: where the records are.
-        entries: how many entries there are already.
+        facts: the part that never changes.
+        archive: stores the record.
+        entries: number of entries that the record has already.
     """
 
     def __init__(self, facts: SessionFacts, archive: Archive, entries: int = 0) -> None:
@@ -82,14 +82,16 @@ class SessionRecord:
         self._entries = entries
 
     def begin(self) -> Future[None]:
-        """Make the record."""
+        """Create the record.
+
+        The future raises CAPACITY_EXHAUSTED if the data folder is full.
+        """
         return self._archive.submit(self._insert)
 
     def write(self, entry: Entry, answer: StoredAnswer | None = None) -> Future[None]:
-        """Write the next entry, and the answer that it brought. Call :meth:`commit` or :meth:`take_back` next.
+        """Write the next entry and its answer. Call :meth:`commit` or :meth:`take_back` afterwards.
 
-        The future raises SESSION_DELETED where there is no record any more, CAPACITY_EXHAUSTED where the folder holds
-        as much as it may.
+        The future raises SESSION_DELETED if the record was deleted, CAPACITY_EXHAUSTED if the data folder is full.
         """
         number = self._entries
 
@@ -110,16 +112,19 @@ class SessionRecord:
         return self._archive.submit(write)
 
     def commit(self) -> None:
-        """Count the entry that was written."""
+        """Confirm the entry that was written last."""
         self._entries += 1
 
     def take_back(self) -> None:
-        """Undo a :meth:`write` that nobody waits for any more."""
+        """Undo the last :meth:`write`, which was not confirmed."""
         number = self._entries
         self._archive.submit(lambda connection: self._truncate(connection, number))
 
     def fork(self, origin: SessionRecord) -> Future[None]:
-        """Make the record, with all entries of ``origin`` but none of its answers."""
+        """Create the record with the entries of ``origin``, without its answers.
+
+        The future raises CAPACITY_EXHAUSTED if the data folder is full, SESSION_DAMAGED if ``origin`` is damaged.
+        """
         self._entries = origin._entries
 
         def fork(connection: sqlite3.Connection) -> None:
@@ -138,7 +143,7 @@ class SessionRecord:
         return self._archive.submit(fork)
 
     def read(self) -> Future[list[Entry]]:
-        """Read all entries; the future raises SESSION_DAMAGED where one, or a picture, is not as it was written."""
+        """Read all entries; the future raises SESSION_DAMAGED if an entry or a picture is damaged or missing."""
 
         def read(connection: sqlite3.Connection) -> list[Entry]:
             rows = connection.execute(
@@ -164,7 +169,7 @@ class SessionRecord:
         return self._archive.submit(read)
 
     def answers(self) -> Future[list[StoredAnswer]]:
-        """Read the latest answers, oldest first; the future raises SESSION_DAMAGED."""
+        """Read the stored answers, oldest first; the future raises SESSION_DAMAGED if one is damaged."""
 
         def answers(connection: sqlite3.Connection) -> list[StoredAnswer]:
             rows = connection.execute(
@@ -185,7 +190,7 @@ class SessionRecord:
         return self._archive.submit(answers)
 
     def delete(self) -> Future[None]:
-        """Delete the record, and the pictures that no other one shows."""
+        """Delete the record, and the pictures that no other record names."""
 
         def delete(connection: sqlite3.Connection) -> None:
             keys = self._shown(connection)
@@ -229,12 +234,12 @@ class SessionRecord:
         )
 
     def _insert_row(self, connection: sqlite3.Connection, table: str, number: int, *values: object) -> None:
-        """Insert a row of this session with its checksum; ``values`` in the order of the table's columns."""
+        """Insert a row of this session with its checksum; ``values`` are in the order of the table's columns."""
         row = (self.facts.name, number, *values, _checksum(self.facts.name, number, *values))
         connection.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)
 
     def _truncate(self, connection: sqlite3.Connection, entries: int) -> None:
-        """Have the first ``entries`` entries alone."""
+        """Delete all entries but the first ``entries``."""
         keys = self._shown(connection, entries)
         gone = connection.execute("DELETE FROM entries WHERE session = ? AND number >= ?", (self.facts.name, entries))
         if gone.rowcount:
@@ -257,7 +262,7 @@ def _pictures(items: Iterable[Item]) -> list[CompressedImage]:
 
 
 def _checksum(*values: object) -> str:
-    """Digest of the values of a row; numbers as SQLite gives them back."""
+    """Digest of the values of a row; booleans count as integers, as SQLite returns them."""
     digest = hashlib.blake2b(digest_size=16)
     for value in values:
         part = value if isinstance(value, bytes) else str(int(value) if isinstance(value, int) else value).encode()
@@ -270,10 +275,10 @@ class Recovered:
     """A session of an earlier process.
 
     Attributes:
-        record: what is stored of it.
+        record: its record.
         used: Unix time in seconds of the end of its last turn or picture.
-        turns: finished.
-        images: shown.
+        turns: number of finished turns.
+        images: number of pictures and videos in its log.
     """
 
     record: SessionRecord
@@ -283,7 +288,7 @@ class Recovered:
 
 
 def recover(archive: Archive) -> list[Recovered]:
-    """All sessions that ``archive`` holds, oldest first.
+    """All sessions that ``archive`` stores, oldest first.
 
     Raises:
         ServiceError: STORAGE_FAILED.

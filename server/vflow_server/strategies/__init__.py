@@ -1,1 +1,1 @@
-"""Strategies: which exist and which is active, where they come from, and how they compare."""
+"""Strategies: the ones that exist, the active one, their history, and comparisons of them."""

@@ -1,4 +1,4 @@
-"""Comparing strategies on samples, in idle time. Belongs to the event loop's thread, but for the work itself."""
+"""Comparisons of strategies on samples, in idle time. Belongs to the event loop's thread, except for the work."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Comparisons:
     """Compares strategies, for one caller at a time.
 
     Args:
-        engine: does the work.
-        kv: makes room for it.
+        engine: runs the comparisons.
+        kv: frees KV pages for them.
         encoder: encodes the samples' pictures.
     """
 
@@ -30,10 +30,10 @@ class Comparisons:
         self._under_way = False
 
     def check_free(self) -> None:
-        """Refuse a comparison beside another one.
+        """Check that no comparison is running.
 
         Raises:
-            CapacityExhausted: one is under way.
+            CapacityExhausted: one is running.
         """
         if self._under_way:
             raise CapacityExhausted(
@@ -43,10 +43,19 @@ class Comparisons:
             )
 
     async def compare(self, tenant: str, strategies: Sequence[Strategy], calibration: Calibration) -> list[Comparison]:
-        """What each of ``strategies`` comes to on ``calibration``, in their order, for ``tenant``.
+        """Compare ``strategies`` with the unpruned model on the samples of ``calibration``.
+
+        Args:
+            tenant: the tenant that the work belongs to.
+            strategies: the strategies.
+            calibration: measures them.
+
+        Returns:
+            The comparison of each strategy, in the order of ``strategies``.
 
         Raises:
-            ServiceError: one is under way, or what the work was refused for.
+            ServiceError: a comparison is running, the engine has stopped, or the pool is too small for a sample.
+            PictureError, CalibrationError: the model does not take a sample.
         """
         self.check_free()
         self._under_way = True
@@ -65,7 +74,7 @@ class Comparisons:
 def _comparing(
     kv: KVCacheManager, encoder: EncoderThread, strategies: Sequence[Strategy], calibration: Calibration
 ) -> Callable[[Callable[[object], None]], Steps[list[Comparison]]]:
-    """The work of comparing."""
+    """The work of a comparison."""
 
     def pieces() -> Generator[Comparison | Pause, None, None]:
         yield from calibration.prepare()

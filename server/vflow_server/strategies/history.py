@@ -1,4 +1,4 @@
-"""Which strategy is active, which were so before it, and what happened to each. What happens makes a new history."""
+"""The history of the active strategy: those that were active before it, and the events of each. Immutable."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from enum import Enum, auto
 from typing import Any, Self
 
 MOST_EVENTS = 100
-"""Events that are kept of each strategy."""
+"""Number of events that are stored of each strategy."""
 
 MOST_BEFORE = 100
-"""Activations that can be rolled back."""
+"""Number of activations that can be rolled back."""
 
 
 class EventKind(Enum):
-    """What can happen to a strategy, by the names of the contract's ``StrategyEvent.Kind``."""
+    """The kinds of events, with the names of the contract's ``StrategyEvent.Kind``."""
 
     ACTIVATED = auto()
     REPLACED = auto()
@@ -27,12 +27,12 @@ class EventKind(Enum):
 
 @dataclass(frozen=True)
 class StrategyEvent:
-    """Something that happened to a strategy.
+    """An event of a strategy.
 
     Attributes:
         time: Unix time in seconds.
-        kind: what.
-        reason: why, in a person's words.
+        kind: the kind of event.
+        reason: the reason, for people.
     """
 
     time: float
@@ -42,13 +42,13 @@ class StrategyEvent:
 
 @dataclass(frozen=True)
 class History:
-    """The active strategy and its past; strategies are named by their resource names.
+    """The active strategy and its past. Strategies are given by their resource names.
 
     Attributes:
-        active: the active one.
-        before: those that were active before it, the latest last; rolling back takes the last away.
-        generation: counts the changes of the active one.
-        events: what happened to each, oldest first.
+        active: the active strategy.
+        before: strategies that were active before it, the latest last. A rollback removes the last one.
+        generation: number of changes of the active strategy.
+        events: the events of each strategy, oldest first.
     """
 
     active: str
@@ -58,11 +58,11 @@ class History:
 
     @property
     def etag(self) -> str:
-        """Changes whenever the active strategy changes."""
+        """A tag that changes whenever the active strategy changes."""
         return hashlib.blake2b(f"{self.generation} {self.active}".encode(), digest_size=8).hexdigest()
 
     def activated(self, name: str) -> Self:
-        """The history after ``name``, which is not active, was activated."""
+        """The history after the activation of ``name``, which must not be active."""
         return replace(
             self,
             active=name,
@@ -74,11 +74,11 @@ class History:
         )
 
     def rolled_back(self, there: Container[str], reason: str) -> Self | None:
-        """The history after the active strategy was rolled back; None where none was active before it.
+        """The history after a rollback of the active strategy; None if no strategy was active before it.
 
         Args:
-            there: the strategies that exist; others are passed over.
-            reason: why, in a person's words.
+            there: the strategies that exist; others are skipped.
+            reason: the reason, for people.
         """
         before = list(self.before)
         while before:
@@ -96,7 +96,7 @@ class History:
         return None
 
     def to_document(self) -> dict[str, Any]:
-        """The history as what JSON can hold."""
+        """The history as a JSON document."""
         return {
             "active": self.active,
             "generation": self.generation,
@@ -109,10 +109,10 @@ class History:
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Self:
-        """Read what :meth:`to_document` made.
+        """The history that :meth:`to_document` converted.
 
         Raises:
-            KeyError, TypeError, ValueError, AttributeError: something else made it.
+            KeyError, TypeError, ValueError, AttributeError: the document is not such a history.
         """
         return cls(
             active=str(document["active"]),
@@ -140,13 +140,13 @@ class Provenance:
 
     Attributes:
         operation: resource name of the operation that ran the search.
-        base: resource name of the strategy that it began with.
+        base: resource name of the strategy that it started from.
         data_digest: SHA-256 of the calibration samples, in hex.
-        samples: how many there were.
-        trials: strategies that were tried.
-        seed: of the search.
-        objective: mean cosine of the last hidden state with the unpruned model's.
-        base_objective: that of the strategy that the search began with.
+        samples: number of samples.
+        trials: number of strategies that were tried.
+        seed: seed of the search.
+        objective: mean cosine between the last hidden states of the pruned and the unpruned model.
+        base_objective: the objective of the strategy that the search started from.
         model_revision: digest of the model.
         code_version: version of the service.
     """

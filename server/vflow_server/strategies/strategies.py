@@ -1,6 +1,6 @@
-"""The strategies that exist: presets and created ones, none of which ever changes, and which of them is active.
+"""The strategies that exist, presets and created ones, and which of them is active. A strategy never changes.
 
-Belongs to the event loop's thread, but for writing its file.
+Belongs to the event loop's thread, except for writing the file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vflowopt.compression.strategy import Strategy, StrategyError
 
 DEFAULT = "strategies/preset-10"
 MOST = 1000
-"""Strategies that may exist."""
+"""Number of strategies that may exist."""
 
 _SCHEMA = 2
 
@@ -36,13 +36,13 @@ class StrategyRevision:
 
     Attributes:
         name: resource name.
-        number: strategies count up in the order of their creation.
-        strategy: what it says.
-        description: what it is for, in a person's words.
+        number: position in the order of creation.
+        strategy: the strategy itself.
+        description: a description for people.
         created: Unix time in seconds.
-        built_in: whether it came with the service.
-        draft: whether it is the best of a search that did not come to its end.
-        provenance: how a search found it; None if none did.
+        built_in: whether it is part of the service or of the model.
+        draft: whether it is the best result of a search that did not complete.
+        provenance: how a search found it; None if it was created otherwise.
     """
 
     name: str
@@ -59,18 +59,21 @@ class StrategyStore:
     """The strategies for one model.
 
     Args:
-        layers: decoder layers of the model; presets are fitted to them.
-        brought: strategies that the model itself brings, by name. The first of them is active at first.
-        file: where created strategies and the history of the active one are kept; None keeps them in memory only.
+        layers: number of decoder layers of the model; presets are fitted to it (also an attribute).
+        brought: strategies that are part of the model, by name. The first of them is active at first.
+        file: stores created strategies and the history; None: they are in memory only.
+
+    Raises:
+        WrittenByNewerRelease: a newer release wrote the file, which stays unchanged.
     """
 
     def __init__(self, layers: int, brought: Mapping[str, Strategy], file: Path | None = None) -> None:
         self.layers = layers
         self._file = file
-        # Changes come one at a time, and are seen only once they are written.
+        # Changes are made one at a time, and become visible once they are written.
         self._changing = asyncio.Lock()
         self._revisions: dict[str, StrategyRevision] = {}
-        # Stored entries, by name, that do not fit this model: kept for the model that they were made for.
+        # Stored entries, by name, that do not fit this model. They stay in the file for the model that they belong to.
         self._misfits: dict[str, dict[str, Any]] = {}
         now = time.time()
         self._build_in("full", Strategy.full(), "keeps every token: the unpruned model", now)
@@ -78,7 +81,7 @@ class StrategyStore:
             percent = f"{budget * 100:.0f}"
             try:
                 preset = Strategy.preset(budget, layers)
-            except StrategyError as error:  # a decoder of one or two layers has no three stages
+            except StrategyError as error:  # a decoder of one or two layers cannot have three stages
                 log.warning("preset left out", budget=budget, because=str(error))
                 continue
             description = f"the published strategy for {percent}%, fitted to this model's depth"
@@ -92,7 +95,7 @@ class StrategyStore:
             self._load(file)
 
     def __iter__(self) -> Iterator[StrategyRevision]:
-        """The strategies, oldest first, built-in ones before all."""
+        """The strategies: built-in ones, then created ones, oldest first."""
         return iter(self._revisions.values())
 
     @property
@@ -102,15 +105,15 @@ class StrategyStore:
 
     @property
     def etag(self) -> str:
-        """Changes whenever the active strategy changes."""
+        """A tag that changes whenever the active strategy changes."""
         return self._history.etag
 
     def events(self, name: str) -> tuple[StrategyEvent, ...]:
-        """What happened to the strategy ``name``, oldest first."""
+        """The events of the strategy ``name``, oldest first."""
         return self._history.events.get(name, ())
 
     def get(self, name: str) -> StrategyRevision:
-        """The strategy ``name``; the active one if it is empty.
+        """The strategy ``name``; the active one if ``name`` is empty.
 
         Raises:
             NotFound: STRATEGY_NOT_FOUND.
@@ -127,14 +130,14 @@ class StrategyStore:
             ) from None
 
     def has(self, name: str) -> bool:
-        """Whether ``name`` is taken, if only by a strategy of another model."""
+        """Whether a strategy of this or another model has the name ``name``."""
         return name in self._revisions or name in self._misfits
 
     def check_free(self, name: str) -> None:
-        """Refuse ``name`` for a new strategy where there is no room for one, or it is taken.
+        """Check that a strategy ``name`` can be created.
 
         Raises:
-            ServiceError: STRATEGY_EXISTS, CAPACITY_EXHAUSTED.
+            ServiceError: STRATEGY_EXISTS, or CAPACITY_EXHAUSTED if there are too many strategies.
         """
         if self.has(name):
             raise ServiceError(
@@ -158,7 +161,7 @@ class StrategyStore:
         """Add a strategy.
 
         Raises:
-            StrategyError: it does not fit the model's depth.
+            StrategyError: the strategy does not fit the model's depth.
             ServiceError: STRATEGY_EXISTS, CAPACITY_EXHAUSTED, STORAGE_FAILED.
         """
         strategy.check(self.layers)
@@ -179,13 +182,14 @@ class StrategyStore:
                 self._revisions[name] = revision
                 return revision
 
-        return await asyncio.shield(create())  # a caller that leaves must not part the file from what is seen
+        return await asyncio.shield(create())  # a cancelled caller must not leave the file and the memory different
 
     async def activate(self, name: str, etag: str) -> StrategyRevision:
         """Make the strategy ``name`` the default of new sessions.
 
         Raises:
-            ServiceError: STRATEGY_NOT_FOUND; ETAG_MISMATCH where ``etag`` is not empty and not the current one.
+            ServiceError: STRATEGY_NOT_FOUND; ETAG_MISMATCH if ``etag`` is neither empty nor the current one;
+                STORAGE_FAILED.
         """
         revision = self.get(name)
 
@@ -199,14 +203,14 @@ class StrategyStore:
         return await asyncio.shield(activate())
 
     async def roll_back(self, etag: str, reason: str) -> StrategyRevision:
-        """Make the strategy active again that was so before the active one; returns it.
+        """Activate the strategy that was active before the present one; returns it.
 
         Args:
-            etag: an etag read before; empty: whatever is active now.
-            reason: why, for the history.
+            etag: the etag of the strategy to roll back; empty: the one that is active now.
+            reason: the reason, for the history.
 
         Raises:
-            ServiceError: ETAG_MISMATCH; NOTHING_TO_ROLL_BACK where none was active before.
+            ServiceError: ETAG_MISMATCH; NOTHING_TO_ROLL_BACK if none was active before; STORAGE_FAILED.
         """
 
         async def roll_back() -> StrategyRevision:
@@ -244,12 +248,10 @@ class StrategyStore:
         self._revisions[name] = StrategyRevision(name, len(self._revisions), strategy, description, now, built_in=True)
 
     def _load(self, file: Path) -> None:
-        """Read what :meth:`_write` wrote; a strategy that does not fit this model is not offered.
-
-        A file that holds something else is set aside.
+        """Read the file. A strategy that does not fit this model is left out; a damaged file is set aside.
 
         Raises:
-            WrittenByNewerRelease: the file is left as it is.
+            WrittenByNewerRelease: a newer release wrote the file, which stays unchanged.
         """
         revisions, misfits = dict(self._revisions), dict(self._misfits)
         try:
@@ -273,7 +275,7 @@ class StrategyStore:
                     provenance=None if found is None else Provenance(**found),
                 )
             history = History.from_document(document["history"])
-            # The model's own default goes in for one that does not fit this model.
+            # The model's default replaces an active strategy that does not fit this model.
             active = history.active if history.active in revisions else self._history.active
         except WrittenByNewerRelease:
             raise
@@ -312,11 +314,11 @@ class StrategyStore:
 
 
 def _current(document: dict[str, Any], file: Path) -> dict[str, Any]:
-    """A stored document in today's schema; the first one knew neither searches nor what happened to strategies.
+    """Convert a stored document to the current schema; the first schema had no searches and no events.
 
     Raises:
-        KeyError, TypeError, ValueError: it is none.
-        WrittenByNewerRelease: it is of a later schema.
+        KeyError, TypeError, ValueError: the document is not valid.
+        WrittenByNewerRelease: it has a later schema.
     """
     if document["schema"] == 1:
         return {

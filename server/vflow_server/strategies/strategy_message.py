@@ -1,4 +1,4 @@
-"""Between the contract's ``Strategy`` message and strategies."""
+"""Conversion between strategies and the contract's ``Strategy`` message."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from vflowopt.compression.strategy import Positions, Reserve, Strategy, thirds
 Message = strategies_pb2.Strategy
 
 BUDGET_TOLERANCE = 1e-3
+"""Difference that is allowed between a budget and the ratios that are given with it."""
 
 _POSITIONS: dict[int, Positions] = {
     Message.POSITIONS_UNSPECIFIED: "kept",
@@ -26,7 +27,7 @@ _RESERVES: dict[int, Reserve] = {
 
 
 def revision_message(revision: StrategyRevision, strategies: StrategyStore) -> Message:
-    """The message of a strategy that exists, with all that is known of it."""
+    """The message of a strategy that exists, with its name, history and provenance."""
     message = bare_message(revision.strategy, strategies.layers)
     message.name = revision.name
     message.description = revision.description
@@ -63,7 +64,7 @@ def strategy_from(message: Message, layers: int) -> Strategy:
 
     Raises:
         StrategyError: a field is wrong.
-        InvalidRequest: an enum value is unknown, or the budget contradicts the ratios.
+        InvalidRequest: an enum value is unknown, or the budget and the ratios differ.
     """
     positions, reserve = _POSITIONS.get(message.positions), _RESERVES.get(message.reserve)
     if positions is None or reserve is None:

@@ -1,1 +1,1 @@
-"""What is counted, traced and logged as it happens, for any part of the service to report to."""
+"""Metrics, traces and logs, which all parts of the service report to."""

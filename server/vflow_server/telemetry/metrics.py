@@ -1,8 +1,8 @@
 """Metrics: what the service counts and measures as it works, for Prometheus.
 
-One registry for each service, so that several can live in one process. Whoever does something reports it here in its
-own terms; names, units and buckets are defined in this module. Values that are read when Prometheus asks, instead of
-being counted as they happen, are in :mod:`vflow_server.monitoring.gauges`. For any thread.
+Each service has its own registry, so that several services can run in one process. Other modules report events; names,
+units and buckets are defined here. Values that are read at a scrape instead of being counted as they happen are in
+:mod:`vflow_server.monitoring.gauges`. For any thread.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from prometheus_client import (
 from vflow_client.v1 import conversations_pb2, images_pb2
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-"""Buckets of durations: from a decode step of a small model to the longest turn that anybody waits for."""
+"""Buckets of durations: from a decode step of a small model to the longest turns."""
 
 SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Buckets of batch sizes."""
@@ -32,11 +32,11 @@ class Metrics:
     """The instruments of one service.
 
     Attributes:
-        registry: where they are registered; collectors of other values may be registered here, too.
+        registry: the registry of the instruments; other collectors may be registered here, too.
     """
 
     def __init__(self) -> None:
-        # A `_created` series for each series would be a sixth of all, and nothing here reads them.
+        # The `_created` series would be a sixth of all series, and nothing reads them.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -48,17 +48,17 @@ class Metrics:
 
     @contextmanager
     def call_in_flight(self) -> Iterator[None]:
-        """Count a call as under way."""
+        """Count a call as running within the block."""
         with self._calls_in_flight.track_inprogress():
             yield
 
     def call(self, method: str, code: str, seconds: float) -> None:
-        """A call of ``method`` has ended with the status ``code``."""
+        """Note that a call of ``method`` has ended with the status ``code`` after ``seconds``."""
         self._calls.labels(method, code).inc()
         self._call_seconds.labels(method).observe(seconds)
 
     def turn(self, finished: conversations_pb2.Finished) -> None:
-        """A turn was answered to its end; its pictures are counted, too."""
+        """Note that a turn has finished, and the pictures that it added."""
         receipt, usage = finished.receipt, finished.usage
         self._turns.labels(conversations_pb2.Finished.FinishReason.Name(finished.finish_reason).lower()).inc()
         self._turn_seconds.observe(receipt.total_ms / 1000)
@@ -76,7 +76,7 @@ class Metrics:
             self.picture(picture)
 
     def picture(self, receipt: images_pb2.ImageReceipt) -> None:
-        """A picture was added to a session, or compressed for a caller."""
+        """Note that a picture was added to a session, or compressed for a caller."""
         self._pictures.labels("hit" if receipt.cache_hit else "miss").inc()
         self._visual_tokens.inc(receipt.visual_tokens)
         for number, kept in enumerate(receipt.kept_tokens):
@@ -91,11 +91,11 @@ class Metrics:
             self._picture_seconds.labels("prefill").observe(receipt.prefill_ms / 1000)
 
     def step(self, seconds: float, pending: Sequence[int], ran: Sequence[int]) -> None:
-        """The model ran a step.
+        """Note that the model ran a step.
 
         Args:
-            seconds: it took; on a CUDA device, which only queues work, to queue it.
-            pending: tokens that each sequence of the batch had to run; one that is decoding has one.
+            seconds: duration; on a CUDA device a step that draws no token may only be queued by then.
+            pending: tokens of each sequence of the batch that were not cached; 1 if it is decoding.
             ran: how many of them the step ran.
         """
         self._step_seconds.observe(seconds)
@@ -105,19 +105,19 @@ class Metrics:
         self._prefilled.inc(sum(ran) - decoded)
 
     def evicted(self, held_by: str) -> None:
-        """KV pages were taken from ``held_by``: ``search``, ``prefix``, ``idle`` or ``running``."""
+        """Note that a holder of KV pages was evicted: ``search``, ``prefix``, ``idle`` or ``running``."""
         self._evictions.labels(held_by).inc()
 
     def prefix(self, *, hit: bool) -> None:
-        """A sequence looked for a cached prefix."""
+        """Note a lookup of a cached prefix."""
         self._prefixes.labels("hit" if hit else "miss").inc()
 
     def committed(self, seconds: float) -> None:
-        """The journal of sessions was written, and is on the disk."""
+        """Note that the journal of sessions was committed to the disk in ``seconds``."""
         self._journal_seconds.observe(seconds)
 
     def commit_failed(self) -> None:
-        """The journal of sessions could not be written."""
+        """Note that a commit of the journal of sessions failed."""
         self._journal_failures.inc()
 
     def _make_of_calls(self) -> None:

@@ -1,6 +1,6 @@
-"""The receipt log: counts and traces each picture and turn by its receipt, and remembers the latest receipts.
+"""The receipt log: counts and traces pictures and turns by their receipts, and holds the latest receipts.
 
-Receipts hold figures only, never texts or pixels. Belongs to the event loop's thread.
+Receipts hold numbers and names only, never texts or pixels. Belongs to the event loop's thread.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vflow_server.telemetry.metrics import Metrics
 from vflow_server.telemetry.tracing import Phase, Tracing
 
 MOST_ENTRIES = 50
-"""Receipts of each kind that are remembered."""
+"""Receipts of each kind that are held."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class PictureEntry:
     """A picture that was added.
 
     Attributes:
-        time: when its work was done, Unix time in seconds.
-        tenant: whose it is.
-        receipt: what it cost.
+        time: Unix time in seconds when it was added.
+        tenant: the tenant.
+        receipt: its receipt.
     """
 
     time: float
@@ -38,11 +38,11 @@ class TurnEntry:
     """A turn that was answered.
 
     Attributes:
-        time: when it ended, Unix time in seconds.
-        tenant: whose it is.
+        time: Unix time in seconds when it ended.
+        tenant: the tenant.
         session: resource name of the session.
-        usage: its tokens.
-        receipt: what it cost.
+        usage: numbers of its tokens.
+        receipt: its receipt.
     """
 
     time: float
@@ -56,8 +56,8 @@ class ReceiptLog:
     """The receipts of one service.
 
     Args:
-        metrics: what counts them.
-        tracing: makes spans of the times in them; a receipt must be logged within its call.
+        metrics: counts them.
+        tracing: makes spans of the durations in them; a receipt must be logged within its call.
 
     Attributes:
         pictures: the latest ones, the newest first.
@@ -71,13 +71,13 @@ class ReceiptLog:
         self.turns: deque[TurnEntry] = deque(maxlen=MOST_ENTRIES)
 
     def picture(self, tenant: str, receipt: images_pb2.ImageReceipt) -> None:
-        """A picture was added ahead of its question, or compressed for a caller."""
+        """Log the receipt of a picture that was added before its question, or compressed for a caller."""
         self._metrics.picture(receipt)
         self._tracing.phases(list(_picture_phases(receipt)))
         self.pictures.appendleft(PictureEntry(time.time(), tenant, receipt))
 
     def turn(self, tenant: str, session: str, finished: conversations_pb2.Finished) -> None:
-        """A turn was answered to its end."""
+        """Log the receipts of a finished turn and its pictures."""
         receipt, now = finished.receipt, time.time()
         self._metrics.turn(finished)
         phases = [("queue", receipt.queue_ms / 1000)]

@@ -1,4 +1,4 @@
-"""Spans of calls, sent to an OpenTelemetry collector by OTLP over gRPC. Needs the extra ``otel``."""
+"""Spans of calls, exported to an OpenTelemetry collector by OTLP over gRPC. Needs the extra ``otel``."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from vflow_server.telemetry.tracing import CallSpan, Metadata, Phase, Tracing
 
 PATIENCE = 5
-"""Seconds that one attempt to send spans may take: an unreachable collector must not hold up the end for long."""
+"""Seconds that an attempt to export spans may take: an unreachable collector must not delay the shutdown for long."""
 
-# What the semantic conventions for RPC count as the server's own failure.
+# The status codes that the semantic conventions for RPC count as errors of the server.
 _FAULTS = {
     grpc.StatusCode.UNKNOWN,
     grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -48,7 +48,7 @@ class _Span(CallSpan):
 
 
 class Spans(Tracing):
-    """Makes a span of every call, in its caller's trace where it names one, and one below it for each phase.
+    """Makes a span of every call, in the caller's trace if it names one, and a child span of each phase.
 
     Args:
         endpoint: ``http://host:port`` of an OTLP receiver, ``https://`` for TLS.
@@ -65,21 +65,21 @@ class Spans(Tracing):
 
     @contextmanager
     def call(self, method: str, metadata: Metadata) -> Iterator[CallSpan]:
-        """Around a call of ``method``, which thereby has a span."""
+        """Make a span of a call of ``method`` within the block."""
         service, _, name = method.partition("/")
         with self._tracer.start_as_current_span(
             method,
             self._propagator.extract({key: str(value) for key, value in metadata.items()}),
             SpanKind.SERVER,
             {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name},
-            # Refusals are answers, and what they say may be about a caller's words.
+            # Refusals are no errors of the server, and their messages may quote a caller's text.
             record_exception=False,
             set_status_on_exception=False,
         ) as span:
             yield _Span(span)
 
     def phases(self, phases: Sequence[Phase]) -> None:
-        """Make a span of each phase below the call's; receipts tell how long each took, so they are laid end to end."""
+        """Make a child span of each phase. Receipts hold durations only, so the spans are placed end to end."""
         at = time.time_ns() - sum(_nanoseconds(seconds) for _, seconds in phases)
         for name, seconds in phases:
             span = self._tracer.start_span(name, start_time=at)
@@ -87,7 +87,7 @@ class Spans(Tracing):
             span.end(end_time=at)
 
     def close(self) -> None:
-        """Send the spans that are left."""
+        """Export the remaining spans."""
         self._provider.shutdown()
 
 

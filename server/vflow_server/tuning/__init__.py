@@ -1,1 +1,1 @@
-"""Looking for better strategies: how faithful the active one is on live turns, and searches for one that costs less."""
+"""Monitors how faithful the active strategy is on live turns, and searches for strategies that cost less."""

@@ -1,8 +1,7 @@
-"""The live watch: looks at a share of the turns to see how far their strategy strays from the unpruned model, and has a
-strategy that strays too far rolled back.
+"""The fidelity monitor: compares a share of the turns with the unpruned model.
 
-What it sees is kept as :class:`FidelityTotals` by strategy. Belongs to the event loop's
-thread, but for what turns call.
+It rolls the active strategy back if its mean cosine falls below a floor. Belongs to the event loop's thread, except the
+methods that turns call.
 """
 
 from __future__ import annotations
@@ -28,22 +27,22 @@ from vflowopt.runtime.model_runner import Runtime
 from vflowopt.search.replay import AnsweredTurn, Fidelity, Replay
 
 MOST_WAITING = 16
-"""Turns that wait to be looked at; what comes beyond is skipped."""
+"""Turns that may wait for their comparison; further ones are skipped."""
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass
 class FidelityTotals:
-    """Of a strategy, since the service started: counters and sums that only grow.
+    """Counters and sums of one strategy since the service started. They only grow.
 
     Attributes:
-        watched: turns that were looked at.
-        skipped: turns that were chosen, but could not be looked at: a picture was gone, or there was no room.
-        cosine_sum: of the turns that were looked at.
-        tokens: of their answers.
+        watched: turns that were compared.
+        skipped: turns that were chosen but not compared, because a picture was no longer held or too many turns waited.
+        cosine_sum: sum of the cosines of the turns that were compared.
+        tokens: tokens of their answers.
         tokens_agreed: see :class:`Fidelity`.
-        rollbacks: how often the strategy was rolled back for what was seen.
+        rollbacks: how often the monitor rolled the strategy back.
     """
 
     watched: int = 0
@@ -54,7 +53,7 @@ class FidelityTotals:
     rollbacks: int = 0
 
     def add(self, turn: Fidelity) -> None:
-        """Count a turn."""
+        """Add the result of a turn."""
         self.watched += 1
         self.cosine_sum += turn.cosine
         self.tokens += turn.tokens
@@ -67,26 +66,26 @@ class FidelityTotals:
 
     @property
     def agreement(self) -> float | None:
-        """Share of the answers' tokens that agree; None before the first."""
+        """Share of the answers' tokens that agree, 0 to 1; None before the first."""
         return self.tokens_agreed / self.tokens if self.tokens else None
 
 
 class FidelityMonitor:
-    """Looks at turns, one at a time, in idle time.
+    """Compares turns with the unpruned model, one at a time, in idle time.
 
     Args:
-        share: of the turns that are looked at, 0 to 1.
+        share: share of the turns to compare, 0 to 1.
         floor: mean cosine below which the active strategy is rolled back; None: it never is.
-        window: the latest turns of the active strategy that the mean is of; fewer never suffice.
-        engine: does the work.
+        window: number of the latest compared turns that the mean is taken of. With fewer turns nothing is rolled back.
+        engine: runs the comparisons.
         runtime: the model.
-        kv: makes room for it.
+        kv: frees KV pages for them.
         encoder: encodes the pictures again.
-        strategies: what is rolled back.
-        pictures: where the turns' pictures are still held.
+        strategies: the strategies; the active one may be rolled back.
+        pictures: holds the pictures of recent turns.
 
     Attributes:
-        totals: what was seen, by the resource names of strategies.
+        totals: the totals by resource name of the strategy.
     """
 
     def __init__(
@@ -115,21 +114,21 @@ class FidelityMonitor:
         self._waiting: asyncio.Queue[tuple[AnsweredTurn, Mapping[Identity, Picture]]] = asyncio.Queue(MOST_WAITING)
         self._enough = window
         self._window: deque[float] = deque(maxlen=window)
-        # Since when the window is open: another activation, even of the same strategy, begins a new one.
+        # The window belongs to this activation: another one, even of the same strategy, begins a new window.
         self._etag = strategies.etag
         self._resigned = False
 
     def chooses(self) -> bool:
-        """Whether to look at the turn that has just ended. For any thread."""
+        """Whether to compare the turn that has just ended. For any thread."""
         return random.random() < self._share
 
     def submit(self, turn: AnsweredTurn) -> None:
-        """Look at ``turn`` when there is time. For any thread."""
+        """Queue ``turn`` for comparison. For any thread."""
         with suppress(RuntimeError):  # the event loop is closed: the service has ended
             self._loop.call_soon_threadsafe(self._put, turn)
 
     async def watch_forever(self) -> None:
-        """Look at the turns that were taken."""
+        """Compare the turns that were submitted; never returns."""
         while True:
             turn, pictures = await self._waiting.get()
             totals = self.totals[turn.strategy_name]
@@ -151,7 +150,7 @@ class FidelityMonitor:
         for digest, detail in turn.pictures:
             if (picture := self._pictures.held(turn.tenant, digest)) is not None:
                 pictures[digest, detail] = picture.in_detail(detail)
-        # Of a video only the frames are held: turns about one are skipped.
+        # Turns with a video are skipped: of a video only the frames are held.
         if len(pictures) < len(turn.pictures) or self._waiting.full():
             self.totals[turn.strategy_name].skipped += 1
         else:
@@ -161,9 +160,9 @@ class FidelityMonitor:
         replay = Replay(self._runtime, turn, pictures)
 
         def work(emit: Callable[[object], None]) -> Steps[Fidelity]:
-            seen: list[Fidelity] = []
-            yield from idle_work(self._kv, self._encoder, replay.pieces(), lambda: replay.sequences, seen.append)
-            return seen[0]
+            results: list[Fidelity] = []
+            yield from idle_work(self._kv, self._encoder, replay.pieces(), lambda: replay.sequences, results.append)
+            return results[0]
 
         ticket = self._engine.submit(work, turn.tenant, background=True)
         try:
@@ -172,7 +171,7 @@ class FidelityMonitor:
             ticket.cancel()
 
     async def _judge(self, name: str, cosine: float) -> None:
-        """Take a turn of the strategy ``name`` into account; roll the active one back where it is too far off."""
+        """Add a turn of the strategy ``name`` to the window; roll the active strategy back if the mean is too low."""
         if self._etag != self._strategies.etag:
             self._etag = self._strategies.etag
             self._window.clear()
@@ -184,13 +183,13 @@ class FidelityMonitor:
         if self._floor is None or len(self._window) < self._enough or mean >= self._floor or self._resigned:
             return
         reason = (
-            f"the live watch saw a mean cosine of {mean:.4f} in the last {len(self._window)} watched turns, below the "
-            f"floor of {self._floor:g}"
+            f"the mean cosine of the last {len(self._window)} watched turns is {mean:.4f}, below the floor of "
+            f"{self._floor:g}"
         )
         try:
             restored = await self._strategies.roll_back(self._etag, reason)
         except ServiceError as error:
-            self._resigned = True  # it will not be different with the next turn
+            self._resigned = True  # the next turn would fail in the same way
             log.error(
                 "a strategy is below the floor, and stays active", strategy=name, mean_cosine=mean, because=str(error)
             )

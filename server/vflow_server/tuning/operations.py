@@ -1,7 +1,7 @@
-"""Long-running operations: the searches that were begun, what has become of them, and who may know of it.
+"""Long-running operations: the searches that were started, and their results.
 
-They outlive the process: one that was running when it ended is a failed one afterwards. Belongs to the event loop's
-thread, but for writing its file.
+They survive a restart: an operation that was running when the process ended has failed afterwards. Belongs to the event
+loop's thread, except for writing the file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vflow_server.store.files import WrittenByNewerRelease, check_schema, replac
 Metadata = strategies_pb2.RetuneMetadata
 
 MOST_ENDED = 100
-"""Operations that are remembered after their end; the oldest are forgotten first."""
+"""Number of ended operations that are remembered; beyond it the oldest are forgotten."""
 
 _SCHEMA = 1
 
@@ -38,14 +38,14 @@ class Operation:
 
     Args:
         name: its resource name.
-        number: operations count up in the order of their beginning.
-        tenant: whose it is.
-        metadata: how far it has come; whoever runs it keeps it current.
-        cancel: asks whoever runs it to end it.
+        number: position in the order in which operations were started.
+        tenant: the tenant that it belongs to.
+        metadata: its progress; the code that runs the search updates it.
+        cancel: asks the search to end.
 
     Attributes:
-        ended: set at its end.
-        deleted: whether it is to be forgotten as soon as it has ended.
+        ended: set when it has ended.
+        deleted: whether it is forgotten as soon as it has ended.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Operation:
         self._outcome: strategies_pb2.RetuneResponse | status_pb2.Status | None = None
 
     def end(self, outcome: strategies_pb2.RetuneResponse | status_pb2.Status) -> None:
-        """What it came to, or why it came to nothing."""
+        """Mark the operation as ended, with a result or an error."""
         self.metadata.phase = Metadata.ENDED
         self.metadata.ClearField("remaining")
         self.metadata.end_time.GetCurrentTime()
@@ -74,7 +74,7 @@ class Operation:
         self.ended.set()
 
     def message(self) -> operations_pb2.Operation:
-        """Its present state."""
+        """The present state as the contract's message."""
         message = operations_pb2.Operation(name=self.name, done=self.ended.is_set())
         message.metadata.Pack(self.metadata)
         if isinstance(self._outcome, status_pb2.Status):
@@ -85,7 +85,7 @@ class Operation:
 
     @classmethod
     def from_message(cls, message: operations_pb2.Operation, number: int, tenant: str) -> Operation:
-        """The operation in the state of ``message``; failed, if it was running."""
+        """The operation that ``message`` describes. One that was running has failed (OPERATION_INTERRUPTED)."""
         metadata = Metadata()
         message.metadata.Unpack(metadata)
         operation = cls(message.name, number, tenant, metadata)
@@ -103,10 +103,10 @@ class OperationStore:
     """The operations that are known.
 
     Args:
-        file: where they are kept; None keeps them in memory only.
+        file: stores them; None: they are in memory only.
 
     Raises:
-        WrittenByNewerRelease: the file is left as it is.
+        WrittenByNewerRelease: a newer release wrote the file, which stays unchanged.
     """
 
     def __init__(self, file: Path | None = None) -> None:
@@ -125,7 +125,7 @@ class OperationStore:
         """The operation ``name`` of ``tenant``.
 
         Raises:
-            NotFound: OPERATION_NOT_FOUND, as well for an operation of another tenant.
+            NotFound: OPERATION_NOT_FOUND, also for an operation of another tenant.
         """
         operation = self._operations.get(name)
         if operation is None or operation.tenant != tenant:
@@ -133,17 +133,17 @@ class OperationStore:
         return operation
 
     def begin(self, tenant: str, metadata: Metadata, cancel: Callable[[], None]) -> Operation:
-        """A new operation of ``tenant``; nobody may be told of it before :meth:`write` has returned."""
+        """Create an operation of ``tenant``. Do not return its name to a caller before :meth:`write` has returned."""
         name = f"operations/r{secrets.token_hex(8)}"
         operation = Operation(name, next(self._numbers), tenant, metadata, cancel)
         self._operations[name] = operation
         return operation
 
     async def end(self, operation: Operation, outcome: strategies_pb2.RetuneResponse | status_pb2.Status) -> None:
-        """End ``operation`` with a result, or with why there is none.
+        """End ``operation`` with a result or an error.
 
         Raises:
-            ServiceError: STORAGE_FAILED; it has ended all the same.
+            ServiceError: STORAGE_FAILED; the operation has ended all the same.
         """
         operation.end(outcome)
         if operation.deleted:
@@ -154,19 +154,23 @@ class OperationStore:
         await self.write()
 
     async def delete(self, operation: Operation) -> None:
-        """Forget ``operation``; one that is running goes on, and is forgotten at its end."""
+        """Forget ``operation``. One that is running continues, and is forgotten when it has ended.
+
+        Raises:
+            ServiceError: STORAGE_FAILED.
+        """
         operation.deleted = True
         if operation.ended.is_set() and self._operations.pop(operation.name, None) is not None:
             await self.write()
 
     async def write(self) -> None:
-        """Have the file say what is known now, so that it outlives the process.
+        """Write the present state of all operations to the file.
 
         Raises:
             ServiceError: STORAGE_FAILED.
         """
         if self._file is not None:
-            await asyncio.shield(self._write_to(self._file))  # a caller that leaves must not let two writes meet
+            await asyncio.shield(self._write_to(self._file))  # a cancelled caller must not let two writes overlap
 
     def _load(self, file: Path) -> None:
         operations: dict[str, Operation] = {}

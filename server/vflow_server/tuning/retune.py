@@ -1,6 +1,6 @@
-"""A retune: a search under way, followed from the event loop until a strategy has come of it, or nothing.
+"""Retunes: searches for a strategy, followed from the event loop until they end.
 
-One runs at a time. Belongs to the event loop's thread.
+Only one runs at a time. Belongs to the event loop's thread.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ Metadata = strategies_pb2.RetuneMetadata
 
 @dataclass(frozen=True)
 class RetuneOrder:
-    """What to search for, checked.
+    """A checked request for a search.
 
     Attributes:
-        budget: fraction of a picture's tokens to keep, averaged over the layers.
-        samples: what strategies are measured on.
-        trials: strategies to try.
-        seed: of the search.
-        base: the strategy to begin with.
-        name: resource name of the strategy to make; empty: made up.
+        budget: fraction of a picture's tokens to keep, averaged over the layers; between 0 and 1.
+        samples: the samples that strategies are measured on.
+        trials: number of strategies to try.
+        seed: seed of the search.
+        base: the strategy to start from.
+        name: resource name of the strategy to create; empty: one is generated.
     """
 
     budget: float
@@ -62,15 +62,15 @@ class RetuneOrder:
 
 
 class Retune:
-    """One search under way.
+    """One running search.
 
     Args:
-        order: what to search for.
-        ticket: of the search on the engine.
-        operation: by which it is followed; its metadata is kept current.
-        strategies: where what it finds goes.
-        data_digest: of the calibration samples.
-        model_revision: of the model that is searched for.
+        order: the request.
+        ticket: the ticket of the search on the engine.
+        operation: the operation by which callers follow the search; its metadata is kept current.
+        strategies: the result is added to them.
+        data_digest: digest of the calibration samples.
+        model_revision: revision of the model.
     """
 
     def __init__(
@@ -94,12 +94,12 @@ class Retune:
         self._stopping = False
 
     def stop(self) -> None:
-        """Ask for its end because the service ends."""
+        """End the search because the service stops."""
         self._stopping = True
         self._ticket.cancel()
 
     async def outcome(self) -> strategies_pb2.RetuneResponse | ServiceError:
-        """Follow the search to its end: what came of it, or why nothing did. What was best by then is kept."""
+        """Follow the search to its end; returns the result or the error. The best trial so far is stored either way."""
         failure: Exception | None = None
         try:
             async for progress in self._ticket.events():
@@ -108,7 +108,7 @@ class Retune:
         except Exception as error:
             failure = error
         try:
-            revision = await self._kept(draft=failure is not None)
+            revision = await self._store_best(draft=failure is not None)
         except Exception as error:
             revision, failure = None, error
         if revision is not None:
@@ -118,7 +118,7 @@ class Retune:
         return strategies_pb2.RetuneResponse(strategy=self.operation.metadata.best)
 
     def _note(self, progress: SearchProgress) -> None:
-        """Let the metadata say how far the search has come."""
+        """Update the metadata with the progress of the search."""
         metadata, trial = self.operation.metadata, progress.trial
         if progress.phase != metadata.phase:
             metadata.phase = progress.phase
@@ -136,8 +136,8 @@ class Retune:
         left = (time.monotonic() - self._searching_since) / done * (metadata.trials - done)
         metadata.remaining.FromMilliseconds(round(left * 1000))
 
-    async def _kept(self, *, draft: bool) -> StrategyRevision | None:
-        """The best trial as a strategy; None where there is none."""
+    async def _store_best(self, *, draft: bool) -> StrategyRevision | None:
+        """Store the best trial as a strategy; returns None if there is none."""
         if (best := self._best) is None:
             return None
         metadata, order = self.operation.metadata, self._order
@@ -155,9 +155,10 @@ class Retune:
         )
         description = f"{order.budget:.3g} of the tokens, found by {provenance.trials} trials from {order.base.name}"
         budget = f"{order.budget * 100:.4g}".replace(".", "-")
-        made_up = f"strategies/retuned-{budget}-{self.operation.name[-6:]}"
-        # The name that was asked for is left for a search that comes to its end, and may be taken by now.
-        name = made_up if draft or not order.name or self._strategies.has(order.name) else order.name
+        generated = f"strategies/retuned-{budget}-{self.operation.name[-6:]}"
+        # A draft does not use the requested name, which stays free for a search that completes. The name may also have
+        # been taken meanwhile.
+        name = generated if draft or not order.name or self._strategies.has(order.name) else order.name
         return await self._strategies.create(name, best.strategy, description, draft=draft, provenance=provenance)
 
     def _refusal(self, failure: Exception, draft: str) -> ServiceError:
@@ -178,12 +179,12 @@ class Retunes:
     """The retunes of one model.
 
     Args:
-        engine: does the work.
+        engine: runs the searches.
         runtime: the model.
-        kv: makes room for it.
+        kv: frees KV pages for them.
         encoder: encodes the samples' pictures.
-        strategies: where a search's result goes.
-        operations: by which searches are followed.
+        strategies: the results are added to them.
+        operations: the operations by which callers follow searches.
     """
 
     def __init__(
@@ -207,11 +208,11 @@ class Retunes:
 
     @property
     def running(self) -> Operation | None:
-        """The operation of the search that is under way; None where none is."""
+        """The operation of the running search; None if there is none."""
         return None if self._running is None else self._running.operation
 
     def check_free(self) -> None:
-        """Refuse a search beside another one.
+        """Check that no search is running.
 
         Raises:
             ServiceError: RETUNE_RUNNING, SERVER_STOPPING.
@@ -228,11 +229,11 @@ class Retunes:
             )
 
     async def begin(self, tenant: str, order: RetuneOrder) -> Operation:
-        """Begin a search of ``tenant``; returns once it is known to have begun even if the process ends.
+        """Start a search for ``tenant``; returns its operation once that is stored.
 
         Raises:
-            InvalidRequest: STRATEGY_INVALID where no strategy like the base has that budget.
-            ServiceError: RETUNE_RUNNING, SERVER_STOPPING, ENGINE_FAILED.
+            InvalidRequest: STRATEGY_INVALID if the budget is out of range or the base does not fit the model.
+            ServiceError: RETUNE_RUNNING, SERVER_STOPPING, ENGINE_FAILED, STORAGE_FAILED.
         """
         self.check_free()
         runtime = self._runtime
@@ -270,13 +271,13 @@ class Retunes:
         log.info("search begun", operation=operation.name, budget=order.budget, base=order.base.name)
         try:
             await self._operations.write()
-        except BaseException:  # whoever asked does not hear of it
+        except BaseException:  # the caller gets no operation to follow it by
             ticket.cancel()
             raise
         return operation
 
     async def close(self) -> None:
-        """Begin no more, and end the one that is under way; what it has found becomes a draft."""
+        """Start no more searches, and end the running one; the best strategy that it found becomes a draft."""
         self._closed = True
         if self._running is not None and self._following is not None:
             self._running.stop()

@@ -24,9 +24,9 @@ class SearchProgress:
     """How far a search has come.
 
     Attributes:
-        phase: what it is doing.
-        trial: that was just finished, if one was.
-        base_objective: of the strategy that the search began with, once it is known.
+        phase: the phase that it is in.
+        trial: the trial that has just finished, if any.
+        base_objective: objective of the strategy that the search started from; None until it is known.
     """
 
     phase: Metadata.Phase.ValueType
@@ -35,13 +35,13 @@ class SearchProgress:
 
 
 class Search:
-    """The work of one search. Emits :class:`SearchProgress` as it gets on; its result is the best trial.
+    """The work of one search. Emits :class:`SearchProgress`; its result is the best trial.
 
     Args:
-        kv: makes room for it.
+        kv: frees KV pages for it.
         encoder: encodes the samples' pictures.
-        calibration: what strategies are measured on.
-        tuner: the search itself, which measures on ``calibration``.
+        calibration: measures strategies on the samples.
+        tuner: the search, which measures with ``calibration``.
     """
 
     def __init__(self, kv: KVCacheManager, encoder: EncoderThread, calibration: Calibration, tuner: Tuner) -> None:
@@ -68,20 +68,20 @@ class Search:
         return self._tuner.best
 
     def _pieces(self, emit: Callable[[SearchProgress], None]) -> Generator[Trial | Pause, None, None]:
-        """The tuner's, saying in between what they are for."""
+        """The tuner's pieces; emits a change of phase before the first piece of each phase."""
         last = Metadata.PHASE_UNSPECIFIED
         with closing(self._tuner.steps()) as steps:
-            for said in steps:
+            for piece in steps:
                 if self._calibration.prepared:
                     phase = Metadata.SEARCHING
-                elif isinstance(said, Aside):
+                elif isinstance(piece, Aside):
                     phase = Metadata.ENCODING
                 else:
                     phase = Metadata.ANSWERING
                 if phase != last:
                     emit(self._progress(phase))
                     last = phase
-                yield said
+                yield piece
 
     def _progress(self, phase: Metadata.Phase.ValueType, trial: Trial | None = None) -> SearchProgress:
         return SearchProgress(phase, trial, self._tuner.base_objective)
