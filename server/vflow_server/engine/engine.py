@@ -141,7 +141,7 @@ class Ticket(Generic[E, R]):
         self._events.put_nowait(None)
 
 
-class Caller(Protocol):
+class Recipient(Protocol):
     """The part of a ticket that a task uses."""
 
     cancelled: bool
@@ -164,7 +164,7 @@ class Task:
         op: the op that the work waits for; None if the work can continue.
     """
 
-    def __init__(self, tenant: str, steps: Steps[None], ticket: Caller, *, counted: bool = True) -> None:
+    def __init__(self, tenant: str, steps: Steps[None], ticket: Recipient, *, counted: bool = True) -> None:
         self.tenant = tenant
         self.ticket = ticket
         self.counted = counted
