@@ -1,12 +1,12 @@
 """Calibration: how close a strategy stays to the unpruned model on pictures and questions of one's own.
 
-A sample is a sequence about one picture. The unpruned model holds it once, greedily; its answers and its last
-hidden state at the end of each prompt are the reference. A strategy then reads the same sequence, the reference's
-answers included, in a single prefill, and is looked at in all those places at once: later turns cost hardly anything,
-and count as much as the first one (method section 4).
+A sample is a picture with questions about it. The unpruned model answers them once, greedily. Its answers, and its last
+hidden state at the end of each prompt, are the reference. A strategy then prefills the same sequence in one pass, with
+the reference's answers in it, and its hidden states are compared at all those places at once. So later turns cost
+hardly anything, and count as much as the first one (method section 4).
 
-The work shares a runtime with others: it runs in bounded pieces (see :mod:`vflowopt.search.pause`), and between any two
-of them its sequences may be released by someone else.
+The work shares a runtime with others. It runs in pieces of bounded size (see :mod:`vflowopt.search.pause`), and between
+any two of them other work may release its sequences.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture
 from vflowopt.models import MultimodalModel
 from vflowopt.runtime.cache import PoolExhausted
+from vflowopt.runtime.generate import decode
 from vflowopt.runtime.model_runner import Runtime
+from vflowopt.runtime.sampling import Sampler
 from vflowopt.runtime.sequence import Sequence, tokens_in
 from vflowopt.search.pause import Aside, Pause, Shortage
 
 PIECE = 256
-"""First-stage tokens that one piece runs, if nothing else is asked for."""
+"""First-stage tokens that one piece runs by default."""
 
 PATIENCE = 16
-"""Shortages of pages within one piece after which it is given up."""
+"""Shortages of pages after which a piece is given up."""
 
 
 class CalibrationError(ValueError):
@@ -46,31 +48,32 @@ class CalibrationError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A sequence about one picture, without its answers.
-
-    Raises CalibrationError where there is no question.
+    """A picture and the questions about it.
 
     Attributes:
-        picture: shown in the first turn.
+        picture: the picture of the first turn.
         questions: one per turn.
+
+    Raises:
+        CalibrationError: there is no question.
     """
 
     picture: Picture
     questions: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        """Check that there is something to ask."""
+        """Check that there is a question."""
         if not self.questions:
             raise CalibrationError("a calibration sample needs at least one question about its picture")
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What the unpruned model makes of a sample.
+    """What the unpruned model answers to a sample.
 
     Attributes:
-        answers: per turn the tokens of its greedy answer, without the one that ended it.
-        states: float32 [turns, hidden], behind the last layer and its norm at the end of each prompt.
+        answers: per turn, the tokens of the greedy answer, without the one that ended it.
+        states: float32 [turns, hidden], the hidden states after the last layer and its norm at the end of each prompt.
     """
 
     answers: tuple[tuple[int, ...], ...]
@@ -79,16 +82,16 @@ class Reference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a strategy comes to on all samples.
+    """How a strategy does on all samples.
 
     Attributes:
-        visual_tokens: kept of a picture, averaged over decoder layers and samples.
+        visual_tokens: visual tokens kept of a picture, averaged over decoder layers and samples.
         visual_tokens_full: the same without pruning.
-        kv_bytes: of a picture's visual tokens, averaged over samples.
+        kv_bytes: KV bytes of a picture's visual tokens, averaged over samples.
         kv_bytes_full: the same without pruning.
         objective: mean cosine with the reference over all questions.
-        agreement: share of the questions with, greedily and word for word, the reference's answer, each asked after the
-            reference's answers to those before it.
+        agreement: share of the questions whose greedy answer equals the reference's, token by token. Each question is
+            asked after the reference's answers to the earlier ones.
     """
 
     visual_tokens: float
@@ -103,14 +106,14 @@ class Calibration:
     """Samples with their references. Use one of its generators at a time.
 
     Args:
-        runtime: the model; nothing else of the runtime is changed.
+        runtime: runs the model.
         samples: at least one.
-        new_tokens: of a reference's answer, at most.
-        piece: first-stage tokens of a piece. The text of one sequence is never cut, so it can make a piece longer.
+        new_tokens: tokens of a reference's answer at most, 1 at least.
+        piece: first-stage tokens of a piece. What is compared of one sequence runs in one piece, however long it is.
 
     Attributes:
         samples: as given.
-        sequences: what holds, or may hold, KV pages between two pieces. Anyone may release them there.
+        sequences: the sequences that may hold KV pages between two pieces. Other work may release them there.
 
     Raises:
         CalibrationError: there are no samples.
@@ -131,7 +134,7 @@ class Calibration:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the pictures' identities and the questions, in hex: equal for equal samples in equal order."""
+        """SHA-256, in hex, of the pictures' identities and the questions. The order of the samples counts."""
         content = [[*sample.picture.identity, *sample.questions] for sample in self.samples]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -156,11 +159,11 @@ class Calibration:
         return self._references
 
     def prepare(self) -> Iterator[Pause]:
-        """Encode each picture and hold each reference sequence, once. Goes on where a closed one stopped.
+        """Encode each picture and compute each reference, once. A new call goes on where a closed one stopped.
 
         Raises:
             PictureError: the model cannot take a picture of this shape.
-            PoolExhausted: a reference sequence did not find room in the KV pool, however often it was tried.
+            PoolExhausted: a sequence did not fit into the KV pool after all retries.
             CalibrationError: a sample is longer than the model's context.
         """
         for sample in self.samples[len(self._references) :]:
@@ -168,7 +171,7 @@ class Calibration:
                 encoding = Aside("encode", partial(_encode, self._runtime.model, sample.picture))
                 yield encoding
                 self._encoded.append(encoding.run())
-            reference = yield from self._hold(sample, self._encoded[len(self._references)])
+            reference = yield from self._refer(sample, self._encoded[len(self._references)])
             self._references.append(reference)
 
     def cosines(
@@ -177,31 +180,32 @@ class Calibration:
         """Compare hidden states under a strategy with the references', for some of the samples.
 
         Args:
-            strategy: what compresses the pictures.
+            strategy: compresses the pictures.
             numbers: which samples, all different; they must be prepared.
 
         Returns:
-            For each of them, in that order, the cosines at the end of its prompts, [turns].
+            For each of them, in that order, the cosines at the end of its prompts, float64 [turns].
 
         Raises:
-            PoolExhausted: a sequence did not find room, however often it was tried.
+            PoolExhausted: a sequence did not fit into the KV pool after all retries.
         """
-        seen = yield from self._read(strategy, numbers, answers=False)
-        return [_cosines(states, self._references[number]) for number, (states, _) in zip(numbers, seen, strict=True)]
+        read = yield from self._read(strategy, numbers, answers=False)
+        return [_cosines(states, self._references[number]) for number, (states, _) in zip(numbers, read, strict=True)]
 
     def compare(self, strategy: Strategy) -> Iterator[Pause | Comparison]:
-        """Read all samples under a strategy. The last value is the :class:`Comparison`, those before it are pauses.
+        """Compare a strategy with the references on all samples, which must be prepared.
 
-        The samples must be prepared.
+        Yields:
+            Pauses; the last value is the :class:`Comparison`.
 
         Raises:
-            PoolExhausted: a sequence did not find room, however often it was tried.
+            PoolExhausted: a sequence did not fit into the KV pool after all retries.
         """
         numbers = range(len(self.samples))
-        seen = yield from self._read(strategy, numbers, answers=True)
+        read = yield from self._read(strategy, numbers, answers=True)
         cosines: list[float] = []
         agrees: list[bool] = []
-        for number, (states, _) in enumerate(seen):
+        for number, (states, _) in enumerate(read):
             reference = self._references[number]
             by_turn = states.split([1 + len(answer) for answer in reference.answers])
             cosines += _cosines(torch.stack([turn[0] for turn in by_turn]), reference).tolist()
@@ -210,7 +214,7 @@ class Calibration:
             ]
         layers, bytes_per_token = self._runtime.layers, self._runtime.bytes_per_token()
         spans = strategy.spans(layers)
-        kept = float(np.mean([np.dot(counts, spans) / layers for _, counts in seen]))
+        kept = float(np.mean([np.dot(counts, spans) / layers for _, counts in read]))
         full = float(np.mean([len(encoded.layout) for encoded in self._encoded]))
         yield Comparison(
             visual_tokens=kept,
@@ -221,8 +225,8 @@ class Calibration:
             agreement=float(np.mean(agrees)),
         )
 
-    def _hold(self, sample: Sample, encoded: EncodedImage) -> Generator[Pause, None, Reference]:
-        """A sample's sequence with the unpruned model."""
+    def _refer(self, sample: Sample, encoded: EncodedImage) -> Generator[Pause, None, Reference]:
+        """Answer a sample's questions with the unpruned model."""
         strategy = Strategy.full()
         chat = self._runtime.chat
         image = compress(encoded, strategy, self._runtime.layers)
@@ -232,16 +236,20 @@ class Calibration:
             for turn, question in enumerate(sample.questions):
                 sequence.log += chat.turn(turn, [question] if turn else [image, question])
                 self._check_context(sample, sequence)
-                state = yield from self._state_at_the_end(sequence)
+                state, answer = yield from self._answer(sequence)
                 states.append(state)
-                answer: list[int] = []
-                while len(answer) < self._new_tokens and (token := self._next(state)) not in chat.stop_ids:
-                    answer.append(token)
-                    sequence.log.append(token)
-                    if len(answer) < self._new_tokens:
-                        state = yield from self._state_at_the_end(sequence)
-                answers.append(tuple(answer))
+                answers.append(answer)
         return Reference(tuple(answers), torch.stack(states))
+
+    def _answer(self, sequence: Sequence) -> Generator[Pause, None, tuple[Tensor, tuple[int, ...]]]:
+        """Answer greedily; the hidden state [hidden] at the end of the prompt, and the answer's tokens."""
+        prompt = len(sequence.log)
+        states: list[Tensor] = []
+        for forward in decode(sequence, self._runtime.chat, Sampler(), max_new_tokens=self._new_tokens):
+            state = yield from self._state_at_the_end(forward.sequence)
+            states.append(state)
+            (forward.token,) = self._most_likely(state[None])
+        return states[0], tuple(item for item in sequence.log[prompt:] if isinstance(item, int))
 
     def _check_context(self, sample: Sample, sequence: Sequence) -> None:
         needed = sequence.position + self._new_tokens
@@ -252,12 +260,9 @@ class Calibration:
             )
 
     def _state_at_the_end(self, sequence: Sequence) -> Generator[Pause, None, Tensor]:
-        (states,) = yield from self._look([sequence], [[len(sequence.log) - 1]])
+        """Run what is not cached of a sequence; the hidden state [hidden] at the end of its log, on the host."""
+        (states,) = yield from self._states([sequence], [[len(sequence.log) - 1]])
         return states[0]
-
-    def _next(self, state: Tensor) -> int:
-        """The most likely token after a hidden state [hidden]."""
-        return int(self._most_likely(state[None])[0])
 
     @torch.inference_mode()
     def _most_likely(self, states: Tensor) -> list[int]:
@@ -268,11 +273,11 @@ class Calibration:
         return tokens
 
     def _would_answer(self, states: Tensor, answer: abc.Sequence[int]) -> bool:
-        """Whether greedy decoding takes the tokens of ``answer`` one after the other, and then stops.
+        """Whether greedy decoding chooses the tokens of ``answer`` one after the other, and then stops.
 
         Args:
             states: [1 + answer, hidden], at the end of the prompt and at each token of the answer.
-            answer: cut off, rather than ended, where it is as long as answers may be.
+            answer: the reference's answer; one of the greatest length was cut off, and need not stop there.
         """
         *tokens, after = self._most_likely(states)
         return tokens == list(answer) and (after in self._runtime.chat.stop_ids or len(answer) == self._new_tokens)
@@ -280,30 +285,31 @@ class Calibration:
     def _read(
         self, strategy: Strategy, numbers: abc.Sequence[int], *, answers: bool
     ) -> Generator[Pause, None, list[tuple[Tensor, list[int]]]]:
-        """Read samples under a strategy, as many in one batch as make up a piece.
+        """Prefill samples under a strategy, as many in one batch as make up a piece.
 
         Args:
-            strategy: what compresses the pictures.
+            strategy: compresses the pictures.
             numbers: which samples.
-            answers: whether to look at all tokens of the answers, too, rather than at the ends of the prompts alone.
+            answers: whether to return the states at all tokens of the answers, too, and not only at the ends of the
+                prompts.
 
         Returns:
             For each sample the states [places, hidden], and the tokens kept of its picture in each stage.
         """
-        seen: list[tuple[Tensor, list[int]]] = []
+        read: list[tuple[Tensor, list[int]]] = []
         batch: list[_Reading] = []
         for number in numbers:
             reading = self._reading(strategy, number, answers=answers)
             yield None
             if batch and sum(each.sequence.pending_tokens for each in (*batch, reading)) > self._piece:
-                seen += yield from self._finish(batch)
+                read += yield from self._finish(batch)
                 batch = []
             batch.append(reading)
-        seen += yield from self._finish(batch)
-        return seen
+        read += yield from self._finish(batch)
+        return read
 
     def _reading(self, strategy: Strategy, number: int, *, answers: bool) -> _Reading:
-        """A sample as a log with the reference's answers, of which nothing is cached yet."""
+        """A sequence of a sample with the reference's answers; nothing of it is cached yet."""
         chat = self._runtime.chat
         sample, reference = self.samples[number], self._references[number]
         image = compress(self._encoded[number], strategy, self._runtime.layers)
@@ -320,13 +326,13 @@ class Calibration:
     def _finish(self, batch: abc.Sequence[_Reading]) -> Generator[Pause, None, list[tuple[Tensor, list[int]]]]:
         sequences = [reading.sequence for reading in batch]
         with self._holding_pages(sequences):
-            states = yield from self._look(sequences, [reading.places for reading in batch])
+            states = yield from self._states(sequences, [reading.places for reading in batch])
         return [(state, reading.kept) for state, reading in zip(states, batch, strict=True)]
 
-    def _look(
+    def _states(
         self, sequences: abc.Sequence[Sequence], places: abc.Sequence[abc.Sequence[int]]
     ) -> Generator[Pause, None, list[Tensor]]:
-        """Run what is not cached of sequences, piece by piece, and look at some places of their logs.
+        """Run what is not cached of sequences, piece by piece; the hidden states at some places of their logs.
 
         Returns:
             For each sequence the states [places, hidden], on the host.
@@ -351,7 +357,7 @@ class Calibration:
                 return [state.cpu() for state in states]
 
     def _approach(self, sequences: abc.Sequence[Sequence], places: abc.Sequence[int]) -> bool:
-        """Run a piece of what comes before ``places``, unless all that is left makes but one piece; whether it did."""
+        """Run a piece of what comes before ``places``, and return True; False if all that is left fits into one piece."""
         if sum(each.pending_tokens for each in sequences) <= self._piece:
             return False
         for each, place in zip(sequences, places, strict=True):
@@ -363,7 +369,7 @@ class Calibration:
 
     @contextmanager
     def _holding_pages(self, sequences: abc.Sequence[Sequence]) -> Iterator[None]:
-        """Show that sequences may hold pages; behind the block, however it is left, they hold none."""
+        """List sequences as possible holders of pages; when the block ends, for any reason, release them."""
         self.sequences += sequences
         try:
             yield
@@ -375,12 +381,12 @@ class Calibration:
 
 @dataclass(frozen=True, eq=False)
 class _Reading:
-    """A sample to be read under a strategy.
+    """A sample to be prefilled under a strategy.
 
     Attributes:
         sequence: its log is complete.
-        places: in the log, to look at.
-        kept: tokens of its picture in each stage.
+        places: items of the log whose hidden states are wanted.
+        kept: tokens kept of its picture in each stage.
     """
 
     sequence: Sequence
