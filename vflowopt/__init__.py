@@ -1,6 +1,6 @@
 """Visual token compression for large multimodal models, chosen without looking at the question (VFlowOpt).
 
-A picture is compressed once, when it arrives, and asked about as often as you like::
+A picture is compressed once, when it arrives. Any number of questions about it follow::
 
     from vflowopt import Picture, Runtime, generate
     from vflowopt.demo import model_path, picture_path
@@ -14,11 +14,14 @@ A picture is compressed once, when it arrives, and asked about as often as you l
         for piece in generate(runtime, sequence, runtime.chat.turn(turn, parts), max_new_tokens=16):
             print(piece, end="", flush=True)
 
-What is shown: :class:`Picture`, :class:`Video`. How much of it is kept: :class:`Strategy`. Which model reads it:
-:class:`Runtime`, made of a folder by :meth:`Runtime.load`, or of a model of Hugging Face's that is loaded already by
-:func:`wrap_model`. What is said and cached: :class:`Sequence`. What is answered: :func:`generate`.
+- :class:`Picture` and :class:`Video` are the input.
+- :class:`Strategy` says how many visual tokens each stage of the decoder keeps.
+- :class:`Runtime` runs a model. :meth:`Runtime.load` loads one from a folder; :func:`wrap_model` takes a Hugging Face
+  model that is already loaded.
+- :class:`Sequence` is the log of a conversation and its KV cache.
+- :func:`generate` answers.
 
-Without a runtime, :func:`compress` takes what a model's vision side made of a picture, an :class:`EncodedImage`, to a
+:func:`compress` needs no runtime: it turns an :class:`EncodedImage`, the output of a model's vision encoder, into a
 :class:`CompressedImage`.
 
 Every name is imported when it is first used: ``import vflowopt`` alone imports neither torch nor transformers.
@@ -90,7 +93,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    globals()[name] = value  # so that this function is not asked again
+    globals()[name] = value  # so that this function is called once for each name
     return value
 
 

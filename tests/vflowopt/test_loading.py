@@ -124,7 +124,7 @@ def test_a_strategy_that_does_not_fit_the_model_it_came_with(plain_folder: Path,
 
 def test_strategies_that_are_not_an_object(plain_folder: Path, tmp_path: Path) -> None:
     folder = with_strategies(plain_folder, tmp_path / "model", [json.loads(Strategy.preset(0.25, 6).to_json())])
-    with pytest.raises(ModelError, match="not an object of strategies by name; mend it"):
+    with pytest.raises(ModelError, match="not an object of strategies by name; correct it"):
         load_model(folder)
 
 

@@ -1,4 +1,4 @@
-"""Diversity: an order of the tokens in which none comes early that is like one before it.
+"""Diversity: an order of the tokens that puts a token later if it is similar to an earlier one.
 
 Not part of VFlowOpt as published. Importance alone keeps many tokens of the same bright patch; at a tenth of the tokens
 that costs more answers than the choice between importance measures does (``benchmarks/fidelity.py``). The trade-off is
@@ -59,11 +59,11 @@ def diversified(importance: Tensor, features: Tensor, structural: Tensor, count:
 
 
 def _next(relevance: Tensor, likeness: Tensor, directions: Tensor, weight: float, most: int) -> list[int]:
-    """The tokens that come next, in their order: as many as are certain from a look at the best few, ``most`` at most.
+    """The next tokens in order: as many as the scores of the best few tokens decide, and ``most`` at most.
 
-    A token's score only ever falls, by tokens that come before it. So whoever leads among the best few is the next one
-    of all, as long as the best of the others, as it stands, is behind. One look serves several tokens, and the many
-    others are compared with all of these in one product.
+    The score of a token only falls as other tokens come before it. So the first of the best few is the next of all
+    tokens as long as its score is above the present scores of all others. Several tokens are chosen this way, and then
+    the others are compared with all of them in one product.
     """
     scores = relevance - weight * likeness
     best = scores.argsort(descending=True, stable=True)[: _FEW + 1]
@@ -86,4 +86,4 @@ def _next(relevance: Tensor, likeness: Tensor, directions: Tensor, weight: float
 
 
 _FEW = 64
-"""How many tokens are looked at closely at a time."""
+"""How many of the best tokens are compared with each other at a time."""

@@ -1,7 +1,7 @@
 """Importance of visual tokens: context relevance plus patch entropy (VFlowOpt, arXiv 2508.05211; method section 1).
 
-One map is the tokens of one tile or frame, as the vision encoder saw it. No text is involved. Every function here also
-takes several maps at once, as leading dimensions; each map is then scored by itself.
+One map is the tokens of one tile or frame, as the vision encoder saw it. Importance needs no text. Every function here
+also takes several maps at once, as leading dimensions; each map is then scored by itself.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 GREY_LEVELS = 256
 
 _MOST_WEIGHTS = 1 << 26
-"""Attention weights of a map held at a time: a picture of 12 megapixels that is read whole would have 4 billion."""
+"""Attention weights of a map in memory at a time: a picture of 12 megapixels that is one map has 4 billion."""
 
 
 def head_averaged_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """Attention weights of one layer, averaged over its heads.
 
-    The heads are added up one at a time: heads x N x N is never held.
+    The heads are added up one at a time, so that heads x N x N weights are never in memory.
 
     Args:
         query: [..., heads, Q, head_dim].
@@ -79,7 +79,7 @@ def context_relevance(attention: Tensor, threshold: float) -> Tensor:
 
 
 def context_relevance_of(query: Tensor, key: Tensor, scale: float, threshold: float, patches: int) -> Tensor:
-    """:func:`context_relevance` of a map, of whose attention a block of rows is held at a time.
+    """:func:`context_relevance` of one map, with only a block of rows of its attention in memory at a time.
 
     Args:
         query: [heads, patches, head_dim], of one map; or [heads, 1, head_dim], whose attention then is the answer.

@@ -1,6 +1,6 @@
 """Where each visual token of a picture comes from: its grid, its cell, the pixels it covers.
 
-Knows nothing of models; an adapter (``vflowopt.models``) fills it in, pruning and recycling read it.
+It knows no models: an adapter (``vflowopt.models``) fills it in, and pruning and recycling read it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A picture's way from encoded tokens to a compressed image: score, choose stage by stage, recycle.
+"""From an encoded image to a compressed image: score, choose stage by stage, recycle.
 
-Needs no question and nothing of the decoder, so a picture is compressed once, when it arrives (VFlowOpt, method
-section 2). Knows no model family: it reads an :class:`EncodedImage`.
+It needs no question and nothing of the decoder, so a picture is compressed once, when it arrives (VFlowOpt, method
+section 2). It knows no model family: its input is an :class:`EncodedImage`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vflowopt.media.picture import Detail, Identity
 
 @dataclass(frozen=True, eq=False)
 class EncodedImage:
-    """What the vision side of a model makes of a picture or a video; independent of any strategy.
+    """The output of a model's vision encoder for a picture or a video; independent of any strategy.
 
     T maps (tiles or frames) of P patches each become N visual tokens of the decoder. In a video each is a token grid.
 
@@ -48,9 +48,9 @@ class EncodedImage:
             averages over it.
         positions: int64 [axes, N], where each token stands, counted from the picture's first position, for decoders
             whose positions have several axes (M-RoPE); None: one after another.
-        later: D, the decoder layers behind which further features of a token enter.
-        detail: how closely the picture was looked at.
-        frames: frames of the video that this is; 0 for a picture.
+        later: D, the number of decoder layers to whose outputs further features of a token are added.
+        detail: the detail in which the picture was encoded.
+        frames: number of frames of a video; 0 for a picture.
     """
 
     digest: str
@@ -72,7 +72,7 @@ class EncodedImage:
 
     @property
     def entering(self) -> Tensor:
-        """[N, hidden], what enters the first decoder layer."""
+        """[N, hidden], the input of the first decoder layer."""
         return self.embeddings[:, : self.embeddings.shape[1] // (1 + self.later)]
 
     @property
@@ -86,7 +86,7 @@ class EncodedImage:
         return int(self.places.max()) + 1
 
     def attention(self) -> Iterator[Tensor]:
-        """Attention of the scoring layer to the patches of each map, averaged over heads; one map at a time is held.
+        """Attention of the scoring layer to the patches of each map, averaged over heads, computed one map at a time.
 
         Returns:
             T times float32 [P, P], or [1, P] where the class token alone says what matters. Rows are queries; they sum
@@ -124,7 +124,7 @@ class CompressionTimings:
 
 @dataclass(frozen=True, eq=False)
 class CompressedImage:
-    """A picture or a video as the decoder will read it: what is kept in each stage of its N visual tokens.
+    """A picture or a video as the decoder reads it: which of its N visual tokens each stage keeps.
 
     Attributes:
         digest: SHA-256 of the picture's bytes, in hex.
@@ -136,9 +136,9 @@ class CompressedImage:
         embeddings: [len(kept[0]), hidden], or wider, like :attr:`EncodedImage.embeddings`.
         positions: int64 [len(kept[0])], or [axes, len(kept[0])], counted from the picture's first position.
         span: positions that the picture takes in its conversation.
-        timings: what the compression took.
-        detail: how closely the picture was looked at.
-        frames: frames of the video that this is; 0 for a picture.
+        timings: how long the compression took.
+        detail: the detail in which the picture was encoded.
+        frames: number of frames of a video; 0 for a picture.
     """
 
     digest: str
@@ -155,7 +155,7 @@ class CompressedImage:
 
     @property
     def identity(self) -> Identity:
-        """What the picture is called in caches."""
+        """The key of the picture in caches."""
         return self.digest, self.detail
 
     @property
@@ -176,7 +176,7 @@ def score(encoded: EncodedImage, strategy: Strategy) -> Tensor:
         float32 [N]; zero at structural tokens.
     """
     maps = encoded.context_relevance(strategy.threshold)
-    # Without weight the entropy adds nothing but its time: the published strategies all have alpha 0.
+    # With a weight of 0 the entropy need not be computed: the published strategies all have alpha 0.
     if strategy.alpha:
         entropy = _averaged_in_squares(patch_entropy(encoded.pixels, encoded.patch), encoded.merge)
         maps = importance(maps, entropy.flatten(1).to(maps.device), strategy.alpha)

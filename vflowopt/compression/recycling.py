@@ -1,4 +1,4 @@
-"""Recycling: what is dropped before the first layer lives on as averages over a coarse grid (VFlowOpt, section 3)."""
+"""Recycling: averages, over a coarse grid, of the tokens dropped before the first layer (method section 3)."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def recycle(
     """
     content = (~structural).nonzero().squeeze(-1)
     places = max(count - (len(structural) - len(content)), 0)
-    # From here on tokens are told by their rank among the content tokens: the first is the most important.
+    # From here on a token is identified by its rank among the content tokens: the first is the most important.
     ranked = content[(importance if ranks is None else ranks)[content].argsort(descending=True, stable=True)]
     if places >= len(ranked):
         return Recycled(torch.arange(len(structural), device=features.device), ranked[:0], features)

@@ -1,6 +1,6 @@
 """Packing: a compressed picture as the bytes of a safetensors file, and back, exactly. Never pickle.
 
-Equal pictures have equal bytes: what their compression took is left out, so that a file can be named by its content.
+Equal pictures have equal bytes: timings are left out, so that a file can be named by its content.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LAYOUT, _KEPT = "layout.", "kept."
 
 
 class PackingError(ValueError):
-    """Bytes that hold no compressed picture."""
+    """The bytes are no compressed picture."""
 
 
 def pack(image: CompressedImage) -> bytes:
@@ -47,7 +47,7 @@ def unpack(data: bytes) -> CompressedImage:
     """The picture that :func:`pack` made ``data`` of, on the host, with timings of zero.
 
     Raises:
-        PackingError: something else made it, or it is damaged.
+        PackingError: the bytes are no packed picture, or are damaged.
     """
     try:
         tensors: dict[str, Any] = load(data)

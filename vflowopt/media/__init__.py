@@ -1,1 +1,1 @@
-"""What a client sent: a picture or a video, decoded and checked."""
+"""The input of a model: a picture or a video, decoded and checked."""

@@ -1,7 +1,7 @@
-"""Picture: what a client sent, checked and decoded to upright 8-bit RGB.
+"""Picture: the bytes of an image file, checked and decoded to upright 8-bit RGB.
 
-Bytes come from anywhere: whatever is wrong with them ends in a PictureError, and a picture's size is known to be within
-the limits before any pixel is decoded.
+The bytes are not trusted: anything wrong with them raises a PictureError, and a picture's size is checked against the
+limits before any pixel is decoded.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 Detail = Literal["high", "low"]
-"""How closely a model looks at a picture: as closely as its image processor lets it, or at an overview alone."""
+"""How closely a model reads a picture: "high": as its image processor allows; "low": an overview alone."""
 
 Identity = tuple[str, Detail]
-"""What a picture is called in caches: the digest of its bytes, and how closely it is looked at."""
+"""The key of a picture in caches: the digest of its bytes, and its detail."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""The file formats that are read. Others that Pillow knows are refused: fewer decoders face foreign bytes."""
+"""The accepted file formats. Others that Pillow knows are refused, so that fewer decoders read untrusted bytes."""
 
-# How files of these formats begin, to tell a damaged picture from something that never was one.
+# How files of these formats begin, to distinguish a damaged picture from a file of another kind.
 _SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 
 _UPRIGHT = {
@@ -45,11 +45,11 @@ class PictureError(ValueError):
 
     ``reason`` is one of PICTURE_EMPTY, PICTURE_NOT_AN_IMAGE, PICTURE_TRUNCATED (cut off or damaged),
     PICTURE_UNSUPPORTED (a colour mode that has no way to RGB), PICTURE_TOO_LARGE (bytes), PICTURE_TOO_MANY_PIXELS,
-    PICTURE_TOO_SMALL (a side of 0) and PICTURE_TOO_NARROW; ``metadata`` holds the figures that the message speaks of.
+    PICTURE_TOO_SMALL (a side of 0) and PICTURE_TOO_NARROW; ``metadata`` holds the numbers in the message.
     """
 
     def __init__(self, reason: str, message: str, **metadata: object) -> None:
-        """Say why, in a word for programs and in a sentence for people."""
+        """Set the reason, a word for programs, and the message, a sentence for people."""
         super().__init__(message)
         self.reason = reason
         self.metadata = {name: str(value) for name, value in metadata.items()}
@@ -57,10 +57,10 @@ class PictureError(ValueError):
 
 @dataclass(frozen=True)
 class PictureLimits:
-    """What is accepted: bytes as sent, pixels once decoded, and the longer side as a multiple of the shorter.
+    """Limits of a picture: bytes of the file, pixels after decoding, and the ratio of the longer side to the shorter.
 
-    Whatever ``max_pixels`` says, Pillow's own guard against decompression bombs (179 million pixels) stays in force.
-    Narrower pictures than ``max_aspect`` allows would lose their shorter side when a model scales them down.
+    Pillow's own guard against decompression bombs (179 million pixels) applies with any ``max_pixels``. A picture
+    beyond ``max_aspect`` would lose its shorter side when a model scales it down.
     """
 
     max_bytes: int = 20 * 2**20
@@ -107,7 +107,7 @@ class Picture:
     Attributes:
         pixels: uint8 [height, width, 3], RGB, read-only.
         digest: SHA-256 of the bytes as sent, in hex.
-        detail: how closely to look at it.
+        detail: how closely a model reads it.
     """
 
     pixels: npt.NDArray[np.uint8]
@@ -116,11 +116,11 @@ class Picture:
 
     @property
     def identity(self) -> Identity:
-        """What the picture is called in caches."""
+        """The key of the picture in caches."""
         return self.digest, self.detail
 
     def in_detail(self, detail: Detail) -> Picture:
-        """The same picture, to be looked at so closely; the two share their pixels."""
+        """The same picture with another detail; the two share their pixels."""
         return self if detail == self.detail else replace(self, detail=detail)
 
     @property
@@ -161,7 +161,7 @@ class Picture:
                 raise _bomb(limits) from None
             except Exception as error:
                 raise _damaged(error) from None
-            limits.check(*image.size)  # decoders may correct what the header said
+            limits.check(*image.size)  # decoding may correct the size in the header
             turn = _UPRIGHT.get(_orientation(image))
             try:
                 rgb = _to_rgb(image)
@@ -198,7 +198,7 @@ def _open(data: bytes, limits: PictureLimits) -> Image.Image:
         return Image.open(BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
         raise _bomb(limits) from None
-    except Exception as error:  # Pillow's readers raise whatever they stumble on
+    except Exception as error:  # Pillow's readers raise exceptions of many types
         if data.startswith(_SIGNATURES):
             raise _damaged(error) from None
         raise PictureError(
@@ -243,8 +243,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _to_eight_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
     """Scale wide greys to 0..255, [height, width].
 
-    16-bit files say what white is. 32-bit and floating-point ones do not: the smallest customary range that holds all
-    values is taken (0..1 for floats, 0..255, 0..65535), else the picture's own range.
+    White is known in 16-bit files. In 32-bit and floating-point files it is not: the smallest usual range that includes
+    all values is taken (0..1 for floats, 0..255, 0..65535), or else the picture's own range.
     """
     if image.mode.startswith("I;16"):
         return np.rint(np.asarray(image).astype(np.float32) / 257).astype(np.uint8)
@@ -266,10 +266,11 @@ def _read_only(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 
 class _Quiet:
-    """Keeps Pillow's warnings about a file from the process: limits and errors say what a caller needs to know.
+    """Suppresses Pillow's warnings about a file: limits and errors already report what a caller needs.
 
-    Warning filters belong to the process, and two threads that swapped them in turn would leave the wrong ones behind.
-    So the first thread in sets them and the last one out puts them back; decoding itself stays parallel.
+    Warning filters belong to the whole process, so two threads that set and restore them in turn could restore the
+    wrong ones. Here the first thread to enter sets them, and the last one to leave restores them. Decoding stays
+    parallel.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,6 @@
-"""Video: a clip as a sequence of frames, each with the second at which it was seen.
+"""Video: a clip as a sequence of frames, each with its time in seconds.
 
-Which frames of a film are worth looking at is the caller's choice; so is decoding the film. What a model reads are
-pictures of one size, and when they were seen.
+The caller decodes the film and chooses the frames. A model reads pictures of one size, and their times.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ class VideoError(PictureError):
 
     ``reason`` is one of VIDEO_EMPTY, VIDEO_TOO_LONG (frames), PICTURE_TOO_MANY_PIXELS (of all frames together),
     VIDEO_FRAMES_UNEQUAL (of different sizes), VIDEO_TIMES_INVALID (not ascending from 0 on, or farther apart than the
-    model has positions for) and VIDEO_UNSUPPORTED (the model takes none); ``metadata`` holds the figures that the
-    message speaks of.
+    model has positions for) and VIDEO_UNSUPPORTED (the model takes no videos); ``metadata`` holds the numbers in the
+    message.
     """
 
 
 @dataclass(frozen=True)
 class VideoLimits:
-    """What is accepted: frames of a video, and pixels of all of them together."""
+    """Limits of a video: its frames, and the pixels of all frames together."""
 
     max_frames: int = 256
     max_pixels: int = 200_000_000
@@ -44,8 +43,8 @@ class Video:
     """The frames of one clip.
 
     Attributes:
-        frames: upright pictures of one size, in the order in which they were seen.
-        seconds: when each was seen, ascending, from the beginning of the clip.
+        frames: upright pictures of one size, in order.
+        seconds: the time of each frame from the beginning of the clip, ascending.
         digest: SHA-256 of the frames' digests and times, in hex.
     """
 
@@ -54,11 +53,11 @@ class Video:
     digest: str
 
     detail: Literal["high"] = "high"
-    """Videos are looked at as closely as the model's video processor lets it."""
+    """Always "high": a model reads a video as closely as its video processor allows."""
 
     @property
     def identity(self) -> Identity:
-        """What the video is called in caches."""
+        """The key of the video in caches."""
         return self.digest, self.detail
 
     @property
@@ -73,14 +72,14 @@ class Video:
 
     @property
     def frames_per_second(self) -> float:
-        """Frames in a second, in the mean; 1 for a single frame."""
+        """Frames per second, on average; 1 for a single frame."""
         if len(self.frames) == 1:
             return 1.0
         return (len(self.frames) - 1) / (self.seconds[-1] - self.seconds[0])
 
     @classmethod
     def of(cls, frames: Sequence[Picture], seconds: Sequence[float], limits: VideoLimits | None = None) -> Video:
-        """A video of these frames, seen at these seconds.
+        """A video of these frames at these seconds.
 
         Raises VideoError.
         """
@@ -146,4 +145,4 @@ def _check_times(frames: Sequence[Picture], seconds: Sequence[float]) -> None:
 
 
 Visual = Picture | Video
-"""What a conversation can be shown."""
+"""A visual part of a conversation."""

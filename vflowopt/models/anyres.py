@@ -1,7 +1,7 @@
 """AnyRes: an overview of the picture, and a mosaic of tiles of it at the best of several resolutions, unpadded.
 
-Every picture is read on its own as overview plus mosaic, however many there are in a conversation: only then can it be
-compressed when it arrives.
+Every picture is encoded as overview plus mosaic, however many pictures a conversation has. So its encoding does not
+depend on other pictures, and it can be compressed when it arrives.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class AnyResModel(TiledModel):
 
     def _cut(self, pixels: np.ndarray, detail: Detail, **options: Any) -> np.ndarray:
         if detail == "low":
-            options["image_grid_pinpoints"] = [[self.side, self.side]]  # the least mosaic to be cut in vain
+            options["image_grid_pinpoints"] = [[self.side, self.side]]  # the smallest mosaic, because it is thrown away
         tiles: np.ndarray = super()._cut(pixels, detail, **options)[0]  # of a batch of one picture
         return tiles[:1] if detail == "low" else tiles
 

@@ -1,4 +1,4 @@
-"""What the runtime needs of a model family, and nothing more."""
+"""The interface between the runtime and a model family."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from vflowopt.models.quantization import is_quantized, quantized_on
 from vflowopt.models.tokenizer import load_tokenizer
 
 LOW_DETAIL_TOKENS = 256
-"""Tokens with pixels that a picture takes at most in low detail, where a family sees pictures of any size.
+"""The most tokens with pixels of a picture in low detail, in families that take pictures of any size.
 
-As many as one tile of InternVL has; the overviews of LLaVA's families have more."""
+One tile of InternVL has as many; the overviews of the LLaVA families have more."""
 
 
 class MultimodalModel(ABC):
-    """One large multimodal model: a vision side that encodes pictures, a decoder that the runtime steps through.
+    """One large multimodal model: a vision encoder, and a decoder that the runtime runs layer by layer.
 
     Args:
         network: the whole model, as Hugging Face defines it.
@@ -43,20 +43,20 @@ class MultimodalModel(ABC):
         network: the whole model, as Hugging Face defines it.
         tokenizer: its tokenizer, with the chat template.
         processor: its image processor.
-        shared: whether somebody else uses the weights, too: then they must stay where they are.
-        image_token: the text by which its chat template stands for a picture.
-        video_mark: the text by which it stands for a video; None: the model takes none.
+        shared: whether another model uses the same weights: then they must not be moved.
+        image_token: the text that its chat template writes for a picture.
+        video_mark: the text that it writes for a video; None: the model takes no videos.
         decoder: the decoder stack, with ``layers``, ``embed_tokens``, ``norm`` and ``rotary_emb``.
         head: from last hidden states to logits over the vocabulary.
         heads: key-value heads of a decoder layer.
         head_dim: channels of such a head.
-        context: positions that the decoder was made for.
+        context: positions in the decoder's context.
         stop_ids: tokens that end an answer.
         scoring_layer: index of the vision tower's layer whose attention scores tokens.
     """
 
     family: ClassVar[str]
-    """What the family is called where people read it."""
+    """The family's name in messages."""
     architecture: ClassVar[Any]
     """Hugging Face's class of the whole model."""
 
@@ -114,13 +114,13 @@ class MultimodalModel(ABC):
             config: its configuration.
             device: where to load it.
             dtype: type of the weights that are not quantized.
-            quantization: what Hugging Face's quantizers are told; None: nothing is quantized that is not so already.
+            quantization: Hugging Face's quantization configuration; None: the weights stay as they are.
 
         Raises:
             ModelError: the model has something that is not supported.
             OSError, ValueError, KeyError, RuntimeError: Hugging Face's, where the files do not hold a whole model.
         """
-        cls._check_decoder(config.text_config)  # before gigabytes are read in vain
+        cls._check_decoder(config.text_config)  # before gigabytes of weights are read
         quantizing = quantized_on(device, config, quantization)
         network, report = cls.architecture.from_pretrained(
             model,
@@ -131,7 +131,7 @@ class MultimodalModel(ABC):
             **quantizing,
         )
         if missing := sorted(report["missing_keys"]):
-            # Hugging Face draws these at random and goes on: every answer would be nonsense.
+            # Hugging Face initialises missing weights at random: every answer would be nonsense.
             raise ModelError(
                 "MODEL_UNREADABLE",
                 f"the weights at {model!s} lack {len(missing)} that a {cls.family} model has, {missing[0]} for one; "
@@ -143,7 +143,7 @@ class MultimodalModel(ABC):
 
     @property
     def quantized(self) -> bool:
-        """Whether weights are quantized: others than Hugging Face's own modules then do products with them."""
+        """Whether weights are quantized: then a quantizer's modules, not torch's, multiply with them."""
         return is_quantized(self.network.config)
 
     @property
@@ -160,7 +160,7 @@ class MultimodalModel(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the decoder lives."""
+        """The decoder's device."""
         weight: Tensor = self.decoder.embed_tokens.weight
         return weight.device
 
@@ -175,7 +175,7 @@ class MultimodalModel(ABC):
         if not isinstance(documents, dict):
             raise ModelError(
                 "MODEL_UNSUPPORTED",
-                "vflow_strategies in the model's config.json is not an object of strategies by name; mend it, or "
+                "vflow_strategies in the model's config.json is not an object of strategies by name; correct it, or "
                 "remove it",
             )
         found = {}
@@ -187,7 +187,7 @@ class MultimodalModel(ABC):
                 raise ModelError(
                     "MODEL_UNSUPPORTED",
                     f"the strategy {name!r} under vflow_strategies in the model's config.json cannot be used: {error}; "
-                    "mend it, or remove it",
+                    "correct it, or remove it",
                 ) from error
         return found
 
@@ -199,7 +199,7 @@ class MultimodalModel(ABC):
 
     @staticmethod
     def too_narrow(picture: Picture) -> PictureError:
-        """The error that says that the image processor leaves nothing of a picture of this shape, or refuses it."""
+        """The error for a picture of a shape that the image processor refuses, or shrinks to nothing."""
         height, width = picture.pixels.shape[:2]
         return PictureError(
             "PICTURE_TOO_NARROW",
@@ -209,19 +209,19 @@ class MultimodalModel(ABC):
         )
 
     def _video_mark(self) -> str | None:
-        """The text by which the templates of this family stand for a video; None: the family takes none."""
+        """The text that the templates of this family write for a video; None: the family takes no videos."""
         return None
 
     def _template_writes(self, part: Mapping[str, str], mark: str) -> bool:
         try:
             text = self.tokenizer.apply_chat_template([{"role": "user", "content": [part]}], tokenize=False)
-        except Exception:  # a template is a program: it raises whatever it stumbles on
+        except Exception:  # a template is a program, and may raise any exception
             return False
         return mark in text
 
     @torch.inference_mode()
     def encode_video(self, video: Video) -> EncodedImage:
-        """Encode a video: each map is what the tower looks at by itself, a frame or some that follow each other.
+        """Encode a video: each map is what the tower encodes by itself, one frame or several consecutive ones.
 
         Raises:
             VideoError: the model takes no videos.
@@ -232,9 +232,10 @@ class MultimodalModel(ABC):
         return self._encode_video(video)
 
     def check_length(self, video: Video, tokens: int) -> None:
-        """Refuse a video of so many ``tokens``, before the tower looks at it, where the decoder was made for fewer.
+        """Refuse a video of more ``tokens`` than the decoder has positions, before the tower runs.
 
-        Positions of several axes may be fewer than tokens; then it is memory that such a video is refused for.
+        With positions of several axes a video takes fewer positions than tokens; such a video would take too much
+        memory.
 
         Raises:
             VideoError: VIDEO_TOO_LONG.
@@ -250,7 +251,7 @@ class MultimodalModel(ABC):
             )
 
     def _encode_video(self, video: Video) -> EncodedImage:
-        """What :meth:`encode_video` does, in families that have a mark for videos."""
+        """Implements :meth:`encode_video` in families that take videos."""
         raise self._takes_no_videos()
 
     def _takes_no_videos(self) -> VideoError:
@@ -266,5 +267,5 @@ class MultimodalModel(ABC):
         """Encode pictures, all their tiles in one batch, with the queries and keys of the scoring layer.
 
         Raises:
-            PictureError: a picture that the model's processor cannot bring to its shape.
+            PictureError: the model's processor cannot resize a picture to the shape it needs.
         """

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 and models built like it: a tower that looks at the picture once, as one square, and an MLP projector."""
+"""LLaVA-1.5 and models built like it: a tower that encodes the picture as one square, and an MLP projector."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vflowopt.models.tiled import TiledModel
 class Llava(TiledModel):
     """A model of the family ``llava``; see :class:`~vflowopt.models.tiled.TiledModel`.
 
-    What its image processor crops away (the ends of an oblong picture, with LLaVA-1.5's) no token covers.
+    No token covers what its image processor crops away (LLaVA-1.5's crops the ends of an oblong picture).
     """
 
     family = "LLaVA"

@@ -49,12 +49,12 @@ def load_model(
             where the machine reaches it).
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: a name of :data:`DTYPES`.
-        quantization: a name of :data:`vflowopt.models.quantization.QUANTIZATIONS`, for weights in fewer bits; None: as
-            they come, which may be quantized, too.
+        quantization: a name of :data:`vflowopt.models.quantization.QUANTIZATIONS`, to store the weights in fewer bits;
+            None: the weights stay as they are, which may be quantized already.
 
     Raises:
-        ModelError: there is no such model, its family is unknown, or its files do not hold a whole model that can be
-            talked to about pictures.
+        ModelError: there is no such model, its family is unknown, or its files are not a whole model with a chat
+            template that takes pictures.
     """
     if dtype not in DTYPES:
         raise ModelError("MODEL_UNSUPPORTED", f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
@@ -105,14 +105,15 @@ def load_model(
 
 
 def wrap_model(network: Any, tokenizer: Any, image_processor: Any) -> MultimodalModel:
-    """Take a model of a known family that is loaded already, and leave it as it is.
+    """Wrap a model of a known family that is loaded already, and leave it as it is.
 
-    Both use the same weights: no weight is held twice, and a change of one, by training for instance, shows in both.
-    Nothing else is shared. ``network`` keeps its attention implementation, its hooks and its mode, and still generates.
+    Both use the same weights: no weight is in memory twice, and a change of one model, for example by training, changes
+    both. Nothing else is shared. ``network`` keeps its attention implementation, its hooks and its mode, and can still
+    generate.
 
-    The decoder runs as Hugging Face's own modules, adapters included. A model of :func:`load_model` decodes faster
-    where its weights can be laid out anew. A Qwen-VL resizes frames to the family's default range of pixels; set
-    ``video_size`` of the result to change it.
+    The decoder runs as Hugging Face's own modules, adapters included. A model of :func:`load_model` decodes faster if
+    its weights can be fused. A Qwen-VL resizes frames to the family's default range of pixels; set ``video_size`` of
+    the result to change it.
 
     Args:
         network: Hugging Face's whole model, such as a ``LlavaOnevisionForConditionalGeneration``, all on one device.
@@ -144,13 +145,13 @@ def wrap_model(network: Any, tokenizer: Any, image_processor: Any) -> Multimodal
 
 
 def _view(network: nn.Module) -> nn.Module:
-    """Modules of their own over the very same weights and buffers."""
+    """New modules that share the weights and buffers."""
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     return copy.deepcopy(network, shared)
 
 
 def _check(model: str | Path, loaded: MultimodalModel) -> None:
-    """Raise ModelError for what else would only be met in the first turn of a user."""
+    """Raise ModelError for problems that would otherwise first appear in a user's turn."""
     _check_chat_template(model, loaded)
     _ = loaded.strategies
 
@@ -161,7 +162,7 @@ def _check_chat_template(model: str | Path, loaded: MultimodalModel) -> None:
     try:
         text = loaded.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
         problem = None if loaded.image_token in text else f"it does not write {loaded.image_token!r} for a picture"
-    except Exception as error:  # a template is a program: it raises whatever it stumbles on
+    except Exception as error:  # a template is a program, and may raise any exception
         problem = _first_line(error)
     if problem:
         raise ModelError(

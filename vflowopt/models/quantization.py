@@ -1,4 +1,4 @@
-"""Weights in fewer bits, by the quantizers that Hugging Face knows; nothing of that is done here."""
+"""Weights in fewer bits: the configuration of Hugging Face's quantizers, which do the work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ QUANTIZATIONS = ("8bit", "4bit")
 
 
 def quantization(name: str, config: Any, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """What Hugging Face is told to quantize weights.
+    """Hugging Face's configuration for quantizing weights.
 
     Args:
         name: one of :data:`QUANTIZATIONS`.
@@ -35,12 +35,12 @@ def quantization(name: str, config: Any, dtype: torch.dtype) -> BitsAndBytesConf
 
 
 def quantized_on(device: torch.device, config: Any, quantization: BitsAndBytesConfig | None) -> dict[str, Any]:
-    """What ``from_pretrained`` is told for a model with quantized weights; nothing for one without.
+    """The arguments of ``from_pretrained`` for a model with quantized weights; none for a model without.
 
     Args:
         device: where the weights are quantized, because they cannot always be moved afterwards.
         config: the model's configuration.
-        quantization: what they are quantized by while they are read; None: nothing is that is not so already.
+        quantization: quantizes the weights while they are read; None: the weights stay as they are.
 
     Raises:
         ModelError: what places weights is not installed.

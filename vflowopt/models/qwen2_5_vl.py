@@ -15,8 +15,8 @@ from vflowopt.models.qwen_vl import QwenVl
 class Qwen25Vl(QwenVl):
     """A model of the family ``qwen2_5_vl``; see :class:`~vflowopt.models.qwen_vl.QwenVl`.
 
-    Attention within a window says nothing of the picture as a whole: tokens are scored by the last layer that sees all
-    of it. The tower keeps the patches window by window all the way, and undoes it behind its last layer.
+    Attention within a window says nothing about the whole picture, so tokens are scored by the last layer with full
+    attention. The tower orders the patches window by window, and restores their order after its last layer.
     """
 
     family = "Qwen2.5-VL"

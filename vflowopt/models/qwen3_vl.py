@@ -18,9 +18,9 @@ from vflowopt.models.qwen_vl import QwenVl
 class Qwen3Vl(QwenVl):
     """A model of the family ``qwen3_vl``; see :class:`~vflowopt.models.qwen_vl.QwenVl`.
 
-    All features of a token lie side by side in its embedding: they are kept, dropped and averaged together.
+    All features of a token are side by side in its embedding: they are kept, dropped and averaged together.
 
-    Of a video every step of frames stands by itself, behind a text that says when it was seen.
+    Every step of a video is a part by itself, after a text with its time.
     """
 
     family = "Qwen3-VL"

@@ -31,7 +31,7 @@ from vflowopt.models.interface import LOW_DETAIL_TOKENS, MultimodalModel
 from vflowopt.models.video_size import video_size
 
 _MOST_PATCHES = 1 << 14
-"""Patches of a video that the tower looks at together, where a step has no more: it sees each step by itself."""
+"""Patches of a video in one batch of the tower, unless a step has more. Each step is encoded by itself."""
 
 
 class QwenVl(MultimodalModel):
@@ -48,7 +48,7 @@ class QwenVl(MultimodalModel):
     Attributes:
         merge: side, in patches, of the square that becomes one token.
         patch: side of a patch in pixels.
-        step: frames of a video that the tower takes in as one.
+        step: frames of a video that the tower encodes together.
         video_size: fewest and most pixels that frames are resized to, see :meth:`_frame_size`.
 
     Raises:
@@ -56,7 +56,7 @@ class QwenVl(MultimodalModel):
     """
 
     usual_video_size: ClassVar[tuple[int, int]] = (128 * 28**2, 768 * 28**2)
-    """What Hugging Face's video processor takes where the configuration names none."""
+    """The range that Hugging Face's video processor uses if the configuration names none."""
 
     def __init__(self, network: Any, tokenizer: Any, processor: Any) -> None:
         super().__init__(network, tokenizer, processor)
@@ -100,7 +100,7 @@ class QwenVl(MultimodalModel):
         return 0
 
     def _features(self, output: Any) -> Tensor:
-        """What the decoder takes in of the tower's output: [tokens, hidden], or wider (deepstack)."""
+        """The tower's output as the decoder's input: [tokens, hidden], or wider (deepstack)."""
         features: Tensor = output.pooler_output
         return features
 
@@ -163,7 +163,7 @@ class QwenVl(MultimodalModel):
             query=torch.cat(queries),
             key=torch.cat(keys),
             scale=self._attention.scaling,
-            # Of the frames that are taken in as one the first stands for all.
+            # Of the frames that are encoded together, the first one is scored for all.
             pixels=torch.from_numpy(np.ascontiguousarray(frames[:: self.step].transpose(0, 2, 3, 1))),
             patch=self.patch,
             arrange=partial(self._arrange, shape),
@@ -212,7 +212,7 @@ class QwenVl(MultimodalModel):
         return patches.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, channels * self.step * self.patch**2)
 
     def _positions_per_step(self, video: Video) -> float:
-        """How far apart frames that are taken in one after the other stand on the axis of time.
+        """The distance of consecutive steps on the axis of time.
 
         Raises:
             VideoError: the model has too few positions for that.

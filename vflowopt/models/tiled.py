@@ -1,7 +1,7 @@
-"""Families that cut a picture into square tiles, look at each by itself, and project what they see: LLaVA and its kin.
+"""Families that cut a picture into square tiles, encode each by itself, and project the features: LLaVA and others.
 
 A subclass says how a picture is cut and how the tiles' tokens are packed. Modules, geometry and packing are Hugging
-Face's own; importance goes through the very functions that pack the features, so map and tokens cannot drift apart.
+Face's own. Importance is packed by the same functions as the features, so the two always match.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from vflowopt.models.interface import MultimodalModel
 from vflowopt.models.tower import ClipTower, Tower
 
 SCORINGS = ("mean", "cls")
-"""Whose attention says what matters: that of all patches, which is the paper's way, or that of the class token."""
+"""Whose attention scores the tokens: that of all patches, as in the paper, or that of the class token."""
 
 
 class TiledModel(MultimodalModel):
-    """A model that looks at a picture tile by tile.
+    """A model that encodes a picture tile by tile.
 
     The configuration may name, under ``vflow_scoring_layer``, another layer to score tokens by than the last one whose
     output feeds the projector, and under ``vflow_scoring`` one of :data:`SCORINGS`.

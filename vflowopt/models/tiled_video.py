@@ -1,4 +1,4 @@
-"""Families that look at the frames of a video as they look at tiles: each by itself."""
+"""Families that encode the frames of a video like tiles: each by itself."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from vflowopt.media.video import Video
 from vflowopt.models.tiled import TiledModel, channels_last
 
 _MOST_FRAMES = 16
-"""Frames of a video that the tower looks at together: states of hundreds would take gigabytes."""
+"""Frames of a video that the tower encodes in one batch: the states of hundreds would take gigabytes."""
 
 
 class TiledVideoModel(TiledModel):
     """A model that takes videos, too. A subclass says how the frames' tokens are packed; see :class:`TiledModel`."""
 
     def _encode_video(self, video: Video) -> EncodedImage:
-        """Every frame is one tile, at which the tower looks by itself."""
+        """Every frame is one tile, which the tower encodes by itself."""
         begun = time.perf_counter()
         layout = self._layout_of_frames(video)
         self.check_length(video, len(layout))
@@ -51,7 +51,7 @@ class TiledVideoModel(TiledModel):
         )
 
     def _project_frames(self, features: Tensor) -> Tensor:
-        """Features of some frames to tokens; a family that pools them does it here, before more are looked at."""
+        """Features of some frames to tokens; a family that pools them does it here, before more are encoded."""
         return self._project(features)
 
     @abstractmethod

@@ -1,6 +1,6 @@
 """A vision tower, run only as far as a model's features and the scoring of its tokens need it.
 
-The layers are Hugging Face's. Their attention stays fused: scoring takes its own look at queries and keys.
+The layers are Hugging Face's. Their attention stays fused: scoring computes queries and keys by itself.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Tower:
         return scale
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Look at tiles.
+        """Encode tiles.
 
         Args:
             pixels: [tiles, 3, height, width], normalised.
@@ -87,7 +87,7 @@ class Tower:
         return layer.self_attn
 
     def _queries_and_keys(self, layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """What a layer would compare, of its input: each [tiles, heads, tokens, head_dim]."""
+        """The queries and keys of a layer, from its input: each [tiles, heads, tokens, head_dim]."""
         attention, normed = layer.self_attn, layer.layer_norm1(hidden)
         return (
             split_heads(attention.q_proj(normed), attention.num_heads),

@@ -1,4 +1,4 @@
-"""The range of pixels that a model's video processor brings frames to, where it is one.
+"""The range of pixels to which a model's video processor resizes frames.
 
 Hugging Face's video processors need torchvision, so their configuration is read without them, from the files that they
 would read it from.
@@ -15,7 +15,7 @@ from transformers.utils.hub import cached_file
 
 
 def video_size(model: str | Path, default: tuple[int, int]) -> tuple[int, int]:
-    """Fewest and most pixels; ``default`` where the model's files say nothing of them."""
+    """Fewest and most pixels; ``default`` if the model's files do not name them."""
     settings = _settings(model)
     size = settings.get("size") or {}
     return (

@@ -1,10 +1,10 @@
 """Attention of the decoder over the paged cache: registered with Hugging Face, called by its own layers.
 
-The decoder's layers stay Hugging Face's; they look attention up by name and pass keyword arguments through. So a
-forward pass over a ragged batch hands them the flat tokens of all sequences as *one* row, and the registered
-function writes the new keys and values into the caches and attends, sequence by sequence, to what each holds.
+Hugging Face's layers look attention up by name and pass keyword arguments through. A forward pass over a ragged batch
+gives them the tokens of all sequences as *one* row. The registered function writes the new keys and values to the
+caches, and then attends, sequence by sequence, to each sequence's context.
 
-Where everything lies is worked out once for all layers of a stage, in an :class:`AttentionPlan`.
+An :class:`AttentionPlan` computes the slots of a batch once for all layers of a stage.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PAGED = "vflow_paged"
 
 
 class Plan(Protocol):
-    """Where the tokens of a batch are written and read; made anew for each batch."""
+    """Where the keys and values of a batch are written and read; each batch has its own."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
         """See :meth:`AttentionPlan.attend`."""
@@ -34,12 +34,23 @@ class Plan(Protocol):
 class AttentionPlan:
     """Where the tokens of a flat batch are written and read, for a run of layers within which no cache changes stage.
 
+    A sequence with one token in the batch is a decode; one with more tokens is a prefill.
+
     Args:
         pool: the caches' pages.
         layers: the run of layers.
-        caches: the sequences of the batch, in order, with room reserved; those that bring a single token first.
-        counts: how many tokens each brings to these layers.
-        kernel: attends for those that bring a single token; None: stock attention does.
+        caches: the caches of the batch, in order, with pages reserved; decodes first.
+        counts: how many tokens each sequence runs in these layers.
+        kernel: computes the attention of the decodes; None: PyTorch's attention does.
+
+    Attributes:
+        pool: as given.
+        first_layer: the first layer of the run.
+        decodes: the number of decodes.
+        write_slots: int64 [layers, tokens], the slots of the new keys and values.
+        prefills: for each prefill, its tokens in the batch; the slots of its context, int64 [layers, context_len]; and
+            which of these each token attends to, bool [tokens, context_len]. Both are None if the context is nothing
+            but the tokens themselves.
     """
 
     def __init__(
@@ -67,18 +78,15 @@ class AttentionPlan:
             )
         ]
         self.write_slots = torch.from_numpy(np.concatenate(written, axis=1)).to(pool.keys.device)
-        """int64 [layers, tokens]."""
         self.prefills = self._plan_prefills(counts)
-        """Of each other sequence: its tokens in the batch; the slots [layers, context_len] of all it holds with them,
-        and which of these each token sees; None and None where its own tokens are all it holds."""
 
     def _plan_decodes(self, layers: int) -> np.ndarray:
-        """Where the single tokens go, int64 [layers, decodes].
+        """The slots of the decodes' tokens, int64 [layers, decodes]; also sets the decodes' block tables and mask.
 
-        Sequences that bring one token are attended to together, padded to the longest of them by whole pages.
+        The decodes attend together, padded to the longest of them by whole pages.
 
-        What pads a sequence is its own last page: whatever is wrong with the numbers of another (NaN times a weight
-        of zero is NaN), it stays there. Of that page, nothing that an earlier owner wrote is left.
+        A sequence is padded with its own last page, so that wrong numbers in another sequence (NaN times a weight of
+        zero is NaN) cannot reach it. That page holds nothing of an earlier owner: it was zeroed.
         """
         context_lens, size = self._context_lens[: self.decodes], self.pool.page_size
         num_blocks = -(-max(context_lens) // size)
@@ -93,13 +101,13 @@ class AttentionPlan:
         self.decode_block_tables = torch.from_numpy(pages).to(device)
         """int64 [layers, decodes, blocks]."""
         self.decode_context_lens = torch.tensor(context_lens)
-        """int64 [decodes], on the host."""
+        """int64 [decodes], on the host: the tokens of each context, the new one included."""
         self.decode_mask: Tensor | None = None
-        """[decodes, 1, 1, blocks * page_size], minus infinity where nothing is held; None where all is, or where a
-        kernel goes by the lengths."""
+        """[decodes, 1, 1, blocks * page_size], minus infinity after the end of each context; None if no context ends
+        before its blocks do, or if a kernel reads the lengths."""
         if self._kernel is None and any(length != num_blocks * size for length in context_lens):
-            held = np.arange(num_blocks * size) < np.array(context_lens)[:, None]
-            mask = np.where(held, np.float32(0), np.float32(-np.inf))[:, None, None]
+            valid = np.arange(num_blocks * size) < np.array(context_lens)[:, None]
+            mask = np.where(valid, np.float32(0), np.float32(-np.inf))[:, None, None]
             self.decode_mask = torch.from_numpy(mask).to(device, self.pool.keys.dtype)
         slots: np.ndarray = last * size + (np.array(context_lens) - 1) % size
         return slots
@@ -111,7 +119,7 @@ class AttentionPlan:
             tokens = slice(start, start + count)
             start += count
             if not count:
-                continue  # a chunk of a picture none of whose tokens has come this far
+                continue  # a chunk of a picture, and none of its tokens reaches this stage
             if count == end:
                 prefills.append((tokens, None, None))
             else:
@@ -121,7 +129,7 @@ class AttentionPlan:
         return prefills
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
-        """Causal attention of each sequence's new tokens over everything it holds in a layer.
+        """Write new keys and values to a layer, then attend causally from each new token to its sequence's context.
 
         Args:
             layer: the decoder layer.
@@ -140,7 +148,7 @@ class AttentionPlan:
         outputs = [self._attend_decodes(layer, query[: self.decodes], key.shape[1], scale)] if self.decodes else []
         for tokens, context_slots, mask in self.prefills:
             if context_slots is None:
-                # What was just computed is everything: no need to gather it again.
+                # The context is what was just computed: no need to gather it.
                 keys, values = key[tokens], value[tokens]
             else:
                 slots = context_slots[layer]
@@ -158,12 +166,12 @@ class AttentionPlan:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _attend_decodes(self, layer: int, query: Tensor, kv_heads: int, scale: float) -> Tensor:
-        """The sequences that bring one token: [decodes, heads, head_dim] to the same."""
+        """Attention of the decodes: [decodes, heads, head_dim] to the same shape."""
         pages = self.decode_block_tables[layer]
         if self._kernel is not None:
             size = self.pool.page_size
             return self._kernel(query, self.pool.keys, self.pool.values, pages, self.decode_context_lens, size, scale)
-        # Whole pages are gathered: they are long enough to be copied at the memory's speed.
+        # Whole pages are gathered: they are long enough to be copied at memory speed.
         keys, values = (
             store.view(self.pool.pages, -1)
             .index_select(0, pages.flatten())
@@ -199,7 +207,7 @@ def paged_attention(
         query: [1, heads, tokens, head_dim].
         key: [1, kv_heads, tokens, head_dim].
         value: [1, kv_heads, tokens, head_dim].
-        attention_mask: always None; what may be seen follows from the plan.
+        attention_mask: always None; the plan decides what each token attends to.
         plan: where the tokens are written and read.
         scaling: factor of the scores.
 

@@ -1,6 +1,6 @@
-"""What one sequence brings into a forward pass: the tokens of its log that its cache does not cover yet.
+"""Chunks: the tokens that one sequence adds to a forward pass, from the part of its log that is not cached yet.
 
-Knows positions and stages, but neither layers nor how tokens are embedded.
+A chunk knows positions and stages, but neither layers nor how tokens are embedded.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from vflowopt.runtime.sequence import CachedLength, Item, Sequence
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """What one sequence brings into a forward pass.
+    """The tokens that one sequence adds to a forward pass.
 
     Attributes:
-        sequence: whose it is.
-        pieces: token ids, and embeddings [n, hidden] of visual tokens, in order.
+        sequence: the sequence.
+        pieces: token ids, and embeddings [n, width] of visual tokens, in order.
         positions: int64 [tokens], or [axes, tokens].
-        last_stages: int64 [tokens], in which stage each token is still present; None where all go through.
+        last_stages: int64 [tokens], the last stage that each token reaches; None if all reach the last one.
         counts: how many tokens enter each stage.
-        to: how far the sequence's cache comes by them.
+        to: how much of the log is cached after the pass.
     """
 
     sequence: Sequence
@@ -37,11 +37,11 @@ class Chunk:
     to: CachedLength
 
     def __len__(self) -> int:
-        """Tokens."""
+        """The number of tokens that enter the first stage."""
         return int(self.positions.shape[-1])
 
     def staying(self, before: int, stage: int) -> np.ndarray | None:
-        """Which of the tokens present in stage ``before`` go on into ``stage``, bool [tokens]; None where all do."""
+        """Which of the tokens in stage ``before`` go on to ``stage``, bool [tokens in ``before``]; None if all do."""
         if self.last_stages is None or self.counts[before] == self.counts[stage]:
             return None
         staying: np.ndarray = self.last_stages[self.last_stages >= before] >= stage
@@ -54,17 +54,21 @@ class Chunk:
 
     @property
     def reaches_the_end(self) -> bool:
-        """Whether it runs the last of the log, through all layers."""
+        """Whether it runs the rest of the log, and some of its tokens reach the last layer."""
         return self.to.items == len(self.sequence.log) and self.counts[-1] > 0
 
     def commit(self) -> None:
-        """Count the tokens, all written by now, as cached."""
+        """Count the tokens as cached; their keys and values must be written."""
         self.sequence.cached = self.to
         self.sequence.cache.advance(self.counts)
 
 
 def next_chunk(sequence: Sequence, limit: int | None) -> Chunk:
-    """What a sequence has to run, at most ``limit`` tokens of the first stage.
+    """The next chunk of a sequence.
+
+    Args:
+        sequence: the sequence.
+        limit: the most first-stage tokens; None: all that are not cached.
 
     Raises:
         ValueError: the cache covers the whole log.
@@ -74,7 +78,7 @@ def next_chunk(sequence: Sequence, limit: int | None) -> Chunk:
         raise ValueError("the sequence has nothing to run: its cache covers its whole log")
     stages = len(sequence.cache.stages)
     if cached.items == len(log) - 1 and isinstance(token := log[-1], int):
-        # By far the most frequent case: one more token of an answer.
+        # The most frequent case: one more token of an answer.
         to = CachedLength(len(log), 0, cached.position + 1)
         return Chunk(sequence, [[token]], np.array([cached.position]), None, [1] * stages, to)
     pieces: list[list[int] | Tensor] = []
@@ -108,7 +112,7 @@ def next_chunk(sequence: Sequence, limit: int | None) -> Chunk:
 
 
 def joined(positions: abc.Sequence[np.ndarray]) -> np.ndarray:
-    """Positions [tokens] or [axes, tokens] behind each other; where some have axes, text stands at the same on all."""
+    """Concatenate positions [tokens] or [axes, tokens]; if some have axes, text has the same position on every axis."""
     axes = max(part.shape[:-1] for part in positions)
     if axes:
         positions = [np.broadcast_to(part, (*axes, part.shape[-1])) for part in positions]

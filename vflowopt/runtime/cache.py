@@ -1,11 +1,11 @@
 """The KV cache: one pool of fixed-size pages, and per sequence one block table and length per pruning stage.
 
 Pruning is piecewise constant in depth, so all layers of a stage hold the same tokens and share one length. A page holds
-``page_size`` tokens of *one* layer: stages of any depth, cut differently by different strategies, then live in one
-pool without fragmenting it. The cache stores physical slots only; positions are the sequence's business.
+``page_size`` tokens of *one* layer, so stages of any depth, from any strategies, share one pool without fragmenting it.
+The cache stores physical slots only; a :class:`vflowopt.runtime.sequence.Sequence` knows the positions.
 
-Pages are counted by reference. A fork shares all pages of its origin, and whoever writes into a page that others hold,
-too, gets a copy of it first.
+Pages are counted by reference. A fork shares all pages of its origin. A cache copies a shared page before it writes to
+it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 class PoolExhausted(RuntimeError):
-    """The pool has fewer free pages than were asked for; nothing was taken.
+    """The pool has fewer free pages than were asked for; none was acquired.
 
     Attributes:
         needed: pages asked for.
@@ -74,7 +74,7 @@ class PagePool:
                 f"a KV budget of {budget} bytes does not hold one page of {self.page_bytes} bytes; give it more"
             )
         shape = (self.pages * page_size, heads, head_dim)
-        # Not zeroed as a whole: a page is when it is taken, so memory is touched only as it is used.
+        # Not zeroed here: a page is zeroed when it is acquired, so memory is touched only when it is used.
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self._free = list(range(self.pages - 1, -1, -1))
@@ -82,7 +82,7 @@ class PagePool:
 
     @property
     def free_pages(self) -> int:
-        """Pages that nobody holds."""
+        """Pages without a reference."""
         return len(self._free)
 
     @property
@@ -92,20 +92,20 @@ class PagePool:
 
     @property
     def bytes_used(self) -> int:
-        """Bytes of the pages that are held, each counted once however many hold it."""
+        """Bytes of the pages in use, each counted once, however many references it has."""
         return (self.pages - len(self._free)) * self.page_bytes
 
     def acquire(self, count: int) -> list[int]:
-        """Take ``count`` free pages, with one reference each.
+        """Acquire ``count`` free pages, with one reference each and all slots zero.
 
         Raises:
-            PoolExhausted: fewer are free; nothing is taken then.
+            PoolExhausted: fewer pages are free; then none is acquired.
         """
         if count > len(self._free):
             raise PoolExhausted(count, len(self._free), self.pages)
         taken = self._free[len(self._free) - count :]
         del self._free[len(self._free) - count :]
-        # What the last owner left behind must not reach the new one: a masked NaN is still NaN times zero.
+        # Zeroed, so that nothing of the last owner reaches the new one: a masked NaN is still NaN times zero.
         fresh = self._on_device(taken)
         self.keys.view(self.pages, -1).index_fill_(0, fresh, 0)
         self.values.view(self.pages, -1).index_fill_(0, fresh, 0)
@@ -114,38 +114,38 @@ class PagePool:
         return taken
 
     def share(self, pages: Iterable[int]) -> None:
-        """Add a reference to pages that are held."""
+        """Add a reference to each of some pages in use."""
         for page in pages:
             self._references[page] += 1
 
     def shared(self, page: int, leaving: int = 0) -> bool:
-        """Whether more than one holds ``page``, once ``leaving`` of them do not any more."""
+        """Whether ``page`` has more than one reference, not counting ``leaving`` of them."""
         return self._references[page] - leaving > 1
 
     def release(self, pages: Iterable[int]) -> None:
-        """Drop a reference to each page; those that nobody holds any more become free."""
+        """Drop a reference to each page; a page without references becomes free."""
         for page in pages:
             self._references[page] -= 1
             if not self._references[page]:
                 self._free.append(page)
 
     def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
-        """Copy the contents of pages."""
+        """Copy the contents of each page of ``source`` to the page at the same place of ``target``."""
         from_pages, to_pages = self._on_device(source), self._on_device(target)
         for store in (self.keys, self.values):
             by_page = store.view(self.pages, -1)
             by_page.index_copy_(0, to_pages, by_page.index_select(0, from_pages))
 
     def _on_device(self, pages: Sequence[int]) -> Tensor:
-        """Pages as an index where they live, without waiting for the device."""
+        """Pages as an index on the pool's device, int64 [pages], without waiting for the device."""
         index = torch.tensor(pages, dtype=torch.int64, pin_memory=self.keys.is_cuda)
         return index.to(self.keys.device, non_blocking=True)
 
     def slots_of(self, pages: np.ndarray, tokens: range) -> np.ndarray:
-        """The slots, int64 [rows, tokens], of tokens that lie one after the other in each row of ``pages``.
+        """The slots, int64 [rows, tokens], of consecutive tokens in each row of ``pages``.
 
         Args:
-            pages: int64 [rows, n].
+            pages: int64 [rows, blocks].
             tokens: which tokens of a row.
         """
         places = np.arange(tokens.start, tokens.stop)
@@ -153,13 +153,13 @@ class PagePool:
         return np.ascontiguousarray(slots)
 
     def check_integrity(self, owners: Iterable[StagedCache]) -> None:
-        """Prove that each page is either free or held, exactly as often as ``owners`` hold it.
+        """Check that each page is free, or has as many references as ``owners`` have to it.
 
         Raises:
             AssertionError: a page is lost, or its references and its owners differ.
         """
-        held = Counter(page for owner in owners for page in owner.owned_pages())
-        wrong = [page for page in range(self.pages) if self._references[page] != held[page]]
+        owned = Counter(page for owner in owners for page in owner.owned_pages())
+        wrong = [page for page in range(self.pages) if self._references[page] != owned[page]]
         free = Counter(self._free)
         astray = [page for page in range(self.pages) if free[page] != (0 if self._references[page] else 1)]
         if wrong or astray:
@@ -171,41 +171,46 @@ class PagePool:
 class StageTable:
     """The block table and length that the layers of one stage share.
 
-    Attributes:
+    Args:
+        pool: where the pages come from.
         layers: the decoder layers of the stage.
-        length: tokens held.
-        pages: int64 [layers, blocks], the page of each block in each layer.
+
+    Attributes:
+        layers: as given.
+        length: cached tokens.
+        block_table: for each block of ``page_size`` tokens, its page in each layer.
+        pages: the same as int64 [layers, blocks].
     """
 
     def __init__(self, pool: PagePool, layers: range) -> None:
         self.pool = pool
         self.layers = layers
         self.length = 0
-        # One list of pages per layer would do; one per block is what growing, sharing and cutting touch.
+        # A list per block, and not per layer: growing, sharing and truncating work on whole blocks.
         self.block_table: list[list[int]] = []
         self.pages = np.empty((len(layers), 0), np.int64)
 
     def blocks_for(self, length: int) -> int:
-        """Blocks that ``length`` tokens take; a block is one page in each layer of the stage."""
+        """The number of blocks for ``length`` tokens; a block is one page in each layer of the stage."""
         return -(-length // self.pool.page_size)
 
     def pages_for(self, length: int) -> int:
-        """Pages, over all layers of the stage, that ``length`` tokens take."""
+        """The number of pages for ``length`` tokens, over all layers of the stage."""
         return self.blocks_for(length) * len(self.layers)
 
     def pages_to_write(self, more: int, leaving: Counter[int] | None = None) -> int:
-        """Pages to take before ``more`` tokens can be written: new ones, and a copy of a last block that is shared.
+        """Pages to acquire before ``more`` tokens can be written: for new blocks, and to copy a shared last block.
 
         Args:
             more: tokens to write.
-            leaving: how many of those who hold a page get a copy of it before; counts this one, too.
+            leaving: for each page, how many of its owners will copy it first; this call adds itself.
         """
         if not more:
             return 0
-        # Asked for every stage in every step: most often one more token fits into the last block.
-        place, room = divmod(self.length, self.pool.page_size)
+        # Called for every stage in every step: most often one more token fits into the last block.
+        place, used = divmod(self.length, self.pool.page_size)
         blocks = len(self.block_table)
-        fits = place < blocks and room + more <= (blocks - place) * self.pool.page_size
+        fits = place < blocks and used + more <= (blocks - place) * self.pool.page_size
         new = 0 if fits else (self.blocks_for(self.length + more) - blocks) * len(self.layers)
         if place == blocks:
             return new
@@ -217,7 +222,7 @@ class StageTable:
         return new + len(self.layers)
 
     def make_writable(self, pages: list[int]) -> None:
-        """Use exactly :meth:`pages_to_write` pages to make room for tokens that nobody else sees."""
+        """Add exactly :meth:`pages_to_write` pages, so that the next tokens are written to no shared page."""
         if not pages:
             return
         first, depth = len(self.block_table), len(self.layers)
@@ -230,7 +235,11 @@ class StageTable:
         self._update_pages(first)
 
     def truncate(self, length: int) -> None:
-        """Forget all but the first ``length`` tokens and give back the blocks that they do not reach."""
+        """Drop all but the first ``length`` tokens, and release the blocks after them.
+
+        Raises:
+            ValueError: there are fewer tokens.
+        """
         if length > self.length:
             raise ValueError(f"cannot truncate a stage of {self.length} tokens to {length}")
         self.length = length
@@ -241,7 +250,7 @@ class StageTable:
             self._update_pages(len(self.block_table))
 
     def fork(self) -> StageTable:
-        """A table over the same tokens, sharing every page that holds any."""
+        """A table over the same tokens, which shares their pages."""
         twin = StageTable(self.pool, self.layers)
         twin.length = self.length
         twin.block_table = [list(block) for block in self.block_table[: self.blocks_for(self.length)]]
@@ -250,7 +259,7 @@ class StageTable:
         return twin
 
     def slots(self, tokens: range | None = None) -> Tensor:
-        """The pool's slots, int64 [layers, tokens], of some tokens in each layer; by default of all that are held."""
+        """The pool's slots, int64 [layers, tokens], of some tokens in each layer; by default of all cached tokens."""
         slots = self.pool.slots_of(self.pages, range(self.length) if tokens is None else tokens)
         return torch.from_numpy(slots).to(self.pool.keys.device)
 
@@ -260,13 +269,13 @@ class StageTable:
         return self.pool.keys[slots], self.pool.values[slots]
 
     def _last_block_shared(self) -> bool:
-        """Whether the next token falls into a block that others hold, too."""
+        """Whether the next token falls into a block that is shared."""
         place = self.length // self.pool.page_size
         return place < len(self.block_table) and self.pool.shared(self.block_table[place][0])
 
     def _update_pages(self, first: int) -> None:
-        """Bring ``pages`` in line with the blocks, of which those before ``first`` are as they were."""
-        # Only what changed: a long sequence would pay for all its blocks with every page that it grows by.
+        """Update ``pages`` from the block table, whose blocks before ``first`` are unchanged."""
+        # Only what changed: otherwise each new block of a long sequence would cost as much as all its blocks.
         grown = np.array(self.block_table[first:], np.int64).reshape(-1, len(self.layers)).T
         self.pages = np.concatenate((self.pages[:, :first], grown), axis=1)
 
@@ -277,7 +286,12 @@ class StagedCache:
     Args:
         pool: where the pages come from.
         starts: first decoder layer of each stage, ascending, the first one 0.
-        layers: decoder layers in all.
+        layers: number of decoder layers.
+
+    Attributes:
+        pool: as given.
+        stages: the table of each stage.
+        stage_of_layer: the stage of each decoder layer.
     """
 
     def __init__(self, pool: PagePool, starts: Sequence[int], layers: int) -> None:
@@ -288,34 +302,34 @@ class StagedCache:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens held, per stage."""
+        """Cached tokens of each stage."""
         return tuple(stage.length for stage in self.stages)
 
     @property
     def bytes_held(self) -> int:
-        """Bytes of the pages held, shared ones included."""
+        """Bytes of the cache's pages, shared ones included."""
         return sum(len(stage.block_table) * len(stage.layers) for stage in self.stages) * self.pool.page_bytes
 
     @property
     def frees_pages(self) -> bool:
-        """Whether giving back the pages held would free any: some are shared with nobody."""
+        """Whether releasing the cache would free pages: some are not shared."""
         return any(not self.pool.shared(page) for page in self.owned_pages())
 
     def reserve(self, tokens: Sequence[int]) -> None:
-        """Make room for ``tokens[s]`` more tokens in each stage ``s``; lengths do not change yet.
+        """Acquire pages for ``tokens[s]`` more tokens in each stage ``s``; lengths do not change yet.
 
         Raises:
-            PoolExhausted: not enough free pages; nothing changed.
+            PoolExhausted: too few pages are free; nothing changed.
         """
         reserve([self], [tokens])
 
     def advance(self, tokens: Sequence[int]) -> None:
-        """Count ``tokens[s]`` tokens, written into room reserved before, as held."""
+        """Count ``tokens[s]`` tokens, written to pages reserved before, as cached."""
         for stage, more in zip(self.stages, tokens, strict=True):
             stage.length += more
 
     def truncate(self, lengths: Sequence[int]) -> None:
-        """Forget all but the first ``lengths[s]`` tokens of each stage and give back the pages they leave empty.
+        """Drop all but the first ``lengths[s]`` tokens of each stage ``s``, and release pages that become empty.
 
         Raises:
             ValueError: a stage holds fewer.
@@ -324,31 +338,31 @@ class StagedCache:
             stage.truncate(length)
 
     def free(self) -> None:
-        """Give back every page; the cache is empty and usable afterwards."""
+        """Release every page; the cache is empty and usable afterwards."""
         self.truncate([0] * len(self.stages))
 
     def fork(self) -> StagedCache:
-        """A second cache over the same tokens, sharing all pages until one of the two writes into one."""
+        """A second cache over the same tokens; a page is shared until one of the two writes to it."""
         twin = StagedCache(self.pool, [stage.layers.start for stage in self.stages], len(self.stage_of_layer))
         twin.stages = [stage.fork() for stage in self.stages]
         return twin
 
     def owned_pages(self) -> list[int]:
-        """Every page held, in no particular order."""
+        """Every page of the cache, in no particular order."""
         return [page for stage in self.stages for block in stage.block_table for page in block]
 
 
 def reserve(caches: Sequence[StagedCache], tokens: Sequence[Sequence[int]]) -> None:
-    """Make room for ``tokens[c][s]`` more tokens in stage ``s`` of each cache ``c``: in all of them, or in none.
+    """Acquire pages for ``tokens[c][s]`` more tokens in stage ``s`` of each cache ``c``: for all of them, or for none.
 
     Args:
         caches: all different, all of one pool.
         tokens: per cache and stage.
 
     Raises:
-        PoolExhausted: not enough free pages; nothing changed.
+        PoolExhausted: too few pages are free; nothing changed.
     """
-    # Of those who share a block, the last one to write into it keeps it.
+    # Of the caches that share a block, the last one to write to it keeps it and needs no copy.
     leaving: Counter[int] = Counter()
     stages = [stage for cache in caches for stage in cache.stages]
     counts = [count for each in tokens for count in each]

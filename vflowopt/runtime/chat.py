@@ -1,8 +1,8 @@
-"""From the parts of a chat turn to the items that a sequence's log grows by.
+"""From the parts of a chat turn to the items that are appended to a sequence's log.
 
-The model's own chat template (Jinja, beside its tokenizer) writes the control tokens. What a user typed never passes
-through the template: a mark of private-use characters does, and the text is put in its place afterwards. A text that
-holds special tokens is tokenized by itself, as plain text. So nothing a user types can act as control.
+The model's own chat template (Jinja, beside its tokenizer) writes the control tokens. The text of a user never passes
+through the template: a mark of private-use characters does, and the text replaces it afterwards. A text that contains
+special tokens is tokenized by itself, as plain text. So nothing that a user types can act as control.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from vflowopt.runtime.sequence import Item
 _MARK = "\ue000{}\ue001"
 _MARKS = re.compile("\ue000([0-9]+)\ue001")
 _LINE_END = "\n"
-"""What is read before a text that stands behind an answer: some text, of which nothing runs into the next."""
+"""Tokenized before a text that follows an answer: a text whose tokens never merge with those of the next one."""
 
 
 class ChatFormat:
-    """How one model writes sequences.
+    """The chat format of one model.
 
     Args:
-        tokenizer: with a chat template that takes contents as lists of parts.
+        tokenizer: its chat template takes contents as lists of parts.
         image_token: what the template writes for a picture.
         stop_ids: tokens that end an answer.
-        video_mark: what the template writes for a video, if it knows any.
+        video_mark: what the template writes for a video; None: the model takes no videos.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class ChatFormat:
         self.video_mark = video_mark
         self._marks = re.compile("|".join(re.escape(mark) for mark in (image_token, video_mark) if mark))
         self.stop_ids = stop_ids
-        # What a tokenizer puts before everything (Llama's and Mistral's do), unless the template itself writes it.
+        # Tokens that a tokenizer (Llama's, Mistral's) puts before everything, unless the template itself writes them.
         self._opening: list[int] = tokenizer("")["input_ids"]
         self._bos: str = tokenizer.bos_token or ""
         self._added = frozenset(tokenizer.added_tokens_decoder)
@@ -46,25 +46,25 @@ class ChatFormat:
     def turn(self, turns_before: int, parts: Sequence[str | CompressedImage], *, generate: bool = True) -> list[Item]:
         """The items that the next user turn adds to the log.
 
-        They begin by closing the answer before them, if there is one, as the template does.
+        They begin with the end of the answer before them, if there is one, as the template writes it.
 
         Args:
-            turns_before: finished turns in the log.
-            parts: text, pictures and videos as the user ordered them; the template may move text behind the others.
-            generate: with the prompt for an answer. False: only up to and including the last picture, for one
-                that arrives ahead of its question; the complete turn's items begin with exactly these.
+            turns_before: number of finished turns in the log.
+            parts: text, pictures and videos in the user's order; the template may move text behind the others.
+            generate: True: the whole turn, with the prompt for an answer. False: only up to and including the last
+                picture, for one that arrives before its question; the items of the whole turn begin with these.
 
         Raises:
             ValueError: ``generate`` is False and there is no picture.
         """
         visuals = [part for part in parts if isinstance(part, CompressedImage)]
         if not (visuals or generate):
-            raise ValueError("a turn without a picture has nothing to read ahead of its question")
+            raise ValueError("a turn without a picture has nothing to prefill before its question")
         marks = [self._mark(visual) for visual in visuals]
         rendered = self._rendered(turns_before, parts, marks)
         if self._marks.findall(rendered) != marks:
-            # Some templates put pictures before videos. What is read ahead of its question cannot move any more, so
-            # all stay in the order in which they came.
+            # Some templates put pictures before videos. What was prefilled before its question cannot move any more,
+            # so all stay in the order in which they came.
             marks = [self.image_token] * len(visuals)
             rendered = self._rendered(turns_before, parts, marks)
         items: list[Item] = [] if turns_before or rendered.startswith(self._bos) else [*self._opening]
@@ -81,15 +81,15 @@ class ChatFormat:
         return self.video_mark if visual.frames and self.video_mark else self.image_token
 
     def text(self, text: str) -> list[int]:
-        """Token ids of what a user typed; special tokens in it are plain text."""
+        """Token ids of a user's text; special tokens in it are plain text."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return ids
 
     def _segment(self, rendered: str, parts: Sequence[object], behind: str) -> list[int]:
         """Token ids of rendered text: control text, and marks for the texts in ``parts``.
 
-        Read in one go, as Hugging Face does, since how words fall into tokens depends on what is before them. Only
-        where a user's text poses as control is every piece read by itself.
+        All pieces are tokenized together, as Hugging Face does it, because the tokens of a word depend on what is
+        before it. Only if a user's text contains special tokens is every piece tokenized by itself.
         """
         chunk = [int(piece) if place % 2 else piece for place, piece in enumerate(_MARKS.split(rendered)) if piece]
         texts = [str(parts[piece]) if isinstance(piece, int) else piece for piece in chunk]
@@ -104,15 +104,15 @@ class ChatFormat:
         ]
 
     def _read(self, text: str, behind: str = "") -> list[int]:
-        """Token ids of control text, as they are behind other text.
+        """Token ids of control text that follows the text ``behind``.
 
-        The tokenizers of Llama and its kin write a space before a text's first word, and before no other.
+        The tokenizers of Llama and related models add a space before the first word of a text, and before no other.
         """
         before: list[int] = self.tokenizer(behind, add_special_tokens=False)["input_ids"] if behind else []
         ids: list[int] = self.tokenizer(behind + text, add_special_tokens=False)["input_ids"]
         if ids[: len(before)] == before:
             return ids[len(before) :]
-        return self._read(text)  # they run into each other
+        return self._read(text)  # tokens of the two merged
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated tokens, without special ones."""
@@ -122,7 +122,7 @@ class ChatFormat:
     def _rendered(self, turns_before: int, parts: Sequence[str | CompressedImage], marks: Sequence[str]) -> str:
         """The template's text of this turn, from the end of the previous answer on.
 
-        User text is there as marks; what is shown is asked for by the kind that ``marks`` say, in turn.
+        Marks stand for the user's texts. ``marks`` says in order whether each visual is a picture or a video.
         """
         kinds = iter("image" if mark == self.image_token else "video" for mark in marks)
         content = [

@@ -1,12 +1,12 @@
 """Decode steps on a CUDA device as one launch: CUDA graphs over fixed batch sizes.
 
-A decode step of a small batch is hundreds of short kernels, and starting them takes the host longer than running them
-takes the device. A CUDA graph starts them all at once, but reads and writes only where it did when it was captured, and
-has one shape. So there is a graph for each of a few batch sizes and rooms, each with buffers of its own, and a batch
-runs in the smallest graph that it fits into.
+A decode step of a small batch is hundreds of short kernels. The host takes longer to start them than the device takes
+to run them. A CUDA graph starts them all at once, but it has one shape, and reads and writes only the addresses that it
+was captured with. So there is a graph for each of a few batch sizes and capacities, each with buffers of its own, and a
+batch runs in the smallest graph that it fits into.
 
-The layers need no plan for each stage here: a graph has a row of pages and a length for each *layer* and sequence,
-so that sequences of any strategies share it.
+A graph has a block table and a context length for each *layer* and sequence, and not for each stage, so that sequences
+of any strategies share it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from vflowopt.runtime.cache import PagePool, StagedCache
 from vflowopt.runtime.varlen_attention import PageAccess, to_device, varlen_attention
 
 SIZES = (1, 2, 4, 8, 16, 32)
-"""Sequences that graphs are made for."""
+"""Batch sizes of the graphs."""
 
 _MOST_COPIED = 8
-"""Pages that a graph may copy for each page that is held, where its kernel does not read them where they are."""
+"""How many pages a graph may copy for each page of the batch, if its kernel cannot read pages in place."""
 
 Rotary = tuple[Tensor, ...]
 """What the layers need of the tokens' positions."""
@@ -35,19 +35,22 @@ Rotary = tuple[Tensor, ...]
 class DecodePlan:
     """Where one new token of each of a fixed number of sequences is written, and what it attends to.
 
-    Like :class:`vflowopt.runtime.attention.AttentionPlan`, but for all layers, and with everything in buffers that stay
-    in place from step to step.
+    Like :class:`vflowopt.runtime.attention.AttentionPlan`, but for all layers, and with buffers that keep their
+    addresses from step to step.
 
     Args:
         pool: the caches' pages.
-        layers: decoder layers.
-        batch: sequences.
-        blocks: most pages that a sequence holds in a layer, with its new token.
+        layers: number of decoder layers.
+        batch: number of sequences.
+        blocks: the most blocks of a sequence, its new token included.
         access: how the variable-length kernel reads the cache; None: scaled dot-product attention over copies.
 
     Attributes:
-        pages: int32 [layers, batch, blocks].
-        context_lens: int32 [layers, batch], tokens that each sequence holds, the new one included.
+        pool: as given.
+        access: as given.
+        capacity: the most tokens of a sequence, the new one included.
+        pages: int32 [layers, batch, blocks], the block tables.
+        context_lens: int32 [layers, batch], the tokens of each context, the new one included.
     """
 
     def __init__(self, pool: PagePool, layers: int, batch: int, blocks: int, access: PageAccess | None) -> None:
@@ -64,14 +67,14 @@ class DecodePlan:
         self._made_of: list[list[np.ndarray]] = [[] for _ in range(batch)]
 
     def fill(self, caches: Sequence[StagedCache]) -> None:
-        """Bring pages and lengths in line with ``caches``, one for each row, with room reserved for a token."""
+        """Set pages and lengths from ``caches``, one for each row, each with pages reserved for one more token."""
         context_lens = np.empty(self.context_lens.shape, np.int32)
         changed = False
         for row, cache in enumerate(caches):
             for stage in cache.stages:
                 context_lens[stage.layers.start : stage.layers.stop, row] = stage.length + 1
-            # A table's array is replaced whenever its blocks change and never written to: while a row was made of the
-            # very same arrays, it is right.
+            # A table replaces its array whenever its blocks change, and never writes to it. So a row made from the
+            # same arrays is up to date.
             arrays = [stage.pages for stage in cache.stages]
             if [*map(id, arrays)] != [*map(id, self._made_of[row])]:
                 self._lay_out(row, cache)
@@ -86,11 +89,11 @@ class DecodePlan:
             own = stage.pages[:, : self._laid_out.shape[2]]
             pages = self._laid_out[stage.layers.start : stage.layers.stop, row]
             pages[:, : own.shape[1]] = own
-            # What pads a sequence is its own last page: nothing of another reaches it, be it masked or not.
+            # A sequence is padded with its own last page: no numbers of another reach it, masked or not.
             pages[:, own.shape[1] :] = own[:, -1:]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
-        """Attention of each sequence's new token over everything it holds in a layer.
+        """Write new keys and values to a layer, then attend from each sequence's new token to its context.
 
         Args:
             layer: the decoder layer.
@@ -142,14 +145,14 @@ class DecodePlan:
 Step = Callable[[Tensor, Rotary, DecodePlan], Tensor]
 """From token ids int32 [batch], what the layers need of their positions, and the plan, to logits [batch, vocabulary].
 
-It must be the same operations on the same shapes each time, and must not wait for the device.
+It must run the same operations on the same shapes each time, and must not wait for the device.
 """
 
 
 class DecodeGraph:
-    """A decode step of a fixed number of sequences with a fixed most room, captured when it first runs.
+    """A decode step of a fixed number of sequences with a fixed capacity, captured when it first runs.
 
-    Off a CUDA device, or where the step cannot be captured, it is run each time instead.
+    Without a CUDA device, or if the step cannot be captured, the step runs without a graph.
 
     Args:
         plan: where it writes and reads.
@@ -169,7 +172,7 @@ class DecodeGraph:
         self._logits: Tensor
 
     def run(self, caches: Sequence[StagedCache], tokens: Sequence[int], rotary: Rotary) -> Tensor:
-        """Run a token of each sequence; logits [batch, vocabulary], which the next run of any graph overwrites."""
+        """Run one token of each sequence; logits [batch, vocabulary], which the next run of any graph overwrites."""
         self._plan.fill(caches)
         self._tokens.copy_(to_device(np.array(tokens, np.int32), self._tokens.device), non_blocking=True)
         for buffer, part in zip(self._rotary, rotary, strict=True):
@@ -183,7 +186,7 @@ class DecodeGraph:
         return self._logits
 
     def _capture(self) -> None:
-        """Run the step, for what is made when it first runs, and capture it.
+        """Run the step, so that everything it allocates once exists, and then capture it.
 
         It may run any number of times: it writes the same numbers to the same slots.
         """
@@ -207,13 +210,13 @@ class DecodeGraph:
 
 
 class DecodeGraphs:
-    """Runs decode steps of any sequences, by graphs that are made as they are needed.
+    """Runs decode steps of any sequences, with graphs that are made when they are first needed.
 
     Args:
         pool: the caches' pages.
-        layers: decoder layers.
-        rotary: what the layers need of positions, int64 [tokens] on the host (pinned, where there is a CUDA device);
-            tensors whose shapes depend on the number of tokens alone.
+        layers: number of decoder layers.
+        rotary: from positions, int64 [tokens] on the host (pinned if there is a CUDA device), to what the layers need
+            of them: tensors whose shapes depend on the number of tokens alone.
         step: the decode step.
         access: how the variable-length kernel reads the cache, as :func:`vflowopt.runtime.varlen_attention.page_access`
         says.
@@ -237,23 +240,22 @@ class DecodeGraphs:
         self._memory = torch.cuda.graph_pool_handle() if pool.keys.is_cuda else None
 
     def suit(self, caches: Sequence[StagedCache]) -> bool:
-        """Whether there is a graph for so many sequences that would not copy far more than they hold.
+        """Whether there is a graph for this many sequences that would not copy far more pages than they have.
 
-        A graph has as much room for each as for the longest: a few words beside a long document are better run as they
-        are.
+        A graph has the same capacity for every sequence. A short sequence beside a very long one is better run without.
         """
         if len(caches) > SIZES[-1]:
             return False
         size, capacity = self._shape(caches)
-        held = sum(stage.blocks_for(stage.length + 1) * len(stage.layers) for cache in caches for stage in cache.stages)
-        return self._access == "paged" or size * capacity * self._layers <= _MOST_COPIED * held
+        pages = sum(stage.pages_for(stage.length + 1) for cache in caches for stage in cache.stages)
+        return self._access == "paged" or size * capacity * self._layers <= _MOST_COPIED * pages
 
     @torch.inference_mode()
     def run(self, caches: Sequence[StagedCache], tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """Run one token of each sequence, writing into room that is reserved; the lengths do not change.
+        """Run one token of each sequence, and write it to pages that are reserved; the lengths do not change.
 
-        Rows that are left over repeat the sequence that holds least: they write the same numbers to the same
-        slots, so they need no pages of their own.
+        Rows that are left over repeat the shortest sequence. They write the same numbers to the same slots, so they
+        need no pages of their own.
 
         Args:
             caches: the sequences, all different; :meth:`suit` says whether there is a graph for them.
@@ -261,7 +263,7 @@ class DecodeGraphs:
             positions: its position.
 
         Returns:
-            Logits [sequences, vocabulary].
+            float32 logits [sequences, vocabulary].
         """
         size, capacity = self._shape(caches)
         least = min(range(len(caches)), key=lambda index: sum(caches[index].lengths))
@@ -275,7 +277,7 @@ class DecodeGraphs:
         return logits[: len(caches)].clone()
 
     def _shape(self, caches: Sequence[StagedCache]) -> tuple[int, int]:
-        """Sequences and pages a row of the smallest graph for ``caches`` with a token more each."""
+        """Batch size and blocks per sequence of the smallest graph for ``caches`` with one more token each."""
         size = next(size for size in SIZES if size >= len(caches))
         blocks = max(stage.blocks_for(stage.length + 1) for cache in caches for stage in cache.stages)
         return size, 1 << (blocks - 1).bit_length()

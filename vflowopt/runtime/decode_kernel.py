@@ -1,10 +1,10 @@
-"""A compiled kernel for the hottest step on the CPU: one new token per sequence, attending to all its pages.
+"""A compiled kernel for decode attention on the CPU: one new token per sequence attends to all pages of its sequence.
 
-Stock attention wants keys and values in one piece, so the pages of every sequence are copied together first, in
-every layer of every step; that takes longer than the attention itself. The kernel reads the pages where they lie.
+PyTorch's attention needs contiguous keys and values, so the pages of every sequence are gathered first, in every layer
+of every step. That takes longer than the attention itself. The kernel reads the pages in place.
 
-It is a page of C, compiled for the model's geometry and this processor when the model is loaded, if the machine has a C
-compiler; where it has none, nothing but speed is lost.
+It is a page of C, compiled for the model's geometry and this processor when the model is loaded. On a machine without a
+C compiler, decoding is slower, and otherwise the same.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class DecodeKernel:
             query: float32 [sequences, kv_heads * group, head_dim].
             keys: float32 [slots, kv_heads, head_dim].
             values: like ``keys``.
-            pages: int64 [sequences, blocks], each sequence's pages in order; what lies beyond its length is not read.
-            lengths: int64 [sequences], tokens that each sequence holds.
+            pages: int64 [sequences, blocks], the block tables; pages after the end of a context are not read.
+            lengths: int64 [sequences], the tokens of each context.
             page_size: slots of a page, at most 256.
             scale: factor of the scores.
 
@@ -86,7 +86,14 @@ class DecodeKernel:
 
 
 def build_decode_kernel(head_dim: int, heads: int, kv_heads: int, page_size: int) -> DecodeKernel | None:
-    """Compile the kernel, or find it compiled; None where that is not possible, for whatever reason."""
+    """Compile the kernel, or load it from the cache folder; None if neither is possible.
+
+    Args:
+        head_dim: channels of a head.
+        heads: query heads of a layer.
+        kv_heads: key-value heads of a layer.
+        page_size: tokens of a page.
+    """
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None or heads % kv_heads or page_size > _MOST_PAGE:
         return None
@@ -100,7 +107,7 @@ def build_decode_kernel(head_dim: int, heads: int, kv_heads: int, page_size: int
             _compile(compiler, command, source, library)
         return DecodeKernel(library, head_dim, heads // kv_heads)
     except (OSError, subprocess.SubprocessError) as error:
-        log.warning("decoding goes without its compiled kernel: %s", error)
+        log.warning("decoding runs without its compiled kernel: %s", error)
         return None
 
 
@@ -108,7 +115,7 @@ def _compile(compiler: str, command: list[str], source: str, library: Path) -> N
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         text, compiled, linked = (Path(scratch) / name for name in ("kernel.c", "kernel.o", "kernel.so"))
         text.write_text(source)
-        # In two steps: linked with these flags, some compilers add start-up code that flushes small numbers to zero.
+        # In two steps: when linking with these flags, some compilers add start-up code that flushes denormals to zero.
         for arguments in (
             ["-c", str(text), *command, "-o", str(compiled)],
             ["-shared", str(compiled), "-o", str(linked)],
@@ -118,7 +125,7 @@ def _compile(compiler: str, command: list[str], source: str, library: Path) -> N
 
 
 def _cache_folder() -> Path:
-    """A folder that this user alone can write to: what lies there is loaded into the process."""
+    """A folder that only this user can write to, because its files are loaded into the process."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vflow"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -131,7 +138,7 @@ def _cache_folder() -> Path:
 
 
 def _processor() -> str:
-    """What the code is compiled for: a home folder may be mounted on machines of several kinds."""
+    """The processor's features: a home folder may be mounted on machines with different processors."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,9 +1,10 @@
-"""The decoder's layers, run over a flat batch of tokens. Two ways to the same numbers: Hugging Face's own modules, and
-a fused pass over the same weights for the architectures that most decoders share.
+"""The decoder's layers, run over a flat batch of tokens. There are two implementations with the same results: Hugging
+Face's own modules, and a fused pass over the same weights for the architecture that most decoders share.
 
-In a decode step of a small model nearly all time goes into starting operations, not into arithmetic. The fused pass
-starts a third as many: queries, keys and values come of one product, so do the two halves of the feed-forward network;
-weights lie as the product reads them; the rotary embedding is one product of complex numbers.
+In a decode step of a small model nearly all time is spent on starting operations, not on arithmetic. The fused pass
+starts a third as many: one matrix product gives queries, keys and values, one gives both halves of the feed-forward
+network, weights are stored in the order in which the product reads them, and the rotary embedding is one product of
+complex numbers.
 """
 
 from __future__ import annotations
@@ -23,46 +24,49 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer
 from vflowopt.runtime.attention import PAGED, Plan
 
 _FUSABLE = (Qwen2DecoderLayer, Qwen2VLDecoderLayer, Qwen2_5_VLDecoderLayer, LlamaDecoderLayer, MistralDecoderLayer)
-"""Layers that are: RMS norm, attention without norms of its own, residual, RMS norm, gated SiLU network, residual."""
+"""Layers made of: RMS norm, attention without norms of its own, residual, RMS norm, gated SiLU network, residual."""
 
 _STATIC_ROTARIES = ("default", "linear", "llama3", "yarn", "dynamic")
-"""Rotary embeddings whose angles depend on nothing but the position; "dynamic" ones do so within the context."""
+"""Rotary embeddings whose angles depend on the position alone; those of "dynamic" do so within the context."""
 
 
 class Decoder(ABC):
-    """The layers of a decoder, and what the tokens' positions mean to them."""
+    """The layers of a decoder, and its rotary embedding."""
 
     @abstractmethod
     def rotary(self, positions: Tensor) -> tuple[Tensor, ...]:
-        """What the layers need of the tokens' positions, int64 [tokens] or [axes, tokens] on the host.
+        """What the layers need of the tokens' positions; only :meth:`pick` and :meth:`run` read it.
 
-        Every tensor has the tokens in its second dimension, or in its first if it has but one row per token.
+        Args:
+            positions: int64 [tokens] or [axes, tokens], on the host.
         """
 
     @abstractmethod
     def pick(self, rotary: tuple[Tensor, ...], kept: Tensor) -> tuple[Tensor, ...]:
-        """The rows of :meth:`rotary` of the tokens ``kept``, int64 [tokens that stay]."""
+        """The part of :meth:`rotary`'s result for the tokens ``kept``, int64 [tokens that stay]."""
 
     @abstractmethod
     def run(self, layers: range, hidden: Tensor, rotary: tuple[Tensor, ...], plan: Plan) -> Tensor:
-        """Hidden states [tokens, hidden] through a run of layers, writing and reading the caches of ``plan``."""
+        """Run hidden states [tokens, hidden] through some layers, which write and read the caches of ``plan``."""
 
     @abstractmethod
     def norm(self, hidden: Tensor) -> Tensor:
-        """The norm after the last layer, [tokens, hidden]."""
+        """Apply the norm after the last layer to hidden states [tokens, hidden]."""
 
 
 def build_decoder(decoder: Any, *, fuse: bool = True) -> Decoder:
     """The fastest decoder that computes what Hugging Face's ``decoder`` computes.
 
-    Where it is fused, the weights of its layers move there: the layers themselves are left without any, so that no
-    weight is held twice. With ``fuse`` False they stay where they are.
+    Args:
+        decoder: a decoder of Hugging Face's. If it is fused, its layers lose their weights, so that no weight is in
+            memory twice.
+        fuse: False: the layers keep their weights, and run as they are.
     """
     return FusedDecoder(decoder) if fuse and FusedDecoder.fits(decoder) else ModuleDecoder(decoder)
 
 
 class ModuleDecoder(Decoder):
-    """Hugging Face's own layers; they look up the attention of this package by its name."""
+    """Hugging Face's own layers, which look up :func:`vflowopt.runtime.attention.paged_attention` by name."""
 
     def __init__(self, decoder: Any) -> None:
         decoder.set_attn_implementation(PAGED)
@@ -93,7 +97,7 @@ class ModuleDecoder(Decoder):
 
 
 class FusedDecoder(Decoder):
-    """The same arithmetic in fewer operations. Takes the layers' weights out of ``decoder``."""
+    """The same arithmetic in fewer operations. Moves the layers' weights out of ``decoder``."""
 
     def __init__(self, decoder: Any) -> None:
         self._rotary_embedding = decoder.rotary_emb
@@ -107,12 +111,12 @@ class FusedDecoder(Decoder):
 
     @staticmethod
     def fits(decoder: Any) -> bool:
-        """Whether every layer is of a kind that can be fused, plain, and turned by angles that are static."""
+        """Whether every layer can be fused: of a known kind, not quantized, and with a static rotary embedding."""
         config = decoder.config
         rope = getattr(config, "rope_parameters", None) or {}
         return (
             all(type(layer) in _FUSABLE for layer in decoder.layers)
-            # Quantized weights come as modules of other types, or as tensors of other types.
+            # Quantized weights are modules of other types, or tensors of other types.
             and all(
                 type(module) is nn.Linear and type(module.weight.detach()) is Tensor
                 for layer in decoder.layers
@@ -124,10 +128,10 @@ class FusedDecoder(Decoder):
         )
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, ...]:
-        """A complex number of each token and pair of channels, [tokens, 1, head_dim / 2]: how far the pair turns."""
+        """The rotation of each pair of channels, complex64 [tokens, 1, head_dim / 2]; see :func:`apply_rope`."""
         furthest = int(positions[-1]) if positions.shape == (1,) else int(positions.max())
         if furthest >= len(self._freqs):
-            # Beyond the context "dynamic" angles change for all positions: no table is longer unless it has to be.
+            # Beyond the context, "dynamic" angles change for all positions: the table grows beyond it only if it must.
             self._freqs = self._table(max(furthest + 1, min(max(1024, 2 * furthest), self._context)))
         places = positions.to(self._freqs.device, non_blocking=True)
         if places.dim() == 1:
@@ -136,9 +140,9 @@ class FusedDecoder(Decoder):
         return (self._freqs[places[axes].t(), 0, torch.arange(len(axes), device=places.device)][:, None],)
 
     def _axis_of_pairs(self, axes: int) -> Tensor:
-        """Along which axis of positions each pair of channels turns, int64 [head_dim / 2].
+        """The axis of positions that rotates each pair of channels, int64 [head_dim / 2].
 
-        Families share the pairs out to the axes in their own ways; a step along one axis at a time tells.
+        Families assign pairs to axes in different ways. A step along one axis at a time shows which pairs it rotates.
         """
         weight: Tensor = self._norm.weight
         steps = torch.eye(axes, dtype=torch.int64, device=weight.device)[:, None]
@@ -147,7 +151,7 @@ class FusedDecoder(Decoder):
 
     def _table(self, length: int) -> Tensor:
         weight: Tensor = self._norm.weight
-        # In float32 whatever the weights are: angles of late positions need its precision.
+        # In float32, whatever the type of the weights: angles of late positions need its precision.
         cosines, sines = self._rotary_embedding(weight[:0].float(), torch.arange(length, device=weight.device)[None])
         half = cosines.shape[-1] // 2
         return torch.complex(cosines[0, :, None, :half], sines[0, :, None, :half])
@@ -202,7 +206,7 @@ class _FusedLayer:
 
 
 class _Product:
-    """A linear map, of several that read the same input."""
+    """Several linear maps of the same input, as one matrix product."""
 
     def __init__(self, maps: list[tuple[Tensor, Tensor | None]]) -> None:
         self._weight = torch.cat([weight.detach() for weight, _ in maps]).t().contiguous()
@@ -210,7 +214,7 @@ class _Product:
         self._bias = None if all(bias is None for _, bias in maps) else torch.cat(biases)
 
     def __call__(self, states: Tensor, onto: Tensor | None = None) -> Tensor:
-        """[tokens, in] to [tokens, out], added to ``onto`` if that is given."""
+        """From [tokens, in] to [tokens, out], added to ``onto`` if it is given."""
         if onto is None:
             return states @ self._weight if self._bias is None else torch.addmm(self._bias, states, self._weight)
         result = torch.addmm(onto, states, self._weight)
@@ -222,9 +226,9 @@ def _projections(network: Any) -> tuple[Any, ...]:
 
 
 def _interleave(linear: Any, size: int) -> tuple[Tensor, Tensor | None]:
-    """The two halves of each head, which the rotary embedding turns against each other, laid out channel by channel.
+    """Reorder the channels of each head so that the two that the rotary embedding rotates together are adjacent.
 
-    Queries and keys are reordered alike, so their products stay what they are.
+    Queries and keys are reordered alike, so their products do not change.
     """
 
     def reorder(rows: Tensor) -> Tensor:
@@ -235,6 +239,14 @@ def _interleave(linear: Any, size: int) -> tuple[Tensor, Tensor | None]:
 
 
 def apply_rope(states: Tensor, freqs: Tensor) -> Tensor:
-    """Rotary embedding of states [tokens, heads, head_dim] whose channels lie in pairs."""
+    """Rotate each pair of adjacent channels.
+
+    Args:
+        states: [tokens, heads, head_dim].
+        freqs: complex64 [tokens, 1, head_dim / 2], the rotation of each pair.
+
+    Returns:
+        Like ``states``.
+    """
     pairs = torch.view_as_complex(states.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * freqs).flatten(-2).to(states.dtype)

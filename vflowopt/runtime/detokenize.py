@@ -1,4 +1,4 @@
-"""From generated tokens to text that can be shown at once."""
+"""From generated tokens to text that no later token changes."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ _UNFINISHED = "\ufffd"
 
 
 class TextStream:
-    """Turns tokens into text deltas; holds back what may still change or become part of a stop string.
+    """Turns tokens into text deltas; holds back text that may still change or become part of a stop string.
 
     Args:
         chat: decodes tokens.
         stop: strings that end the answer; none of them is part of the text.
 
     Attributes:
-        text: everything handed out so far.
-        stopped: a stop string was met; nothing more comes.
+        text: all text returned so far.
+        stopped: whether a stop string was found; then no more text follows.
     """
 
     def __init__(self, chat: ChatFormat, stop: Sequence[str] = ()) -> None:
         self._chat = chat
         self._stop = tuple(stop)
         self._tokens: list[int] = []
-        # Tokens before _settled are decoded for good. Those from _context on are decoded again with what follows: how
-        # a token reads (its space, its bytes) may depend on its neighbour, never on more.
+        # Tokens before _settled have their final text. Those from _context on are decoded again with what follows: the
+        # text of a token (its space, its bytes) may depend on its neighbour, but on no other token.
         self._context = self._settled = 0
         self._decoded = ""
         self.text = ""
@@ -34,23 +34,23 @@ class TextStream:
 
     @property
     def tokens_shown(self) -> int:
-        """How many tokens, from the first on, the text handed out holds in full."""
+        """How many tokens, from the first on, are wholly contained in the text returned so far."""
         shown = len(self._tokens)
         while not self.text.startswith(self._chat.decode(self._tokens[:shown])):
             shown -= 1
         return shown
 
     def push(self, token: int) -> str:
-        """Take one token; returns the text that is now safe to show, often of this token, possibly none."""
+        """Add one token; returns the text that no later token can change, possibly none."""
         self._tokens.append(token)
         return self._hand_out(final=False)
 
     def finish(self) -> str:
-        """The rest of the text, when no more tokens come."""
+        """Return the rest of the text; no more tokens may follow."""
         return self._hand_out(final=True)
 
     def _decode(self, *, final: bool) -> None:
-        """Decode what came since the last time, unless it ends within a character."""
+        """Decode the new tokens, unless they end within a character."""
         known = self._chat.decode(self._tokens[self._context : self._settled])
         text = self._chat.decode(self._tokens[self._context :])
         if final or not text.endswith(_UNFINISHED):
@@ -62,7 +62,7 @@ class TextStream:
             return ""
         self._decode(final=final)
         safe = len(self._decoded) if final else len(self._decoded) - self._held_back()
-        # No stop string lies before what was handed out, and none begins there either: it would have been held back.
+        # No stop string begins in the text returned so far: it would have been held back.
         met = [place for stop in self._stop if (place := self._decoded.find(stop, len(self.text))) >= 0]
         if met:
             self.stopped, safe = True, min(met)
@@ -71,7 +71,7 @@ class TextStream:
         return delta
 
     def _held_back(self) -> int:
-        """Characters at the end of the text that may be the beginning of a stop string."""
+        """How many characters at the end of the text may be the beginning of a stop string."""
         return max(
             (size for stop in self._stop for size in range(1, len(stop)) if self._decoded.endswith(stop[:size])),
             default=0,

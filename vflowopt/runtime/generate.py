@@ -1,7 +1,7 @@
 """Generating an answer: the one loop that turns logits into tokens, and tokens into text.
 
-:func:`decode` is the loop without a model: it yields a :class:`Forward` for each step that it needs and reads the token
-off it. An engine answers these together with those of other requests; :func:`generate` answers them alone.
+:func:`decode` is the loop without a model. It yields a :class:`Forward` for each step, and its driver runs the step and
+sets the token. An engine runs the steps of many requests in one batch; :func:`generate` runs those of one sequence.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class FinishReason(Enum):
     STOP = auto()
     """The model ended it."""
     STOP_STRING = auto()
-    """A stop string came up."""
+    """A stop string was generated."""
     LENGTH = auto()
-    """It reached the most tokens that it may have."""
+    """It reached the limit of tokens."""
 
 
 @dataclass(eq=False)
@@ -40,8 +40,8 @@ class Forward:
         sampler: draws the next token; None: no token is wanted.
         token: the next token, once the sequence has run.
         num_run: tokens that the model has run for it so far.
-        begun: ``time.perf_counter()`` at the beginning of the first step that it took part in.
-        restored_from: where an offloaded cache of the sequence came back from meanwhile, if one did.
+        begun: ``time.perf_counter()`` at the beginning of the first step that ran it.
+        restored_from: where the cache of the sequence was restored from before it ran; None: it was not.
     """
 
     sequence: Sequence
@@ -57,11 +57,11 @@ class Generated:
     """An answer.
 
     Attributes:
-        text: all of it.
-        tokens: that the sequence's log holds of it.
-        num_generated: tokens that the model chose, one that ended the answer included.
+        text: the whole text.
+        tokens: the tokens of the answer in the sequence's log.
+        num_generated: tokens that were drawn, including one that ended the answer.
         finish_reason: why it ended.
-        prefill: the step, or steps, that ran the prompt.
+        prefill: the step that ran the prompt and drew the first token.
         first_token: ``time.perf_counter()`` when the first token was known.
     """
 
@@ -83,21 +83,24 @@ def decode(
     stop: abc.Sequence[str] = (),
     emit: Callable[[str], None] = lambda delta: None,
 ) -> Generator[Forward, None, Generated]:
-    """Generate an answer to all that ``sequence`` says. Whoever goes through the steps answers each.
+    """Generate an answer that continues the log of ``sequence``. The driver of this generator runs its steps.
 
     The tokens of the answer are appended to the log. The one that ends it is not: the next turn closes the answer.
 
     Args:
         sequence: what to answer; some of it is not cached yet.
-        chat: knows the tokens that end an answer, and decodes.
+        chat: knows the tokens that end an answer, and turns tokens into text.
         sampler: draws the tokens.
-        max_new_tokens: tokens of the answer at most, 1 at least.
-        min_new_tokens: tokens before which the model cannot end the answer.
+        max_new_tokens: the most tokens of the answer, at least 1.
+        min_new_tokens: the fewest tokens before the model may end the answer.
         stop: strings that end the answer; none of them is part of it.
-        emit: receives the text piece by piece, as soon as it is safe to show.
+        emit: receives the text in pieces, each as soon as no later token can change it.
 
     Yields:
-        Steps to be run; each must have its token when the generator goes on.
+        Steps to be run. The driver sets the token of each before it asks for the next one.
+
+    Returns:
+        The answer.
     """
     text = TextStream(chat, stop)
     begin, generated, first_token = len(sequence.log), 0, 0.0
@@ -121,9 +124,9 @@ def decode(
         forward = Forward(sequence, sampler)
     if delta := text.finish():
         emit(delta)
-    if text.stopped:  # perhaps only now: what was held back may complete a stop string
+    if text.stopped:  # the text that was held back may contain a stop string
         reason = FinishReason.STOP_STRING
-        sequence.truncate(begin + text.tokens_shown)  # the model shall not remember what nobody was shown
+        sequence.truncate(begin + text.tokens_shown)  # the log holds no token that was not shown
     tokens = tuple(item for item in sequence.log[begin:] if isinstance(item, int))
     return Generated(text.text, tokens, generated, reason, prefill, first_token)
 
@@ -140,15 +143,15 @@ def generate(
 ) -> Generator[str, None, Generated]:
     """Append ``items`` to a sequence and generate the answer, piece by piece.
 
-    If the generator is closed before its end, or something is raised, the sequence is as it was before.
+    If the generator is closed before its end, or raises, the sequence is as it was before.
 
     Args:
-        runtime: the model.
-        sequence: what was said so far, begun by :meth:`Runtime.start`.
-        items: what is said now, written by :meth:`ChatFormat.turn`.
-        max_new_tokens: tokens of the answer at most, 1 at least.
-        min_new_tokens: tokens before which the model cannot end the answer.
-        sampling: how tokens are drawn; None takes the likeliest.
+        runtime: runs the model.
+        sequence: the conversation so far, begun by :meth:`Runtime.start`.
+        items: the next turn, written by :meth:`ChatFormat.turn`.
+        max_new_tokens: the most tokens of the answer, at least 1.
+        min_new_tokens: the fewest tokens before the model may end the answer.
+        sampling: how tokens are drawn; None: always the most likely one.
         stop: strings that end the answer; none of them is part of it.
 
     Yields:

@@ -1,7 +1,7 @@
 """The runtime: encode a picture, prefill, decode. The only place that calls a model.
 
-It walks the decoder's layers itself, so that visual tokens can be dropped between them, and runs the tokens of any
-number of sequences as one flat batch. It knows no requests, no sessions and no threads: one thread owns it.
+It runs the decoder layer by layer, so that visual tokens can be dropped between layers, and runs the tokens of any
+number of sequences as one flat batch. It knows no requests and no sessions. Only one thread may use it at a time.
 """
 
 from __future__ import annotations
@@ -36,16 +36,20 @@ class Runtime:
 
     Args:
         model: the model.
-        kv_budget: bytes for keys and values of all sequences together.
+        kv_budget: bytes for the keys and values of all sequences together.
         page_size: tokens of a page.
 
     Attributes:
-        chat: how the model writes sequences.
-        layers: decoder layers.
-        decoder: runs them.
-        context: positions that the decoder was made for.
+        model: the model.
+        chat: turns the parts of a chat turn into items of a log.
+        layers: number of decoder layers.
+        decoder: runs the decoder layers.
+        context: positions in the model's context.
         pool: the KV pages.
-        revision: short digest of the model's configuration and weights.
+        revision: short digest of the model's configuration and weights, in hex.
+
+    Raises:
+        ValueError: the budget does not hold one page.
     """
 
     def __init__(self, model: MultimodalModel, *, kv_budget: int, page_size: int = 16) -> None:
@@ -72,7 +76,7 @@ class Runtime:
             self._kernel = build_decode_kernel(model.head_dim, heads, model.heads, page_size)
         elif model.device.type == "cuda":
             self._page_access = page_access(self.pool, heads)
-            if not model.quantized:  # what a quantizer starts may wait for the device, which no capture allows
+            if not model.quantized:  # a quantizer's operations may wait for the device, which a capture does not allow
                 self._graphs = DecodeGraphs(
                     self.pool, self.layers, rotary=self.decoder.rotary, step=self._step, access=self._page_access
                 )
@@ -88,10 +92,18 @@ class Runtime:
         kv_budget: int,
         page_size: int = 16,
     ) -> Runtime:
-        """Load a model folder or hub id, see :func:`vflowopt.models.load_model`, and allocate its pool.
+        """Load a model and allocate its pool.
+
+        Args:
+            model: a folder or hub id; see :func:`vflowopt.models.load_model` for this and the next three.
+            device: a torch device.
+            dtype: a torch type, by name.
+            quantization: how to quantize the weights; None: they stay as they are.
+            kv_budget: bytes for the keys and values of all sequences together.
+            page_size: tokens of a page.
 
         Raises:
-            ModelError: the model cannot be served; it says why.
+            ModelError: the model cannot be served; the message says why.
             ValueError: the budget does not hold one page.
         """
         loaded = load_model(model, device=device, dtype=dtype, quantization=quantization)
@@ -104,6 +116,13 @@ class Runtime:
     @torch.inference_mode()
     def compress(self, visuals: abc.Sequence[Visual], strategy: Strategy) -> list[CompressedImage]:
         """Encode pictures in one batch and videos one by one, and score, prune and recycle each.
+
+        Args:
+            visuals: pictures and videos, in any order.
+            strategy: says how many tokens each stage keeps.
+
+        Returns:
+            A compressed image for each, in the same order.
 
         Raises:
             PictureError: the model cannot take a picture of this shape, or takes no videos.
@@ -120,7 +139,10 @@ class Runtime:
         ]
 
     def start(self, strategy: Strategy) -> Sequence:
-        """An empty sequence.
+        """Start an empty sequence.
+
+        Args:
+            strategy: every picture of the sequence must be compressed by it.
 
         Raises:
             StrategyError: the strategy does not fit the decoder.
@@ -131,10 +153,16 @@ class Runtime:
     def extend(self, sequence: Sequence, items: abc.Sequence[Item], *, want_logits: bool = True) -> Tensor | None:
         """Append items to a sequence's log and run everything that its cache does not cover yet.
 
-        Atomic: whatever is raised, the sequence is as it was before.
+        Atomic: if it raises, the sequence is as it was before.
+
+        Args:
+            sequence: what to extend.
+            items: token ids and compressed pictures.
+            want_logits: False if the logits are not needed.
 
         Returns:
-            float32 logits [vocabulary] after the last item, or None if they are not wanted.
+            float32 logits [vocabulary] after the last item; None if they are not wanted, or if the log ends with tokens
+            of a picture that do not reach the last stage.
 
         Raises:
             PoolExhausted: too few pages are free.
@@ -152,7 +180,11 @@ class Runtime:
     def decode(self, sequences: abc.Sequence[Sequence], tokens: abc.Sequence[int]) -> Tensor:
         """Append one token to each sequence and run them all in one step.
 
-        Sequences need not be equally long, nor share a strategy. Atomic, like :meth:`extend`.
+        Sequences may differ in length and strategy. Atomic, like :meth:`extend`.
+
+        Args:
+            sequences: all different.
+            tokens: one for each sequence.
 
         Returns:
             float32 logits [sequences, vocabulary].
@@ -180,20 +212,20 @@ class Runtime:
     ) -> list[Tensor | None]:
         """Run what the caches of sequences do not cover of their logs yet, all in one batch.
 
+        Atomic: if it raises, every sequence is as it was before.
+
         Args:
             sequences: each with something to run; all different.
-            limits: tokens to run of each at most (first-stage tokens, at least 1); None: all of them.
-            want_logits: False where nobody will read them.
+            limits: for each, the most tokens to run (first-stage tokens, at least 1); None: all of them.
+            want_logits: False if the logits are not needed.
 
         Returns:
-            For each sequence, float32 logits [vocabulary] after its last item, or None where they are not wanted,
-            something is left to run, or the log ends with tokens of a picture that do not reach the last stage.
+            For each sequence, float32 logits [vocabulary] after its last item; None if they are not wanted, if
+            something is left to run, or if the log ends with tokens of a picture that do not reach the last stage.
 
         Raises:
             PoolExhausted: too few pages are free.
             ValueError: a sequence has nothing to run.
-
-            Whatever is raised, every sequence is as it was before.
         """
         logits: list[Tensor | None] = [None] * len(sequences)
 
@@ -214,21 +246,21 @@ class Runtime:
     ) -> list[int | None]:
         """Run what the caches of sequences do not cover of their logs yet, in one batch, and draw the next tokens.
 
-        The host waits for the device once, whatever the size of the batch.
+        The host waits for the device once, whatever the size of the batch. Atomic: if it raises, every sequence is as
+        it was before. The logs do not grow: the caller appends the tokens.
 
         Args:
             sequences: each with something to run; all different.
-            limits: tokens to run of each at most (first-stage tokens, at least 1); None: all of them.
-            samplers: draw the next token of each; None where none is wanted.
+            limits: for each, the most tokens to run (first-stage tokens, at least 1); None: all of them.
+            samplers: for each, what draws its next token; None: no token is wanted.
 
         Returns:
-            For each sequence the token that follows its log, or None where none is wanted or something is left to run.
+            For each sequence, the token that follows its log; None if none is wanted, if something is left to run, or
+            if the log ends with tokens of a picture that do not reach the last stage.
 
         Raises:
             PoolExhausted: too few pages are free.
             ValueError: a sequence has nothing to run.
-
-            Whatever is raised, every sequence is as it was before.
         """
         tokens: list[int | None] = [None] * len(sequences)
 
@@ -246,33 +278,34 @@ class Runtime:
         return tokens
 
     def synchronize(self) -> None:
-        """Return when the model has done all that was asked of it; a CUDA device only queues work."""
+        """Wait until the device has finished all queued work. Returns at once on the CPU, which queues none."""
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
 
     @torch.inference_mode()
     def states(self, sequences: abc.Sequence[Sequence], items: abc.Sequence[abc.Sequence[int]]) -> list[Tensor]:
-        """Run all that the caches of sequences do not cover yet, in one batch, and look at the decoder's output.
+        """Run all that the caches of sequences do not cover yet, in one batch, and return hidden states.
+
+        Atomic: if it raises, every sequence is as it was before.
 
         Args:
             sequences: each with something to run; all different.
-            items: for each, the places in its log to look at: tokens of text that its cache does not cover yet.
+            items: for each, the places in its log whose states are wanted: tokens of text that its cache does not
+                cover yet.
 
         Returns:
-            For each sequence, float32 [places, hidden]: the hidden states behind the last layer and its norm, as
-            the output head reads them.
+            For each sequence, float32 [places, hidden]: the hidden states after the last layer and its norm, which
+            are the input of the output head.
 
         Raises:
             PoolExhausted: too few pages are free.
-            ValueError: a sequence has nothing to run, or a place is not as it should be.
-
-            Whatever is raised, every sequence is as it was before.
+            ValueError: a sequence has nothing to run, or a place is not a token of text that is still to be run.
         """
         for each, places in zip(sequences, items, strict=True):
             for place in places:
                 if not (each.num_cached_items <= place < len(each.log) and isinstance(each.log[place], int)):
                     raise ValueError(f"item {place} of the log is no token of text that is still to be run")
-        looked_at: list[Tensor] = []
+        by_sequence: list[Tensor] = []
 
         def run(chunks: abc.Sequence[Chunk]) -> None:
             rows = [
@@ -281,10 +314,10 @@ class Runtime:
                 for place in places
             ]
             states: Tensor = self.decoder.norm(self._forward(chunks, rows)).float()
-            looked_at.extend(states.split(list(map(len, items))))
+            by_sequence.extend(states.split(list(map(len, items))))
 
         self._run(sequences, [None] * len(sequences), run)
-        return looked_at
+        return by_sequence
 
     def _run(
         self,
@@ -292,7 +325,7 @@ class Runtime:
         limits: abc.Sequence[int | None],
         run: Callable[[abc.Sequence[Chunk]], None],
     ) -> None:
-        """Reserve room for what each sequence has to run, ``run`` it, and count it as cached unless that raises."""
+        """Reserve pages for what each sequence has to run, ``run`` it, and count it as cached unless that raises."""
         threads = torch.get_num_threads()
         try:
             chunks = [next_chunk(each, limit) for each, limit in zip(sequences, limits, strict=True)]
@@ -303,7 +336,7 @@ class Runtime:
             run(chunks)
         except BaseException:
             for sequence in sequences:
-                sequence.cache.truncate(sequence.cache.lengths)  # gives back the room that was reserved
+                sequence.cache.truncate(sequence.cache.lengths)  # gives back the pages that were reserved
             raise
         finally:
             if torch.get_num_threads() != threads:
@@ -336,23 +369,24 @@ class Runtime:
         return VarlenPlan(self.pool, layers, caches, counts, access=self._page_access)
 
     def _forward(self, chunks: abc.Sequence[Chunk], wanted: abc.Sequence[tuple[int, int]]) -> Tensor:
-        """Run chunks through the decoder layers; hidden states [wanted, hidden] behind the last one.
+        """Run chunks through the decoder layers; hidden states [wanted, hidden] after the last one.
 
         Args:
             chunks: what to run.
-            wanted: of which chunk, and how many tokens that reach the last layer come after the one that is wanted.
+            wanted: for each state, its chunk, and how many tokens of that chunk that reach the last layer come after
+                it.
         """
-        # Single tokens first, as the attention plan wants them.
+        # Decodes come first, as the attention plan requires.
         lengths = [chunk.positions.shape[-1] for chunk in chunks]
         decodes = [place for place, length in enumerate(lengths) if length == 1]
         order = [*decodes, *[place for place, length in enumerate(lengths) if length > 1]]
         chunks = [chunks[place] for place in order]
-        # Answers under way, which are most of all steps, go through all stages.
+        # Tokens of an answer go through all stages; most steps run nothing else.
         may_shrink = len([chunk for chunk in chunks if chunk.last_stages is not None]) > 0
         device = self.model.device
         caches = [chunk.sequence.cache for chunk in chunks]
         embeddings = self._embed([piece for chunk in chunks for piece in chunk.pieces])
-        # What comes later is added to the outputs of the first layers (deepstack), and is dropped with its token.
+        # The further features are added to the outputs of the first layers (deepstack), and dropped with their token.
         hidden: Tensor
         hidden, *later = embeddings.split(self.model.decoder.embed_tokens.embedding_dim, dim=-1)
         rotary = self.decoder.rotary(torch.from_numpy(joined([chunk.positions for chunk in chunks])))
@@ -374,7 +408,7 @@ class Runtime:
                 later = [features[kept] for features in later]
             here = entered
             if not len(hidden):
-                break  # a chunk of a picture of which nothing goes further
+                break  # the batch is a chunk of a picture, and no token of it reaches this stage
             counts = [chunk.counts[stage] for chunk, stage in zip(chunks, here, strict=True)]
             hidden = self.decoder.run(layers, hidden, rotary, self._plan(layers, caches, counts))
             if layers.stop <= len(later):
@@ -385,7 +419,7 @@ class Runtime:
         return hidden[torch.from_numpy(rows).to(device)]
 
     def _embed(self, pieces: abc.Sequence[list[int] | Tensor]) -> Tensor:
-        """Embeddings [tokens, hidden] of pieces: token ids, or embeddings already; as wide as the widest of these."""
+        """Embeddings [tokens, width] of pieces, which are token ids or embeddings; padded to the widest of these."""
         ids = [token for piece in pieces if isinstance(piece, list) for token in piece]
         words: Tensor = self.model.decoder.embed_tokens(torch.tensor(ids, dtype=torch.int64, device=self.model.device))
         if len(ids) == sum(map(len, pieces)):
@@ -397,18 +431,17 @@ class Runtime:
 
 
 _ENOUGH_FOR_THREADS = 8 << 20
-"""Multiplications in one product of a layer from which several threads are worth their meeting.
+"""Multiplications in one matrix product of a layer from which on several threads pay off.
 
-Threads that meet in every one of a step's hundred small operations wait for each other longer than they compute, and
-wait busily: on two cores a second thread made decode steps three times as slow, with nothing left for those who send
-the answers out."""
+In a small step, threads wait for each other longer than they compute, and they wait busily: on two cores a second
+thread made decode steps three times as slow, and left no processor time for the threads that send the answers."""
 
 
 def _revision(model: MultimodalModel) -> str:
     """Digest of every weight's name, shape and first values: enough to tell two trainings apart, quick at any size."""
     digest = hashlib.sha256(model.network.config.to_json_string().encode())
     for name, weight in model.network.state_dict().items():
-        if type(weight) is not Tensor:  # some quantizers make types of their own, which do not let themselves be cut
+        if type(weight) is not Tensor:  # some quantizers use tensor types of their own, which cannot be sliced
             weight = weight.dequantize()
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         digest.update(weight.flatten()[:64].float().cpu().numpy().tobytes())
@@ -416,7 +449,7 @@ def _revision(model: MultimodalModel) -> str:
 
 
 def _runs_within_stages(caches: abc.Sequence[StagedCache], layers: int, alone: int) -> list[range]:
-    """Runs of layers within which no cache changes stage; each of the first ``alone`` layers is a run."""
+    """Runs of layers within which no cache changes stage; each of the first ``alone`` layers is a run of its own."""
     first = range(1, min(alone + 1, layers))
     starts = sorted({stage.layers.start for cache in caches for stage in cache.stages}.union(first))
     return [range(start, end) for start, end in zip(starts, (*starts[1:], layers), strict=True)]

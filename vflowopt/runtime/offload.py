@@ -1,7 +1,7 @@
-"""Offloading: a sequence's keys and values outside the pool, in host memory or in a file, to come back later.
+"""Offloading: copying a sequence's keys and values out of the pool, to host memory or a file, and restoring them.
 
-Offloading is exact: a cache that comes back holds the same numbers. Files are safetensors, never pickle, and are
-written whole or not at all.
+Offloading is exact: a restored cache has the same numbers. Files are safetensors, never pickle, and are written whole
+or not at all.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from vflowopt.runtime.sequence import CachedLength, Sequence
 
 
 class Tier(Enum):
-    """Where an offloaded cache comes back from, by the names of the contract's ``RestoredFrom``."""
+    """Where a cache was restored from; the names are those of ``RestoredFrom`` in the gRPC contract."""
 
     HOST_MEMORY = auto()
     DISK = auto()
     LOG = auto()
-    """Nowhere: it was computed again from the sequence's log."""
+    """It was computed again from the sequence's log."""
 
 
 class OffloadError(RuntimeError):
-    """A file that does not hold an offloaded cache of the sequence that it was read for."""
+    """A file is no offloaded cache, or an offloaded cache does not belong to the sequence."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,10 +52,11 @@ class OffloadedCache:
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
     def save(self, path: Path) -> None:
-        """Write to ``path``, atomically: there is the whole file or none.
+        """Write to ``path``, atomically: the file is whole, or there is none.
 
         Raises:
-            OSError, SafetensorError: it cannot be written, for want of space say; nothing is left of it.
+            OSError, SafetensorError: the file cannot be written, for example because the disk is full; no part of it is
+                left.
         """
         tensors = {f"keys.{stage}": tensor for stage, tensor in enumerate(self.keys)}
         tensors |= {f"values.{stage}": tensor for stage, tensor in enumerate(self.values)}
@@ -88,7 +89,7 @@ class OffloadedCache:
 
 
 def offload(sequence: Sequence) -> OffloadedCache:
-    """Copy a sequence's cache to the host and give back its pages."""
+    """Copy a sequence's cache to the host and release its pages."""
     keys, values = [], []
     for stage in sequence.cache.stages:
         slots = stage.slots()
@@ -101,11 +102,16 @@ def offload(sequence: Sequence) -> OffloadedCache:
 
 
 def restore(sequence: Sequence, offloaded: OffloadedCache) -> None:
-    """Bring an offloaded cache back into the pool. The log must begin with what it had said when it was offloaded.
+    """Copy an offloaded cache back into the pool.
+
+    Args:
+        sequence: has no cache. Its log must begin with the items that were cached when the cache was offloaded; this is
+            not checked.
+        offloaded: the cache.
 
     Raises:
         PoolExhausted: too few pages are free; nothing changed.
-        OffloadError: the sequence holds a cache already, or has other stages.
+        OffloadError: the sequence has a cache already, has other stages, or has a shorter log.
     """
     cache = sequence.cache
     lengths = [keys.shape[1] for keys in offloaded.keys]

@@ -1,4 +1,4 @@
-"""Choosing the next token of every sequence of a batch, per request and reproducibly."""
+"""Drawing the next token of every sequence of a batch: each by its own options, and reproducibly."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class SamplingOptions:
     """How tokens are drawn.
 
     Attributes:
-        temperature: 0 takes the likeliest token; higher is more varied; at most 2.
-        top_p: draw only from the likeliest tokens that together have this probability; above 0, at most 1.
-        seed: makes a draw repeatable; None draws anew each time.
+        temperature: from 0 to 2. 0 takes the most likely token; a higher temperature gives more varied answers.
+        top_p: above 0, at most 1. Tokens are drawn from the most likely ones that together have this probability.
+        seed: from 0 to 2**63 - 1. Makes a draw repeatable; None: every draw differs.
 
     Raises:
-        SamplingError: a value out of range, with its name.
+        SamplingError: a value is out of range; ``field`` names it.
     """
 
     temperature: float = 0.0
@@ -50,43 +50,43 @@ class SamplingOptions:
 
 
 class Sampler:
-    """How one request's tokens are drawn, and the random numbers that draw them: nobody else uses these.
+    """Draws the tokens of one answer, with random numbers of its own.
 
     Args:
-        options: how tokens are drawn.
+        options: how tokens are drawn; None: always the most likely one.
 
     Attributes:
-        options: as given.
-        banned: tokens that are not to be drawn next; may be changed between two draws.
+        options: as given, or the defaults.
+        banned: tokens that must not be drawn next; may be changed between two draws.
     """
 
     def __init__(self, options: SamplingOptions | None = None) -> None:
         self.options = options or SamplingOptions()
         self.banned: Collection[int] = ()
-        # Greedy choices need no random numbers, and so no entropy of the system either.
+        # Greedy draws need no random numbers, and so no entropy of the system either.
         self._random = None if self.options.temperature == 0.0 else random.Random(self.options.seed)
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken."""
+        """Whether the most likely token is always taken."""
         return self._random is None
 
     def uniform(self) -> float:
-        """The next random number, from 0 to below 1; 0 where tokens are not drawn at random."""
+        """The next random number, at least 0 and below 1; always 0 for a greedy sampler."""
         return 0.0 if self._random is None else self._random.random()
 
 
 def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
-    """The next token of each sequence of a batch.
+    """Draw the next token of each sequence of a batch.
 
-    Each row goes by its own sampler alone: other rows change nothing. The whole batch waits for the device once.
+    A row depends on its own sampler alone, and not on other rows. The host waits for the device once.
 
     Args:
         logits: float32 [sequences, vocabulary].
-        samplers: one for each row; those that draw at random use up one random number.
+        samplers: one for each row; each one that is not greedy uses one random number.
 
     Returns:
-        A token for each row.
+        A token id for each row.
     """
     banning = [row for row, sampler in enumerate(samplers) if sampler.banned]
     if banning:
@@ -103,17 +103,17 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
 
 
 def _draw(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
-    """A token at random for each row of logits [rows, vocabulary], int64 [rows]."""
+    """Draw a token at random for each row of logits [rows, vocabulary]; int64 [rows]."""
     knobs = [[sampler.options.temperature, sampler.options.top_p, sampler.uniform()] for sampler in samplers]
     temperature, top_p, uniform = _to_device(knobs, torch.float64, logits).t().unsqueeze(-1)
-    # In float64, so that a seed means the same wherever the model runs. The best token stands at 0: dividing by a tiny
-    # temperature sends all others to minus infinity, and never makes infinity minus infinity.
+    # In float64, so that a seed draws the same on every device. The best token is shifted to 0: dividing by a tiny
+    # temperature then sends all others to minus infinity, and never gives infinity minus infinity.
     shifted = logits.double() - logits.max(-1, keepdim=True).values
     ranked, order = torch.softmax(shifted / temperature, dim=-1).sort(dim=-1, descending=True, stable=True)
     # A token stays while those before it have not reached top_p: the first one always does.
     ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0.0)
     reached = ranked.cumsum(-1)
-    # The first token at which the sum passes the random number; rounding may leave none, then the last one kept.
+    # The first token at which the sum passes the random number. Rounding may leave none: then the last one kept.
     place = (reached <= uniform * reached[:, -1:]).sum(-1, keepdim=True)
     last = (ranked > 0).sum(-1, keepdim=True) - 1
     return order.gather(-1, torch.minimum(place, last))[:, 0]

@@ -1,7 +1,7 @@
-"""A sequence: the log of what was said, and a cache that covers a prefix of it.
+"""A sequence: a log of tokens and pictures, and a KV cache that covers a prefix of it.
 
-The log is the truth and small; the cache can be dropped at any time and is rebuilt from the log by the next
-:meth:`vflowopt.runtime.model_runner.Runtime.extend`.
+The log is small, and enough to rebuild the cache. So the cache can be dropped at any time: the next
+:meth:`vflowopt.runtime.model_runner.Runtime.extend` computes it again.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ Item = int | CompressedImage
 
 @dataclass(frozen=True, order=True)
 class CachedLength:
-    """How far a cache has come through its log.
+    """How much of a log is cached.
 
     Attributes:
-        items: whole items cached.
-        offset: tokens cached of the item after those; only a picture is ever cached in part.
+        items: number of items cached whole.
+        offset: first-stage tokens cached of the item after those; only a picture can be cached in part.
         position: the logical position at which that item begins.
     """
 
@@ -34,7 +34,7 @@ class CachedLength:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A state to roll back to. Made by :meth:`Sequence.checkpoint`, good for that sequence alone."""
+    """A state to roll back to. Made by :meth:`Sequence.checkpoint`, valid for that sequence alone."""
 
     items: int
     cached: CachedLength
@@ -42,15 +42,17 @@ class Checkpoint:
 
 
 class Sequence:
-    """One sequence's log and cache.
+    """A log and its KV cache.
 
     Args:
-        pool: where the cache takes its pages.
-        strategy: cuts the decoder into the cache's stages; every picture of the log was compressed by it.
-        layers: decoder layers of the model.
+        pool: where the cache's pages come from.
+        strategy: divides the decoder into the cache's stages; every picture of the log must be compressed by it.
+        layers: number of decoder layers.
 
     Attributes:
-        log: all items said, in order. Append to it only what the model shall read next.
+        strategy: as given.
+        log: all items, in order. Append what the model is to read next; change nothing else.
+        cache: the keys and values.
         cached: how much of the log the cache covers.
     """
 
@@ -72,23 +74,23 @@ class Sequence:
 
     @property
     def pending_tokens(self) -> int:
-        """Tokens of the first stage that are said but not cached yet."""
+        """First-stage tokens of the log that are not cached yet."""
         return sum(map(tokens_in, self.log[self.cached.items :])) - self.cached.offset
 
     @property
     def pages_wanted(self) -> int:
-        """Pages that caching the rest of the log takes at most."""
+        """The most pages that caching the rest of the log takes."""
         tokens = tokens_per_stage(self.log[self.cached.items :], len(self.cache.stages))
         return sum(stage.pages_to_write(more) for stage, more in zip(self.cache.stages, tokens, strict=True))
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the pages held now."""
+        """Bytes of the cache's pages, shared ones included."""
         return self.cache.bytes_held
 
     @property
     def kv_bytes_full(self) -> int:
-        """Bytes of the pages that an unpruned cache of the cached items would hold."""
+        """Bytes of the pages that the cached items would take without pruning."""
         tokens = sum(item.tokens if isinstance(item, CompressedImage) else 1 for item in self.log[: self.cached.items])
         return sum(stage.pages_for(tokens) for stage in self.cache.stages) * self.cache.pool.page_bytes
 
@@ -98,22 +100,22 @@ class Sequence:
         return self.cached > CachedLength()
 
     def checkpoint(self) -> Checkpoint:
-        """The present state, to come back to by :meth:`rollback`."""
+        """The present state, for :meth:`rollback`."""
         return Checkpoint(len(self.log), self.cached, self.cache.lengths)
 
     def rollback(self, checkpoint: Checkpoint) -> None:
-        """Forget everything said since ``checkpoint``; pages that become empty are given back.
+        """Drop everything appended to the log since ``checkpoint``, and release pages that become empty.
 
-        Where nothing was cached then, what is cached by now of the same log stays: it was brought back since.
+        If nothing was cached at the checkpoint, what is cached now of the remaining log stays: it was restored since.
         """
         self.truncate(checkpoint.items)
-        # A release since the checkpoint may have left less cached than it had: then there is nothing to cut.
+        # A release since the checkpoint may have left less cached than then: there is nothing to drop.
         if self.cached > checkpoint.cached > CachedLength():
             self.cache.truncate(checkpoint.lengths)
             self.cached = checkpoint.cached
 
     def truncate(self, items: int) -> None:
-        """Forget all but the first ``items`` items of the log, and what is cached beyond them."""
+        """Drop all but the first ``items`` items of the log, and what is cached after them."""
         del self.log[items:]
         rest = CachedLength(items, position=sum(map(span, self.log)))
         if self.cached > rest:
@@ -121,7 +123,7 @@ class Sequence:
             self.cached = rest
 
     def fork(self) -> Sequence:
-        """A second sequence with the same past; the two share pages until one of them writes into one."""
+        """A second sequence with the same log; a page is shared until one of the two writes to it."""
         twin = Sequence(self.cache.pool, self.strategy, len(self.cache.stage_of_layer))
         twin.log = list(self.log)
         twin.cache = self.cache.fork()
@@ -129,29 +131,29 @@ class Sequence:
         return twin
 
     def share(self, prefix: Sequence) -> None:
-        """Take over the cache of ``prefix``, whose log this log begins with; an own cache is given back first."""
+        """Replace the cache by a fork of that of ``prefix``, whose log must be a prefix of this log."""
         self.cache.free()
         self.cache = prefix.cache.fork()
         self.cached = prefix.cached
 
     def release(self) -> None:
-        """Give back all pages and keep the log: the next extension rebuilds the cache. Idempotent."""
+        """Release all pages and keep the log: the next run rebuilds the cache. Idempotent."""
         self.cache.free()
         self.cached = CachedLength()
 
 
 def span(item: Item) -> int:
-    """Logical positions that an item takes."""
+    """The number of logical positions of an item."""
     return item.span if isinstance(item, CompressedImage) else 1
 
 
 def tokens_in(item: Item) -> int:
-    """Tokens of the first stage that an item is."""
+    """The number of first-stage tokens of an item."""
     return len(item.kept[0]) if isinstance(item, CompressedImage) else 1
 
 
 def tokens_per_stage(items: abc.Sequence[Item], stages: int) -> list[int]:
-    """How many tokens the items put into each stage's cache."""
+    """How many tokens the items add to the cache of each stage."""
     text = sum(1 for item in items if isinstance(item, int))
     pictures = [item for item in items if isinstance(item, CompressedImage)]
     return [text + sum(len(picture.kept[stage]) for picture in pictures) for stage in range(stages)]

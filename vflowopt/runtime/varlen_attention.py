@@ -1,15 +1,15 @@
 """Attention of the decoder on a CUDA device: PyTorch's variable-length flash attention over the paged cache.
 
-One kernel serves all sequences of a batch, whether they bring one token or a thousand, where
-:class:`vflowopt.runtime.attention.AttentionPlan` calls one for each prompt. It wants half precision. How it reads the
-cache depends on which flash attention PyTorch runs:
+One kernel call serves all sequences of a batch, prefills and decodes alike, whereas
+:class:`vflowopt.runtime.attention.AttentionPlan` makes one call for each prefill. The kernel needs half precision. How
+it reads the cache depends on the version of flash attention:
 
-- ``"paged"``: through a block table, where the pages lie. Flash attention 3 does so with pages of any size, the one
-  that PyTorch is built with only with pages of a multiple of 256 tokens, which would waste most of a pruned cache.
-- ``"gathered"``: each sequence's pages are copied side by side first.
+- ``"paged"``: in place, through a block table. Flash attention 3 takes pages of any size. The version that PyTorch is
+  built with takes only pages of a multiple of 256 tokens, which would waste most of a pruned cache.
+- ``"gathered"``: from a copy in which each sequence's pages are contiguous.
 
-Which of the two works is found by trying (:func:`page_access`): versions differ, and a kernel that reads pages in
-another order than it is told, or masks otherwise, would answer wrongly without a word.
+:func:`page_access` finds out by trial which of the two works. Versions differ, and a kernel that reads pages in another
+order, or applies another mask, would give wrong answers and no error.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ PageAccess = Literal["paged", "gathered"]
 """How the kernel reads the cache."""
 
 _CAUSAL = (-1, 0)
-"""Window by which a query sees all keys up to its own; the last query of a sequence sees its last key."""
+"""The window in which a query attends to all keys up to its own; a sequence's last query attends to its last key."""
 
 
 class VarlenPlan:
     """Where the tokens of a flat batch are written and read, for a run of layers within which no cache changes stage.
 
-    Does what :class:`vflowopt.runtime.attention.AttentionPlan` does, by another kernel. Nothing waits for the device:
-    all that the layers need is worked out on the host and copied from pinned memory.
+    The same as :class:`vflowopt.runtime.attention.AttentionPlan`, with another kernel. The host does not wait for the
+    device: it computes all that the layers need, and copies it from pinned memory.
 
     Args:
         pool: the caches' pages, of half precision.
         layers: the run of layers.
-        caches: the sequences of the batch, in order, with room reserved.
-        counts: how many tokens each brings to these layers.
+        caches: the caches of the batch, in order, with pages reserved.
+        counts: how many tokens each sequence runs in these layers.
         access: how the kernel reads the cache.
     """
 
@@ -60,7 +60,7 @@ class VarlenPlan:
         self.first_layer = layers.start
         device, size = pool.keys.device, pool.page_size
         stages = [cache.stages[cache.stage_of_layer[layers.start]] for cache in caches]
-        # A chunk of a picture may have no token that came this far: it is no sequence then.
+        # A chunk of a picture may have no token in this stage: the kernel is not given its sequence then.
         present = [(stage, count) for stage, count in zip(stages, counts, strict=True) if count]
         context_lens = [stage.length + count for stage, count in present]
         pages = [
@@ -89,7 +89,7 @@ class VarlenPlan:
         self.max_query, self.max_capacity = max(counted), max(capacities)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
-        """Causal attention of each sequence's new tokens over everything it holds in a layer.
+        """Write new keys and values to a layer, then attend causally from each new token to its sequence's context.
 
         Args:
             layer: the decoder layer.
@@ -129,17 +129,17 @@ def varlen_attention(
     max_capacity: int,
     scale: float,
 ) -> Tensor:
-    """Causal attention of sequences of queries, each over its own pages.
+    """Causal attention of the queries of several sequences, each to its own pages.
 
     Args:
         query: [tokens, heads, head_dim], sequence after sequence.
-        pool: where the keys and values lie.
-        pages: int32, [sequences, blocks] to be read where they are, or [blocks of all sequences] to be gathered.
-        query_starts: int32 [sequences + 1], where each sequence's queries begin, and where the last one's end.
-        key_starts: int32 [sequences + 1], the same of the room that its pages offer.
-        context_lens: int32 [sequences], how many tokens of its room each sequence holds, those of its queries included.
-        max_query: most queries of a sequence.
-        max_capacity: most tokens that the pages of a sequence have room for.
+        pool: the keys and values.
+        pages: int32, [sequences, blocks] to read in place, or [blocks of all sequences] to gather first.
+        query_starts: int32 [sequences + 1], where each sequence's queries begin, and where those of the last one end.
+        key_starts: int32 [sequences + 1], the same for the capacities of the sequences' pages, in tokens.
+        context_lens: int32 [sequences], the tokens of each context, those of its queries included.
+        max_query: the most queries of a sequence.
+        max_capacity: the most tokens that fit into the pages of a sequence.
         scale: factor of the scores.
 
     Returns:
@@ -153,7 +153,7 @@ def varlen_attention(
         keys, values = (store.index_select(0, pages).flatten(0, 1) for store in (keys, values))
         table = None
     elif current_flash_attention_impl() is not None:
-        starts = None  # only the flash attention that PyTorch is built with wants them beside a block table
+        starts = None  # only the flash attention that PyTorch is built with takes both these and a block table
     output = varlen_attn(
         query.contiguous(),
         keys,
@@ -172,17 +172,17 @@ def varlen_attention(
 
 
 def page_access(pool: PagePool, heads: int) -> PageAccess | None:
-    """How the kernel can read the caches of ``pool``: by the first of the two ways that gives the right numbers.
+    """How the kernel can read the caches of ``pool``: the first of the two ways that gives the right numbers.
 
-    Tries each on a small pool of the same kind, with a single token beside a longer piece and a page boundary within
-    both the keys and the new tokens, against :class:`vflowopt.runtime.attention.AttentionPlan`.
+    Compares each with :class:`vflowopt.runtime.attention.AttentionPlan` on a small pool of the same kind: a decode
+    beside a prefill, with page boundaries within both the keys and the new tokens.
 
     Args:
         pool: the pool.
         heads: query heads of a layer.
 
     Returns:
-        None where neither works: off a GPU, in full precision, or with a PyTorch whose kernel knows neither.
+        The way; None if neither works: without a GPU, in full precision, or if PyTorch's kernel supports neither.
     """
     ways: tuple[PageAccess, ...] = ("paged", "gathered")
     return next((access for access in ways if _agrees(pool, heads, access)), None)
@@ -190,7 +190,7 @@ def page_access(pool: PagePool, heads: int) -> PageAccess | None:
 
 @torch.inference_mode()
 def _agrees(pool: PagePool, heads: int, access: PageAccess) -> bool:
-    """Whether the kernel, access like this, computes what it should."""
+    """Whether the kernel computes the right numbers with this access."""
     size, (kv_heads, head_dim) = pool.page_size, pool.keys.shape[1:]
     device, dtype = pool.keys.device, pool.keys.dtype
     budget = 16 * pool.page_bytes
@@ -201,7 +201,7 @@ def _agrees(pool: PagePool, heads: int, access: PageAccess) -> bool:
         return torch.randn(tokens, heads, head_dim, generator=generator).to(device, dtype)
 
     caches = [StagedCache(trial, [0], 1) for _ in range(2)]
-    # In turn, so that neither's pages lie in a row.
+    # In turn, so that neither cache's pages are contiguous.
     for counts in ((size, size), (3, size + 2)):
         for cache, count in zip(caches, counts, strict=True):
             cache.reserve([count])
@@ -224,11 +224,11 @@ def _agrees(pool: PagePool, heads: int, access: PageAccess) -> bool:
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy an array of the host to ``device``, without waiting for it."""
+    """Copy an array to ``device``, without waiting for it."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _widen(pages: np.ndarray, num_blocks: int) -> np.ndarray:
-    """Repeat the last page of each row [layers, n] until there are ``blocks`` of them."""
+    """Repeat the last page of each row [layers, n] until the row has ``num_blocks`` pages."""
     return np.pad(pages, ((0, 0), (0, num_blocks - pages.shape[1])), mode="edge")

@@ -1,1 +1,1 @@
-"""The search for a strategy: what it is measured on, what it tries next, and when it gives a trial up."""
+"""The search for a strategy: calibration, the search space, proposals, and early stopping of trials."""

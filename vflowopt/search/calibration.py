@@ -357,7 +357,7 @@ class Calibration:
                 return [state.cpu() for state in states]
 
     def _approach(self, sequences: abc.Sequence[Sequence], places: abc.Sequence[int]) -> bool:
-        """Run a piece of what comes before ``places``, and return True; False if all that is left fits into one piece."""
+        """Run a piece of what comes before ``places``; False, and nothing is run, if all that is left is one piece."""
         if sum(each.pending_tokens for each in sequences) <= self._piece:
             return False
         for each, place in zip(sequences, places, strict=True):

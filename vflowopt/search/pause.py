@@ -1,7 +1,7 @@
-"""Where long work on a runtime pauses, so that whoever owns the runtime can do something else in between.
+"""Pauses of long work on a runtime, in which the owner of the runtime can do other work.
 
-Such work is a generator. Each value that it yields is a pause, after a piece of bounded size; what the value says is
-offered, not demanded: a caller that ignores all pauses gets the same result.
+Long work is a generator. Each value that it yields is a pause, after a piece of bounded size. A caller may use what the
+value says, or ignore it: the result is the same.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Shortage:
-    """The KV pool had too few free pages: everything held here was released, and going on means to try again.
+    """The KV pool had too few free pages. The work released all its pages, and will run the piece again.
 
     Attributes:
-        pages: how many the rest of the piece takes at most.
+        pages: the most pages that the rest of the piece takes.
     """
 
     pages: int
 
 
 class Aside:
-    """The next piece needs neither the decoder nor KV pages, and may run on another thread before the work goes on.
+    """The next piece, which needs neither the decoder nor KV pages, and may run on another thread during the pause.
 
     Args:
-        kind: "encode" is the vision encoder's work and wants to be where pictures are encoded; "propose" is arithmetic
-            of plain numbers, whose ``work`` and result can also travel to another process.
+        kind: "encode" runs the vision encoder, and belongs on the thread that encodes pictures; "propose" computes with
+            plain numbers, and its ``work`` and result can be pickled for another process.
         work: the piece.
     """
 
@@ -37,15 +37,15 @@ class Aside:
         self._results: list[Any] = []
 
     def run(self) -> Any:
-        """Do the work, unless it was done before; returns its result. Raises what the work raises."""
+        """Do the work, unless it was done before, and return its result. Raises what the work raises."""
         if not self._results:
             self.finish(self.work())
         return self._results[0]
 
     def finish(self, result: Any) -> None:
-        """Hand in the result of ``work``, done elsewhere."""
+        """Set the result of ``work``, which was done elsewhere."""
         self._results = [result]
 
 
 Pause = Shortage | Aside | None
-"""None where there is nothing more to say than that a piece is done."""
+"""None: a piece is done, and there is nothing else to report."""

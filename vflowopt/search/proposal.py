@@ -1,6 +1,6 @@
-"""What a search tries next: a function of what it has tried, and of nothing else.
+"""The next point that a search tries: a function of the points tried so far, and of nothing else.
 
-So it can run on any thread or in another process, and a search can go on after any interruption.
+So it can run on any thread or in another process, and a search can resume after any interruption.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Sampler = Literal["gp", "tpe", "random"]
 
 
 def propose(tried: Sequence[tuple[Point, float]], *, dimensions: int, sampler: Sampler, seed: int) -> Point:
-    """A point of the unit cube where a higher value may be found.
+    """A point of the unit cube where the value may be higher.
 
     Args:
-        tried: points with their values, in the order in which they were tried. The first 10 points are random
-            whatever the sampler.
-        dimensions: of a point.
+        tried: points with their values, in the order in which they were tried. The first 10 points are random with
+            any sampler.
+        dimensions: coordinates of a point.
         sampler: how to choose.
-        seed: of the whole search; each number of points tried has random numbers of its own.
+        seed: the seed of the whole search; each number of points tried has random numbers of its own.
     """
     own = np.random.SeedSequence([seed, len(tried)])
     if sampler == "random":
@@ -50,7 +50,7 @@ def propose(tried: Sequence[tuple[Point, float]], *, dimensions: int, sampler: S
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without the line that optuna logs for each study; what others do with optuna stays as loud as it was."""
+    """Suppress the line that optuna logs for each study, and restore its verbosity afterwards."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:

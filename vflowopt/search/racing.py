@@ -1,4 +1,4 @@
-"""When a trial has lost: a statistical race against the best trial so far, over the same samples."""
+"""Early stopping of trials: a statistical race against the best trial so far, over the same samples."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy.typing as npt
 from scipy.special import stdtrit
 
 ERROR_RATE = 0.05
-"""Chance, at most, that a trial is stopped that is at least as good as the best one over all samples."""
+"""The greatest chance that a trial is stopped although it is at least as good as the best one over all samples."""
 
 _FEWEST = 4
-"""Samples below which a standard deviation says too little."""
+"""The fewest samples from which a standard deviation is estimated."""
 
 
 def rungs(samples: int) -> tuple[int, ...]:
@@ -26,12 +26,12 @@ def rungs(samples: int) -> tuple[int, ...]:
 
 
 def lost(differences: npt.NDArray[np.float64], samples: int, looks: int) -> bool:
-    """Whether a trial is hopeless by what was seen of it.
+    """Whether a trial has lost, judged by the samples seen so far.
 
-    The samples seen are a random draw, without replacement, from all of them. The trial has lost where the upper
-    one-sided confidence bound of its mean difference over all samples lies below zero: Student's t with the finite
-    population correction, at ``ERROR_RATE`` divided by the number of early looks (Bonferroni). It is exact where
-    differences are normal, and approximate, as such bounds are, elsewhere.
+    The samples seen are a random draw, without replacement, from all of them. The trial has lost if the upper one-sided
+    confidence bound of its mean difference over all samples is below zero: Student's t with the finite population
+    correction, at ``ERROR_RATE`` divided by the number of early looks (Bonferroni). The bound is exact for normally
+    distributed differences, and approximate for others.
 
     Args:
         differences: the trial's score minus the best one's, on each sample seen so far; at least 2.

@@ -1,4 +1,4 @@
-"""A turn that was answered, read again by the unpruned model and once more pruned: how far apart the two are."""
+"""Replaying an answered turn, unpruned and pruned, to measure how close the pruned model stays to the unpruned one."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ PIECE = 256
 """Tokens that one piece runs."""
 
 PATIENCE = 16
-"""Shortages of pages after which it is given up."""
+"""Shortages of pages after which a replay is given up."""
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Of one turn.
+    """How close the pruned model is to the unpruned one in one turn.
 
     Attributes:
-        cosine: of the last hidden state at the end of the prompt with the unpruned model's.
-        tokens: of the answer that were looked at; none of an answer that was sampled.
-        tokens_agreed: those that the unpruned model, given all that came before them, would have chosen.
+        cosine: cosine similarity of the two models' last hidden states at the end of the prompt.
+        tokens: tokens of the answer that were compared; 0 for an answer that was sampled.
+        tokens_agreed: how many of these the unpruned model would have chosen, given everything before them.
     """
 
     cosine: float
@@ -45,11 +45,11 @@ class AnsweredTurn:
     """A turn as it was when it ended.
 
     Attributes:
-        tenant: whose it was.
+        tenant: the tenant of its session.
         strategy_name: resource name of the strategy that its pictures were compressed by.
         strategy: that strategy.
-        log: all that was said up to the end of the answer.
-        prompt: how many items of it the answer was given to.
+        log: the sequence's log up to the end of the answer.
+        prompt: how many items of the log precede the answer.
         greedy: whether each token of the answer was the most likely one.
     """
 
@@ -62,20 +62,20 @@ class AnsweredTurn:
 
     @property
     def pictures(self) -> frozenset[Identity]:
-        """What the pictures in it are called in caches."""
+        """The identities of its pictures."""
         return frozenset(item.identity for item in self.log if isinstance(item, CompressedImage))
 
 
 class Replay:
-    """One turn read again.
+    """One turn, prefilled again unpruned and pruned.
 
     Args:
-        runtime: the model.
-        turn: what to read.
-        pictures: its pictures by what they are called in caches, to be compressed again, without loss.
+        runtime: runs the model.
+        turn: the turn.
+        pictures: its pictures, by identity; they are compressed again with every token kept.
 
     Attributes:
-        sequences: what may hold KV pages between two pieces; others may release them.
+        sequences: the sequences that may hold KV pages between two pieces. Other work may release them there.
     """
 
     def __init__(self, runtime: Runtime, turn: AnsweredTurn, pictures: Mapping[Identity, Picture]) -> None:
@@ -85,10 +85,13 @@ class Replay:
         self._pictures = pictures
 
     def pieces(self) -> Generator[Pause | Fidelity, None, None]:
-        """Read in pieces of bounded size. The last value is the :class:`Fidelity`, those before it are pauses.
+        """Replay in pieces of bounded size.
+
+        Yields:
+            Pauses; the last value is the :class:`Fidelity`.
 
         Raises:
-            PoolExhausted: there was no room, however often it was tried.
+            PoolExhausted: a sequence did not fit into the KV pool after all retries.
             ValueError: unpruned, the sequence is longer than the model's context.
         """
         turn, full = self._turn, Strategy.full()
@@ -98,7 +101,7 @@ class Replay:
             yield encoding
             (unpruned[identity],) = encoding.run()
         last = turn.prompt - 1
-        # The token of the answer at place n is chosen by the state at n - 1.
+        # The state at place n - 1 chooses the token at place n.
         answer = [item for item in turn.log[turn.prompt :] if isinstance(item, int)] if turn.greedy else []
         whole = [unpruned[item.identity] if isinstance(item, CompressedImage) else item for item in turn.log]
         states = yield from self._states(full, whole[: last + max(len(answer), 1)], last)
@@ -111,7 +114,7 @@ class Replay:
         )
 
     def _states(self, strategy: Strategy, log: abc.Sequence[Item], first: int) -> Generator[Pause, None, Tensor]:
-        """Read ``log`` under ``strategy``; the last hidden states [places, hidden] from place ``first`` on."""
+        """Prefill ``log`` under ``strategy``; the last hidden states [places, hidden] from place ``first`` on."""
         sequence = self._runtime.start(strategy)
         sequence.log = list(log)
         if sequence.position > self._runtime.context:
@@ -126,7 +129,7 @@ class Replay:
             while (begin := first + sum(map(len, states))) < len(log):
                 try:
                     sequence.log = list(log[:begin])
-                    if sequence.pending_tokens:  # others may have released what was read before
+                    if sequence.pending_tokens:  # other work may have released what was cached before
                         self._runtime.advance([sequence], [PIECE], want_logits=False)
                     else:
                         sequence.log = list(log[: begin + PIECE])

@@ -1,8 +1,8 @@
-"""The strategies that a search may try: all of them, and only those, that meet one budget.
+"""The strategies that a search may try: all that meet one budget, and no others.
 
-A point of the unit cube stands for each. Whatever the number of stages and however the layers are divided between
-them, every point is feasible: what a stage may keep is bounded by what the stages before it left of the budget, and
-the last one takes the rest. A search so needs no constraints and wastes no trial.
+Each is a point of the unit cube. Every point is feasible, for any number of stages and any division of the layers among
+them: the stages before a stage bound what it may keep of the budget, and the last stage takes the rest. So a search
+needs no constraints and wastes no trial.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ Point = tuple[float, ...]
 _SPARED = 0.25
 """Share of what is left of the budget, per layer, that a stage must leave to each later layer on average.
 
-With the paper's stages R1 so reaches from the budget to 2.5 times the budget, which holds the published range (1 to 1.5
-times); R2 likewise, from what every later layer gets if nothing else is dropped.
+With the paper's stages, R1 then reaches from the budget to 2.5 times the budget, which includes the published range (1
+to 1.5 times). R2 likewise starts at what every later layer gets if nothing else is dropped.
 """
 
 _THRESHOLD = 50.0
-"""The highest threshold (method section 4), on a logarithmic scale: what matters most happens below 5."""
+"""The highest threshold (method section 4), on a logarithmic scale: most of the effect is below 5."""
 
 _GRIDS = (2.0, 24.0)
 """Sides of a recycling cell, on a logarithmic scale. The paper starts at 3, for maps of 27 x 27 tokens; on coarser maps
 smaller cells make sense."""
 
 _RECYCLED = 0.875
-"""Share of the grid's coordinate that recycles. Above it, where cells have grown to whole maps, nothing is."""
+"""Share of the grid's coordinate that recycles. Above it, where cells would be whole maps, nothing is recycled."""
 
 
 class SearchSpace:
     """All strategies of one budget that differ from ``base`` in ratios, threshold, alpha and grid alone.
 
-    Where the base weighs diversity at all, its weight is searched, too: a base without it stays within the paper.
+    If the base has a weight of diversity, that weight is searched, too. A base without one stays within the paper.
 
     Args:
         base: gives the stages and every field that is not searched.
@@ -52,7 +52,7 @@ class SearchSpace:
     """
 
     def __init__(self, base: Strategy, budget: float, layers: int) -> None:
-        Strategy.from_budget(budget, layers, ())  # of one stage only: any budget in range is met
+        Strategy.from_budget(budget, layers, ())  # one stage meets any budget in range; this raises for others
         self._base = base
         self._budget = budget
         self._layers = layers
@@ -61,7 +61,7 @@ class SearchSpace:
         self.dimensions = len(self._spans) + 2 + self._diverse
 
     def strategy(self, point: Sequence[float]) -> Strategy:
-        """The strategy that a point stands for. Raises ValueError where a coordinate is missing or not in [0, 1]."""
+        """The strategy of a point. Raises ValueError if a coordinate is missing or not in [0, 1]."""
         if len(point) != self.dimensions or not all(0.0 <= coordinate <= 1.0 for coordinate in point):
             raise ValueError(f"expected {self.dimensions} coordinates from 0 to 1, got {tuple(point)}")
         stages, (threshold, alpha, grid, *diversity) = point[: len(self._spans) - 1], point[len(self._spans) - 1 :]
@@ -79,10 +79,10 @@ class SearchSpace:
         )
 
     def nearest(self, strategy: Strategy) -> Point:
-        """The point of the strategy of this space most like another one, whose retention is scaled to the budget first.
+        """The point of the strategy in this space that is closest to another strategy, scaled to the budget.
 
         Args:
-            strategy: with as many stages as the base.
+            strategy: has as many stages as the base.
         """
         scale = self._budget / strategy.budget(self._layers)
         kept: list[float] = []
@@ -99,19 +99,19 @@ class SearchSpace:
         return tuple(min(max(coordinate, 0.0), 1.0) for coordinate in point)
 
     def fitted_base(self) -> tuple[Point, Strategy]:
-        """The base itself where it meets the budget, else the strategy most like it; and its point."""
+        """The point and the strategy of the base if it meets the budget, otherwise of the strategy closest to it."""
         point = self.nearest(self._base)
         if abs(self._base.budget(self._layers) - self._budget) < 1e-9:
             return point, self._base
         return point, self.strategy(point)
 
     def _bounds(self, kept: Sequence[float]) -> Iterator[tuple[float, float]]:
-        """For each stage but the last, the lowest and highest retention; ``kept`` grows by those chosen meanwhile."""
+        """For each stage but the last, the lowest and highest retention; the caller appends each choice to ``kept``."""
         left = self._budget * self._layers
         for stage, span in enumerate(self._spans[:-1]):
             later = sum(self._spans[stage + 1 :])
             before = kept[-1] if kept else 1.0
-            # All layers from here on alike: any less here, and the later ones could not spend the rest.
+            # The same for all layers from here on: with less here, the later ones could not use up the budget.
             low = min(left / (span + later), before)
             yield low, max(low, min((left - _SPARED * low * later) / span, before))
             left -= kept[stage] * span

@@ -1,7 +1,7 @@
-/* Attention of one new token per conversation over its pages: float32, one thread, no copy of keys or values.
+/* Attention of one new token per sequence to its pages: float32, one thread, no copy of keys or values.
  *
  * Compiled for one geometry: HEAD_DIM channels of a head, GROUP query heads that share a key head. The softmax runs
- * page by page (a running maximum and sum), so nothing is held but one page of scores.
+ * page by page (a running maximum and sum), so only one page of scores is in memory at a time.
  */
 #include <math.h>
 #include <stdint.h>
@@ -25,12 +25,12 @@ static inline float exponential(float x) {
     return p * power.f;
 }
 
-/* query, output: [singles, kv_heads * GROUP, HEAD_DIM]; keys, values: [slots, kv_heads, HEAD_DIM];
- * pages: [singles, blocks], of which a conversation uses the first ceil(length / page_size); lengths: [singles]. */
+/* query, output: [sequences, kv_heads * GROUP, HEAD_DIM]; keys, values: [slots, kv_heads, HEAD_DIM];
+ * pages: [sequences, blocks], of which a sequence uses the first ceil(length / page_size); lengths: [sequences]. */
 void paged_decode(const float *restrict query, const float *restrict keys, const float *restrict values,
-                  const int64_t *restrict pages, const int64_t *restrict lengths, int64_t singles, int64_t blocks,
+                  const int64_t *restrict pages, const int64_t *restrict lengths, int64_t sequences, int64_t blocks,
                   int64_t page_size, int64_t kv_heads, float scale, float *restrict output) {
-    for (int64_t one = 0; one < singles; one++) {
+    for (int64_t one = 0; one < sequences; one++) {
         for (int64_t head = 0; head < kv_heads; head++) {
             const int64_t first = (one * kv_heads + head) * GROUP * HEAD_DIM;
             float mixed[GROUP][HEAD_DIM] = {{0}};
