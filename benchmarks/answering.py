@@ -1,4 +1,4 @@
-"""Greedy answers of many conversations at once, with what the model thought at the end of each prompt."""
+"""Greedy answers of many conversations at once, with the logits and the hidden state at the end of each prompt."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from vflowopt.runtime.sequence import Item, Sequence
 
 @dataclass(frozen=True, eq=False)
 class Reply:
-    """An answer, and the state of the model before its first token.
+    """An answer, and the logits and hidden state before its first token.
 
     Attributes:
         answer: the text.
         logits: float32 [vocabulary], of the answer's first token.
-        state: float32 [hidden], of the prompt's last token behind the last layer and its norm.
+        state: float32 [hidden], of the prompt's last token after the last layer and its norm.
     """
 
     answer: str
@@ -40,8 +40,8 @@ def reply(
     Args:
         runtime: the model.
         conversations: all different.
-        prompts: what each log grows by, up to the prompt for an answer.
-        longest: tokens of an answer at most.
+        prompts: the items that are appended to each log, up to the prompt for an answer.
+        longest: the most tokens of an answer.
     """
     for conversation, prompt in zip(conversations, prompts, strict=True):
         conversation.log.extend(prompt)
@@ -54,7 +54,7 @@ def reply(
 def _generate(
     runtime: Runtime, conversations: abc.Sequence[Sequence], logits: abc.Sequence[Tensor], longest: int
 ) -> list[str]:
-    """The answers of conversations whose prompts have run and left ``logits``, in steps of all that are not done."""
+    """Answer conversations whose prompts have run and given ``logits``; each step runs all that are not done."""
     answers = ["" for _ in conversations]
     running = {
         place: decode(conversation, runtime.chat, Sampler(), max_new_tokens=longest)
@@ -82,13 +82,13 @@ def _generate(
 
 @contextmanager
 def _states_before_the_head(runtime: Runtime) -> Iterator[list[Tensor]]:
-    """Collects what the output head is given, [rows, hidden] each time."""
+    """Collect the inputs of the output head, [rows, hidden] of each run."""
     states: list[Tensor] = []
 
-    def keep(_: Any, inputs: tuple[Tensor, ...]) -> None:
+    def collect(_: Any, inputs: tuple[Tensor, ...]) -> None:
         states.append(inputs[0].float().cpu())
 
-    hook = runtime.model.head.register_forward_pre_hook(keep)
+    hook = runtime.model.head.register_forward_pre_hook(collect)
     try:
         yield states
     finally:

@@ -1,4 +1,4 @@
-"""Asking about what a method left: each question alone, and all of them as the turns of one conversation."""
+"""Asking about compressed pictures: each question alone, and all of them as the turns of one conversation."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Answered:
         picture: the picture's place in the batch.
         number: the question's number, from 0.
         turn: ``SINGLE``, or the turn of the conversation, from 1.
-        reply: what came back.
-        kv_bytes: of the picture's tokens in the cache, without those of the text.
+        reply: the reply.
+        kv_bytes: KV bytes of the picture's tokens, without those of the text.
     """
 
     picture: int
@@ -42,16 +42,16 @@ def ask(
     asked: abc.Sequence[abc.Sequence[Asked]],
     longest: int,
 ) -> list[Answered]:
-    """Ask every question alone, and then in its turn, from the cache that the first question's image and answers left.
+    """Ask every question alone, and then as a turn of a conversation that starts with the first question's image.
 
     Args:
-        runtime: the model.
-        images: per picture, one for each of its questions. One that several questions share is prefilled once.
-        asked: per picture, the questions, at least one.
-        longest: tokens of an answer at most.
+        runtime: runs the model.
+        images: per picture, one image for each of its questions. One that several questions share is prefilled once.
+        asked: per picture, its questions, at least one.
+        longest: the most tokens of an answer.
 
     Raises:
-        PoolExhausted: the caches of all these conversations do not fit into the runtime's pool.
+        PoolExhausted: the caches of all conversations do not fit into the runtime's pool.
     """
     prefilled = _prefill(runtime, [image for of_picture in images for image in of_picture])
     try:
@@ -65,14 +65,14 @@ def ask(
 
 
 def picture_bytes(conversation: Sequence) -> int:
-    """Bytes of keys and values that the one picture of a conversation takes, read off its cache's lengths."""
+    """Bytes of the keys and values of a conversation's only picture, computed from the lengths of its cache."""
     text = conversation.num_cached_items - 1
     cache = conversation.cache
     return sum((stage.length - text) * len(stage.layers) for stage in cache.stages) * cache.pool.token_bytes
 
 
 def _prefill(runtime: Runtime, images: abc.Sequence[Compressed]) -> dict[Compressed, Sequence]:
-    """A conversation about each image, once if it is there several times, in which nothing is asked yet."""
+    """Prefill each distinct image in a conversation of its own, without a question."""
     prefilled = {image: runtime.start(image.strategy) for image in dict.fromkeys(images)}
     for image, conversation in prefilled.items():
         conversation.log.extend(runtime.chat.turn(0, [image.image, ""], generate=False))

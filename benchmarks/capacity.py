@@ -1,7 +1,7 @@
 """How many conversations with one picture stay resident in a KV budget, at every retention: measured by filling it.
 
 A service with that budget is asked one question in session after session, each about a picture of its own, until one
-more no longer fits beside the others: the first that had to make room is then told by the service itself.
+more no longer fits beside the others: the service then reports the first session whose cache was offloaded.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 import vflow_client
+from benchmarks.chat import Chat, draw_chats
 from benchmarks.service import running_service
 from benchmarks.table import Row, publish
-from benchmarks.talk import Talk, draw_talks
 
 STRATEGIES = {"100%": "full", "50%": "diverse-50", "25%": "diverse-25", "10%": "diverse-10"}
 _DRAWN_AT_A_TIME = 16
@@ -58,9 +58,9 @@ def fill(address: str, strategy: str, *, new_tokens: int, seed: int) -> Row:
     names: list[str] = []
     kv_bytes = []
     with vflow_client.connect(address, timeout=None) as client:
-        for talk in tqdm(_talks(seed), unit="session", leave=False, disable=None):
+        for chat in tqdm(_chats(seed), unit="session", leave=False, disable=None):
             session = client.session(strategy)
-            answer = session.ask(talk.picture, talk.questions[0], max_new_tokens=new_tokens, min_new_tokens=new_tokens)
+            answer = session.ask(chat.picture, chat.questions[0], max_new_tokens=new_tokens, min_new_tokens=new_tokens)
             answer.read()
             names.append(session.name)
             kv_bytes.append(answer.receipt.kv_bytes)
@@ -76,10 +76,10 @@ def fill(address: str, strategy: str, *, new_tokens: int, seed: int) -> Row:
     }
 
 
-def _talks(seed: int) -> Iterator[Talk]:
+def _chats(seed: int) -> Iterator[Chat]:
     """Talks of one turn without end, drawn as they are needed."""
     while True:
-        yield from draw_talks(_DRAWN_AT_A_TIME, turns=1, seed=seed)
+        yield from draw_chats(_DRAWN_AT_A_TIME, turns=1, seed=seed)
         seed += 1
 
 

@@ -10,8 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
-from benchmarks.system import OpenTalk, Reply, System
-from benchmarks.talk import Talk
+from benchmarks.chat import Chat
+from benchmarks.system import OpenChat, Reply, System
 
 
 @dataclass(frozen=True)
@@ -39,37 +39,37 @@ class Held:
         return sum(reply.tokens for replies in self.conversations for reply in replies)
 
 
-def hold(system: System, talks: Sequence[Talk], at_once: int, on_turn: Callable[[], object]) -> Held:
-    """Hold all of ``talks``, ``at_once`` at a time.
+def hold(system: System, chats: Sequence[Chat], at_once: int, on_turn: Callable[[], object]) -> Held:
+    """Hold all of ``chats``, ``at_once`` at a time.
 
     Args:
         system: who holds them.
-        talks: at least ``at_once``.
+        chats: at least ``at_once``.
         at_once: conversations at once; one that has ended makes room for the next.
         on_turn: called after every turn, from any thread.
 
     Raises:
         RuntimeError: the system failed.
     """
-    waiting: SimpleQueue[Talk] = SimpleQueue()
-    for talk in talks:
-        waiting.put(talk)
-    last: list[OpenTalk] = []
+    waiting: SimpleQueue[Chat] = SimpleQueue()
+    for chat in chats:
+        waiting.put(chat)
+    last: list[OpenChat] = []
     held: list[list[Reply]] = []
     start = threading.Barrier(at_once)
 
     def converse() -> float:
         start.wait()
         begun = time.perf_counter()
-        current: OpenTalk | None = None
+        current: OpenChat | None = None
         with suppress(Empty):
-            while talk := waiting.get_nowait():
+            while chat := waiting.get_nowait():
                 if current is not None:
                     current.close()
-                current = system.open(talk)
+                current = system.open(chat)
                 replies: list[Reply] = []
                 held.append(replies)
-                for question in talk.questions:
+                for question in chat.questions:
                     replies.append(current.say(question))
                     on_turn()
         if current is not None:

@@ -18,11 +18,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 import vflow_client
+from benchmarks.chat import Chat, draw_chats
 from benchmarks.closed_loop import Held, hold
 from benchmarks.openai_system import OpenAISystem, kv_bytes_per_token
 from benchmarks.system import System
 from benchmarks.table import Row, publish
-from benchmarks.talk import Talk, draw_talks
 from benchmarks.transformers_system import TransformersSystem
 from benchmarks.vflow_system import VFlowSystem
 from vflowopt.demo import model_path
@@ -111,7 +111,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
             running.callback(systems[name].close)
         for number, system in enumerate(systems.values()):
             # The first pass of a process pays for memory, and compiles what is compiled.
-            hold(system, draw_talks(2, turns=2, seed=options.seed - 1 - number), 2, lambda: None)
+            hold(system, draw_chats(2, turns=2, seed=options.seed - 1 - number), 2, lambda: None)
         progress = running.enter_context(
             tqdm(
                 total=options.repeats * sum(per_repeat.values()) * options.turns * len(systems),
@@ -121,15 +121,15 @@ def measure(options: argparse.Namespace) -> list[Row]:
         )
         for repeat in range(options.repeats):
             for at_once, count in per_repeat.items():
-                talks = draw_talks(count, turns=options.turns, seed=options.seed + 1000 * repeat + at_once)
+                chats = draw_chats(count, turns=options.turns, seed=options.seed + 1000 * repeat + at_once)
                 for name, system in systems.items():
                     progress.set_description(f"{name}, {at_once} at once")
-                    figures[name, at_once].held.append(hold(system, talks, at_once, progress.update))
+                    figures[name, at_once].held.append(hold(system, chats, at_once, progress.update))
         alone = min(options.conversations)
-        talks = draw_talks(options.talks, turns=1, seed=options.seed - 1000)
+        chats = draw_chats(options.talks, turns=1, seed=options.seed - 1000)
         for name, system in systems.items():
             if isinstance(system, VFlowSystem):
-                figures[name, alone].picture_ahead_ms = list(_picture_ahead(system, talks))
+                figures[name, alone].picture_ahead_ms = list(_picture_ahead(system, chats))
     return [each.row(name, at_once) for (name, at_once), each in figures.items()]
 
 
@@ -159,11 +159,11 @@ def compared(rows: Iterable[Row]) -> list[str]:
     return lines
 
 
-def _picture_ahead(system: VFlowSystem, talks: Iterable[Talk]) -> Iterable[float]:
-    """Milliseconds to the first token of a first question whose picture was added before, one talk after another."""
-    for talk in talks:
-        opened = system.open(talk, picture_ahead=True)
-        yield opened.say(talk.questions[0]).first_token_s * 1e3
+def _picture_ahead(system: VFlowSystem, chats: Iterable[Chat]) -> Iterable[float]:
+    """Milliseconds to the first token of a first question whose picture was added before, one chat after another."""
+    for chat in chats:
+        opened = system.open(chat, picture_ahead=True)
+        yield opened.say(chat.questions[0]).first_token_s * 1e3
         opened.close()
 
 

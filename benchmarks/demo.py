@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"Picture: {picture.name}, {shown.width} x {shown.height} pixels. Starting the service ...", flush=True)
     try:
         with running_service("--log-level", "warning") as address, vflow_client.connect(address) as client:
-            # Both once unseen: the first pass of a process pays for memory that later ones find at hand.
+            # Both once before they are measured: the first pass of a process allocates memory that later ones reuse.
             for name in (options.strategy, FULL):
                 _hold(client, name, data, questions[:1], None, quiet=True, warm_up=True)
             compressed = _hold(client, options.strategy, data, questions, truths, quiet=False)

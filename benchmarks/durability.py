@@ -19,10 +19,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 import vflow_client
+from benchmarks.chat import Chat, draw_chats
 from benchmarks.conversation import percentile
 from benchmarks.service import running_service
 from benchmarks.table import Row, publish
-from benchmarks.talk import Talk, draw_talks
 
 STRATEGY = "diverse-10"
 QUIET = ("--log-level", "warning")
@@ -40,19 +40,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     rows: list[Row] = []
     for at_once in options.at_once:
-        talks = draw_talks(at_once * options.rounds, turns=options.turns + 2, seed=3_000_000)
+        chats = draw_chats(at_once * options.rounds, turns=options.turns + 2, seed=3_000_000)
         with tempfile.TemporaryDirectory(prefix="vflow-durability-", dir=options.data) as folder:
-            rows += measure(talks, at_once, options.new_tokens, Path(folder))
+            rows += measure(chats, at_once, options.new_tokens, Path(folder))
     publish(rows, options.json)
     return 0
 
 
-def measure(talks: Sequence[Talk], at_once: int, new_tokens: int, folder: Path) -> Iterator[Row]:
-    """Hold ``talks`` with either service; the rows."""
+def measure(chats: Sequence[Chat], at_once: int, new_tokens: int, folder: Path) -> Iterator[Row]:
+    """Hold ``chats`` with either service; the rows."""
     flags = {"memory": QUIET, "folder": (*QUIET, "--data", str(folder))}
     for name, wanted in flags.items():
         with running_service(*wanted) as address:
-            names, seconds, took = _hold(address, talks, at_once, new_tokens)
+            names, seconds, took = _hold(address, chats, at_once, new_tokens)
         yield _row(at_once, name, seconds, took)
     for kept_in, question in (("folder, after a stop", -2), ("folder, after a crash", -1)):
         if kept_in == "folder, after a crash":
@@ -62,24 +62,24 @@ def measure(talks: Sequence[Talk], at_once: int, new_tokens: int, folder: Path) 
             begun = time.perf_counter()
             with ThreadPoolExecutor(at_once) as threads, vflow_client.connect(address, timeout=None) as client:
                 asked = [
-                    (client.attach(name), talk.questions[question]) for name, talk in zip(names, talks, strict=True)
+                    (client.attach(name), chat.questions[question]) for name, chat in zip(names, chats, strict=True)
                 ]
                 seconds = list(threads.map(lambda ask: _say(*ask, new_tokens), asked))
             row = _row(at_once, kept_in, seconds, time.perf_counter() - begun)
-        yield {**row, "bytes_per_conversation": size // len(talks)}
+        yield {**row, "bytes_per_conversation": size // len(chats)}
 
 
-def _hold(address: str, talks: Sequence[Talk], at_once: int, new_tokens: int) -> tuple[list[str], list[float], float]:
+def _hold(address: str, chats: Sequence[Chat], at_once: int, new_tokens: int) -> tuple[list[str], list[float], float]:
     """Names of the sessions, seconds of each turn, and seconds in all."""
     with vflow_client.connect(address, timeout=None) as client, ThreadPoolExecutor(at_once) as threads:
 
-        def converse(talk: Talk) -> tuple[str, list[float]]:
+        def converse(chat: Chat) -> tuple[str, list[float]]:
             session = client.session(STRATEGY)
-            session.add_image(talk.picture)
-            return session.name, [_say(session, question, new_tokens) for question in talk.questions[:-2]]
+            session.add_image(chat.picture)
+            return session.name, [_say(session, question, new_tokens) for question in chat.questions[:-2]]
 
         begun = time.perf_counter()
-        held = list(tqdm(threads.map(converse, talks), total=len(talks), unit="talk", leave=False, disable=None))
+        held = list(tqdm(threads.map(converse, chats), total=len(chats), unit="chat", leave=False, disable=None))
         took = time.perf_counter() - begun
     return [name for name, _ in held], [seconds for _, turns in held for seconds in turns], took
 

@@ -63,9 +63,9 @@ def draw(
         figure = Figure(
             figsize=(_PANEL_INCHES * columns, height * len(maps) + below + 0.6), layout="constrained", dpi=90
         )
-        panels, talk = figure, None
+        panels, below_them = figure, None
         if answers:
-            panels, talk = figure.subfigures(2, 1, height_ratios=[height * len(maps) + 0.6, below])
+            panels, below_them = figure.subfigures(2, 1, height_ratios=[height * len(maps) + 0.6, below])
         rows = panels.subplots(len(maps), columns, squeeze=False)
         for tokens, row in zip(maps, rows, strict=True):
             for axes in row:
@@ -86,8 +86,8 @@ def draw(
             keys = [Patch(edgecolor=colour, facecolor="none", label=name) for name, colour in colours.items()]
             panels.legend(handles=keys, loc="outside lower right", ncols=len(keys), frameon=False)
         panels.suptitle(title, fontsize=13)
-        if talk is not None:
-            _answers(talk.subplots(), answers)
+        if below_them is not None:
+            _answers(below_them.subplots(), answers)
     return figure
 
 

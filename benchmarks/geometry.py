@@ -108,10 +108,10 @@ class Bench:
         """The median time of some work in milliseconds, and its last result."""
         results: list[T] = []
 
-        def keep() -> None:
+        def compress() -> None:
             results[:] = [work()]
 
-        return median_ms(keep, self.runtime.model.device, self.runs), results[0]
+        return median_ms(compress, self.runtime.model.device, self.runs), results[0]
 
     def _decode_ms(self, conversation: Sequence) -> float:
         """Median milliseconds of a step that adds one token to one conversation."""

@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 
 from transformers import AutoConfig
 
+from benchmarks.chat import Chat
 from benchmarks.memory import listener, resident_bytes
-from benchmarks.system import OpenTalk, Reply, System
-from benchmarks.talk import Talk
+from benchmarks.system import OpenChat, Reply, System
 
 
 class OpenAISystem(System):
@@ -58,9 +58,9 @@ class OpenAISystem(System):
             connection.close()
         self._kv_bytes_per_token = kv_bytes_per_token
 
-    def open(self, talk: Talk) -> OpenTalk:
-        """Begin a talk, on a connection of its own."""
-        return _OpenTalk(self._host, self._request, self._kv_bytes_per_token, talk)
+    def open(self, chat: Chat) -> OpenChat:
+        """Begin a chat, on a connection of its own."""
+        return _OpenChat(self._host, self._request, self._kv_bytes_per_token, chat)
 
     def resident_bytes(self) -> int | None:
         """Memory of the server's processes, if they run on this machine."""
@@ -71,12 +71,12 @@ class OpenAISystem(System):
         """Nothing: the server was not started here."""
 
 
-class _OpenTalk(OpenTalk):
-    def __init__(self, host: str, request: dict[str, Any], kv_bytes_per_token: int, talk: Talk) -> None:
+class _OpenChat(OpenChat):
+    def __init__(self, host: str, request: dict[str, Any], kv_bytes_per_token: int, chat: Chat) -> None:
         self._connection = http.client.HTTPConnection(host)
         self._request = request
         self._kv_bytes_per_token = kv_bytes_per_token
-        url = "data:image/png;base64," + base64.b64encode(talk.picture).decode()
+        url = "data:image/png;base64," + base64.b64encode(chat.picture).decode()
         self._picture: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}}]
         self._messages: list[dict[str, Any]] = []
 

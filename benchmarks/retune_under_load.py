@@ -20,9 +20,9 @@ import numpy as np
 from tqdm import tqdm
 
 import vflow_client
+from benchmarks.chat import Chat, draw_chats
 from benchmarks.service import running_service
 from benchmarks.table import Row, publish
-from benchmarks.talk import Talk, draw_talks
 
 TARGET = 1.25
 """How many times as long the 95th percentile may be."""
@@ -65,10 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--flags", default="", help="further flags of `vflow serve`, in one text")
     parser.add_argument("--json", type=Path, help="write the rows here, too")
     options = parser.parse_args(arguments)
-    talks = draw_talks(options.streams, turns=1, seed=options.seed)
+    chats = draw_chats(options.streams, turns=1, seed=options.seed)
     samples = [
-        vflow_client.Sample(talk.picture, talk.questions)
-        for talk in draw_talks(options.samples, turns=3, seed=options.seed + 1)
+        vflow_client.Sample(chat.picture, chat.questions)
+        for chat in draw_chats(options.samples, turns=3, seed=options.seed + 1)
     ]
     alone, beside = Streamed(), Streamed()
     try:
@@ -76,12 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             running_service("--log-level", "warning", *options.flags.split()) as address,
             vflow_client.connect(address, timeout=None) as client,
         ):
-            stream(client, talks, new_tokens=options.new_tokens)  # warms up
+            stream(client, chats, new_tokens=options.new_tokens)  # warms up
             for _ in tqdm(range(options.rounds), unit="round", disable=None):
-                alone.gaps += stream(client, talks, new_tokens=options.new_tokens)
+                alone.gaps += stream(client, chats, new_tokens=options.new_tokens)
                 with searching(client, samples, options.budget) as search:
                     before = len(search.refresh().tried)
-                    beside.gaps += stream(client, talks, new_tokens=options.new_tokens)
+                    beside.gaps += stream(client, chats, new_tokens=options.new_tokens)
                     beside.trials += len(search.refresh().tried) - before
     except (RuntimeError, vflow_client.VFlowError) as error:
         print(f"retune_under_load: {error}", file=sys.stderr)
@@ -108,19 +108,19 @@ def searching(
         search.wait()
 
 
-def stream(client: vflow_client.Client, talks: Sequence[Talk], *, new_tokens: int) -> list[float]:
-    """Stream an answer about each talk's picture, all at once; the seconds between the pieces of each."""
+def stream(client: vflow_client.Client, chats: Sequence[Chat], *, new_tokens: int) -> list[float]:
+    """Stream an answer about each chat's picture, all at once; the seconds between the pieces of each."""
 
     def gaps(session: vflow_client.Session, question: str) -> list[float]:
         answer = session.ask(question, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
         return [later - earlier for earlier, later in pairwise([time.perf_counter() for _ in answer])]
 
-    sessions = [client.session() for _ in talks]
+    sessions = [client.session() for _ in chats]
     try:
-        for session, talk in zip(sessions, talks, strict=True):
-            session.add_image(talk.picture)
-        with ThreadPoolExecutor(len(talks)) as threads:
-            seen = threads.map(gaps, sessions, [talk.questions[0] for talk in talks])
+        for session, chat in zip(sessions, chats, strict=True):
+            session.add_image(chat.picture)
+        with ThreadPoolExecutor(len(chats)) as threads:
+            seen = threads.map(gaps, sessions, [chat.questions[0] for chat in chats])
             return [gap for each in seen for gap in each]
     finally:
         for session in sessions:

@@ -19,7 +19,7 @@ def running_service(*flags: str) -> Iterator[str]:
         flags: further flags of ``vflow serve``.
 
     Raises:
-        RuntimeError: the process ended before it was ready; what it said is on standard error.
+        RuntimeError: the process ended before it was ready; its output is on standard error.
     """
     command: Sequence[str] = (str(Path(sys.executable).with_name("vflow")), "serve", "--port", "0", *flags)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

@@ -1,11 +1,11 @@
-"""What a benchmark of conversations compares: systems that hold them, behind one small face."""
+"""The systems that a benchmark of conversations compares, behind one interface."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from benchmarks.talk import Talk
+from benchmarks.chat import Chat
 
 
 @dataclass(frozen=True)
@@ -13,11 +13,11 @@ class Reply:
     """One answer, as the client saw it.
 
     Attributes:
-        text: what was answered.
-        tokens: how many tokens that was.
-        first_token_s: seconds from sending the turn to the first of them.
-        kv_bytes: bytes of KV cache of the conversation after the turn.
-        visual_kv_bytes: how many of these are the picture's; None where the system does not tell.
+        text: the answer.
+        tokens: tokens of the answer.
+        first_token_s: seconds from sending the turn to the first token.
+        kv_bytes: bytes of the conversation's KV cache after the turn.
+        visual_kv_bytes: how many of these are the picture's; None if the system does not report it.
     """
 
     text: str
@@ -27,39 +27,39 @@ class Reply:
     visual_kv_bytes: int | None = None
 
 
-class OpenTalk(ABC):
-    """A talk that a system is holding."""
+class OpenChat(ABC):
+    """A chat in progress with a system."""
 
     @abstractmethod
     def say(self, question: str) -> Reply:
-        """Say the next turn and wait for the whole answer; the first turn brings the picture.
+        """Send the next turn and wait for the whole answer; the first turn includes the picture.
 
         Raises:
-            RuntimeError: the system failed to answer as it was asked to.
+            RuntimeError: the system failed to answer, or gave another number of tokens than it was asked for.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """End the talk, so that the system forgets it."""
+        """End the chat, so that the system can free its memory."""
 
 
 class System(ABC):
-    """Something that holds conversations about pictures.
+    """A system that answers conversations about pictures.
 
     Attributes:
-        name: what tables call it.
+        name: its name in tables.
     """
 
     name: str
 
     @abstractmethod
-    def open(self, talk: Talk) -> OpenTalk:
-        """Begin a talk. May be called from several threads, and each talk is used by one."""
+    def open(self, chat: Chat) -> OpenChat:
+        """Begin a chat. May be called from several threads; each chat is used by one of them."""
 
     @abstractmethod
     def resident_bytes(self) -> int | None:
-        """Memory that its processes take now; None where they cannot be seen from here."""
+        """Bytes of memory that its processes take now; None if they run on another machine."""
 
     @abstractmethod
     def close(self) -> None:
-        """Stop what was started for it."""
+        """Stop the processes that were started for it."""

@@ -22,9 +22,9 @@ from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
+from benchmarks.chat import Chat
 from benchmarks.memory import resident_bytes
-from benchmarks.system import OpenTalk, Reply, System
-from benchmarks.talk import Talk
+from benchmarks.system import OpenChat, Reply, System
 
 _MARK = "\ue000"
 
@@ -52,9 +52,9 @@ class TransformersSystem(System):
         )
         self._process = self._worker.submit(os.getpid).result()
 
-    def open(self, talk: Talk) -> OpenTalk:
-        """Begin a talk."""
-        return _OpenTalk(self._worker, next(self._numbers), talk.picture)
+    def open(self, chat: Chat) -> OpenChat:
+        """Begin a chat."""
+        return _OpenChat(self._worker, next(self._numbers), chat.picture)
 
     def resident_bytes(self) -> int | None:
         """Memory of the worker process."""
@@ -65,7 +65,7 @@ class TransformersSystem(System):
         self._worker.shutdown()
 
 
-class _OpenTalk(OpenTalk):
+class _OpenChat(OpenChat):
     def __init__(self, worker: ProcessPoolExecutor, number: int, picture: bytes) -> None:
         self._worker = worker
         self._number = number

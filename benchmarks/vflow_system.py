@@ -6,10 +6,10 @@ import time
 from contextlib import ExitStack
 
 import vflow_client
+from benchmarks.chat import Chat
 from benchmarks.memory import listener, resident_bytes
 from benchmarks.service import running_service
-from benchmarks.system import OpenTalk, Reply, System
-from benchmarks.talk import Talk
+from benchmarks.system import OpenChat, Reply, System
 
 
 class VFlowSystem(System):
@@ -37,9 +37,9 @@ class VFlowSystem(System):
         self._process = listener(address)
         self._client = self._running.enter_context(vflow_client.connect(address, timeout=None))
 
-    def open(self, talk: Talk, *, picture_ahead: bool = False) -> OpenTalk:
-        """Begin a talk; with ``picture_ahead`` the picture is added now, before the first question."""
-        return _OpenTalk(self._client.session(self._strategy), talk, self._new_tokens, picture_ahead)
+    def open(self, chat: Chat, *, picture_ahead: bool = False) -> OpenChat:
+        """Begin a chat; with ``picture_ahead`` the picture is added now, before the first question."""
+        return _OpenChat(self._client.session(self._strategy), chat, self._new_tokens, picture_ahead)
 
     def resident_bytes(self) -> int | None:
         """Memory of the service process."""
@@ -50,11 +50,11 @@ class VFlowSystem(System):
         self._running.close()
 
 
-class _OpenTalk(OpenTalk):
-    def __init__(self, session: vflow_client.Session, talk: Talk, new_tokens: int, picture_ahead: bool) -> None:
+class _OpenChat(OpenChat):
+    def __init__(self, session: vflow_client.Session, chat: Chat, new_tokens: int, picture_ahead: bool) -> None:
         self._session = session
         self._new_tokens = new_tokens
-        self._pictures = [talk.picture]
+        self._pictures = [chat.picture]
         self._visual_kv_bytes = 0
         if picture_ahead:
             self._visual_kv_bytes = session.add_image(self._pictures.pop()).kv_bytes

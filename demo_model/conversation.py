@@ -85,7 +85,7 @@ class Conversation:
             answer = self._encode(question.answer)
             if named:  # a lone digit is a space and the digit
                 hints[named[-1] :] = [answer[1] if question.kind == "count" else answer[0]] * (len(ids) - named[-1])
-                if question.kind == "code":  # its second character is told by nothing else before it is to be said
+                if question.kind == "code":  # nothing else trains its second character before it has to be answered
                     hints[named[-1]] = answer[1]
 
         def say(tokens: tuple[int, ...], turn: int, learn: bool = False) -> None:

@@ -1,6 +1,6 @@
 """How the projector starts: from what the tower already knows, in the language model's own words.
 
-Two steps that spare the language model a long plateau: the first map reads the label heads' directions and the whitened
+Two steps that save the language model a long plateau: the first map reads the label heads' directions and the whitened
 features, then projected object patches are pulled for some seconds towards the words for what they show.
 """
 

@@ -35,7 +35,7 @@ TINTS = {
 }
 LETTERS = "CEHLTX"
 DIGITS = "3457"
-"""Characters of the codes: chosen to be told apart easily at 12 pixels."""
+"""Characters of the codes: chosen to be easy to distinguish at 12 pixels."""
 
 SIZES = ((448, 448), (448, 336), (336, 448), (672, 224), (224, 672), (224, 448), (448, 224), (224, 224), (300, 400))
 """Picture sizes (width, height). Half of all pictures have the first."""

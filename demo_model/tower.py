@@ -45,7 +45,7 @@ _WHOLE_TILES = 0.12
 
 
 class PatchLabels(nn.Module):
-    """Linear heads over the tower's features; only their directions outlive training: they start the projector."""
+    """Linear heads over the tower's features; after training, only their directions are used: in the projector."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which questions the tokens at hand can answer, so that training on a part of a picture asks only those.
+"""Which questions some tokens of a picture can answer, so that training on a part of a picture asks only those.
 
 The choice of tokens stays random; what is chosen by the labels is what to ask about them.
 """
@@ -16,11 +16,11 @@ _ENOUGH_TO_COUNT = 0.85
 
 
 def answerable(question: Question, seen: np.ndarray, overview: int) -> bool:
-    """Whether the tokens at hand show what a question is about.
+    """Whether some tokens show what a question is about.
 
     Args:
         question: what is asked.
-        seen: labels (tokens, heads) of the tokens at hand, the overview's first.
+        seen: labels (tokens, heads) of these tokens, the overview's first.
         overview: how many of them are the overview's.
     """
     words = question.text.lower().strip("?.").split()

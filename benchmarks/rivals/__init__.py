@@ -1,7 +1,7 @@
 """The methods that one would pick instead of VFlowOpt, each a small implementation of its own, from its paper.
 
 None shares code with a released implementation. What a method needed to be changed to fit one cache and one budget is
-said in its docstring.
+described in its docstring.
 """
 
 from benchmarks.rivals.divprune import DivPrune

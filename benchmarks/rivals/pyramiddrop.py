@@ -53,8 +53,8 @@ class PyramidDrop(Method):
         structural = sight.encoded.layout.structural
         tokens, layers = len(structural), runtime.layers
         targets = stage_targets(strategy, tokens, int(structural.sum()), layers)
-        # How many stages a token outlives; structural ones outlive all.
-        outlived = torch.zeros(tokens).masked_fill(structural, float(len(targets)))
+        # How many stages a token survives; structural ones survive all.
+        survived = torch.zeros(tokens).masked_fill(structural, float(len(targets)))
         survivors = torch.arange(tokens)
         prompt = PromptPass(runtime, sight.encoded, sight.question)
         ends = (*strategy.starts[1:], layers)
@@ -64,11 +64,11 @@ class PyramidDrop(Method):
                 ranks = attention.masked_fill(structural[survivors], torch.inf)
                 survivors = survivors[ranks.argsort(descending=True, stable=True)[:target]].sort().values
                 prompt.keep(survivors)
-            outlived[survivors] += 1.0
+            survived[survivors] += 1.0
             if end < layers:
                 prompt.run(range(start, end))
                 attention = prompt.attention() if end >= looked else first_look[survivors]
-        return keep_best(sight.encoded, outlived, strategy, layers)
+        return keep_best(sight.encoded, survived, strategy, layers)
 
 
 def pyramid(retention: float, layers: int) -> Strategy:

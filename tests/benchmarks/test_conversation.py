@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import conversation
+from benchmarks.chat import Chat, draw_chats
 from benchmarks.openai_system import kv_bytes_per_token
 from benchmarks.system import Reply, System
-from benchmarks.talk import Talk, draw_talks
 from benchmarks.transformers_system import TransformersSystem
 from benchmarks.vflow_system import VFlowSystem
 from vflowopt.demo import model_path
@@ -31,24 +31,24 @@ VISUAL_TOKENS = 1312
 NEW_TOKENS = 4
 
 
-def held(make: Callable[[], System], talk: Talk) -> list[Reply]:
+def held(make: Callable[[], System], chat: Chat) -> list[Reply]:
     with closing(make()) as system:
-        opened = system.open(talk)
-        replies = [opened.say(question) for question in talk.questions]
+        opened = system.open(chat)
+        replies = [opened.say(question) for question in chat.questions]
         opened.close()
     return replies
 
 
 def test_all_systems_on_the_same_weights_say_the_same() -> None:
-    (talk,) = draw_talks(1, turns=2, seed=5)
-    ours = held(lambda: VFlowSystem("ours", "full", new_tokens=NEW_TOKENS, threads=1), talk)
+    (chat,) = draw_chats(1, turns=2, seed=5)
+    ours = held(lambda: VFlowSystem("ours", "full", new_tokens=NEW_TOKENS, threads=1), chat)
     per_token = kv_bytes_per_token(model_path(), 4)
     for keep_cache in (True, False):
 
         def make(keep_cache: bool = keep_cache) -> System:
             return TransformersSystem("theirs", model_path(), keep_cache=keep_cache, new_tokens=NEW_TOKENS, threads=1)
 
-        theirs = held(make, talk)
+        theirs = held(make, chat)
         assert [reply.text for reply in theirs] == [reply.text for reply in ours]
         assert [reply.tokens for reply in theirs] == [NEW_TOKENS] * 2 == [reply.tokens for reply in ours]
         tokens = [reply.kv_bytes / per_token for reply in theirs]

@@ -27,7 +27,7 @@ def edges(drawn: Figure, panel: int) -> list[str]:
 
 def test_each_stage_shows_what_it_keeps(tmp_path: Path) -> None:
     drawn = figure([False] * 4)
-    panels, talk = drawn.subfigs
+    panels, chat = drawn.subfigs
     assert [axes.get_title() for axes in panels.axes] == [
         "the picture",
         "importance (yellow: high)",
@@ -38,7 +38,7 @@ def test_each_stage_shows_what_it_keeps(tmp_path: Path) -> None:
     opacity = panels.axes[3].images[0].get_alpha()
     assert isinstance(opacity, np.ndarray)
     assert (opacity[:, :20] == 1.0).all() and (opacity[:, 20:60] < 0.5).all() and (opacity[:, 60:] == 1.0).all()
-    assert {text.get_text() for text in talk.axes[0].texts} >= {"What colour is it?", "red", "blue"}
+    assert {text.get_text() for text in chat.axes[0].texts} >= {"What colour is it?", "red", "blue"}
     save(drawn, tmp_path / "figure.png")
     with Image.open(tmp_path / "figure.png") as written:
         assert written.width > 1000

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.chat import Chat
 from benchmarks.openai_system import OpenAISystem, kv_bytes_per_token
-from benchmarks.talk import Talk
 from vflowopt.demo import model_path
 
 
@@ -68,9 +68,9 @@ def played() -> Iterator[tuple[Server, str]]:
 def test_every_turn_sends_everything_again() -> None:
     with played() as (server, address):
         system = OpenAISystem("vllm", address, new_tokens=2, kv_bytes_per_token=10)
-        talk = system.open(Talk(b"PNG", ("first?", "second?")))
-        replies = [talk.say("first?"), talk.say("second?")]
-        talk.close()
+        chat = system.open(Chat(b"PNG", ("first?", "second?")))
+        replies = [chat.say("first?"), chat.say("second?")]
+        chat.close()
         assert (system.resident_bytes() or 0) > 1 << 20, "the server runs in this very process"
     assert [reply.text for reply in replies] == ["one two"] * 2
     assert [(reply.tokens, reply.kv_bytes) for reply in replies] == [(2, 320)] * 2
@@ -92,14 +92,14 @@ def test_every_turn_sends_everything_again() -> None:
 
 def test_failures_are_told() -> None:
     with played() as (server, address):
-        talk = OpenAISystem("vllm", address, new_tokens=2, kv_bytes_per_token=1).open(Talk(b"PNG", ("?",)))
+        chat = OpenAISystem("vllm", address, new_tokens=2, kv_bytes_per_token=1).open(Chat(b"PNG", ("?",)))
         server.pieces = []
         with pytest.raises(RuntimeError, match="without any text"):
-            talk.say("?")
+            chat.say("?")
         server.status = 503
         with pytest.raises(RuntimeError, match="503: no room"):
-            talk.say("?")
-        talk.close()
+            chat.say("?")
+        chat.close()
     with pytest.raises(RuntimeError, match="no OpenAI-compatible server answers"):
         OpenAISystem("vllm", address, new_tokens=2, kv_bytes_per_token=1)
     with pytest.raises(RuntimeError, match="give http://host:port"):

@@ -302,7 +302,7 @@ def test_colors_in_a_file_are_no_reason_to_redraw(vflow: Vflow, data: Path, monk
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     code, out, err = vflow("retune", "--budget", 0.1, "--data", data)
-    assert code == 0 and "\x1b[" in out, "whoever asks for colours gets them"
+    assert code == 0 and "\x1b[" in out, "colours are printed if they are asked for"
     assert "trial 4 of 4: 0.9300, best 0.9500\n" in err and not set("\x1b\r") & set(err)
 
 

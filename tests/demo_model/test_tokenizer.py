@@ -68,12 +68,12 @@ def test_the_chat_template_keeps_the_order_of_parts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("message", "said"),
+    ("message", "error"),
     [
         ({"role": "system", "content": "x"}, "not 'system'"),
         ({"role": "user", "content": [{"type": "audio"}]}, "not 'audio'"),
     ],
 )
-def test_the_chat_template_says_what_it_cannot_take(message: dict[str, object], said: str) -> None:
-    with pytest.raises(Exception, match=said):
+def test_the_chat_template_says_what_it_cannot_take(message: dict[str, object], error: str) -> None:
+    with pytest.raises(Exception, match=error):
         TOKENIZER.apply_chat_template([message], tokenize=False)

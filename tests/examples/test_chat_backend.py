@@ -91,28 +91,28 @@ def backend(address: str) -> Iterator[tuple[int, ModuleType]]:
 
 def begun(browser: Browser) -> str:
     """A chat about the cat."""
-    status, told = browser.send("POST", "/chats", CAT)
+    status, answer = browser.send("POST", "/chats", CAT)
     assert status == 201
-    chat: str = told["chat"]
+    chat: str = answer["chat"]
     return chat
 
 
 def test_answers_come_as_events_and_are_counted(embedded: Served) -> None:
     with backend(embedded.address) as (port, _):
         ada, bob = Browser(port), Browser(port, "bob")
-        status, told = ada.send("POST", "/chats", CAT)
-        assert (status, told["kept_tokens"]) == (201, [170, 162, 61])
+        status, answer = ada.send("POST", "/chats", CAT)
+        assert (status, answer["kept_tokens"]) == (201, [170, 162, 61])
         spent = []
         for question, text in (("Which shape is green?", "arrow"), ("Where do you see the hourglass?", "center")):
-            *deltas, (name, finished) = ada.ask(told["chat"], question)
+            *deltas, (name, finished) = ada.ask(answer["chat"], question)
             assert {name for name, _ in deltas} == {"delta"} and "".join(data["text"] for _, data in deltas) == text
             assert (name, finished["finish_reason"]) == ("finished", "STOP")
             spent.append(finished["usage"])
         assert spent[1]["reused_tokens"] > 170, "the second turn builds on the cache of the first"
         assert ada.send("GET", "/usage") == (200, {name: spent[0].get(name, 0) + spent[1][name] for name in spent[1]})
         assert bob.send("GET", "/usage") == (200, {})
-        assert ada.send("DELETE", f"/chats/{told['chat']}") == (204, None)
-        assert ada.send("DELETE", f"/chats/{told['chat']}")[0] == 404
+        assert ada.send("DELETE", f"/chats/{answer['chat']}") == (204, None)
+        assert ada.send("DELETE", f"/chats/{answer['chat']}")[0] == 404
     assert embedded.kv_bytes() == 0
 
 
@@ -149,13 +149,13 @@ def test_a_question_survives_a_restart_of_the_service(runtime: Runtime, tmp_path
         ada = Browser(port)
         chat = begun(ada)
         served.stop()
-        heard: list[list[tuple[str, dict[str, Any]]]] = []
-        asking = threading.Thread(target=lambda: heard.append(ada.ask(chat, "Which shape is green?")))
+        answers: list[list[tuple[str, dict[str, Any]]]] = []
+        asking = threading.Thread(target=lambda: answers.append(ada.ask(chat, "Which shape is green?")))
         asking.start()  # while there is no service
         served = Served(runtime, **settings)
         try:
             asking.join()
-            ((delta, (name, finished)),) = heard
+            ((delta, (name, finished)),) = answers
             assert delta == ("delta", {"text": "arrow"}) and name == "finished"
             assert ada.send("GET", "/usage") == (200, finished["usage"])
             (session,) = served.client.sessions()
@@ -180,11 +180,11 @@ def test_chats_belong_to_their_users(embedded: Served) -> None:
 def test_what_is_refused_says_why(embedded: Served) -> None:
     with backend(embedded.address) as (port, _):
         ada = Browser(port)
-        status, told = ada.send("POST", "/chats", b"no picture")
-        assert (status, told["reason"]) == (400, "PICTURE_NOT_AN_IMAGE")
+        status, answer = ada.send("POST", "/chats", b"no picture")
+        assert (status, answer["reason"]) == (400, "PICTURE_NOT_AN_IMAGE")
         assert not list(embedded.client.sessions()), "the session of the chat that did not come about is gone"
         chat = begun(ada)
         assert ada.send("POST", f"/chats/{chat}/turns", b"no json")[0] == 400
-        ((name, told),) = ada.ask(chat, "")
-        assert (name, told["reason"]) == ("failed", "EMPTY_TURN")
+        ((name, answer),) = ada.ask(chat, "")
+        assert (name, answer["reason"]) == ("failed", "EMPTY_TURN")
         assert ada.send("DELETE", f"/chats/{chat}") == (204, None)

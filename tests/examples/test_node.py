@@ -71,18 +71,18 @@ def test_a_conversation(contract: str, programs: Path, served: Served, tmp_path:
     command = ["node", programs / "conversation.js", served.address, picture, contract]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
-    heard = json.loads(ended.stdout)
+    output = json.loads(ended.stdout)
     with served.client.session("preset-25") as session:
         receipt = session.add_image(picture.read_bytes())
         expected = [session.ask(text, max_new_tokens=8, min_new_tokens=8).read() for text in QUESTIONS]
         state = session.state()
-    assert [turn["finished"]["text"] for turn in heard["turns"]] == expected
-    assert [turn["deltas"] for turn in heard["turns"]] == expected
-    assert heard["receipt"]["digest"] == receipt.digest
-    assert heard["receipt"]["kept_tokens"] == list(receipt.kept_tokens)
-    assert heard["turns"][1]["finished"]["receipt"]["reused_tokens"] > receipt.kept_tokens[0]
-    assert (heard["state"]["turn_count"], heard["state"]["kv_bytes"]) == (2, state.kv_bytes)
-    assert heard["refused"]["code"] == "NOT_FOUND" and "SESSION_NOT_FOUND" in heard["refused"]["details"]
+    assert [turn["finished"]["text"] for turn in output["turns"]] == expected
+    assert [turn["deltas"] for turn in output["turns"]] == expected
+    assert output["receipt"]["digest"] == receipt.digest
+    assert output["receipt"]["kept_tokens"] == list(receipt.kept_tokens)
+    assert output["turns"][1]["finished"]["receipt"]["reused_tokens"] > receipt.kept_tokens[0]
+    assert (output["state"]["turn_count"], output["state"]["kv_bytes"]) == (2, state.kv_bytes)
+    assert output["refused"]["code"] == "NOT_FOUND" and "SESSION_NOT_FOUND" in output["refused"]["details"]
     assert served.kv_bytes() == 0
 
 

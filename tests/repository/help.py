@@ -14,11 +14,11 @@ def told_by(*command: str) -> str:
     Raises:
         LookupError: there is no such command.
     """
-    said = io.StringIO()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             main([*command, "--help"])
     except SystemExit as ended:
         if ended.code != 0:
-            raise LookupError(f"vflow {' '.join(command)}: {said.getvalue()}") from None
-    return said.getvalue()
+            raise LookupError(f"vflow {' '.join(command)}: {output.getvalue()}") from None
+    return output.getvalue()

@@ -116,11 +116,11 @@ def test_what_is_not_installed_is_not_in_the_source_distributions(distributions:
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_the_index_is_told_what_it_shows(distributions: Path, name: str) -> None:
-    told = metadata(distributions, name)
-    assert told["Name"] == name.replace("_", "-") and told["Summary"] and told["Keywords"]
-    assert told["License-Expression"] == "Apache-2.0" and told["License-File"] == "LICENSE"
-    assert told["Author"] == "The VFlow authors" and told.get_all("Project-URL")
-    assert told["Description-Content-Type"] == "text/markdown" and str(told.get_payload()).startswith("# ")
+    fields = metadata(distributions, name)
+    assert fields["Name"] == name.replace("_", "-") and fields["Summary"] and fields["Keywords"]
+    assert fields["License-Expression"] == "Apache-2.0" and fields["License-File"] == "LICENSE"
+    assert fields["Author"] == "The VFlow authors" and fields.get_all("Project-URL")
+    assert fields["Description-Content-Type"] == "text/markdown" and str(fields.get_payload()).startswith("# ")
 
 
 def hold_a_conversation(python: Path, cwd: Path) -> None:
@@ -145,13 +145,13 @@ def hold_a_conversation(python: Path, cwd: Path) -> None:
             ready = re.search(r"127\.0\.0\.1:\d+", service.stdout.readline())
             assert ready, service.stderr.read()
             picture = picture_path() / "cat.png"
-            told = json.loads(run(python, "-I", "-c", CONVERSATION, ready[0], picture, asked["question"], cwd=cwd))
+            result = json.loads(run(python, "-I", "-c", CONVERSATION, ready[0], picture, asked["question"], cwd=cwd))
         finally:
             service.terminate()
             service.communicate(timeout=60)
-    assert told["answer"] == asked["answer"]
+    assert result["answer"] == asked["answer"]
     assert service.returncode == 0
-    for path in told["files"]:
+    for path in result["files"]:
         assert Path(path).is_relative_to(python.parents[1]), "taken from elsewhere"
 
 

@@ -101,7 +101,7 @@ def test_the_first_programs_print_what_is_said(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(ROOT)
     (readme,) = blocks("README.md", "python")
     first, full = blocks("docs/tutorial.md", "python")
-    said = blocks("docs/tutorial.md", "text")[1]
+    shown = blocks("docs/tutorial.md", "text")[1]
     changed = full.partition("\n")[0]
     with running_service("--log-level", "warning") as address:
 
@@ -112,11 +112,11 @@ def test_the_first_programs_print_what_is_said(monkeypatch: pytest.MonkeyPatch) 
             return out.getvalue()
 
         assert printed(readme) == "x7\n"
-        assert printed(first) == said
+        assert printed(first) == shown
         unpruned = printed("\n".join(changed if line.startswith("with ") else line for line in first.splitlines()))
-    assert re.findall("-> .*", unpruned) == re.findall("-> .*", said)
+    assert re.findall("-> .*", unpruned) == re.findall("-> .*", shown)
     tutorial = (ROOT / "docs/tutorial.md").read_text()
-    assert all(text.splitlines()[-1].partition(" ")[0] in tutorial for text in (unpruned, said))
+    assert all(text.splitlines()[-1].partition(" ")[0] in tutorial for text in (unpruned, shown))
 
 
 def test_the_programs_of_the_library_print_what_is_said(capsys: pytest.CaptureFixture[str]) -> None:

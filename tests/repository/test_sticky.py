@@ -65,7 +65,7 @@ def test_a_ring_sends_a_conversation_to_one_replica(
         places = {key: chosen(mine, key) for key in KEYS}
         assert set(places.values()) == {0, 1, 2}
         assert {key: chosen(mine, key) for key in KEYS} == places
-        assert {key: chosen(another, key) for key in KEYS} == places, "whoever calls, and in whichever order it lists"
+        assert {key: chosen(another, key) for key in KEYS} == places, "for every caller, and every order of its list"
         stream = grpc.intercept_channel(mine, RING.Affine(KEYS[0])).unary_stream("/replica/Tell")
         assert [int(who) for who in stream(b"", timeout=BOUND)] == [places[KEYS[0]]]
 

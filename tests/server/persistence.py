@@ -1,4 +1,4 @@
-"""Conversations whose keeping is tested: how they begin, what is said in them, and what lies on the disk."""
+"""Helpers of the tests of persistence: beginning a conversation, sending turns, and listing the files on disk."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def files(data: Path) -> list[Path]:
     return sorted((data / PICTURES).iterdir())
 
 
-def said(served: Served, session: Session, text: str, request_id: str) -> Finished:
+def say(served: Served, session: Session, text: str, request_id: str) -> Finished:
     """Say a turn under a request_id of ours."""
     request = ChatRequest(session=session.name, parts=[Part(text=text)], request_id=request_id)
     request.options.max_new_tokens = 8

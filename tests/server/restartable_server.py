@@ -114,8 +114,8 @@ class Mortal:
 
     def gauges(self) -> dict[str, float]:
         """What its side port tells, by name with labels; for that ``metrics_port`` is to be a port of its own."""
-        with urlopen(f"http://127.0.0.1:{self._metrics_port}/metrics", timeout=20) as told:
-            lines = [line.rpartition(" ") for line in told.read().decode().splitlines() if not line.startswith("#")]
+        with urlopen(f"http://127.0.0.1:{self._metrics_port}/metrics", timeout=20) as response:
+            lines = [line.rpartition(" ") for line in response.read().decode().splitlines() if not line.startswith("#")]
         return {name: float(value) for name, _, value in lines}
 
     def lost_pages(self) -> float:

@@ -94,9 +94,9 @@ def test_the_log_tells_no_token(serve: Serve, capsys: pytest.CaptureFixture[str]
         opens(served, token=unknown)
     assert opens(served, token=USER)
     served.stop()  # by then the log is complete
-    told = capsys.readouterr().out
-    assert "TOKEN_INVALID" in told and "tenant=red" in told
-    assert USER not in told and unknown not in told
+    output = capsys.readouterr().out
+    assert "TOKEN_INVALID" in output and "tenant=red" in output
+    assert USER not in output and unknown not in output
 
 
 def test_nothing_is_read_of_what_a_caller_without_access_sends(serve: Serve) -> None:
@@ -195,8 +195,8 @@ def test_others_are_listened_to_where_it_is_said(host: str) -> None:
 
 def test_the_flag_is_said_without_a_value(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--host", "0.0.0.0"]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("vflow: host is '0.0.0.0'") and told.count("\n") == 1
+    output = capsys.readouterr().err
+    assert output.startswith("vflow: host is '0.0.0.0'") and output.count("\n") == 1
     assert main(["serve", "--host", "0.0.0.0", "--insecure", "--port", "none"]) == 2
     assert "--port is 'none'" in capsys.readouterr().err
 

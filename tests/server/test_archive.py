@@ -133,7 +133,7 @@ def test_a_picture_comes_back_after_its_last_session_was_deleted(
     client = serve_data().client
     begun(client, picture).delete()
     assert not files(data)
-    session = begun(client, picture)  # its compressed form was at hand: only the file is made anew
+    session = begun(client, picture)  # its compressed form was still cached: only the file is made anew
     session = serve_data().client.attach(session.name)
     assert [answer_of(session, text) for text in QUESTIONS] == expected
 

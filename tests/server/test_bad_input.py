@@ -13,7 +13,7 @@ from PIL import Image as Pillow
 from tests.server.drawing import png
 from tests.server.served import Served
 from vflow_client import ContextExceeded, Session
-from vflow_client.v1 import conversations_pb2 as talk
+from vflow_client.v1 import conversations_pb2 as chat
 from vflow_client.v1 import strategies_pb2 as admin
 from vflow_client.v1.compression_pb2 import CompressImageRequest
 from vflow_client.v1.compression_pb2_grpc import CompressionStub
@@ -27,7 +27,7 @@ NAN = float("nan")
 
 class Stubs:
     def __init__(self, channel: grpc.Channel) -> None:
-        self.talk = ConversationsStub(channel)
+        self.chat = ConversationsStub(channel)
         self.compression = CompressionStub(channel)
         self.admin = StrategiesStub(channel)
 
@@ -97,17 +97,17 @@ def test_what_is_no_picture(small: Served, stubs: Stubs, image: Image, reason: s
     with small.client.session() as session:
         before = session.state()
         ways: dict[str, tuple[str, Callable[[], Any]]] = {
-            "AddImage": ("image", lambda: stubs.talk.AddImage(talk.AddImageRequest(session=session.name, image=image))),
+            "AddImage": ("image", lambda: stubs.chat.AddImage(chat.AddImageRequest(session=session.name, image=image))),
             "AddVideo": (
                 "video.frames[0].image",
-                lambda: stubs.talk.AddVideo(
-                    talk.AddVideoRequest(session=session.name, video=Video(frames=[Frame(image=image)]))
+                lambda: stubs.chat.AddVideo(
+                    chat.AddVideoRequest(session=session.name, video=Video(frames=[Frame(image=image)]))
                 ),
             ),
             "Chat": (
                 "parts[1].image",
-                lambda: stubs.talk.Chat(
-                    talk.ChatRequest(session=session.name, parts=[talk.Part(text="see"), talk.Part(image=image)])
+                lambda: stubs.chat.Chat(
+                    chat.ChatRequest(session=session.name, parts=[chat.Part(text="see"), chat.Part(image=image)])
                 ),
             ),
             "CompressImage": ("image", lambda: stubs.compression.CompressImage(CompressImageRequest(image=image))),
@@ -153,17 +153,17 @@ LARGE = encoded(Pillow.new("1", (300, 300)))
 
 TURNS: dict[str, tuple[dict[str, Any], str, str]] = {
     "no parts": ({"parts": []}, "EMPTY_TURN", "parts"),
-    "an empty part": ({"parts": [talk.Part()]}, "EMPTY_TURN", "parts[0]"),
-    "white space": ({"parts": [talk.Part(text="hm"), talk.Part(text=" \n\t")]}, "EMPTY_TURN", "parts[1]"),
-    "a picture alone": ({"parts": [talk.Part(image=Image(data=png(30, 30)))]}, "EMPTY_TURN", "parts"),
-    "too many parts": ({"parts": [talk.Part(text="a")] * 65}, "OPTION_OUT_OF_RANGE", "parts"),
-    "too long a text": ({"parts": [talk.Part(text="a" * 100_001)]}, "OPTION_OUT_OF_RANGE", "parts[0].text"),
+    "an empty part": ({"parts": [chat.Part()]}, "EMPTY_TURN", "parts[0]"),
+    "white space": ({"parts": [chat.Part(text="hm"), chat.Part(text=" \n\t")]}, "EMPTY_TURN", "parts[1]"),
+    "a picture alone": ({"parts": [chat.Part(image=Image(data=png(30, 30)))]}, "EMPTY_TURN", "parts"),
+    "too many parts": ({"parts": [chat.Part(text="a")] * 65}, "OPTION_OUT_OF_RANGE", "parts"),
+    "too long a text": ({"parts": [chat.Part(text="a" * 100_001)]}, "OPTION_OUT_OF_RANGE", "parts[0].text"),
     "too many pixels together": (
-        {"parts": [talk.Part(text="a"), *[talk.Part(image=Image(data=LARGE))] * 5]},
+        {"parts": [chat.Part(text="a"), *[chat.Part(image=Image(data=LARGE))] * 5]},
         "PICTURE_TOO_MANY_PIXELS",
         "parts[5].image",
     ),
-    "more than the context": ({"parts": [talk.Part(text="a" * 9000)]}, "CONTEXT_EXCEEDED", "parts"),
+    "more than the context": ({"parts": [chat.Part(text="a" * 9000)]}, "CONTEXT_EXCEEDED", "parts"),
     "a request_id too long": ({"request_id": "x" * 65}, "OPTION_OUT_OF_RANGE", "request_id"),
     "a request_id not ASCII": ({"request_id": "ü"}, "OPTION_OUT_OF_RANGE", "request_id"),
     **{
@@ -193,8 +193,8 @@ TURNS: dict[str, tuple[dict[str, Any], str, str]] = {
 @pytest.mark.parametrize(("fields", "reason", "field"), TURNS.values(), ids=TURNS)
 def test_turns_that_cannot_be(small: Served, stubs: Stubs, fields: dict[str, Any], reason: str, field: str) -> None:
     with small.client.session() as session:
-        request = talk.ChatRequest(**{"session": session.name, "parts": [talk.Part(text="Well?")], **fields})
-        assert refusal(lambda: stubs.talk.Chat(request))[:3] == (INVALID, reason, {field})
+        request = chat.ChatRequest(**{"session": session.name, "parts": [chat.Part(text="Well?")], **fields})
+        assert refusal(lambda: stubs.chat.Chat(request))[:3] == (INVALID, reason, {field})
         assert session.state().turn_count == 0
 
 
@@ -216,34 +216,34 @@ def test_a_conversation_that_outgrows_the_context(small: Served, monkeypatch: py
 
 NAMES: dict[str, tuple[Callable[[Stubs], Any], grpc.StatusCode, str]] = {
     "an unknown session": (
-        lambda stubs: stubs.talk.GetSession(talk.GetSessionRequest(name="sessions/nobody")),
+        lambda stubs: stubs.chat.GetSession(chat.GetSessionRequest(name="sessions/nobody")),
         NOT_FOUND,
         "SESSION_NOT_FOUND",
     ),
     "a turn in an unknown session": (
-        lambda stubs: stubs.talk.Chat(talk.ChatRequest(session="sessions/nobody", parts=[talk.Part(text="Hm?")])),
+        lambda stubs: stubs.chat.Chat(chat.ChatRequest(session="sessions/nobody", parts=[chat.Part(text="Hm?")])),
         NOT_FOUND,
         "SESSION_NOT_FOUND",
     ),
     "deleting an unknown session": (
-        lambda stubs: stubs.talk.DeleteSession(talk.DeleteSessionRequest(name="sessions/nobody")),
+        lambda stubs: stubs.chat.DeleteSession(chat.DeleteSessionRequest(name="sessions/nobody")),
         NOT_FOUND,
         "SESSION_NOT_FOUND",
     ),
-    "no name": (lambda stubs: stubs.talk.GetSession(talk.GetSessionRequest()), INVALID, "NAME_INVALID"),
+    "no name": (lambda stubs: stubs.chat.GetSession(chat.GetSessionRequest()), INVALID, "NAME_INVALID"),
     "another collection": (
-        lambda stubs: stubs.talk.GetSession(talk.GetSessionRequest(name="strategies/full")),
+        lambda stubs: stubs.chat.GetSession(chat.GetSessionRequest(name="strategies/full")),
         INVALID,
         "NAME_INVALID",
     ),
     "a path": (
-        lambda stubs: stubs.talk.GetSession(talk.GetSessionRequest(name="sessions/../etc")),
+        lambda stubs: stubs.chat.GetSession(chat.GetSessionRequest(name="sessions/../etc")),
         INVALID,
         "NAME_INVALID",
     ),
     "an unknown strategy": (
-        lambda stubs: stubs.talk.CreateSession(
-            talk.CreateSessionRequest(session=talk.Session(strategy="strategies/none"))
+        lambda stubs: stubs.chat.CreateSession(
+            chat.CreateSessionRequest(session=chat.Session(strategy="strategies/none"))
         ),
         NOT_FOUND,
         "STRATEGY_NOT_FOUND",
@@ -254,12 +254,12 @@ NAMES: dict[str, tuple[Callable[[Stubs], Any], grpc.StatusCode, str]] = {
         "STRATEGY_NOT_FOUND",
     ),
     "a negative page": (
-        lambda stubs: stubs.talk.ListSessions(talk.ListSessionsRequest(page_size=-1)),
+        lambda stubs: stubs.chat.ListSessions(chat.ListSessionsRequest(page_size=-1)),
         INVALID,
         "OPTION_OUT_OF_RANGE",
     ),
     "a page token made up": (
-        lambda stubs: stubs.talk.ListSessions(talk.ListSessionsRequest(page_token="AAAAAAAAAAAA")),
+        lambda stubs: stubs.chat.ListSessions(chat.ListSessionsRequest(page_token="AAAAAAAAAAAA")),
         INVALID,
         "PAGE_TOKEN_INVALID",
     ),

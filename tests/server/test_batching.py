@@ -57,7 +57,7 @@ def test_a_batch_answers_like_its_members_alone(client: Client, alone: list[list
 def test_answers_stay_the_same_where_pages_run_short(
     serve: Serve, model_folder: Path, alone: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Turns are preempted and resumed, idle caches parked and restored, prompts cut in small pieces."""
+    """Turns are preempted and resumed, idle caches offloaded and restored, prompts cut in small pieces."""
     monkeypatch.setattr("vflow_server.engine.scheduler.PROMPT_TOKENS", 24)
     cramped = Runtime.load(model_folder, kv_budget=700 << 10)
     cramped.chat.stop_ids = frozenset()

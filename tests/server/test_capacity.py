@@ -14,25 +14,25 @@ from vflowopt.runtime.model_runner import Runtime
 
 @pytest.fixture(scope="session")
 def cramped(model_folder: Path) -> Runtime:
-    """A model with room for two pictures at full length, or one and some talk, not for more (256 tokens)."""
+    """A model with pages for two pictures at full length, or one and some text, not for more (256 tokens)."""
     runtime = Runtime.load(model_folder, kv_budget=400 << 10)
     runtime.chat.stop_ids = frozenset()
     return runtime
 
 
-def talk(session: Session, turns: range) -> list[str]:
+def converse(session: Session, turns: range) -> list[str]:
     return [session.ask(f"Question {turn}", max_new_tokens=8).read() for turn in turns]
 
 
 def test_idle_sessions_make_room_and_go_on_as_if_undisturbed(serve: Serve, cramped: Runtime, runtime: Runtime) -> None:
     with serve(runtime=runtime).client.session("full") as undisturbed:
         undisturbed.add_image(png(90, 120))
-        expected = talk(undisturbed, range(4))
+        expected = converse(undisturbed, range(4))
 
     served = serve(runtime=cramped)
     with served.client.session("full") as session, served.client.session("full") as rival:
         session.add_image(png(90, 120))
-        answers = talk(session, range(2))
+        answers = converse(session, range(2))
         for seed in (1, 2):
             rival.add_image(png(90, 120, seed))
         given_up = session.state()
@@ -41,7 +41,7 @@ def test_idle_sessions_make_room_and_go_on_as_if_undisturbed(serve: Serve, cramp
         answers.append(third.read())
         assert third.receipt.restored and third.usage.reused_tokens > 0
         assert not rival.state().resident
-        answers += talk(session, range(3, 4))
+        answers += converse(session, range(3, 4))
     assert answers == expected
 
 
@@ -104,7 +104,7 @@ def test_room_for_the_pictures_of_all_sessions(serve: Serve) -> None:
                 attempt()
             assert refused.value.metadata["resource"] == "session_pictures" and refused.value.retry_after
         assert three.state().image_count == 0
-        three.add_image(pictures[0])  # held once, whoever was shown it
+        three.add_image(pictures[0])  # its pages count once, for all sessions that have it
         with two.fork():
             two.delete()
             with pytest.raises(CapacityExhausted):

@@ -59,7 +59,7 @@ def test_a_caller_that_leaves_ends_it_and_only_one_is_made_at_a_time(
     until(lambda: served.kv_bytes() == 0)
 
     def again() -> bool:
-        with suppress(CapacityExhausted):  # the server may hear later than the caller that the call is over
+        with suppress(CapacityExhausted):  # the server may learn later than the caller that the call is over
             return served.client.strategies.compare("full", "full", samples(1)).samples == 1
         return False
 

@@ -1,4 +1,4 @@
-"""What was acknowledged outlives a power cut, and what is written is its owner's alone."""
+"""What was acknowledged survives a power cut, and only the owner can read the files."""
 
 import os
 from pathlib import Path

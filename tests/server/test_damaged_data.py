@@ -9,7 +9,7 @@ import pytest
 
 from tests.server.conftest import Serve
 from tests.server.drawing import png
-from tests.server.persistence import QUESTIONS, answer_of, begun, files, said
+from tests.server.persistence import QUESTIONS, answer_of, begun, files, say
 from tests.server.served import Served
 from vflow_client import (
     SessionDamaged,
@@ -136,8 +136,8 @@ def pragma(served: Served, setting: str, now: str | None, after: str) -> Callabl
 
     def put(value: str | None) -> Callable[[sqlite3.Connection], None]:
         def run(connection: sqlite3.Connection) -> None:
-            told = value or ("ON" if now is None else connection.execute(f"PRAGMA {now}").fetchone()[0])
-            connection.execute(f"PRAGMA {setting.format(told)}")
+            setting_value = value or ("ON" if now is None else connection.execute(f"PRAGMA {now}").fetchone()[0])
+            connection.execute(f"PRAGMA {setting.format(setting_value)}")
 
         return run
 
@@ -151,7 +151,7 @@ def test_a_disk_that_takes_nothing_refuses_what_must_be_kept_and_no_more(
 ) -> None:
     served = serve_data()
     session = begun(served.client, picture)
-    answers = [said(served, session, QUESTIONS[0], "once").text]
+    answers = [say(served, session, QUESTIONS[0], "once").text]
     over = trouble(served)
     refused: list[StorageFailed] = []
     # A full database still has room on the page that it is at.
@@ -170,7 +170,7 @@ def test_a_disk_that_takes_nothing_refuses_what_must_be_kept_and_no_more(
             session.delete()
     state = session.state()
     assert (state.turn_count, state.image_count) == (1, 1)
-    assert said(served, session, QUESTIONS[0], "once").text == answers[0]
+    assert say(served, session, QUESTIONS[0], "once").text == answers[0]
     assert served.client.compress(picture).stages
     over()
     answers += [answer_of(session, text) for text in QUESTIONS[1:]]

@@ -40,7 +40,7 @@ def test_the_two_details_of_a_picture_share_nothing(served: Served, client: Clie
         assert [receipt.detail for receipt in receipts] == [Image.HIGH, Image.LOW, Image.HIGH]
         assert receipts[1].visual_tokens < receipts[0].visual_tokens == receipts[2].visual_tokens
         assert low.state().kv_bytes < high.state().kv_bytes == auto.state().kv_bytes
-        # Held by its digest, it is there in either detail, and from a second session both are at hand.
+        # Held by its digest, it is there in either detail, and a second session can use both.
         with client.session("full") as again:
             for detail, kept in ((Image.LOW, receipts[1]), (Image.HIGH, receipts[0])):
                 receipt = again.add_image(Image(digest=digest, detail=detail))

@@ -30,7 +30,7 @@ def scarce(model_folder: Path) -> Runtime:
 
 
 @dataclass
-class Said:
+class Script:
     """What one client brought to an end in one session: pictures shown, and turns with their answers."""
 
     strategy: str
@@ -42,7 +42,7 @@ class Said:
 
 
 def perform(session: Session, question: str, picture: bytes | None) -> str:
-    """Say something short and hear it out, or show a picture where there is no question."""
+    """Ask for a short answer and read it to the end, or show a picture where there is no question."""
     if not question:
         assert picture is not None
         return session.add_image(picture).digest
@@ -59,11 +59,11 @@ def interrupt(session: Session, question: str, picture: bytes | None, chance: ra
     answer.close()
 
 
-def live(client: Client, seed: int) -> tuple[Session, Said]:
+def live(client: Client, seed: int) -> tuple[Session, Script]:
     """One client's life: mostly interrupted."""
     chance = random.Random(seed)
-    said = Said(chance.choice(STRATEGIES))
-    session = client.session(said.strategy)
+    script = Script(chance.choice(STRATEGIES))
+    session = client.session(script.strategy)
     for step in range(6):
         question = chance.choice(["", f"Question {step}", "Why?"])
         picture = chance.choice(PICTURES) if not question or chance.random() < 0.3 else None
@@ -71,10 +71,10 @@ def live(client: Client, seed: int) -> tuple[Session, Said]:
             if question and chance.random() < 0.5:
                 interrupt(session, question, picture, chance)
             else:
-                said.steps.append((question, picture, perform(session, question, picture)))
+                script.steps.append((question, picture, perform(session, question, picture)))
         except CapacityExhausted:
-            pass  # refused as a whole: nothing was said
-    return session, said
+            pass  # refused as a whole: nothing changed
+    return session, script
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -88,10 +88,10 @@ def test_disorder_changes_no_answer_and_loses_no_page(
     until(lambda: not any(session.busy for session in served.service.sessions))
     states = [session.state() for session, _ in lives]
     assert sum(state.kv_bytes for state in states) == served.kv_bytes()
-    for state, (_, said) in zip(states, lives, strict=True):
-        assert state.turn_count == sum(bool(question) for question, _, _ in said.steps)
-    finished = [said for _, said in lives if said.steps]
+    for state, (_, script) in zip(states, lives, strict=True):
+        assert state.turn_count == sum(bool(question) for question, _, _ in script.steps)
+    finished = [script for _, script in lives if script.steps]
     assert len(finished) > 2
     undisturbed = serve(runtime=runtime).client
-    for said in finished:
-        assert said.repeat(undisturbed) == [answer for _, _, answer in said.steps]
+    for script in finished:
+        assert script.repeat(undisturbed) == [answer for _, _, answer in script.steps]

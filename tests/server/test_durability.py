@@ -1,4 +1,4 @@
-"""Sessions outlive the process: what is on the disk, and who goes on from it."""
+"""Sessions survive the process: what is on the disk, and how a new process continues from it."""
 
 import sqlite3
 import threading
@@ -10,7 +10,7 @@ import pytest
 
 from tests.server.conftest import Serve
 from tests.server.drawing import png
-from tests.server.persistence import QUESTIONS, answer_of, begun, files, said
+from tests.server.persistence import QUESTIONS, answer_of, begun, files, say
 from tests.server.waiting import until
 from tests.vflowopt.tiny_models import SHAPES, save
 from vflow_client import (
@@ -55,13 +55,13 @@ def test_a_session_goes_on_after_a_restart(serve_data: Serve, picture: bytes, ex
 
 
 def test_pictures_within_turns_stop_texts_and_forks_come_back(serve_data: Serve, picture: bytes) -> None:
-    def talk(session: Session, *, end: bool) -> list[str]:
+    def converse(session: Session, *, end: bool) -> list[str]:
         asked = session.ask("Compare", picture, png(50, 40), max_new_tokens=8) if not end else None
         return [asked.read() if asked else "", answer_of(session, "And?")]
 
     served = serve_data()
     undisturbed, session = served.client.session("preset-50"), served.client.session("preset-50")
-    assert talk(undisturbed, end=False) == talk(session, end=False)
+    assert converse(undisturbed, end=False) == converse(session, end=False)
     stop = answer_of(session.fork(), "So?")[2:4]
     cut = [each.ask("So?", max_new_tokens=8, stop=[stop]).read() for each in (undisturbed, session)]
     assert cut[0] == cut[1]
@@ -79,17 +79,17 @@ def test_pictures_within_turns_stop_texts_and_forks_come_back(serve_data: Serve,
 def test_the_same_request_has_the_same_answer_once(serve_data: Serve, picture: bytes) -> None:
     served = serve_data()
     session = begun(served.client, picture)
-    first = said(served, session, "What is this?", "first")
+    first = say(served, session, "What is this?", "first")
     served = serve_data()
-    again = said(served, session, "What is this?", "first")
+    again = say(served, session, "What is this?", "first")
     assert again.receipt.replayed and not first.receipt.replayed
     first.receipt.replayed = True
     assert again == first
     session = served.client.attach(session.name)
     assert session.state().turn_count == 1
-    said(served, session, "Why?", "second")
+    say(served, session, "Why?", "second")
     served = serve_data()
-    assert said(served, session, "Why?", "second").receipt.replayed
+    assert say(served, session, "Why?", "second").receipt.replayed
     assert served.client.attach(session.name).state().turn_count == 2
 
 
@@ -139,7 +139,7 @@ def test_deleting_leaves_nothing(serve_data: Serve, data: Path, picture: bytes) 
     session, other = begun(served.client, picture), begun(served.client, picture)
     assert len(files(data)) == 1, "one picture, one file"
     other.add_image(png(40, 40))
-    said(served, session, "What is this?", "the-needle")
+    say(served, session, "What is this?", "the-needle")
     assert any(b"the-needle" in file.read_bytes() for file in data.glob(f"{JOURNAL}*"))
     session.delete()
     assert len(files(data)) == 2
@@ -190,10 +190,10 @@ def test_a_session_of_another_model_is_kept_and_says_so(
     other = Runtime.load(save(SHAPES[1], tmp_path / "other"), kv_budget=32 << 20)
     served = serve_data()
     session = begun(served.client, picture)
-    finished = said(served, session, QUESTIONS[0], "once")
+    finished = say(served, session, QUESTIONS[0], "once")
     served = serve_data(other, idle_timeout="100ms", max_sessions="1")
     stranded = served.client.attach(session.name)
-    assert said(served, session, QUESTIONS[0], "once").text == finished.text
+    assert say(served, session, QUESTIONS[0], "once").text == finished.text
     for go_on in (lambda: answer_of(stranded, "Why?"), lambda: stranded.add_image(picture), stranded.fork):
         with pytest.raises(ModelChanged) as refused:
             go_on()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.server.conftest import Serve
-from tests.server.persistence import answer_of, begun, files, said
+from tests.server.persistence import answer_of, begun, files, say
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +35,9 @@ def test_nothing_of_a_deleted_session_is_left(serve_data: Serve, data: Path, pic
     session, other = begun(served.client, picture), begun(served.client, picture)
     needles = [session.name.encode()]
     for number in range(turns):
-        finished = said(served, session, f"Question {number}", f"needle-{number:03}")
+        finished = say(served, session, f"Question {number}", f"needle-{number:03}")
         needles += [f"needle-{number:03}".encode(), finished.text.encode()]
-        said(served, other, f"Other {number}", f"other-{number:03}")
+        say(served, other, f"Other {number}", f"other-{number:03}")
     needles = [needle for needle in needles if len(needle) > 4]
     assert holding(data, needles)
     session.delete()

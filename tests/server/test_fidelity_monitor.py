@@ -17,7 +17,7 @@ from vflowopt.runtime.model_runner import Runtime
 from vflowopt.search.replay import Fidelity
 
 
-def talk(client: Client, strategy: str = "", **options: Any) -> None:
+def converse(client: Client, strategy: str = "", **options: Any) -> None:
     """Three turns about two pictures."""
     with client.session(strategy) as session:
         session.add_image(png(70, 70, seed=51))
@@ -38,7 +38,7 @@ def seen(served: Served, strategy: str, turns: int) -> FidelityTotals:
 
 def test_an_unpruned_turn_is_what_it_is_measured_against(serve: Serve) -> None:
     served = serve(watch_share="1")
-    talk(served.client, "full")
+    converse(served.client, "full")
     found = seen(served, "full", 3)
     assert (found.watched, found.skipped, found.tokens) == (3, 0, 15)
     assert found.cosine == pytest.approx(1, abs=1e-5) and found.agreement == 1
@@ -46,24 +46,24 @@ def test_an_unpruned_turn_is_what_it_is_measured_against(serve: Serve) -> None:
 
 def test_a_pruned_turn_is_seen_to_stray(serve: Serve) -> None:
     served = serve(watch_share="1")
-    talk(served.client, "preset-10")
+    converse(served.client, "preset-10")
     found = seen(served, "preset-10", 3)
     assert found.watched == 3 and found.cosine is not None and found.cosine < 0.95
     assert found.tokens == 15 and found.agreement is not None and found.agreement < 1
-    talk(served.client, "preset-10", temperature=1.0, seed=1)
+    converse(served.client, "preset-10", temperature=1.0, seed=1)
     assert seen(served, "preset-10", 6).tokens == 15, "the tokens of sampled answers say nothing"
     assert served.kv_bytes() == 0
 
 
 def test_turns_without_pictures_and_all_turns_where_it_is_off_are_left_alone(serve: Serve) -> None:
     off = serve()
-    talk(off.client)
+    converse(off.client)
     off.stop()
     assert not off.service.fidelity_monitor.totals
     served = serve(watch_share="1")
     with served.client.session() as session:
         session.ask("Hello?", max_new_tokens=2).read()
-    talk(served.client, "full")
+    converse(served.client, "full")
     seen(served, "full", 3)
     assert list(served.service.fidelity_monitor.totals) == ["strategies/full"]
 
@@ -72,13 +72,13 @@ def test_below_the_floor_the_strategy_before_becomes_active_again(serve: Serve, 
     served = serve(watch_share="1", watch_floor="0.95", watch_window="4")
     strategies = served.client.strategies
     strategies.activate("full")
-    talk(served.client)
+    converse(served.client)
     seen(served, "full", 3)
     strategies.activate("preset-10")
-    talk(served.client)
+    converse(served.client)
     seen(served, "preset-10", 3)
     assert strategies.get("preset-10").active, "three turns are not enough"
-    talk(served.client)
+    converse(served.client)
     until(lambda: strategies.get("full").active)
     event = strategies.get("preset-10").events[-1]
     assert event.kind == StrategyEvent.ROLLED_BACK
@@ -94,7 +94,7 @@ def test_below_the_floor_the_strategy_before_becomes_active_again(serve: Serve, 
 def test_it_says_once_that_there_is_nothing_to_roll_back_to(serve: Serve, capsys: Any) -> None:
     served = serve(watch_share="1", watch_floor="0.95", watch_window="2")
     for _ in range(2):
-        talk(served.client)
+        converse(served.client)
     assert seen(served, "preset-10", 6).rollbacks == 0
     assert served.client.strategies.get("preset-10").active
     assert capsys.readouterr().out.count("stays active") == 1
@@ -115,15 +115,15 @@ def test_what_cannot_be_looked_at_is_skipped(
     served = serve(watch_share="1")
     with monkeypatch.context() as patched:
         patched.setattr(runtime, "states", failing)
-        talk(served.client)
+        converse(served.client)
         assert seen(served, "preset-10", 3).skipped == 3
-    talk(served.client)
+    converse(served.client)
     assert seen(served, "preset-10", 6).watched == 3
 
 
 def test_a_turn_whose_picture_is_gone_is_skipped(serve: Serve) -> None:
     served = serve(watch_share="1", picture_memory="1")
-    talk(served.client)
+    converse(served.client)
     assert seen(served, "preset-10", 3).skipped == 3
 
 

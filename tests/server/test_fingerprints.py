@@ -36,7 +36,7 @@ def session(client: Client) -> Iterator[Session]:
         yield session
 
 
-def said(served: Served, session: Session, parts: list[Part], options: ChatOptions) -> Finished:
+def say(served: Served, session: Session, parts: list[Part], options: ChatOptions) -> Finished:
     request = ChatRequest(session=session.name, parts=parts, options=options, request_id="the-same")
     *_, last = ConversationsStub(served.client._channel).Chat(request, timeout=20)
     return last.finished
@@ -45,7 +45,7 @@ def said(served: Served, session: Session, parts: list[Part], options: ChatOptio
 def refused(served: Served, session: Session, parts: list[Part], options: ChatOptions) -> bool:
     """Whether that is refused as another request under the same request_id."""
     with pytest.raises(grpc.RpcError) as refusal:
-        said(served, session, parts, options)
+        say(served, session, parts, options)
     info = error_details_pb2.ErrorInfo()
     assert any(detail.Unpack(info) for detail in rpc_status.from_call(refusal.value).details)
     return info.reason == "REQUEST_ID_REUSED" and session.state().turn_count == 1
@@ -57,27 +57,27 @@ def test_every_option_is_tried() -> None:
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_the_same_turn_with_another_option_is_another_turn(served: Served, session: Session, option: str) -> None:
-    first = said(served, session, PARTS[:1], ChatOptions(**OPTIONS))
+    first = say(served, session, PARTS[:1], ChatOptions(**OPTIONS))
     assert refused(served, session, PARTS[:1], ChatOptions(**{**OPTIONS, option: OTHERS[option]}))
     unset = ChatOptions(**OPTIONS)
     unset.ClearField(option)
     assert refused(served, session, PARTS[:1], unset)
-    again = said(served, session, PARTS[:1], ChatOptions(**OPTIONS))
+    again = say(served, session, PARTS[:1], ChatOptions(**OPTIONS))
     assert again.receipt.replayed and again.text == first.text
 
 
 @pytest.mark.parametrize("parts", OTHER_PARTS.values(), ids=OTHER_PARTS)
 def test_the_same_turn_with_other_parts_is_another_turn(served: Served, session: Session, parts: list[Part]) -> None:
-    said(served, session, PARTS, ChatOptions(**OPTIONS))
+    say(served, session, PARTS, ChatOptions(**OPTIONS))
     assert refused(served, session, parts, ChatOptions(**OPTIONS))
-    assert said(served, session, PARTS, ChatOptions(**OPTIONS)).receipt.replayed
+    assert say(served, session, PARTS, ChatOptions(**OPTIONS)).receipt.replayed
 
 
 def test_a_request_is_told_from_another_after_a_restart_too(serve_data: Serve) -> None:
     served = serve_data()
     session = served.client.session()
-    said(served, session, PARTS, ChatOptions(**OPTIONS))
+    say(served, session, PARTS, ChatOptions(**OPTIONS))
     served = serve_data()
     session = served.client.attach(session.name)
     assert refused(served, session, PARTS, ChatOptions(**{**OPTIONS, "seed": 4}))
-    assert said(served, session, PARTS, ChatOptions(**OPTIONS)).receipt.replayed
+    assert say(served, session, PARTS, ChatOptions(**OPTIONS)).receipt.replayed

@@ -1,4 +1,4 @@
-"""What health checks and callers hear when the service goes down."""
+"""What health checks and callers are answered when the service goes down."""
 
 import grpc
 import pytest

@@ -60,7 +60,7 @@ def counting(pieces: int, counted: list[int]) -> Work[object, None]:
 
 
 def talking(parts: EngineParts, steps: int, before: Callable[[int], None]) -> Work[object, None]:
-    """Work of so many steps of the model, such as a turn; ``before`` hears of each."""
+    """Work of so many steps of the model, such as a turn; ``before`` is called before each."""
 
     def work(emit: Callable[[object], None]) -> Steps[None]:
         conversation = parts.runtime.start(Strategy.full())
@@ -211,7 +211,7 @@ def test_what_can_never_have_room_is_refused_with_what_it_needs(parts: EnginePar
 
 
 def test_pictures_are_encoded_where_pictures_are_and_proposals_made_elsewhere(parts: EngineParts) -> None:
-    told: list[object] = []
+    events: list[object] = []
     threads: list[str] = []
 
     def note() -> str:
@@ -230,8 +230,8 @@ def test_pictures_are_encoded_where_pictures_are_and_proposals_made_elsewhere(pa
             yield aside
             yield f"{kind}: {aside.run()}"
 
-    run_steps(parts, idle_work(parts.kv, parts.encoder, pieces(), lambda: [], told.append, propose=propose))
-    assert told == ["encode: done", "propose: proposed"]
+    run_steps(parts, idle_work(parts.kv, parts.encoder, pieces(), lambda: [], events.append, propose=propose))
+    assert events == ["encode: done", "propose: proposed"]
     assert [name.partition("_")[0] for name in threads] == ["encoder", "elsewhere"]
 
 

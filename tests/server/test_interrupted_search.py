@@ -23,7 +23,7 @@ def test_a_search_that_was_killed_has_failed_and_what_was_there_is_intact(
             found = ended.result(timeout=60)
             client.strategies.activate("found")
             search = client.strategies.retune(0.2, samples(2), trials=1000)
-            # Its proposals are made by a process of their own, which must not outlive it.
+            # Its proposals are made by a process of their own, which must end with it.
             children = psutil.Process(killed.popen.pid).children
             until(lambda: len(search.refresh().tried) >= 1 and bool(children(recursive=True)), seconds=60)
             proposers = children(recursive=True)

@@ -1,4 +1,4 @@
-"""KV caches outlive a stop in files, and never come back for anything but what they were computed from."""
+"""KV caches survive a stop in files, and are restored only for the log that they were computed from."""
 
 import shutil
 import signal
@@ -67,7 +67,7 @@ class TestAProcess:
         mortal.kill()
         mortal.start()
         with mortal.client() as client:
-            # Whoever went on lost what was in memory; nothing happened to the other.
+            # The session that went on lost what was in memory; nothing happened to the other.
             assert restored_from(client.attach(went_on), QUESTIONS[2], expected[2]) == "LOG"
             assert restored_from(client.attach(waits), QUESTIONS[1], expected[1]) == "DISK"
             assert restored_from(client.attach(waits), QUESTIONS[2], expected[2]) == NOTHING

@@ -41,8 +41,8 @@ def turn_of(session: str, talker: int, turn: int) -> ChatRequest:
     return request
 
 
-def said(client: Client, request: ChatRequest) -> str:
-    """Say a turn; its answer, once it is acknowledged."""
+def say(client: Client, request: ChatRequest) -> str:
+    """Send a turn; its answer, once it is acknowledged."""
     try:
         *_, last = ConversationsStub(client._channel).Chat(request, timeout=20)
     except grpc.RpcError as error:
@@ -60,7 +60,7 @@ def expected(model_folder: Path) -> list[list[str]]:
     for talker in range(TALKERS):
         session = served.client.session("preset-25")
         session.add_image(png(60 + talker, 70))
-        answers.append([said(served.client, turn_of(session.name, talker, turn)) for turn in range(TURNS)])
+        answers.append([say(served.client, turn_of(session.name, talker, turn)) for turn in range(TURNS)])
     served.stop()
     return answers
 
@@ -73,7 +73,7 @@ class Talker:
         self._number = number
         self._expected = expected
         self._enough = enough
-        self.heard = 0
+        self.answered = 0
         self.deaths = 0
         self.failure: BaseException | None = None
         self.thread = threading.Thread(target=self._run)
@@ -92,10 +92,10 @@ class Talker:
         answers: list[str] = []
         while len(answers) < TURNS:
             answers.append(self._again(lambda client: self._ask(client, name, answers)))
-            self.heard += 1
-        # All that was heard is remembered, and nothing was said twice.
+            self.answered += 1
+        # Every answer that arrived is remembered, and no turn was answered twice.
         replayed = [
-            self._again(lambda client, turn=turn: said(client, turn_of(name, self._number, turn)))
+            self._again(lambda client, turn=turn: say(client, turn_of(name, self._number, turn)))
             for turn in range(TURNS)
         ]
         assert answers == replayed == self._expected
@@ -103,13 +103,13 @@ class Talker:
         assert (state.turn_count, state.image_count) == (TURNS, 2)
 
     def _show(self, session: Session) -> None:
-        if not session.state().image_count:  # it may have been shown before the death that kept us from hearing of it
+        if not session.state().image_count:  # it may have been added before the kill that lost the response
             session.add_image(png(60 + self._number, 70))
 
-    def _ask(self, client: Client, name: str, heard: Sequence[str]) -> str:
-        # What was heard is there; beyond that at most the turn that nobody heard the end of.
-        assert client.attach(name).state().turn_count - len(heard) in (0, 1)
-        return said(client, turn_of(name, self._number, len(heard)))
+    def _ask(self, client: Client, name: str, answers: Sequence[str]) -> str:
+        # Every answer that arrived is there, and at most one turn whose answer did not arrive.
+        assert client.attach(name).state().turn_count - len(answers) in (0, 1)
+        return say(client, turn_of(name, self._number, len(answers)))
 
     def _again(self, call: Callable[[Client], R]) -> R:
         """What ``call`` returns, called anew after each death."""

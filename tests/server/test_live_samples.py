@@ -15,7 +15,7 @@ from vflowopt.media.video import Video
 PICTURES = [Picture.from_pixels(noise(20, 20, seed)) for seed in range(4)]
 
 
-def told(live: LiveSamples, tenant: str = "red", most: int = 0) -> list[tuple[str, tuple[str, ...]]]:
+def samples_of(live: LiveSamples, tenant: str = "red", most: int = 0) -> list[tuple[str, tuple[str, ...]]]:
     return [(sample.picture.digest, sample.questions) for sample in live.pop(tenant, most)]
 
 
@@ -30,7 +30,7 @@ def test_a_conversation_about_one_picture_is_a_sample() -> None:
     ask(live, "one", "What?", "Where?")
     live.note_turn("red", "two", ["Look:", PICTURES[1], "who?"], turns=1, images=1)
     ask(live, "two", "Why?", after=1)
-    assert told(live) == [
+    assert samples_of(live) == [
         (PICTURES[1].digest, ("Look: who?", "Why?")),
         (PICTURES[0].digest, ("What?", "Where?")),
     ]
@@ -65,7 +65,7 @@ def test_a_sample_ends_where_a_second_picture_comes_and_after_so_many_questions(
     live.note_turn("red", "within", [PICTURES[3], "Two?"], turns=2, images=2)
     live.note_image("red", "long", PICTURES[3], images=1)
     ask(live, "long", *"abcdefghijk")
-    questions = {digest: len(texts) for digest, texts in told(live)}
+    questions = {digest: len(texts) for digest, texts in samples_of(live)}
     assert questions == {PICTURES[0].digest: 1, PICTURES[2].digest: 1, PICTURES[3].digest: MOST_QUESTIONS}
 
 
@@ -75,9 +75,9 @@ def test_the_latest_are_kept_within_their_number_and_bytes() -> None:
         for number, picture in enumerate(PICTURES):
             live.note_image("red", f"s{number}", picture, images=1)
             ask(live, f"s{number}", "What?")
-    assert [digest for digest, _ in told(few)] == [PICTURES[3].digest, PICTURES[2].digest]
-    assert [digest for digest, _ in told(small, most=1)] == [PICTURES[3].digest]
-    assert [digest for digest, _ in told(small)] == [PICTURES[2].digest, PICTURES[1].digest], "and not twice"
+    assert [digest for digest, _ in samples_of(few)] == [PICTURES[3].digest, PICTURES[2].digest]
+    assert [digest for digest, _ in samples_of(small, most=1)] == [PICTURES[3].digest]
+    assert [digest for digest, _ in samples_of(small)] == [PICTURES[2].digest, PICTURES[1].digest], "and not twice"
     none = LiveSamples(0, 1 << 20)
     none.note_image("red", "s", PICTURES[0], images=1)
     ask(none, "s", "What?")
@@ -89,11 +89,11 @@ def test_everybody_gets_their_own() -> None:
     for tenant, picture in zip(("red", "blue"), PICTURES, strict=False):
         live.note_image(tenant, "s", picture, images=1)
         ask(live, "s", "What?", tenant=tenant)
-    assert [digest for digest, _ in told(live, "blue")] == [PICTURES[1].digest]
-    assert [digest for digest, _ in told(live, "red")] == [PICTURES[0].digest]
+    assert [digest for digest, _ in samples_of(live, "blue")] == [PICTURES[1].digest]
+    assert [digest for digest, _ in samples_of(live, "red")] == [PICTURES[0].digest]
 
 
-def talk(client: Client) -> None:
+def converse(client: Client) -> None:
     with client.session() as session:
         session.add_image(png(60, 80, seed=41))
         session.ask("What?", max_new_tokens=2).read()
@@ -103,7 +103,7 @@ def talk(client: Client) -> None:
 
 
 def test_a_service_keeps_nothing_unless_it_was_told_to(client: Client) -> None:
-    talk(client)
+    converse(client)
     for use in (
         lambda: client.strategies.retune(0.2, LiveTraffic()),
         lambda: client.strategies.compare("full", "preset-10", LiveTraffic()),
@@ -116,7 +116,7 @@ def test_a_search_takes_what_was_held_lately(serve: Serve, monkeypatch: pytest.M
     monkeypatch.setattr("vflow_server.tuning.search.Proposer", NoProcess)
     served = serve(calibration_samples="4")
     for _ in range(3):
-        talk(served.client)
+        converse(served.client)
     until(lambda: len(served.service.live_samples) == 3)
     compared = served.client.strategies.compare("full", "preset-10", LiveTraffic(max_samples=1))
     assert (compared.samples, compared.questions) == (1, 2)

@@ -20,11 +20,11 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from tests.server.fuzz import METHODS, SESSION, Call, calls
 from tests.server.restartable_server import Mortal, Parent, free_port
 from tests.server.waiting import until
-from vflow_client.v1 import conversations_pb2 as talk
+from vflow_client.v1 import conversations_pb2 as chat
 from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
 from vflow_client.v1.errors_pb2 import ErrorReason
 
-CHAT = talk.DESCRIPTOR.services_by_name["Conversations"].methods_by_name["Chat"]
+CHAT = chat.DESCRIPTOR.services_by_name["Conversations"].methods_by_name["Chat"]
 
 ROUND = 10
 """Requests of a method at a time."""
@@ -57,10 +57,10 @@ class Assailant:
     def __init__(self, mortal: Mortal, channel: grpc.Channel) -> None:
         self._mortal = mortal
         self._channel = channel
-        self._talk = ConversationsStub(channel)
+        self._chat = ConversationsStub(channel)
         self._operations = OperationsStub(channel)
         self._made: deque[tuple[str, str]] = deque()
-        self._session = self._talk.CreateSession(talk.CreateSessionRequest()).name
+        self._session = self._chat.CreateSession(chat.CreateSessionRequest()).name
         assert len(self._session) == len(SESSION)
         self.sent = 0
         self.outcomes: Counter[tuple[str, str]] = Counter()
@@ -70,7 +70,7 @@ class Assailant:
         """Send one; fails unless it is taken, or refused as the contract says."""
         if self.sent % TALKED_TO == 0:
             self._delete(self._session, "default")
-            self._session = self._talk.CreateSession(talk.CreateSessionRequest()).name
+            self._session = self._chat.CreateSession(chat.CreateSessionRequest()).name
         metadata = [] if call.tenant is None else [("vflow-tenant", call.tenant)]
         message = call.message.replace(SESSION.encode(), self._session.encode())
         try:
@@ -91,7 +91,7 @@ class Assailant:
         until(lambda: not self._mortal.gauges()["vflow_requests_running"], 20)
         gauges, process = self._mortal.gauges(), self._mortal.process
         lost = self._mortal.lost_pages()
-        self._session = self._talk.CreateSession(talk.CreateSessionRequest()).name
+        self._session = self._chat.CreateSession(chat.CreateSessionRequest()).name
         return Census(
             lost_pages=lost,
             sessions=sum(value for name, value in gauges.items() if name.startswith("vflow_sessions{")),
@@ -117,7 +117,7 @@ class Assailant:
 
     def _clean_up(self, answered: Message | None, tenant: str) -> None:
         """Bound what calls that were taken have begun."""
-        if isinstance(answered, talk.Session) and answered.name != self._session:
+        if isinstance(answered, chat.Session) and answered.name != self._session:
             self._made.append((answered.name, tenant))
             if len(self._made) > 4:
                 self._delete(*self._made.popleft())
@@ -131,7 +131,7 @@ class Assailant:
 
     def _delete(self, name: str, tenant: str) -> None:
         with suppress(grpc.RpcError):  # some call may have done so
-            self._talk.DeleteSession(talk.DeleteSessionRequest(name=name), metadata=[("vflow-tenant", tenant)])
+            self._chat.DeleteSession(chat.DeleteSessionRequest(name=name), metadata=[("vflow-tenant", tenant)])
 
 
 def _reason(error: grpc.RpcError) -> str:

@@ -73,7 +73,7 @@ def test_a_call_that_is_cancelled_or_late_is_counted_as_that(watched: Served) ->
             session.ask("Go on", max_new_tokens=4000, timeout=0.3).read()
         return value(watched, "vflow_calls_total", code="DEADLINE_EXCEEDED", **chat) >= 1
 
-    until(late)  # on a busy machine the time may be up before the service has heard of the call
+    until(late)  # on a busy machine the time may be up before the service receives the call
     assert value(watched, "vflow_turns_total", reason="length") == 0
 
 
@@ -100,7 +100,7 @@ def test_a_turn_shows_in_every_measure_as_its_receipt_says(watched: Served, pict
         assert read("vflow_prompt_tokens_total", source="reused") == answer.receipt.reused_tokens
         assert read("vflow_first_token_seconds_sum") == pytest.approx(answer.receipt.first_token_ms / 1000)
         assert read("vflow_token_seconds_sum") == pytest.approx(answer.receipt.decode_ms / 4000)
-        # The fifth token is said, but not run: nothing follows yet.
+        # The fifth token is in the log, but has not run: nothing follows it yet.
         assert read("vflow_model_tokens_total", phase="decode") == 4
         assert read("vflow_batch_size_count") == read("vflow_step_seconds_count") >= 5
         used = read("vflow_kv_pages", state="used")

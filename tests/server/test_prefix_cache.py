@@ -24,7 +24,7 @@ def prefixes(runtime: Runtime) -> Iterator[PrefixCache]:
     runtime.pool.check_integrity([])
 
 
-def keep(prefixes: PrefixCache, runtime: Runtime, seed: int, tenant: str = "red") -> list[Item]:
+def put(prefixes: PrefixCache, runtime: Runtime, seed: int, tenant: str = "red") -> list[Item]:
     """Have a sequence that begins with a picture kept; its log."""
     sequence: Sequence = runtime.start(FULL)
     (image,) = runtime.compress([Picture.from_pixels(noise(40, 40, seed))], FULL)
@@ -35,7 +35,7 @@ def keep(prefixes: PrefixCache, runtime: Runtime, seed: int, tenant: str = "red"
 
 
 def test_a_beginning_is_found_for_its_tenant_and_strategy_alone(prefixes: PrefixCache, runtime: Runtime) -> None:
-    log = keep(prefixes, runtime, 1)
+    log = put(prefixes, runtime, 1)
     found = prefixes.find("red", FULL, [*log, 3])
     assert found is not None and found.log == log
     assert prefixes.find("blue", FULL, [*log, 3]) is None
@@ -45,16 +45,16 @@ def test_a_beginning_is_found_for_its_tenant_and_strategy_alone(prefixes: Prefix
 
 
 def test_the_least_recently_used_goes_first(prefixes: PrefixCache, runtime: Runtime) -> None:
-    first, second = keep(prefixes, runtime, 1), keep(prefixes, runtime, 2)
+    first, second = put(prefixes, runtime, 1), put(prefixes, runtime, 2)
     assert prefixes.find("red", FULL, first)
-    third = keep(prefixes, runtime, 3)
+    third = put(prefixes, runtime, 3)
     assert len(prefixes) == 2
     assert prefixes.find("red", FULL, second) is None
     assert prefixes.find("red", FULL, first) and prefixes.find("red", FULL, third)
 
 
 def test_what_is_kept_twice_is_held_once(prefixes: PrefixCache, runtime: Runtime) -> None:
-    keep(prefixes, runtime, 1)
+    put(prefixes, runtime, 1)
     held = runtime.pool.bytes_used
-    keep(prefixes, runtime, 1)
+    put(prefixes, runtime, 1)
     assert runtime.pool.bytes_used == held and len(prefixes) == 1

@@ -18,7 +18,7 @@ from vflow_client import CapacityExhausted, Client, RetryPolicy, VFlowError, con
 from vflow_server.cli import main
 
 LONG_ANSWER = 11
-"""A seed for answers that are told to be long."""
+"""A seed for long answers."""
 
 
 class Process:
@@ -177,8 +177,8 @@ def test_what_cannot_be_served_ends_with_one_clear_line(
     # In this process, because a new one takes seconds to import the model's libraries.
     monkeypatch.setattr("vflow_server.telemetry.logging.configure", lambda *settings: None)
     assert main(["serve", "--model", str(model_folder), *flags(tmp_path)]) == 2
-    told = capsys.readouterr().err
-    assert complaint in told and told.startswith("vflow: ") and told.count("\n") == 1
+    output = capsys.readouterr().err
+    assert complaint in output and output.startswith("vflow: ") and output.count("\n") == 1
 
 
 def test_an_address_that_is_taken_is_said_to_be(serve: Serve) -> None:

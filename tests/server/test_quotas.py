@@ -55,7 +55,7 @@ def test_pictures(serve: Serve) -> None:
     parts = [Part(text="Both?"), *(Part(image=Image(data=png(60, 60, seed=seed))) for seed in (2, 3))]
     once = ChatRequest(session=second.name, parts=parts, options=ChatOptions(max_new_tokens=1), request_id="once")
     with grpc.insecure_channel(served.address) as channel:
-        *_, said = ConversationsStub(channel).Chat(once)
+        *_, last = ConversationsStub(channel).Chat(once)
         for one_more in (
             lambda: first.add_image(png(60, 60, seed=4)),
             lambda: second.ask("And?", images=[png(60, 60, seed=4)], max_new_tokens=1).read(),
@@ -64,7 +64,7 @@ def test_pictures(serve: Serve) -> None:
             with exceeded("tenant_pictures", 3, retry=False):
                 one_more()
         *_, again = ConversationsStub(channel).Chat(once)
-        assert again.finished.receipt.replayed and again.finished.text == said.finished.text
+        assert again.finished.receipt.replayed and again.finished.text == last.finished.text
     assert ask(first) and client.compress(png(60, 60, seed=4)).receipt.digest  # neither adds one to a session
     first.delete()
     second.add_image(png(60, 60, seed=4))
@@ -131,14 +131,14 @@ def test_caches_of_idle_sessions_make_room(serve: Serve) -> None:
     with undisturbed.client.session() as session:
         session.add_image(png(112, 112, seed=0))
         alone = session.state().kv_bytes
-        said = ask(session)
+        text = ask(session)
     undisturbed.stop()
     served = serve(tenant_kv=str(2 * alone))
     sessions = [served.client.session() for _ in range(5)]
     for number, session in enumerate(sessions):
         session.add_image(png(112, 112, seed=number))
     assert [each.state().resident for each in sessions] == [False, False, True, True, True]  # the quota, and the latest
-    assert ask(sessions[0]) == said  # what was parked came back
+    assert ask(sessions[0]) == text  # the offloaded cache was restored
 
 
 def test_caches_of_turns_under_way_do_not(serve: Serve) -> None:

@@ -1,4 +1,4 @@
-"""Stopping as one should: what runs comes to its end, what is new is told to come back, no conversation fails."""
+"""A graceful stop: running calls end, new calls are asked to retry, and no conversation fails."""
 
 import signal
 import socket
@@ -76,7 +76,7 @@ def test_conversations_with_patience_do_not_notice_restarts(mortal: Mortal, mode
     enough, failures = threading.Event(), list[VFlowError | AssertionError]()
     held = [0, 0]
 
-    def talk(number: int) -> None:
+    def converse(number: int) -> None:
         try:
             with mortal.client(PATIENT) as client:
                 while not enough.is_set():
@@ -85,7 +85,7 @@ def test_conversations_with_patience_do_not_notice_restarts(mortal: Mortal, mode
         except (VFlowError, AssertionError) as failure:
             failures.append(failure)
 
-    talkers = [threading.Thread(target=talk, args=(number,)) for number in range(2)]
+    talkers = [threading.Thread(target=converse, args=(number,)) for number in range(2)]
     for talker in talkers:
         talker.start()
     for _ in range(2):

@@ -84,15 +84,18 @@ def test_a_search_ends_with_a_strategy_that_says_where_it_comes_from(serve: Serv
     found = search.result(timeout=20)
     assert found.name == "strategies/found" and not found.draft and not found.active
     assert found.budget == pytest.approx(0.2, abs=1e-9)
-    told = search.metadata
-    objectives = [trial.objective for trial in told.tried if not trial.stopped_early]
-    assert (told.phase, len(told.tried), told.samples) == (RetuneMetadata.ENDED, 5, 3)
-    assert told.best == found and told.best_objective == max(objectives) >= objectives[0]
-    assert told.base == "strategies/preset-10" and told.end_time.ToNanoseconds() > told.create_time.ToNanoseconds()
+    progress = search.metadata
+    objectives = [trial.objective for trial in progress.tried if not trial.stopped_early]
+    assert (progress.phase, len(progress.tried), progress.samples) == (RetuneMetadata.ENDED, 5, 3)
+    assert progress.best == found and progress.best_objective == max(objectives) >= objectives[0]
+    assert (
+        progress.base == "strategies/preset-10"
+        and progress.end_time.ToNanoseconds() > progress.create_time.ToNanoseconds()
+    )
     source = found.provenance
     assert (source.operation, source.base) == (search.name, "strategies/preset-10")
     assert (source.samples, source.trials, source.seed) == (3, 5, 7)
-    assert source.objective == told.best_objective and source.base_objective == told.base_objective
+    assert source.objective == progress.best_objective and source.base_objective == progress.base_objective
     assert source.model_revision == first.service.runtime.revision and source.code_version == "0.1.0"
     assert first.kv_bytes() == 0
 
@@ -108,7 +111,7 @@ def test_a_search_ends_with_a_strategy_that_says_where_it_comes_from(serve: Serv
     assert second.get("found").provenance == source
 
 
-def talk(client: Client, number: int) -> list[str]:
+def converse(client: Client, number: int) -> list[str]:
     with client.session("full") as session:
         session.add_image(png(70, 70, seed=number))
         return [session.ask(text, max_new_tokens=24).read() for text in ("One", "Two", "Three")]
@@ -133,12 +136,12 @@ def test_conversations_beside_a_search_are_answered_as_without_it(
     runtime = Runtime.load(model_folder, kv_budget=kv_budget)
     runtime.chat.stop_ids = frozenset()
     served = serve(runtime)
-    alone = [talk(served.client, number) for number in range(2)]
+    alone = [converse(served.client, number) for number in range(2)]
     steps: list[str] = []
     for name in ("step", "states"):
         monkeypatch.setattr(runtime, name, noted(steps, name, getattr(runtime, name)))
     search = served.client.strategies.retune(0.3, samples(4), trials=4)
-    beside = [talk(served.client, number) for number in range(2)]
+    beside = [converse(served.client, number) for number in range(2)]
     assert beside == alone
     changes = sum(one != other for one, other in zip(steps, steps[1:], strict=False))
     assert changes > 20, "they did not meet: the test proves nothing"
@@ -209,7 +212,7 @@ def test_a_fault_in_a_search_ends_that_search_alone(
         with pytest.raises(VFlowError, match="INTERNAL") as ended:
             search.result(timeout=20)
     assert ended.value.metadata["incident"]
-    assert talk(served.client, 1)
+    assert converse(served.client, 1)
     assert served.client.strategies.retune(0.2, samples(1), trials=1).result(timeout=20)
 
 

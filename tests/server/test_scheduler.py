@@ -67,7 +67,7 @@ def outcomes(parts: EngineParts, texts: abc.Sequence[str], tokens: int) -> list[
 def play(
     parts: EngineParts, turns: abc.Sequence[Asked], ended: Callable[[int], None] = lambda number: None
 ) -> list[Finished | BaseException]:
-    """What becomes of turns whose first step is the same; ``ended`` hears when one is answered."""
+    """What becomes of turns whose first step is the same; ``ended`` is called when one is answered."""
 
     def noted(number: int, asked: Asked) -> Work[str, Finished]:
         def work(emit: Callable[[str], None]) -> Steps[Finished]:

@@ -132,11 +132,11 @@ def test_help_shows_the_commands_in_groups(capsys: pytest.CaptureFixture[str]) -
 def test_help_names_every_option_and_default(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name, declared in options().items():
         value = f"[{declared.metavar}]" if declared.parse is switch else declared.metavar
-        assert f"--{name.replace('_', '-')} {value}" in told
-        assert declared.shown is None or declared.shown in told
+        assert f"--{name.replace('_', '-')} {value}" in output
+        assert declared.shown is None or declared.shown in output
 
 
 def test_every_default_reads_back_as_itself() -> None:

@@ -36,11 +36,11 @@ SCRIPTS = 3
 TURNS = 4
 
 Script = tuple[str, int]
-"""Strategy and number of a conversation: what is said in it, and what is answered."""
+"""Strategy and number of a conversation: these decide its questions and answers."""
 
 
 def say(session: Session, number: int, turn: int) -> str:
-    """Say a turn of a conversation and hear it out."""
+    """Send a turn of a conversation and read the whole answer."""
     pictures = [png(50 + number, 70, seed=turn)] if turn in (0, 2) else []
     return session.ask(f"Question {turn}", images=pictures, max_new_tokens=8, min_new_tokens=8).read()
 
@@ -56,7 +56,7 @@ class Soak:
         self._mortal = mortal
         self._enough = threading.Event()
         self._failures: list[BaseException] = []
-        self.heard: list[tuple[Script, list[str]]] = []
+        self.completed: list[tuple[Script, list[str]]] = []
         self.answered: list[float] = []
         """Seconds that turns took, in order of their ends."""
         self.refused: list[float] = []
@@ -73,7 +73,7 @@ class Soak:
         begun = time.monotonic()
         until(
             lambda: bool(
-                self._failures or (time.monotonic() - begun > seconds and self.heard and all(self.deeds.values()))
+                self._failures or (time.monotonic() - begun > seconds and self.completed and all(self.deeds.values()))
             ),
             seconds + 60,
         )
@@ -100,7 +100,7 @@ class Soak:
         while True:
             begun = time.monotonic()
             try:
-                said = call()
+                answer = call()
             except CapacityExhausted as refusal:
                 self.refused.append(time.monotonic() - begun)
                 assert refusal.retry_after is not None, refusal
@@ -110,10 +110,10 @@ class Soak:
                 time.sleep(0.01)
             else:
                 self.answered.append(time.monotonic() - begun)
-                return said
+                return answer
 
     def _talk(self, chance: random.Random) -> None:
-        """One conversation, of which some turns are cancelled and said anew."""
+        """One conversation, of which some turns are cancelled and sent again."""
         strategy, number = chance.choice(STRATEGIES), chance.randrange(SCRIPTS)
         tenant = chance.choice(TENANTS)
         with self._mortal.client(tenant=tenant) as client, client.session(strategy) as session:
@@ -125,7 +125,7 @@ class Soak:
                 if not answers[-1]:
                     return
             assert session.state().turn_count == TURNS
-            self.heard.append(((strategy, number), answers))
+            self.completed.append(((strategy, number), answers))
 
     def _cancel(self, session: Session, chance: random.Random) -> None:
         answer = session.ask("Go on", max_new_tokens=4000, min_new_tokens=4000)
@@ -190,14 +190,14 @@ def _long(session: Session) -> ChatRequest:
     return ChatRequest(session=session.name, parts=[Part(text="Go on")], options=options)
 
 
-def check_answers(heard: list[tuple[Script, list[str]]], runtime: Runtime) -> None:
+def check_answers(completed: list[tuple[Script, list[str]]], runtime: Runtime) -> None:
     """Each conversation went as it goes with nobody else there."""
     undisturbed = Served(runtime)
     try:
-        for strategy, number in {script for script, _ in heard}:
+        for strategy, number in {script for script, _ in completed}:
             with undisturbed.client.session(strategy) as session:
                 expected = [say(session, number, turn) for turn in range(TURNS)]
-            assert all(answers == expected for script, answers in heard if script == (strategy, number))
+            assert all(answers == expected for script, answers in completed if script == (strategy, number))
     finally:
         undisturbed.stop()
 
@@ -238,4 +238,4 @@ def test_soak(seconds: float, parent: Parent, model_folder: Path, tmp_path: Path
     assert not list((tmp_path / "data").rglob("*.safetensors")), "what was deleted is still there"
     assert soak.refused, "it was never full: the test proves little"
     assert statistics.median(soak.refused) < statistics.median(soak.answered)
-    check_answers(soak.heard, Runtime.load(model_folder, kv_budget=32 << 20))
+    check_answers(soak.completed, Runtime.load(model_folder, kv_budget=32 << 20))

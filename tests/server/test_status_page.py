@@ -37,10 +37,10 @@ def fetched(served: Served, path: str, headers: Mapping[str, str] | None = None)
 
 
 def refused(served: Served, path: str, headers: Mapping[str, str] | None = None) -> tuple[int, Message]:
-    with pytest.raises(urllib.error.HTTPError) as told:
+    with pytest.raises(urllib.error.HTTPError) as error:
         fetched(served, path, headers)
-    told.value.close()
-    return told.value.code, told.value.headers
+    error.value.close()
+    return error.value.code, error.value.headers
 
 
 class Reader(HTMLParser):
@@ -83,12 +83,12 @@ def test_it_shows_sessions_turns_pictures_and_strategies(served: Served, picture
     with served.connect(tenant="acme") as client, client.session("preset-50") as session:
         receipt = session.add_image(picture)
         answer = session.ask("A secret question", max_new_tokens=3)
-        said = answer.read()
+        text = answer.read()
         page = Reader(fetched(served, "/")[1])
         assert session.name.removeprefix("sessions/")[:10] in page.text
         assert page.text.count("acme") == 3  # its session, its turn, its picture
         assert " / ".join(map(str, receipt.kept_tokens)) in page.text
-        assert "secret" not in page.text and said not in page.text
+        assert "secret" not in page.text and text not in page.text
 
 
 def test_a_picture_is_drawn_with_what_was_made_of_it(served: Served, picture: bytes) -> None:

@@ -64,10 +64,10 @@ def test_the_history_outlives_the_process(serve: Serve, tmp_path: Path) -> None:
     first.client.strategies.create("mine", ratios=[0.5, 0.5, 0.5])
     first.client.strategies.activate("mine")
     first.client.strategies.activate("full")
-    told = first.client.strategies.get("mine")
+    strategy = first.client.strategies.get("mine")
     first.stop()
     second = serve(data=str(tmp_path))
-    assert second.client.strategies.get("mine") == told
+    assert second.client.strategies.get("mine") == strategy
     back = [second.client.strategies.rollback().name for _ in range(2)]
     assert back == ["strategies/mine", "strategies/preset-10"]
 

@@ -13,13 +13,13 @@ def converse(served: Served, number: int) -> tuple[str, set[str], list[str]]:
     with served.client.session() as session:
         given = session.state().strategy
         receipts = {session.add_image(png(60, 70, seed=number)).strategy}
-        said = []
+        texts = []
         for turn in range(3):
             picture = [png(50, 50, seed=number + turn)] if turn == 1 else []
             answer = session.ask(f"Question {turn}", images=picture, max_new_tokens=6)
-            said.append(answer.read())
+            texts.append(answer.read())
             receipts |= {answer.receipt.strategy, *(image.strategy for image in answer.images)}
-        return given, receipts, said
+        return given, receipts, texts
 
 
 def test_no_session_mixes_strategies_and_no_turn_fails(served: Served) -> None:
@@ -38,5 +38,5 @@ def test_no_session_mixes_strategies_and_no_turn_fails(served: Served) -> None:
     assert all(receipts == {given} for given, receipts, _ in conversations)
     # The same conversation under the same strategy has the same answers, whatever was active meanwhile.
     answers: dict[tuple[str, int], list[str]] = {}
-    for number, (given, _, said) in enumerate(conversations):
-        assert answers.setdefault((given, number % 3), said) == said
+    for number, (given, _, texts) in enumerate(conversations):
+        assert answers.setdefault((given, number % 3), texts) == texts

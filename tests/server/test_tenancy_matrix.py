@@ -1,5 +1,5 @@
 """Every method of the contract, called by everybody: the tenant whose things it names, another one, and those who bring
-no valid token. A method that is new fails here until it is said what is to become of its callers.
+no valid token. A new method fails here until its expected outcomes are listed.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -44,7 +44,7 @@ class Things:
 
 @dataclass(frozen=True)
 class Case:
-    """What a method is called with, and what red itself and another tenant are told."""
+    """A method's request, and the outcomes for red itself and for another tenant."""
 
     request: Callable[[Things], Message]
     own: str = "OK"
@@ -139,8 +139,8 @@ TOKENS = {
 }
 
 
-def told(caller: str, method: str) -> str:
-    """What ``caller`` is to be told who calls ``method`` with what is red's."""
+def expected_outcome(caller: str, method: str) -> str:
+    """The outcome when ``caller`` calls ``method`` with a resource of red's."""
     match caller:
         case "nobody":
             return "TOKEN_MISSING"
@@ -216,7 +216,7 @@ def test_every_method_by(caller: str, guarded: Served, channel: grpc.Channel, pi
     outcomes = {
         name: call(channel, METHODS[name], case.request(next(things)), caller)[0] for name, case in CASES.items()
     }
-    assert outcomes == {name: told(caller, name) for name in CASES}
+    assert outcomes == {name: expected_outcome(caller, name) for name in CASES}
 
 
 def test_what_is_listed_is_the_callers_alone(guarded: Served, channel: grpc.Channel, picture: bytes) -> None:

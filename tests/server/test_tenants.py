@@ -44,7 +44,7 @@ def test_two_tenants_with_the_same_picture_share_nothing(served: Served, red: Cl
             second.add_image(Image(digest=digest))
         assert not blue.compress(picture).receipt.cache_hit
         apart = second.add_image(picture)
-        # What blue itself computed is at hand for blue; of red's pages it has none.
+        # Blue reuses what it computed itself; it has none of red's pages.
         assert apart.cache_hit and pool_bytes(served) == 2 * alone
         receipt = third.add_image(Image(digest=digest))
         assert receipt.cache_hit and pool_bytes(served) == 2 * alone

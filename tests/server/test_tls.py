@@ -25,7 +25,7 @@ def served_with(serve: Serve, pair: Pair, **settings: str) -> Served:
     return serve(tls_cert=str(pair.certificate), tls_key=str(pair.key), **settings)
 
 
-def talks(served: Served, tls: TlsSource) -> bool:
+def connects(served: Served, tls: TlsSource) -> bool:
     """Whether a conversation comes about; False where no connection does."""
     with served.connect(tls=tls) as client:
         try:
@@ -38,20 +38,20 @@ def talks(served: Served, tls: TlsSource) -> bool:
 
 def test_a_service_is_believed_by_its_certificate_alone(serve: Serve, authority: Authority, tmp_path: Path) -> None:
     served = served_with(serve, authority.issue("server"))
-    assert talks(served, authority.certificate)
-    assert not talks(served, False)  # unencrypted
-    assert not talks(served, True)  # by public roots
-    assert not talks(served, Authority(tmp_path, "stranger").certificate)
+    assert connects(served, authority.certificate)
+    assert not connects(served, False)  # unencrypted
+    assert not connects(served, True)  # by public roots
+    assert not connects(served, Authority(tmp_path, "stranger").certificate)
 
 
 def test_an_expired_certificate_is_not_believed(serve: Serve, authority: Authority) -> None:
-    assert not talks(served_with(serve, authority.issue("server", expired=True)), authority.certificate)
+    assert not connects(served_with(serve, authority.issue("server", expired=True)), authority.certificate)
 
 
 def test_the_certificate_of_another_host_is_believed_where_it_was_asked_for(serve: Serve, authority: Authority) -> None:
     served = served_with(serve, authority.issue("server", ["vflow.example"]))
-    assert not talks(served, authority.certificate)
-    assert talks(served, Tls(authority.certificate, server_name="vflow.example"))
+    assert not connects(served, authority.certificate)
+    assert connects(served, Tls(authority.certificate, server_name="vflow.example"))
 
 
 def test_callers_must_show_a_certificate_where_one_is_asked_for(
@@ -62,10 +62,10 @@ def test_callers_must_show_a_certificate_where_one_is_asked_for(
     def shown(pair: Pair) -> Tls:
         return Tls(authority.certificate, pair.certificate, pair.key)
 
-    assert talks(served, shown(authority.issue("client")))
-    assert not talks(served, authority.certificate)
-    assert not talks(served, shown(authority.issue("late", expired=True)))
-    assert not talks(served, shown(Authority(tmp_path, "stranger").issue("foreign")))
+    assert connects(served, shown(authority.issue("client")))
+    assert not connects(served, authority.certificate)
+    assert not connects(served, shown(authority.issue("late", expired=True)))
+    assert not connects(served, shown(Authority(tmp_path, "stranger").issue("foreign")))
 
 
 def test_certificates_change_without_a_dropped_stream(
@@ -79,7 +79,7 @@ def test_certificates_change_without_a_dropped_stream(
         answer = session.ask("Go on", max_new_tokens=400)
         next(answer)
         pair.replace_by(after.issue("renewed"))
-        assert talks(served, after.certificate) and not talks(served, authority.certificate)
+        assert connects(served, after.certificate) and not connects(served, authority.certificate)
         assert not answer.finished
         answer.read()
         assert answer.usage.completion_tokens == 400
@@ -95,11 +95,11 @@ def test_files_that_do_not_belong_together_change_nothing(
     served = served_with(serve, pair)
     first: Path = getattr(pair, broken)
     first.write_bytes(getattr(renewed, broken).read_bytes())  # the other file has not been replaced yet
-    assert talks(served, authority.certificate)
+    assert connects(served, authority.certificate)
     first.unlink()
-    assert talks(served, authority.certificate)
+    assert connects(served, authority.certificate)
     pair.replace_by(renewed)
-    until(lambda: talks(served, authority.certificate))
+    until(lambda: connects(served, authority.certificate))
 
 
 def test_a_health_check_comes_in_by_tls(serve: Serve, authority: Authority) -> None:
@@ -131,13 +131,13 @@ def test_files_that_cannot_be_used_are_named_at_the_start(
 def test_the_async_client_encrypts_too(serve: Serve, authority: Authority) -> None:
     served = served_with(serve, authority.issue("server"))
 
-    async def talk() -> str:
+    async def ask() -> str:
         async with vflow_client.aio.connect(served.address, tls=authority.certificate) as client:
             async with await client.session() as session:
                 answer = await session.ask("Hello?", max_new_tokens=2)
                 return await answer.read()
 
-    assert asyncio.run(talk())
+    assert asyncio.run(ask())
 
 
 def test_a_client_certificate_without_its_key_is_refused_here() -> None:

@@ -139,11 +139,11 @@ def test_what_the_engine_logs_for_a_call_says_whose_it_is(
     served = serve()
     check_room = served.service.kv.check_room
 
-    def told(*arguments: Any) -> None:
+    def record(*arguments: Any) -> None:
         structlog.get_logger().info("within the work")
         check_room(*arguments)
 
-    monkeypatch.setattr(served.service.kv, "check_room", told)
+    monkeypatch.setattr(served.service.kv, "check_room", record)
     with served.connect(tenant="acme") as client, client.session() as session:
         session.ask("Hello", max_new_tokens=2).read()
     (line,) = [line for line in lines if line["event"] == "within the work"]

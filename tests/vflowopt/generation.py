@@ -1,4 +1,4 @@
-"""A sequence driven straight on the runtime, as the service's engine drives it."""
+"""A sequence run directly on the runtime, as the service's engine runs it."""
 
 from collections import abc
 
@@ -17,7 +17,7 @@ from vflowopt.runtime.sequence import Sequence
 
 
 class Chat:
-    """One sequence; remembers the logits behind every token."""
+    """One sequence; records the logits of every generated token."""
 
     def __init__(self, runtime: Runtime, strategy: Strategy, detail: Detail = "high") -> None:
         self.runtime = runtime
@@ -44,7 +44,7 @@ class Chat:
         before, begin = self.sequence.checkpoint(), len(self.sequence.log) + len(items)
         self.sequence.log.extend(items)
         try:
-            # What `generate` does, with a look at the logits that it draws from.
+            # What `generate` does, but recording the logits.
             for forward in decode(self.sequence, self.runtime.chat, Sampler(), max_new_tokens=new_tokens):
                 (logits,) = self.runtime.advance([self.sequence])
                 assert logits is not None

@@ -205,17 +205,17 @@ def test_a_shortage_is_told_and_waited_for(runtime: Runtime) -> None:
     calibration = prepared(runtime, piece=32)
     expected = cosines(calibration, STRATEGY)
     others = runtime.pool.acquire(runtime.pool.free_pages - 8)
-    told: list[Shortage] = []
+    shortages: list[Shortage] = []
 
     def make_room(pause: Any) -> None:
         if isinstance(pause, Shortage):
-            told.append(pause)
+            shortages.append(pause)
             assert not any(each.kv_bytes for each in calibration.sequences), "its own pages are given back"
             runtime.pool.release(others[: pause.pages])
             del others[: pause.pages]
 
     assert cosines(calibration, STRATEGY, make_room) == pytest.approx(expected, abs=1e-5)
-    assert told and all(shortage.pages > 0 for shortage in told)
+    assert shortages and all(shortage.pages > 0 for shortage in shortages)
     runtime.pool.release(others)
 
 
@@ -223,10 +223,10 @@ def test_a_shortage_is_told_and_waited_for(runtime: Runtime) -> None:
 def test_what_never_finds_room_is_given_up(runtime: Runtime, free: int) -> None:
     calibration = prepared(runtime, piece=32)
     others = runtime.pool.acquire(runtime.pool.free_pages - free)
-    told: list[Any] = []
+    pauses: list[Any] = []
     with pytest.raises(PoolExhausted, match="release idle conversations"):
-        cosines(calibration, STRATEGY, told.append)
-    assert sum(isinstance(pause, Shortage) for pause in told) == PATIENCE - 1
+        cosines(calibration, STRATEGY, pauses.append)
+    assert sum(isinstance(pause, Shortage) for pause in pauses) == PATIENCE - 1
     assert runtime.pool.free_pages == free and not calibration.sequences
     runtime.pool.release(others)
 

@@ -62,7 +62,7 @@ def decode(runtime: Runtime, graphs: DecodeGraphs, batch: abc.Sequence[Sequence]
 def test_steps_equal_those_of_the_runtime(
     runtime: Runtime, access: PageAccess | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever is in the batch, in whatever order, and whatever happened to their caches between the steps."""
+    """For any sequences in any order, whatever happened to their caches between the steps."""
     monkeypatch.setattr(varlen_attention, "varlen_attn", stand_in())
     generator = random.Random(0)
     ours = sequences(runtime)

@@ -1,4 +1,4 @@
-"""What the library hands to whoever imports it, and what importing it costs."""
+"""The public names of the library, and the cost of importing it."""
 
 import inspect
 import subprocess
@@ -40,6 +40,6 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     ],
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(code: str, needed: set[str]) -> None:
-    told = f"{code}; import sys; print(*(name for name in {HEAVY} if name in sys.modules))"
-    ran = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True, timeout=60)
+    command = f"{code}; import sys; print(*(name for name in {HEAVY} if name in sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True, timeout=60)
     assert set(ran.stdout.split()) == needed

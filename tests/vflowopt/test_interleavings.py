@@ -43,7 +43,7 @@ class Bench:
         runtime: what is tested; each sequence gives it a small pool.
         aside: another one, with pages of another size, for sequences that nothing happens to.
         images: per strategy, its pictures.
-        folder: where caches are parked.
+        folder: where caches are offloaded.
     """
 
     runtime: Runtime
@@ -57,41 +57,41 @@ def bench(plain_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench
     runtime, aside = (Runtime.load(plain_folder, kv_budget=8 << 20) for _ in range(2))
     shown = [Picture.from_pixels(picture(56, 56, 0)), Picture.from_pixels(picture(50, 90, 1))]
     images = tuple(tuple(aside.compress(shown, strategy)) for strategy in STRATEGIES)
-    return Bench(runtime, aside, images, tmp_path_factory.mktemp("parked"))
+    return Bench(runtime, aside, images, tmp_path_factory.mktemp("offloaded"))
 
 
 @dataclass(eq=False)
-class Talk:
-    """A sequence, and what it must be: what was said in it, and what had been said at its checkpoints.
+class Chat:
+    """A sequence, with the log that it must have, now and at each of its checkpoints.
 
-    There is a checkpoint before everything that is said.
+    There is a checkpoint before every change of the log.
     """
 
     kind: int
     sequence: Sequence
-    said: list[Item] = field(default_factory=list)
+    log: list[Item] = field(default_factory=list)
     marks: list[tuple[Checkpoint, list[Item]]] = field(default_factory=list)
-    parked: tuple[OffloadedCache, list[Item]] | None = None
+    offloaded: tuple[OffloadedCache, list[Item]] | None = None
     """A copy of the cache, and what it covers of the log."""
 
     def has_room(self, items: list[Item]) -> bool:
         """Whether the sequence may grow by ``items``."""
-        return sum(map(tokens_in, [*self.said, *items])) <= TOKENS
+        return sum(map(tokens_in, [*self.log, *items])) <= TOKENS
 
-    def say(self, items: list[Item]) -> None:
+    def append(self, items: list[Item]) -> None:
         """Append to the log, if there is room."""
         if self.has_room(items):
-            self.note(self.sequence.checkpoint(), items)
+            self.record(self.sequence.checkpoint(), items)
             self.sequence.log.extend(items)
 
-    def note(self, before: Checkpoint, items: list[Item]) -> None:
-        """Note that ``items`` were said."""
-        self.marks.append((before, self.said))
-        self.said = [*self.said, *items]
+    def record(self, before: Checkpoint, items: list[Item]) -> None:
+        """Record that ``items`` were appended."""
+        self.marks.append((before, self.log))
+        self.log = [*self.log, *items]
 
     def begins_with(self, items: list[Item]) -> bool:
-        """Whether ``items`` are the beginning of what was said."""
-        return self.said[: len(items)] == items
+        """Whether ``items`` are a prefix of the log."""
+        return self.log[: len(items)] == items
 
 
 places = st.integers(0, CONVERSATIONS - 1)
@@ -115,15 +115,15 @@ class Interleaving(RuleBasedStateMachine):
             dtype=self.runtime.model.dtype,
             device=self.runtime.model.device,
         )
-        self.talks: list[Talk] = []
+        self.chats: list[Chat] = []
 
-    def talk(self, place: int) -> Talk:
-        return self.talks[place % len(self.talks)]
+    def chat(self, place: int) -> Chat:
+        return self.chats[place % len(self.chats)]
 
     def state(self) -> list[object]:
         """Everything that a refused operation must leave as it was."""
         state: list[object] = [self.runtime.pool.free_pages]
-        for each in self.talks:
+        for each in self.chats:
             cache = each.sequence.cache
             state += [list(each.sequence.log), each.sequence.cached, cache.lengths, sorted(cache.owned_pages())]
         return state
@@ -138,152 +138,152 @@ class Interleaving(RuleBasedStateMachine):
             return False
         return True
 
-    def run(self, talks: list[Talk], limits: list[int | None]) -> None:
-        """Run what is said and not cached yet, in one batch; where pages run short, others are preempted."""
-        batch = [(each, limit) for each, limit in zip(talks, limits, strict=True) if each.sequence.pending_tokens]
+    def run(self, chats: list[Chat], limits: list[int | None]) -> None:
+        """Run what is not cached yet, in one batch; where pages run short, others are preempted."""
+        batch = [(each, limit) for each, limit in zip(chats, limits, strict=True) if each.sequence.pending_tokens]
         sequences = [each.sequence for each, _ in batch]
         if batch and not self.attempt(lambda: self.runtime.advance(sequences, [limit for _, limit in batch])):
-            others = [each for each in self.talks if each not in talks]
-            for each in others or self.talks:
+            others = [each for each in self.chats if each not in chats]
+            for each in others or self.chats:
                 each.sequence.release()
 
-    @precondition(lambda self: len(self.talks) < CONVERSATIONS)
+    @precondition(lambda self: len(self.chats) < CONVERSATIONS)
     @rule(kind=st.integers(0, len(STRATEGIES) - 1), items=st.lists(token, min_size=1, max_size=9))
     def start(self, kind: int, items: list[Item]) -> None:
-        new = Talk(kind, self.runtime.start(STRATEGIES[kind]))
-        new.say(items)
-        self.talks.append(new)
+        new = Chat(kind, self.runtime.start(STRATEGIES[kind]))
+        new.append(items)
+        self.chats.append(new)
         self.run([new], [None])
 
-    @precondition(lambda self: self.talks)
+    @precondition(lambda self: self.chats)
     @rule(place=places, which=st.integers(0, 1), limit=limits)
     def show(self, place: int, which: int, limit: int | None) -> None:
-        talk = self.talk(place)
-        talk.say([self.bench.images[talk.kind][which]])
-        self.run([talk], [limit])
+        chat = self.chat(place)
+        chat.append([self.bench.images[chat.kind][which]])
+        self.run([chat], [limit])
 
-    @precondition(lambda self: self.talks)
+    @precondition(lambda self: self.chats)
     @rule(place=places, items=st.lists(token, min_size=1, max_size=12), limit=limits)
-    def say(self, place: int, items: list[Item], limit: int | None) -> None:
-        self.talk(place).say(items)
-        self.run([self.talk(place)], [limit])
+    def append(self, place: int, items: list[Item], limit: int | None) -> None:
+        self.chat(place).append(items)
+        self.run([self.chat(place)], [limit])
 
-    @precondition(lambda self: self.talks)
+    @precondition(lambda self: self.chats)
     @rule(chosen=st.sets(places, min_size=2), items=st.lists(token, min_size=1, max_size=6), limit=limits)
     def say_together(self, chosen: set[int], items: list[Item], limit: int | None) -> None:
         """The same to several in one batch; those that are behind read a chunk of what they have not read yet."""
-        talks = [talk for place, talk in enumerate(self.talks) if place in chosen]
-        for talk in talks:
-            talk.say(items)
-        self.run(talks, [limit] * len(talks))
+        chats = [chat for place, chat in enumerate(self.chats) if place in chosen]
+        for chat in chats:
+            chat.append(items)
+        self.run(chats, [limit] * len(chats))
 
-    @precondition(lambda self: self.talks)
+    @precondition(lambda self: self.chats)
     @rule(place=places, items=st.lists(token, min_size=1, max_size=12), image=st.booleans())
     def extend_or_nothing(self, place: int, items: list[Item], image: bool) -> None:
-        talk = self.talk(place)
-        items = [*items, *self.bench.images[talk.kind][:image]]
-        before = talk.sequence.checkpoint()
-        if talk.has_room(items) and self.attempt(lambda: self.runtime.extend(talk.sequence, items)):
-            talk.note(before, items)
+        chat = self.chat(place)
+        items = [*items, *self.bench.images[chat.kind][:image]]
+        before = chat.sequence.checkpoint()
+        if chat.has_room(items) and self.attempt(lambda: self.runtime.extend(chat.sequence, items)):
+            chat.record(before, items)
 
-    @precondition(lambda self: self.talks)
-    @rule(chosen=st.sets(places, min_size=1), said=token)
-    def decode_or_nothing(self, chosen: set[int], said: int) -> None:
-        talks = [talk for place, talk in enumerate(self.talks) if place in chosen and talk.has_room([said])]
-        sequences = [each.sequence for each in talks]
+    @precondition(lambda self: self.chats)
+    @rule(chosen=st.sets(places, min_size=1), next_token=token)
+    def decode_or_nothing(self, chosen: set[int], next_token: int) -> None:
+        chats = [chat for place, chat in enumerate(self.chats) if place in chosen and chat.has_room([next_token])]
+        sequences = [each.sequence for each in chats]
         before = [each.checkpoint() for each in sequences]
-        if talks and self.attempt(lambda: self.runtime.decode(sequences, [said] * len(talks))):
-            for talk, checkpoint in zip(talks, before, strict=True):
-                talk.note(checkpoint, [said])
+        if chats and self.attempt(lambda: self.runtime.decode(sequences, [next_token] * len(chats))):
+            for chat, checkpoint in zip(chats, before, strict=True):
+                chat.record(checkpoint, [next_token])
 
-    @precondition(lambda self: any(each.marks for each in self.talks))
+    @precondition(lambda self: any(each.marks for each in self.chats))
     @rule(place=places, which=st.integers(1, 5))
     def roll_back(self, place: int, which: int) -> None:
-        marked = [each for each in self.talks if each.marks]
-        talk = marked[place % len(marked)]
-        which = max(len(talk.marks) - which, 0)
-        checkpoint, talk.said = talk.marks[which]
-        talk.sequence.rollback(checkpoint)
-        del talk.marks[which:]
-        if talk.parked is not None and not talk.begins_with(talk.parked[1]):
-            talk.parked = None
+        marked = [each for each in self.chats if each.marks]
+        chat = marked[place % len(marked)]
+        which = max(len(chat.marks) - which, 0)
+        checkpoint, chat.log = chat.marks[which]
+        chat.sequence.rollback(checkpoint)
+        del chat.marks[which:]
+        if chat.offloaded is not None and not chat.begins_with(chat.offloaded[1]):
+            chat.offloaded = None
 
-    @precondition(lambda self: 0 < len(self.talks) < CONVERSATIONS)
+    @precondition(lambda self: 0 < len(self.chats) < CONVERSATIONS)
     @rule(place=places)
     def fork(self, place: int) -> None:
-        talk = self.talk(place)
-        self.talks.append(Talk(talk.kind, talk.sequence.fork(), talk.said))
+        chat = self.chat(place)
+        self.chats.append(Chat(chat.kind, chat.sequence.fork(), chat.log))
 
-    @precondition(lambda self: 0 < len(self.talks) < CONVERSATIONS)
+    @precondition(lambda self: 0 < len(self.chats) < CONVERSATIONS)
     @rule(place=places, items=st.lists(token, min_size=1, max_size=5))
     def open_with_a_shared_prefix(self, place: int, items: list[Item]) -> None:
-        prefix = self.talk(place)
-        new = Talk(prefix.kind, self.runtime.start(STRATEGIES[prefix.kind]))
-        new.say(prefix.said)
-        new.say(items)
+        prefix = self.chat(place)
+        new = Chat(prefix.kind, self.runtime.start(STRATEGIES[prefix.kind]))
+        new.append(prefix.log)
+        new.append(items)
         new.sequence.share(prefix.sequence)
-        self.talks.append(new)
+        self.chats.append(new)
         self.run([new], [None])
 
-    @precondition(lambda self: len(self.talks) > 1)
+    @precondition(lambda self: len(self.chats) > 1)
     @rule(place=places, other=places)
     def share_after_all(self, place: int, other: int) -> None:
         """Give up an own cache for one of the same beginning."""
-        talk, prefix = self.talk(place), self.talk(other)
-        if talk is not prefix and talk.kind == prefix.kind and talk.begins_with(prefix.said):
-            talk.sequence.share(prefix.sequence)
+        chat, prefix = self.chat(place), self.chat(other)
+        if chat is not prefix and chat.kind == prefix.kind and chat.begins_with(prefix.log):
+            chat.sequence.share(prefix.sequence)
 
-    @precondition(lambda self: any(each.sequence.resident for each in self.talks))
+    @precondition(lambda self: any(each.sequence.resident for each in self.chats))
     @rule(place=places, to_file=st.booleans())
     def offload(self, place: int, to_file: bool) -> None:
-        resident = [each for each in self.talks if each.sequence.resident]
-        self.park_one(resident[place % len(resident)], to_file)
+        resident = [each for each in self.chats if each.sequence.resident]
+        self.offload_one(resident[place % len(resident)], to_file)
 
-    def park_one(self, talk: Talk, to_file: bool = False) -> None:
-        parked = offload(talk.sequence)
+    def offload_one(self, chat: Chat, to_file: bool = False) -> None:
+        offloaded = offload(chat.sequence)
         if to_file:
-            parked.save(self.bench.folder / "cache")
-            parked = OffloadedCache.load(self.bench.folder / "cache")
-        covered = parked.cached.items + (parked.cached.offset > 0)
-        talk.parked = parked, talk.said[:covered]
-        assert not talk.sequence.cache.owned_pages()
+            offloaded.save(self.bench.folder / "cache")
+            offloaded = OffloadedCache.load(self.bench.folder / "cache")
+        covered = offloaded.cached.items + (offloaded.cached.offset > 0)
+        chat.offloaded = offloaded, chat.log[:covered]
+        assert not chat.sequence.cache.owned_pages()
 
-    @precondition(lambda self: any(each.parked is not None for each in self.talks))
+    @precondition(lambda self: any(each.offloaded is not None for each in self.chats))
     @rule(place=places)
     def restore(self, place: int) -> None:
-        parked = [each for each in self.talks if each.parked is not None]
-        self.unpark_one(parked[place % len(parked)])
+        offloaded = [each for each in self.chats if each.offloaded is not None]
+        self.restore_one(offloaded[place % len(offloaded)])
 
-    def unpark_one(self, talk: Talk) -> bool:
-        """Bring back what is parked, unless it was rebuilt meanwhile; False where pages run short."""
-        if talk.parked is None or talk.sequence.resident:
+    def restore_one(self, chat: Chat) -> bool:
+        """Restore what is offloaded, unless it was rebuilt meanwhile; False where pages run short."""
+        if chat.offloaded is None or chat.sequence.resident:
             return True
-        parked, _ = talk.parked
-        return self.attempt(lambda: restore(talk.sequence, parked))
+        offloaded, _ = chat.offloaded
+        return self.attempt(lambda: restore(chat.sequence, offloaded))
 
-    @precondition(lambda self: self.talks)
+    @precondition(lambda self: self.chats)
     @rule(place=places)
     def release(self, place: int) -> None:
-        self.talk(place).sequence.release()
+        self.chat(place).sequence.release()
 
-    @precondition(lambda self: self.talks)
+    @precondition(lambda self: self.chats)
     @rule(place=places)
     def delete(self, place: int) -> None:
-        talk = self.talk(place)
-        talk.sequence.release()
-        self.talks.remove(talk)
+        chat = self.chat(place)
+        chat.sequence.release()
+        self.chats.remove(chat)
 
     @invariant()
     def every_page_is_free_or_owned(self) -> None:
-        self.runtime.pool.check_integrity([each.sequence.cache for each in self.talks])
+        self.runtime.pool.check_integrity([each.sequence.cache for each in self.chats])
 
     @invariant()
     def logs_and_lengths_are_as_said(self) -> None:
-        for talk in self.talks:
-            sequence, cached = talk.sequence, talk.sequence.cached
-            assert sequence.log == talk.said
+        for chat in self.chats:
+            sequence, cached = chat.sequence, chat.sequence.cached
+            assert sequence.log == chat.log
             lengths = [0] * len(sequence.cache.stages)
-            for index, item in enumerate(talk.said[: cached.items + 1]):
+            for index, item in enumerate(chat.log[: cached.items + 1]):
                 for stage in range(len(lengths)):
                     stages = item.last_stages if isinstance(item, CompressedImage) else torch.tensor([len(lengths)])
                     present = stages if index < cached.items else stages[: cached.offset]
@@ -291,28 +291,28 @@ class Interleaving(RuleBasedStateMachine):
             assert sequence.cache.lengths == tuple(lengths)
 
     def teardown(self) -> None:
-        """Whoever is left goes on like a sequence with the same log that nothing ever happened to."""
-        for talk in self.talks:
-            fresh = self.bench.aside.start(STRATEGIES[talk.kind])
-            fresh.log.extend(talk.said)
-            for said in (65, 66, 67):
-                talk.sequence.log.append(said)
-                answer = self.run_among_others(talk)
-                expected = self.bench.aside.extend(fresh, [said])
+        """Every remaining sequence goes on like a sequence with the same log that nothing ever happened to."""
+        for chat in self.chats:
+            fresh = self.bench.aside.start(STRATEGIES[chat.kind])
+            fresh.log.extend(chat.log)
+            for next_token in (65, 66, 67):
+                chat.sequence.log.append(next_token)
+                answer = self.run_among_others(chat)
+                expected = self.bench.aside.extend(fresh, [next_token])
                 assert answer is not None and expected is not None
                 torch.testing.assert_close(answer, expected, atol=1e-4, rtol=0)
             fresh.release()
-        for talk in self.talks:
-            talk.sequence.release()
+        for chat in self.chats:
+            chat.sequence.release()
         self.runtime.pool.check_integrity([])
 
-    def run_among_others(self, talk: Talk) -> torch.Tensor | None:
-        """Run ``talk``; where pages run short, others are parked, and so keep what they hold."""
+    def run_among_others(self, chat: Chat) -> torch.Tensor | None:
+        """Run ``chat``; where pages run short, others are offloaded, and so keep what they hold."""
         answers: list[torch.Tensor | None] = []
         while not (
-            self.unpark_one(talk) and self.attempt(lambda: answers.extend(self.runtime.advance([talk.sequence])))
+            self.restore_one(chat) and self.attempt(lambda: answers.extend(self.runtime.advance([chat.sequence])))
         ):
-            self.park_one(next(each for each in self.talks if each is not talk and each.sequence.resident))
+            self.offload_one(next(each for each in self.chats if each is not chat and each.sequence.resident))
         (answer,) = answers
         return answer
 

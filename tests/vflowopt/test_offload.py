@@ -1,4 +1,4 @@
-"""A parked cache comes back exactly, from memory and from a file; damaged files are refused."""
+"""An offloaded cache is restored exactly, from memory and from a file; damaged files are refused."""
 
 from pathlib import Path
 
@@ -13,34 +13,34 @@ from vflowopt.runtime.offload import OffloadedCache, OffloadError, offload, rest
 STRATEGY = Strategy.from_budget(0.1, 6, (0.12, 0.9), grid=3.0)
 
 
-def test_a_parked_conversation_goes_on_like_an_undisturbed_one(runtime: Runtime, tmp_path: Path) -> None:
-    undisturbed, parked, filed = (Chat(runtime, STRATEGY) for _ in range(3))
-    for chat in (undisturbed, parked, filed):
+def test_a_offloaded_conversation_goes_on_like_an_undisturbed_one(runtime: Runtime, tmp_path: Path) -> None:
+    undisturbed, offloaded, filed = (Chat(runtime, STRATEGY) for _ in range(3))
+    for chat in (undisturbed, offloaded, filed):
         chat.ask([picture(100, 70, 1), "first"], 5)
     used = runtime.pool.bytes_used
-    memory = offload(parked.sequence)
+    memory = offload(offloaded.sequence)
     offload(filed.sequence).save(tmp_path / "cache.safetensors")
     assert runtime.pool.bytes_used == used // 3
     assert memory.nbytes > 0
     assert [entry.name for entry in tmp_path.iterdir()] == ["cache.safetensors"]
-    restore(parked.sequence, memory)
+    restore(offloaded.sequence, memory)
     restore(filed.sequence, OffloadedCache.load(tmp_path / "cache.safetensors"))
     expected = undisturbed.ask(["second"], 6)
-    for chat in (parked, filed):
+    for chat in (offloaded, filed):
         assert chat.ask(["second"], 6) == expected
         for one, other in zip(chat.logits, undisturbed.logits, strict=True):
             assert torch.equal(one, other)
-    for chat in (undisturbed, parked, filed):
+    for chat in (undisturbed, offloaded, filed):
         chat.sequence.release()
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(runtime: Runtime, tmp_path: Path) -> None:
     chat = Chat(runtime, STRATEGY)
     chat.ask(["hello"], 3)
-    parked = offload(chat.sequence)
+    offloaded = offload(chat.sequence)
     (tmp_path / "taken").mkdir()
     with pytest.raises(OSError):
-        parked.save(tmp_path / "taken")
+        offloaded.save(tmp_path / "taken")
     assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]
 
 
@@ -48,11 +48,11 @@ def test_what_is_not_of_this_conversation_is_refused(runtime: Runtime, tmp_path:
     chat, other = Chat(runtime, STRATEGY), Chat(runtime, Strategy.full())
     chat.ask(["hello"], 3)
     other.ask(["hello"], 3)
-    parked = offload(chat.sequence)
+    offloaded = offload(chat.sequence)
     for sequence in (other.sequence, runtime.start(STRATEGY)):
         with pytest.raises(OffloadError, match="not of this sequence"):
-            restore(sequence, parked)
-    parked.save(tmp_path / "cache")
+            restore(sequence, offloaded)
+    offloaded.save(tmp_path / "cache")
     whole = (tmp_path / "cache").read_bytes()
     for damaged in (b"", b"not a cache", whole[: len(whole) // 2]):
         (tmp_path / "damaged").write_bytes(damaged)

@@ -1,4 +1,4 @@
-"""Whoever is as good as the best one is rarely stopped; whoever is clearly worse, mostly."""
+"""A trial as good as the best one is rarely stopped; a clearly worse one usually is."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A seed means the same answer whoever else is answered in the same step."""
+"""A seed gives the same answer alone and beside any other sequences of a batch."""
 
 from dataclasses import dataclass, field
 

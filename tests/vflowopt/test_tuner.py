@@ -164,7 +164,7 @@ def test_the_hopeless_are_stopped_after_a_quarter_of_the_samples(runtime: Runtim
     assert [trial.samples_seen for trial in done] == [32, 8, 8, 32, 8]
     assert [calibration.runs[trial.strategy] for trial in done] == [32, 8, 8, 32, 8]
     assert tuner.best == done[3]
-    # What the sampler is told of them is close to what they are worth.
+    # The objectives given to the sampler are close to the true ones.
     assert [trial.objective for trial in done] == pytest.approx([0.8, 0.5, 0.6, 0.9, 0.7], abs=0.02)
 
 

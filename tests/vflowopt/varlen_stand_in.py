@@ -56,20 +56,20 @@ def stand_in(*, page_multiple: int = 1, bottom_right: bool = True) -> VarlenAtte
             start, stop, held = int(cu_seq_q[row]), int(cu_seq_q[row + 1]), int(seqused_k[row])
             assert 0 < stop - start <= max_q and stop - start <= held <= max_k
             if block_table is not None:
-                seen, said = (store[block_table[row].long()].flatten(0, 1)[:held] for store in (key, value))
+                keys, values = (store[block_table[row].long()].flatten(0, 1)[:held] for store in (key, value))
             else:
                 assert cu_seq_k is not None
                 first = int(cu_seq_k[row])
                 assert first + held <= int(cu_seq_k[row + 1])
-                seen, said = (store[first : first + held] for store in (key, value))
+                keys, values = (store[first : first + held] for store in (key, value))
             mask = torch.ones(stop - start, held, dtype=torch.bool).tril(held - (stop - start) if bottom_right else 0)
             shared = query.shape[1] // key.shape[-2]
             scores = torch.einsum(
-                "qhd,khd->hqk", query[start:stop].double(), seen.double().repeat_interleave(shared, dim=1)
+                "qhd,khd->hqk", query[start:stop].double(), keys.double().repeat_interleave(shared, dim=1)
             )
             scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
             weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-            output = torch.einsum("hqk,khd->qhd", weights, said.double().repeat_interleave(shared, dim=1))
+            output = torch.einsum("hqk,khd->qhd", weights, values.double().repeat_interleave(shared, dim=1))
             outputs.append(output.to(query.dtype))
         return torch.cat(outputs)
 

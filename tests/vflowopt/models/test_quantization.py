@@ -84,9 +84,9 @@ def test_weights_that_are_tensors_of_another_type_are_read_too(tmp_path: Path) -
     torchao = pytest.importorskip("torchao.quantization")
     folder = WIDE[0].save(tmp_path / "model")
     reference = Reference(folder)
-    told = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    configuration = TorchAoConfig(torchao.Int8WeightOnlyConfig())
     reference.network = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=told, device_map={"": "cpu"}
+        folder, dtype=torch.float32, quantization_config=configuration, device_map={"": "cpu"}
     )
     saved = shutil.copytree(folder, tmp_path / "quantized")
     reference.network.save_pretrained(saved)

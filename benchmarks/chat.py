@@ -1,4 +1,4 @@
-"""What is talked about in a benchmark: a picture of one's own, and questions about it in turn."""
+"""The chats of a benchmark: each has a picture of its own, and a question for each turn."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ SIDE = 448
 
 
 @dataclass(frozen=True, eq=False)
-class Talk:
-    """One conversation to hold.
+class Chat:
+    """A picture, and the questions of one conversation about it.
 
     Attributes:
-        picture: a PNG file's bytes; no two talks have the same.
+        picture: the bytes of a PNG file; no two chats have the same.
         questions: one for each turn; the picture belongs to the first.
     """
 
@@ -29,13 +29,13 @@ class Talk:
     questions: tuple[str, ...]
 
 
-def draw_talks(count: int, *, turns: int, seed: int) -> list[Talk]:
-    """Draw ``count`` talks of ``turns`` turns. Equal seeds draw equal talks; different ones share no picture."""
-    talks = []
+def draw_chats(count: int, *, turns: int, seed: int) -> list[Chat]:
+    """Draw ``count`` chats of ``turns`` turns. Equal seeds draw equal chats; different ones share no picture."""
+    chats = []
     for number in tqdm(range(count), desc="drawing pictures", unit="picture", leave=False, disable=None):
         rng = np.random.default_rng([seed, number])
         scene = generate(int(rng.integers(1 << 31)), held_out=True, size=(SIDE, SIDE))
         file = io.BytesIO()
         Image.fromarray(scene.image).save(file, "PNG")
-        talks.append(Talk(file.getvalue(), tuple(question.text for question in ask(scene, rng, turns))))
-    return talks
+        chats.append(Chat(file.getvalue(), tuple(question.text for question in ask(scene, rng, turns))))
+    return chats
