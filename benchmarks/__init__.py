@@ -1,1 +1,1 @@
-"""What the README claims, as commands that print it. Run each with ``python -m benchmarks.NAME``."""
+"""The benchmarks behind the numbers in the documentation. Run each with ``python -m benchmarks.NAME``."""

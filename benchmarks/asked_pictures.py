@@ -1,4 +1,4 @@
-"""Pictures with questions and true answers: the embedded model's held-out ones, or a folder of one's own."""
+"""Pictures with questions and true answers: the embedded model's held-out pictures, or a folder of the user's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Asked:
     Attributes:
         text: as a person would type it.
         answer: the true answer.
-        groups: under which names its answer is counted apart.
+        groups: the groups in which its answer is also counted.
     """
 
     text: str
@@ -47,9 +47,9 @@ def generated(seed: int, pictures: int, questions: int) -> Iterator[AskedPicture
     """Held-out pictures of the embedded model with questions of every kind; the group ``fine`` asks for fine detail.
 
     Args:
-        seed: which pictures; other seeds bring others.
+        seed: which pictures; different seeds give different pictures.
         pictures: how many.
-        questions: about each, at most.
+        questions: the most questions about each.
     """
     for scene, about in held_out(_HELD_OUT_SEED + seed * 100_000, pictures, questions):
         asked = [Asked(each.text, each.answer, (each.kind, "fine") if each.fine else (each.kind,)) for each in about]

@@ -17,7 +17,7 @@ DRAWS = 2000
 
 @dataclass(frozen=True)
 class Interval:
-    """A 95% interval around what was measured."""
+    """A measured value with its 95% interval."""
 
     value: float
     low: float
@@ -54,7 +54,7 @@ def _interval(statistic: Callable[..., np.ndarray], *columns: np.ndarray) -> Int
     asked_about = columns[-1] > 0
     drawn = [column[asked_about] for column in columns]
     value = float(statistic(*drawn, axis=-1))
-    if asked_about.sum() < 2:  # nothing can be drawn otherwise
+    if asked_about.sum() < 2:  # a bootstrap needs at least two pictures
         return Interval(value, value, value)
     # The same seed for all: the draws are the same, too.
     found = stats.bootstrap(

@@ -77,7 +77,7 @@ def fill(address: str, strategy: str, *, new_tokens: int, seed: int) -> Row:
 
 
 def _chats(seed: int) -> Iterator[Chat]:
-    """Talks of one turn without end, drawn as they are needed."""
+    """An endless stream of chats of one turn, drawn as they are needed."""
     while True:
         yield from draw_chats(_DRAWN_AT_A_TIME, turns=1, seed=seed)
         seed += 1

@@ -1,4 +1,4 @@
-"""A closed loop: so many conversations at once, each of which says its next turn when the last one is answered."""
+"""A closed loop: a fixed number of conversations at once; each sends its next turn when the last one is answered."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from benchmarks.system import OpenChat, Reply, System
 
 @dataclass(frozen=True)
 class Held:
-    """What a closed loop saw.
+    """The measurements of a closed loop.
 
     Attributes:
         seconds: from the first turn of all to the end of the last.
         conversations: the replies of each conversation, turn by turn.
-        resident_bytes: memory of the system while the last conversations were still open; None where it is not seen.
+        resident_bytes: memory of the system while the last conversations were still open; None if it is unknown.
     """
 
     seconds: float
@@ -43,9 +43,9 @@ def hold(system: System, chats: Sequence[Chat], at_once: int, on_turn: Callable[
     """Hold all of ``chats``, ``at_once`` at a time.
 
     Args:
-        system: who holds them.
+        system: the system that answers.
         chats: at least ``at_once``.
-        at_once: conversations at once; one that has ended makes room for the next.
+        at_once: conversations at once; when one ends, the next begins.
         on_turn: called after every turn, from any thread.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Conversations about pictures, several at once: VFlow beside what its users would pick instead, on the same weights.
+"""Conversations about pictures, several at once: VFlow beside its alternatives, on the same weights.
 
 Each conversation is a 448 x 448 picture of its own and five turns of 24 new tokens, greedy, the end of text ignored.
-Every conversation says its next turn when the last one is answered. The systems take turns on the machine.
+Every conversation sends its next turn when the last one is answered. The systems take turns on the machine.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ are computed from the tokens. Resident memory holds what a server sets aside for
 
 @dataclass
 class Figures:
-    """What was measured of one system with so many conversations at once, over all repeats."""
+    """The measurements of one system with one number of conversations at once, over all repeats."""
 
     held: list[Held] = field(default_factory=list)
     picture_ahead_ms: list[float] = field(default_factory=list)
@@ -110,7 +110,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
             systems[name] = _start(name, options)
             running.callback(systems[name].close)
         for number, system in enumerate(systems.values()):
-            # The first pass of a process pays for memory, and compiles what is compiled.
+            # The first pass of a process allocates memory, and compiles what is compiled.
             hold(system, draw_chats(2, turns=2, seed=options.seed - 1 - number), 2, lambda: None)
         progress = running.enter_context(
             tqdm(
@@ -134,7 +134,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
 
 
 def compared(rows: Iterable[Row]) -> list[str]:
-    """The ratios that the project has set itself, as far as the rows have both sides."""
+    """The ratios that the project aims for, as far as the rows have both sides."""
     table: Mapping[tuple[object, object], Row] = {(row["system"], row["conversations"]): row for row in rows}
     turns, tokens = "turns_per_second", "tokens_per_second"
     later, ahead = "first_token_ms_p50_later_turns", "first_token_ms_p50_picture_ahead"

@@ -1,7 +1,7 @@
-"""The main job, end to end: a picture, a conversation over gRPC, and what compression saved.
+"""The whole service in one command: a picture, a conversation over gRPC, and what compression saved.
 
-Starts a real service on the embedded model, holds the same conversation at the active strategy and at a budget of 100%,
-prints what each cost, and draws the picture with its importance map and the tokens that each stage keeps.
+Starts a real service on the embedded model, holds the same conversation with the active strategy and with all tokens,
+prints the cost of each, and draws the picture with its importance map and the tokens that each stage keeps.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ GENERIC_QUESTIONS = (
 
 @dataclass
 class Held:
-    """A conversation that was held: its receipts and answers."""
+    """A finished conversation: its receipts and answers."""
 
     image: vflow_client.ImageReceipt
     answers: list[str] = field(default_factory=list)
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _questions(picture: Path, options: argparse.Namespace) -> tuple[list[str], list[str] | None]:
-    """What to ask, and the true answers where they are known."""
+    """The questions, and their true answers if they are known."""
     if options.question:
         return options.question, None
     if options.image:
@@ -109,7 +109,7 @@ def _hold(
 ) -> Held:
     """Hold the conversation, printing it as it streams unless ``quiet``."""
     with client.session(strategy) as session:
-        # A file of one byte more is another picture: warming up must not fill the cache for the measured one.
+        # A file with one more byte is another picture: the warm-up must not fill the cache of the measured one.
         held = Held(session.add_image(data + b"\0" if warm_up else data))
         for index, question in enumerate(questions):
             answer = session.ask(question)
@@ -167,7 +167,7 @@ def _summary(receipt: vflow_client.ImageReceipt) -> str:
 
 
 def _stage_names(response: vflow_client.CompressImageResponse) -> list[str]:
-    """What the figure calls the stages: the decoder layers that they span, counted from 1."""
+    """The names of the stages in the figure: the decoder layers that they span, counted from 1."""
     starts = [stage.first_layer + 1 for stage in response.stages]
     names = [
         f"layer {start}" if end == start + 1 else f"layers {start} to {end - 1}"

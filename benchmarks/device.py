@@ -16,7 +16,7 @@ _RUNS = 5
 
 @dataclass(frozen=True)
 class DevicePeak:
-    """What a device reaches on the plainest work.
+    """What a device reaches on the simplest work.
 
     Attributes:
         flops: floating-point operations a second, of a product of two large square matrices.
@@ -27,7 +27,7 @@ class DevicePeak:
     bandwidth: float
 
     def bound_ms(self, flops: float, bytes_moved: float) -> float:
-        """Milliseconds that work of so many operations on so many bytes takes at least."""
+        """The least milliseconds for this many operations on this many bytes."""
         return 1e3 * max(flops / self.flops, bytes_moved / self.bandwidth)
 
 
@@ -55,7 +55,7 @@ def median_ms(work: Callable[[], object], device: torch.device, runs: int) -> fl
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """How long one run takes, to the end of what it queues on the device."""
+    """Seconds of one run, until the device has finished what it queued."""
     _synchronise(device)
     begun = time.perf_counter()
     work()

@@ -1,8 +1,8 @@
-"""What it costs to keep sessions in a data folder: each turn waits for its commit, the first after a restart for more.
+"""The cost of a data folder: each turn waits for its commit, and the first turn after a restart waits for its cache.
 
-The same conversations are held with a service that keeps them in memory alone and with one that has a folder; then
-that one is stopped and started again, twice, and each conversation goes on by one turn: first from the KV caches that
-the service left in the folder, then without them, as after a crash.
+The same conversations run on a service without a data folder, and on one with it. Then the second service is restarted
+twice, and each conversation continues by one turn: first from the KV caches in the folder, then without them, as after
+a crash.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(chats: Sequence[Chat], at_once: int, new_tokens: int, folder: Path) -> Iterator[Row]:
-    """Hold ``chats`` with either service; the rows."""
+    """Run ``chats`` on both services; the rows."""
     flags = {"memory": QUIET, "folder": (*QUIET, "--data", str(folder))}
     for name, wanted in flags.items():
         with running_service(*wanted) as address:
@@ -70,7 +70,7 @@ def measure(chats: Sequence[Chat], at_once: int, new_tokens: int, folder: Path) 
 
 
 def _hold(address: str, chats: Sequence[Chat], at_once: int, new_tokens: int) -> tuple[list[str], list[float], float]:
-    """Names of the sessions, seconds of each turn, and seconds in all."""
+    """Run ``chats`` on a service; the names of the sessions, the seconds of each turn, and the seconds in all."""
     with vflow_client.connect(address, timeout=None) as client, ThreadPoolExecutor(at_once) as threads:
 
         def converse(chat: Chat) -> tuple[str, list[float]]:

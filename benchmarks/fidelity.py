@@ -1,12 +1,12 @@
 """What compression costs in answers: VFlowOpt, its rivals and its ablations on the same pictures and questions.
 
 Every method keeps the same number of visual tokens, averaged over the decoder's layers. Each question is asked twice:
-alone, as the first one about its picture, and in its turn of one conversation per picture, answered from the cache that
-the turns before it left. Methods that look at the question choose by the one asked alone; in a conversation, by the
-first one, since that is what a server with a cache is left with.
+alone, as the first one about its picture, and as a turn of one conversation per picture, which reuses the cache of the
+turns before it. Methods that read the question choose tokens by the question asked alone; in a conversation, by the
+first question, because a server with a cache prunes the picture only once.
 
-Agreement, cosine and KL divergence refer to the unpruned model (``full``). In later turns they contain that the models
-remember their own, different answers.
+Agreement, cosine and KL divergence compare with the unpruned model (``full``). In later turns they include the effect
+of earlier answers that differ.
 """
 
 from __future__ import annotations
@@ -86,10 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(
     runtime: Runtime, pictures: Iterator[AskedPicture], contestants: Sequence[Contestant], options: argparse.Namespace
 ) -> list[Row]:
-    """Ask everything of everyone; returns a row for each method, retention and turn.
+    """Ask every method all questions; returns a row for each method, retention and turn.
 
     Raises:
-        ValueError: there are no pictures, or one is not as it should be (PictureError is one).
+        ValueError: there are no pictures, or one cannot be used (PictureError is a ValueError).
         PoolExhausted: the conversations of a batch do not fit into the pool.
     """
     scores, seen = Scores(), 0
@@ -171,7 +171,7 @@ def _mark(answered: Answered, batch: Sequence[AskedPicture], reference: Reply, b
 
 
 def _contestants(options: argparse.Namespace, runtime: Runtime) -> list[Contestant]:
-    """Who is measured at what; first the one that the others are held against."""
+    """The methods and their retentions; the first method is the one that the others are compared with."""
     ours = own(runtime.model.strategies, runtime.layers)
     base = next((method for method in ours if method.name == options.base), None)
     if options.base and base is None:

@@ -20,17 +20,17 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Mark:
-    """How one reply compares.
+    """One reply compared with the true answer and with the unpruned model's reply.
 
     Attributes:
         picture: the picture's number in the whole run.
         turn: ``"single"``, or the turn from 1.
-        right: it is the true answer.
-        agrees: it is the unpruned model's answer in the same place.
-        cosine: of the prompt's last hidden state with the unpruned model's.
+        right: whether it is the true answer.
+        agrees: whether it is the unpruned model's answer in the same place.
+        cosine: cosine similarity of the prompt's last hidden state with the unpruned model's.
         divergence: KL divergence, in nats, of the first token's distribution from the unpruned model's.
-        kv_bytes: of the picture.
-        groups: under which names it is counted apart.
+        kv_bytes: KV bytes of the picture.
+        groups: the groups in which it is also counted.
     """
 
     picture: int
@@ -60,8 +60,8 @@ class Scores:
     def rows(self, pictures: int, ours: str) -> list[Row]:
         """One row for each method, retention and turn: ``single``, ``all`` and each turn from 1.
 
-        ``versus`` holds each against the method ``ours`` at the same retention and turn, where it was measured there:
-        ``difference`` is its accuracy less that of ``ours``, with a 95% interval; "tie" where that holds zero.
+        ``versus`` compares each with the method ``ours`` at the same retention and turn, if it was measured there:
+        ``difference`` is its accuracy less that of ``ours``, with a 95% interval; "tie" if the interval includes zero.
         """
         tallies = {
             (method, retention, turn): (chosen, *_tally(chosen, pictures))
@@ -96,7 +96,7 @@ class Scores:
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """One line for each method and retention: what the screen shows of the rows."""
+    """The rows as a table for the screen: one line for each method and retention."""
     lines: dict[tuple[object, object], dict[str, object]] = {}
     for row in rows:
         key = row["method"], row["retention"]

@@ -1,4 +1,4 @@
-"""The demo's figure: a picture, how important each token is, what each stage keeps of it, and what was answered."""
+"""The demo's figure: a picture, the importance of each token, the tokens that each stage keeps, and the answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEPT, RECYCLED = "#2f6fc4", "#e0592a"
 _MOST_PIXELS = 800
 _PANEL_INCHES = 3.0
 _DROPPED = 0.16
-"""Opacity of what a stage no longer sees."""
+"""Opacity of tokens that a stage has dropped."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A real model's shape with random weights: encode, score, prune, prefill and decode at every budget.
 
-Timings do not depend on the values of the weights. Beside each stands the least that the device could take for it, from
-its measured arithmetic and bandwidth and from the shapes.
+Timings do not depend on the values of the weights. Beside each is a lower bound, from the device's measured arithmetic
+and bandwidth and from the shapes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Bench:
-    """A loaded model, the picture that it is shown, and how to time it."""
+    """A loaded model, its picture, and how to time it."""
 
     runtime: Runtime
     config: LlavaOnevisionConfig
@@ -118,7 +118,7 @@ class Bench:
         return median_ms(lambda: self.runtime.decode([conversation], [0]), self.runtime.model.device, self.decode_steps)
 
     def _token_layers(self, lengths: abc.Sequence[int], strategy: Strategy) -> int:
-        """Tokens held, each counted once for every layer that holds it."""
+        """Cached tokens, each counted once for every layer that it is cached in."""
         return sum(count * span for count, span in zip(lengths, strategy.spans(self.runtime.layers), strict=True))
 
 
@@ -152,7 +152,7 @@ def _prepare(options: argparse.Namespace, folder: Path) -> Bench:
     picture = random_picture(options.picture)
     vision: Any = config.vision_config
     text: Any = config.text_config
-    # Room for more than any cut into tiles makes of the picture.
+    # Pages for more tokens than the picture has with any grid of tiles.
     tokens = 2 * (options.picture // vision.patch_size + vision.image_size // vision.patch_size) ** 2
     token_bytes = 2 * text.num_key_value_heads * text.hidden_size // text.num_attention_heads * dtype.itemsize
     runtime = Runtime.load(

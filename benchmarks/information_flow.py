@@ -21,7 +21,7 @@ from vflowopt.search.calibration import Calibration
 def information_flow(
     runtime: Runtime, calibration: Calibration, strategies: Mapping[str, Strategy]
 ) -> dict[str, list[float]]:
-    """For each strategy the mean cosine behind each decoder layer, over the text after the pictures and all samples.
+    """For each strategy, the mean cosine after each decoder layer, over the text after the pictures and all samples.
 
     Args:
         runtime: the model.
@@ -58,7 +58,7 @@ def _text_states(runtime: Runtime, calibration: Calibration, number: int, strate
 
 @contextmanager
 def _watching(runtime: Runtime, last: int) -> Iterator[list[Tensor]]:
-    """Collects the states [last, hidden] of the last tokens behind each layer."""
+    """Collect the hidden states [last, hidden] of the last tokens after each layer."""
     decoder = runtime.decoder
     watched = _Watched(decoder, last)
     runtime.decoder = watched
@@ -69,7 +69,7 @@ def _watching(runtime: Runtime, last: int) -> Iterator[list[Tensor]]:
 
 
 class _Watched(Decoder):
-    """A decoder that remembers what its layers put out for the last tokens."""
+    """A decoder that records its layers' outputs for the last tokens."""
 
     def __init__(self, decoder: Decoder, last: int) -> None:
         self.states: list[Tensor] = []

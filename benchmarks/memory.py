@@ -6,10 +6,10 @@ import psutil
 
 
 def resident_bytes(process: int) -> int:
-    """Bytes that a process and all its descendants take; what several of them share counts once.
+    """Bytes of memory of a process and all its descendants; memory that several of them share counts once.
 
     Raises:
-        psutil.Error: there is no such process, or it may not be looked at.
+        psutil.Error: there is no such process, or it may not be read.
     """
     root = psutil.Process(process)
     total = 0
@@ -21,7 +21,7 @@ def resident_bytes(process: int) -> int:
 
 
 def listener(address: str) -> int | None:
-    """The process of this machine that listens at ``host:port``; None where there is none that can be seen."""
+    """The process on this machine that listens at ``host:port``; None if none is found."""
     port = int(address.rpartition(":")[2])
     try:
         connections = psutil.net_connections("tcp")

@@ -22,13 +22,13 @@ class OpenAISystem(System):
     """A server that runs already.
 
     Args:
-        name: what tables call it.
-        address: ``http://host:port``; the first model that it lists is taken.
+        name: its name in tables.
+        address: ``http://host:port``; the first model that it lists is used.
         new_tokens: tokens of every answer; the end of text is ignored.
-        kv_bytes_per_token: what a token takes in its KV cache, which the API does not tell.
+        kv_bytes_per_token: bytes of a token in its KV cache, which the API does not report.
 
     Raises:
-        RuntimeError: nothing answers there as the API says.
+        RuntimeError: no server answers there as the API requires.
     """
 
     def __init__(self, name: str, address: str, *, new_tokens: int, kv_bytes_per_token: int) -> None:
@@ -68,7 +68,7 @@ class OpenAISystem(System):
         return None if process is None else resident_bytes(process)
 
     def close(self) -> None:
-        """Nothing: the server was not started here."""
+        """Does nothing: the server was not started here."""
 
 
 class _OpenChat(OpenChat):

@@ -1,4 +1,4 @@
-"""The published search's schedule: whatever a trial needs is made anew in every trial, one sample at a time.
+"""The published search's schedule: every trial computes everything it needs again, one sample at a time.
 
 The released script encodes the picture and runs the unpruned model for every sample of every trial, and asks a single
 question each. Only the schedule is rebuilt here, on this runtime: what it costs is compared, not what it finds.
@@ -17,7 +17,7 @@ from vflowopt.search.calibration import Sample
 
 @torch.inference_mode()
 def published_cosine(runtime: Runtime, sample: Sample, question: str, strategy: Strategy) -> float:
-    """What the published schedule does for one sample with one question in one trial; returns the cosine.
+    """Run one trial of the published schedule on one sample with one question; returns the cosine.
 
     Raises:
         PoolExhausted: the unpruned conversation does not fit into the pool.
@@ -28,7 +28,7 @@ def published_cosine(runtime: Runtime, sample: Sample, question: str, strategy: 
 
 
 def _last_state(runtime: Runtime, encoded: EncodedImage, question: str, strategy: Strategy) -> Tensor:
-    """The last token's state [hidden] behind the last layer, at the end of the prompt."""
+    """The last token's hidden state [hidden] after the last layer, at the end of the prompt."""
     conversation = runtime.start(strategy)
     conversation.log += runtime.chat.turn(0, [compress(encoded, strategy, runtime.layers), question])
     try:

@@ -1,4 +1,4 @@
-"""Models with random weights in the shape of published ones: what a step takes does not depend on the values."""
+"""Models with random weights in the shape of published ones: the time of a step does not depend on the values."""
 
 from __future__ import annotations
 

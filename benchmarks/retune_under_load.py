@@ -1,7 +1,7 @@
-"""What a search for a strategy costs the conversations beside it: the time between two tokens, with and without one.
+"""What a search for a strategy costs conversations: the time between two tokens, with and without a search.
 
-A few sessions stream long answers at once, round after round; during every other round the service searches. The two
-take turns in one run, so that whatever else the machine does troubles both alike.
+A few sessions stream long answers at once, round after round; during every other round the service searches. Rounds
+alternate within one run, so that other load on the machine affects both kinds alike.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from benchmarks.service import running_service
 from benchmarks.table import Row, publish
 
 TARGET = 1.25
-"""How many times as long the 95th percentile may be."""
+"""The greatest acceptable ratio of the 95th percentiles, with a search to without."""
 
 _ENDLESS = 1000
-"""Trials of a search that no round is long enough for."""
+"""Trials of a search: more than a round has time for."""
 
 
 @dataclass
 class Streamed:
-    """What the rounds of one kind saw: seconds between tokens, and trials that searches came through meanwhile."""
+    """The rounds of one kind: seconds between tokens, and trials that searches finished meanwhile."""
 
     gaps: list[float] = field(default_factory=list)
     trials: int = 0
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def searching(
     client: vflow_client.Client, samples: Sequence[vflow_client.Sample], budget: float
 ) -> Iterator[vflow_client.Retune]:
-    """A search under way, past its first trial, so that all of its kinds of work come up; cancelled at the end."""
+    """A running search, past its first trial, so that it does all kinds of work; cancelled at the end."""
     search = client.strategies.retune(budget, samples, trials=_ENDLESS)
     try:
         while not search.refresh().tried and not search.done:

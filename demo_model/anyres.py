@@ -1,8 +1,8 @@
 """AnyRes geometry of the embedded model: how a picture becomes 224 px tiles and the tiles become a row of tokens.
 
 States what the family's image processor and ``pack_image_features`` do, in picture coordinates, so that the generator
-can place things inside a tile, labels can follow the pixels, and training can pack cached features. Knows no torch and
-no model.
+can place things inside a tile, labels can follow the pixels, and training can pack cached features. It uses neither
+torch nor a model.
 """
 
 from collections.abc import Iterator

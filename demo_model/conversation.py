@@ -1,7 +1,4 @@
-"""Conversations as training rows: which token stands where, at which position, and which tokens are answers.
-
-Knows tokens and positions, no weights.
-"""
+"""Conversations as training rows: their tokens, their positions, and which tokens are answers. It uses no weights."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +12,7 @@ from demo_model.scene import COLOURS, SHAPES
 from demo_model.tokenizer import ASSISTANT, END, USER, token_id
 
 NOT_ASKED = -100
-"""Target of a token after which nothing is to be learned."""
+"""Target of a token whose next token is not trained."""
 
 PICTURE, NEWLINE = -1, -2
 """Stand in for ids: a picture's token, the newline at the end of a row of it."""
@@ -80,7 +77,7 @@ class Conversation:
         hints: list[int] = [NOT_ASKED]
 
         def hint(first: int, question: Question) -> None:
-            """From the last name in the question on, the answer's telling token is already known."""
+            """Hints: the answer's distinguishing token is known from the last name in the question on."""
             named = [place for place in range(first, len(ids)) if ids[place] in self._names]
             answer = self._encode(question.answer)
             if named:  # a lone digit is a space and the digit

@@ -1,7 +1,7 @@
-"""What the language model is shown in training: a part of each picture's tokens, and questions which they answer.
+"""The language model's training data: a part of each picture's tokens, and questions that these tokens answer.
 
-The parts are drawn by chance, not by what they show; but of close looks several are drawn, and one that shows a code is
-taken. Knows no weights.
+The parts are random, and do not depend on what they show. Only of close looks are several drawn, and one that shows a
+code is used. It uses no weights.
 """
 
 import math
@@ -28,8 +28,8 @@ WEIGHTS = {
 """How often each kind is asked in training: the hard ones more often."""
 
 _CLOSE_WEIGHTS = {"code": 1.0}
-"""Close looks ask for nothing but codes: among other questions the way to a letter was not found in half an hour, alone
-it is in a minute."""
+"""Close looks ask only for codes: among other questions the model did not learn to read a letter in half an hour; alone
+it does in a minute."""
 
 OVERVIEW = SIDE * SIDE
 """Tokens of the overview; they come first."""

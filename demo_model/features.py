@@ -1,6 +1,6 @@
 """Second stage of training: the trained tower's features of many pictures, kept on disk for the stages that read them.
 
-The tower is by far the dearest part of a picture; its features are computed once and asked about many times.
+The tower is by far the most expensive step; its features are computed once and used for many questions.
 """
 
 import pickle

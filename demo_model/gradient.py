@@ -1,7 +1,7 @@
 """Gradients of a batch computed in shards, one processor core each.
 
-Cores that meet once per step lose less time to each other, and to whatever else the machine does, than cores that meet
-in every operation: on two shared cores this trains about half as fast again.
+Cores that synchronise once per step wait less for each other, and for other programs, than cores that synchronise in
+every operation: on two shared cores training is about half as fast again.
 """
 
 from collections.abc import Callable, Sequence

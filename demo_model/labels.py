@@ -1,6 +1,6 @@
 """Dense labels: what each patch of each tile shows, for training the vision tower.
 
-Follows a scene's instance map through the same geometry as its pixels. Knows no torch and no model.
+A scene's instance map goes through the same geometry as its pixels. It uses neither torch nor a model.
 """
 
 from dataclasses import dataclass

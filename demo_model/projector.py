@@ -1,4 +1,4 @@
-"""How the projector starts: from what the tower already knows, in the language model's own words.
+"""Initialisation of the projector, from the tower's label heads and the language model's word embeddings.
 
 Two steps that save the language model a long plateau: the first map reads the label heads' directions and the whitened
 features, then projected object patches are pulled for some seconds towards the words for what they show.

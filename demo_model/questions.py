@@ -1,4 +1,4 @@
-"""Questions about scenes and their true answers. Seeded; knows nothing of tokens or models."""
+"""Questions about scenes and their true answers. Seeded; it uses neither tokens nor models."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

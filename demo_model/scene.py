@@ -1,6 +1,6 @@
 """Pictures of the embedded model: coloured shapes on tinted photographs, some with a small plate that carries a code.
 
-A scene is a pure function of its seed. Knows nothing of questions, labels or models.
+A scene is a pure function of its seed. It uses neither questions nor labels nor models.
 """
 
 from dataclasses import dataclass
@@ -182,7 +182,7 @@ def _background(rng: np.random.Generator, size: tuple[int, int], name: str, tint
 
 
 def _boxes(rng: np.random.Generator, size: tuple[int, int], sides: list[int]) -> list[tuple[int, int, int, int]]:
-    """Non-overlapping boxes with the given sides, those that find no room left out."""
+    """Non-overlapping boxes with the given sides; those that do not fit are left out."""
     width, height = size
     boxes: list[tuple[int, int, int, int]] = []
     for side in sides:
@@ -276,7 +276,7 @@ def generate(
     small = rng.random(count) < (0 if distinct else 0.16)
     largest = 66 if crowded or area < 0.7 else 84
     sides = np.where(small, rng.integers(22, 29, count), rng.integers(50 if distinct else 38, largest + 1, count))
-    # Large ones first: they find room while there is some.
+    # Large ones first: they fit only while there is space.
     boxes = _boxes(rng, size, sorted((int(side) for side in sides), reverse=True))
     if distinct:
         shapes = list(rng.permutation(SHAPES)[: len(boxes)])

@@ -1,8 +1,8 @@
 """Third stage of training: the tower's last layer, whose attention scores visual tokens.
 
-Every patch must caption all that its tile shows, which it can only learn by looking at the objects: the layer's
-attention then falls on them without ever having been told what is salient. The layers below stay as they are, and no
-answer is read from this layer.
+Every patch must caption all that its tile shows, which it can only do by attending to the objects: so the layer's
+attention falls on them without labels of what is salient. The layers below stay as they are, and no answer is read from
+this layer.
 """
 
 import math

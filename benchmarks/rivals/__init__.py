@@ -1,6 +1,6 @@
-"""The methods that one would pick instead of VFlowOpt, each a small implementation of its own, from its paper.
+"""The alternatives to VFlowOpt, each a small implementation of its own, from its paper.
 
-None shares code with a released implementation. What a method needed to be changed to fit one cache and one budget is
+None shares code with a released implementation. Every change that a method needed to fit one cache and one budget is
 described in its docstring.
 """
 

@@ -26,7 +26,7 @@ class FastV(Method):
     Args:
         look: how many layers run on all tokens before the choice; the last of them is looked at. The paper's 2 suits a
             decoder of 32 layers.
-        name: what tables call it.
+        name: its name in tables.
     """
 
     question_aware: ClassVar[bool] = True

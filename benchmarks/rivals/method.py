@@ -1,4 +1,4 @@
-"""What VFlowOpt and its rivals have in common: from an encoded picture to what the decoder reads of it, at a budget."""
+"""The interface of VFlowOpt and its rivals: from an encoded picture to a compressed one, at a budget."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vflowopt.runtime.model_runner import Runtime
 
 @dataclass(frozen=True, eq=False)
 class Sight:
-    """What a method may look at.
+    """The input of a method.
 
     Attributes:
         picture: the upright picture, or the video.
@@ -34,11 +34,11 @@ class Sight:
 
 @dataclass(frozen=True, eq=False)
 class Compressed:
-    """A picture as a method leaves it.
+    """A picture compressed by a method.
 
     Attributes:
-        image: what the decoder reads.
-        strategy: cuts the decoder into the stages that ``image`` was pruned for.
+        image: the compressed picture.
+        strategy: divides the decoder into the stages that ``image`` was pruned for.
     """
 
     image: CompressedImage
@@ -53,11 +53,11 @@ class Compressed:
 class Method(ABC):
     """A way to compress a picture.
 
-    All methods answer to the same budget: the retention is averaged over the decoder's layers, and structural tokens
-    count. So at one retention all caches are equally large, save what rounding to whole tokens leaves unused.
+    All methods have the same budget: the retention is averaged over the decoder's layers, and structural tokens count.
+    So at one retention all caches are equally large, up to rounding to whole tokens.
 
     Attributes:
-        name: what tables call it.
+        name: its name in tables.
         question_aware: whether the choice depends on :attr:`Sight.question`. Later questions then have to be answered
             from what the choice for the first one left in the cache.
     """
@@ -66,7 +66,7 @@ class Method(ABC):
     question_aware: ClassVar[bool] = False
 
     def flaw(self, model: MultimodalModel) -> str | None:
-        """Why the method cannot be had with a model, in words that follow its name; None: it can."""
+        """Why the method cannot be used with a model, in words that follow its name; None: it can."""
         return None
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""A prompt's way through the first layers of the decoder, to see where the question looks."""
+"""Running a prompt through the first layers of the decoder, to measure the attention of its text."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class PyramidDrop(Method):
         look: drops before the end of this layer go by the attention in it, from a look at all tokens that is not
             charged. In a shallow decoder the first stages end too early to tell. With 0 all stages rank for themselves,
             as published.
-        name: what tables call it.
+        name: its name in tables.
     """
 
     question_aware: ClassVar[bool] = True

@@ -26,7 +26,7 @@ class VFlowOpt(Method):
     """The library's own compression (arXiv 2508.05211), with a strategy for each retention.
 
     Args:
-        name: what tables call it; begins with "vflowopt".
+        name: its name in tables; begins with "vflowopt".
         strategies: by retention; empty: the published ones, fitted to the model. Between and below them see
             :func:`fitted`.
         change: applied to each strategy, for ablations.
@@ -64,7 +64,7 @@ class LeanRows(Method):
     row end's. It stands beside the base without recycling, which keeps all row ends.
 
     Args:
-        name: what tables call it.
+        name: its name in tables.
         base: whose strategies it uses.
     """
 
@@ -101,7 +101,7 @@ class Staged(Method):
         of_base = [self._base.strategy(each, layers) for each in retentions]
         strategies = [Strategy(each.starts, each.ratios) for each in of_base]
         structural = int(encoded.layout.structural.sum())
-        # Without row ends there is room for as many more.
+        # Each dropped row end leaves a place for one more token.
         most = max(
             stage_targets(each, len(encoded.layout), structural, layers)[0] - (0 if self._lean_rows else structural)
             for each in strategies

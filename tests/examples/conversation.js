@@ -1,4 +1,4 @@
-// Holds a conversation about a picture with the client of examples/node and prints what it heard as JSON.
+// Holds a conversation about a picture with the client of examples/node and prints the answers as JSON.
 //
 //     node conversation.js ADDRESS PICTURE PROTO_FOLDER|reflection
 //

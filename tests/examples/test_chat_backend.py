@@ -129,7 +129,7 @@ def test_a_browser_that_goes_away_cancels_its_turn(tmp_path: Path) -> None:
             with ada.opened("POST", f"/chats/{chat}/turns", {"question": "And?"}) as response:
                 name, _ = next(events(response))
                 assert name == "delta"
-            # The turn ends long before it has said all that it may, and leaves nothing behind.
+            # The turn ends long before its greatest length, and leaves nothing behind.
             until(lambda: not served.on_engine(lambda: served.live(served.client.attach(session.name)).busy), 30)
             assert served.client.attach(session.name).state().turn_count == 0
             assert ada.send("GET", "/usage") == (200, {})

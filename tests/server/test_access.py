@@ -211,7 +211,7 @@ def test_tls_needs_a_certificate_and_its_key(given: str, needed: str) -> None:
 
 WRONG_TOKENS = {
     "": "no token is listed",
-    "# nothing but talk": "no token is listed",
+    "# nothing but a comment": "no token is listed",
     "password": "line 1: expected sha256=",
     f"{USER_ENTRY.line()}\n\ntenant=red role=user": "line 3: expected sha256=",
     f"{USER_ENTRY.line()} role=admin": "each once",

@@ -85,10 +85,10 @@ def test_it_gets_on_rarely_beside_conversations_and_at_once_where_there_are_none
         beside.append(len(counted))
 
     async def scene(engine: Engine) -> None:
-        talk = engine.submit(talking(parts, 4 * IDLE_EVERY, before), "a")
+        turn = engine.submit(talking(parts, 4 * IDLE_EVERY, before), "a")
         search = engine.submit(counting(1000, counted), "a", background=True)
         both_are_here.set()
-        await talk.result()
+        await turn.result()
         await search.result()
 
     on(parts, scene)

@@ -103,11 +103,11 @@ def test_every_turn_is_of_its_tenant(red: Client) -> None:
 def test_what_is_no_tenant(served: Served, names: list[str]) -> None:
     metadata = tuple(("vflow-tenant", name) for name in names)
     with grpc.insecure_channel(served.address) as channel:
-        talk = ConversationsStub(channel)
+        stub = ConversationsStub(channel)
         chat = ChatRequest(session="sessions/s", parts=[Part(text="a")])
         calls: list[Callable[[], Any]] = [
-            lambda: talk.ListSessions(ListSessionsRequest(), metadata=metadata),
-            lambda: list(talk.Chat(chat, metadata=metadata)),
+            lambda: stub.ListSessions(ListSessionsRequest(), metadata=metadata),
+            lambda: list(stub.Chat(chat, metadata=metadata)),
             lambda: StrategiesStub(channel).ListStrategies(ListStrategiesRequest(), metadata=metadata),
         ]
         for call in calls:

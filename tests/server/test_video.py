@@ -29,7 +29,7 @@ from vflow_client import (
     VideoUnsupported,
 )
 from vflow_client.errors import error_from_call
-from vflow_client.v1 import conversations_pb2 as talk
+from vflow_client.v1 import conversations_pb2 as pb
 from vflow_client.v1 import images_pb2
 from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
 from vflow_client.video_source import to_video
@@ -179,10 +179,10 @@ def test_the_same_request_with_other_times_is_another(serve: Serve) -> None:
     frames = [encoded(pixels) for pixels in clip(8)]
     with served.client.session() as session, grpc.insecure_channel(served.address) as channel:
 
-        def ask(shown: Video) -> talk.Finished:
-            parts = [talk.Part(video=to_video(shown)), talk.Part(text="what?")]
-            options = talk.ChatOptions(max_new_tokens=2)
-            request = talk.ChatRequest(session=session.name, parts=parts, options=options, request_id="the same")
+        def ask(shown: Video) -> pb.Finished:
+            parts = [pb.Part(video=to_video(shown)), pb.Part(text="what?")]
+            options = pb.ChatOptions(max_new_tokens=2)
+            request = pb.ChatRequest(session=session.name, parts=parts, options=options, request_id="the same")
             *_, last = ConversationsStub(channel).Chat(request)
             return last.finished
 
@@ -253,10 +253,13 @@ def test_what_is_no_video(serve: Serve) -> None:
     with served.client.session() as session, grpc.insecure_channel(served.address) as channel:
         stub = ConversationsStub(channel)
         for what, (video, reason, place) in NO_VIDEOS.items():
-            parts = [talk.Part(text="see"), talk.Part(video=video)]
+            parts = [pb.Part(text="see"), pb.Part(video=video)]
             for field, call in (
-                ("video", lambda v=video: stub.AddVideo(talk.AddVideoRequest(session=session.name, video=v))),
-                ("parts[1].video", lambda p=parts: list(stub.Chat(talk.ChatRequest(session=session.name, parts=p)))),
+                ("video", lambda v=video: stub.AddVideo(pb.AddVideoRequest(session=session.name, video=v))),
+                (
+                    "parts[1].video",
+                    lambda p=parts: list(stub.Chat(pb.ChatRequest(session=session.name, parts=p))),
+                ),
             ):
                 with pytest.raises(grpc.RpcError) as refused:
                     call()
@@ -268,8 +271,8 @@ def test_what_is_no_video(serve: Serve) -> None:
         assert (state.image_count, state.turn_count, state.kv_bytes) == (0, 0, 0)
         session.add_video([FRAME] * 6, fps=1)
         with pytest.raises(grpc.RpcError, match="the request has 8 frames, at most 6"):
-            together = [talk.Part(video=video_of(*[(FRAME, at) for at in range(4)]))] * 2
-            list(stub.Chat(talk.ChatRequest(session=session.name, parts=[*together, talk.Part(text="see")])))
+            together = [pb.Part(video=video_of(*[(FRAME, at) for at in range(4)]))] * 2
+            list(stub.Chat(pb.ChatRequest(session=session.name, parts=[*together, pb.Part(text="see")])))
 
 
 def test_a_video_of_more_tokens_than_the_model_was_made_for(serve: Serve, tmp_path: Path) -> None:

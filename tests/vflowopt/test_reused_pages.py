@@ -30,11 +30,11 @@ def own_runtime(request: pytest.FixtureRequest, plain_folder: Path, monkeypatch:
 
 def logits_of(runtime: Runtime) -> Iterator[torch.Tensor]:
     """The logits behind the answers of three sequences of unequal lengths, alone and then together."""
-    talks = [Chat(runtime, strategy) for strategy in (Strategy.full(), Strategy.preset(0.25, 6), Strategy.full())]
-    for index, talk in enumerate(talks):
-        talk.ask([picture(56 + 20 * index, 80, index), "go" * (9 * index + 1)], 3)
-        yield from talk.logits
-    sequences = [talk.sequence for talk in talks]
+    chats = [Chat(runtime, strategy) for strategy in (Strategy.full(), Strategy.preset(0.25, 6), Strategy.full())]
+    for index, chat in enumerate(chats):
+        chat.ask([picture(56 + 20 * index, 80, index), "go" * (9 * index + 1)], 3)
+        yield from chat.logits
+    sequences = [chat.sequence for chat in chats]
     for token in (70, 71):
         yield from runtime.decode(sequences, [token] * len(sequences))
     for sequence in sequences:

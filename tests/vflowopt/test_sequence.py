@@ -37,12 +37,12 @@ def test_truncating_forgets_the_end_of_the_log_and_of_the_cache(chat: Chat, runt
         each.sequence.release()
 
 
-@pytest.mark.parametrize("parked", [True, False], ids=["brought back", "rebuilt"])
-def test_a_rollback_keeps_a_cache_that_came_back_since(chat: Chat, runtime: Runtime, parked: bool) -> None:
+@pytest.mark.parametrize("offloaded", [True, False], ids=["brought back", "rebuilt"])
+def test_a_rollback_keeps_a_cache_that_came_back_since(chat: Chat, runtime: Runtime, offloaded: bool) -> None:
     sequence, turns = chat.sequence, chat.turns
     aside = offload(sequence)
     mark = sequence.checkpoint()
-    if parked:
+    if offloaded:
         restore(sequence, aside)
     chat.ask(["something else", picture(60, 60, 8)], 4)
     sequence.rollback(mark)

@@ -55,7 +55,7 @@ class Tuner:
 
     The first trial is the base, fitted to the budget, so that on the samples the best is never worse than that. Only
     trials that saw all samples can be the best. A trial at least as good as the best so far is stopped early with a
-    chance of at most :data:`vflowopt.search.racing.ERROR_RATE`; the sampler is told its estimated objective (see
+    chance of at most :data:`vflowopt.search.racing.ERROR_RATE`; the sampler is given its estimated objective (see
     :class:`Trial`), which is as good a hint at the whole and keeps it away from there.
 
     Args:

@@ -1,4 +1,4 @@
-"""Quantized weights: what Hugging Face's own quantized model answers, and what is said where they cannot be had."""
+"""Quantized weights: what Hugging Face's own quantized model answers, and the errors where they cannot be used."""
 
 import json
 import shutil
