@@ -26,7 +26,7 @@ class CountingSystem(System):
         with self.lock:
             self.open_now += 1
             self.most_open = max(self.most_open, self.open_now)
-        return CountingTalk(self)
+        return CountingChat(self)
 
     def resident_bytes(self) -> int | None:
         self.open_when_measured = self.open_now
@@ -36,7 +36,7 @@ class CountingSystem(System):
         pass
 
 
-class CountingTalk(OpenChat):
+class CountingChat(OpenChat):
     def __init__(self, system: CountingSystem) -> None:
         self.system = system
         self.turns = 0

@@ -1,4 +1,4 @@
-"""What searches and comparisons are made with in tests."""
+"""Calibration samples and a proposer for tests of searches and comparisons."""
 
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -14,7 +14,7 @@ def samples(count: int, questions: tuple[str, ...] = ("What?", "And then?")) -> 
 
 
 class NoProcess:
-    """Makes proposals on the spot: starting a process for them would be most of a test's time."""
+    """Makes proposals in this process: starting another one would be most of a test's time."""
 
     def __call__(self, work: Callable[[], Any]) -> Future[Any]:
         future: Future[Any] = Future()

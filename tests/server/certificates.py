@@ -1,4 +1,4 @@
-"""Certificates for tests of TLS, made on the spot."""
+"""Certificates for tests of TLS, made when they are needed."""
 
 import ipaddress
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class Pair:
     key: Path
 
     def replace_by(self, other: "Pair") -> None:
-        """Have these files say what those of ``other`` say, as who renews a certificate does it."""
+        """Replace these files by those of ``other``, as when a certificate is renewed."""
         for mine, new in ((self.certificate, other.certificate), (self.key, other.key)):
             written = mine.with_suffix(".new")
             written.write_bytes(new.read_bytes())

@@ -21,7 +21,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def runtime(model_folder: Path) -> Runtime:
-    """A model that answers as long as it is let: nothing ends an answer but the request's own limits."""
+    """A model without stop tokens: only the request's own limits end an answer."""
     runtime = Runtime.load(model_folder, kv_budget=32 << 20)
     runtime.chat.stop_ids = frozenset()
     return runtime
@@ -94,7 +94,7 @@ def serve_data(serve: Serve, data: Path) -> Serve:
 
 @pytest.fixture(scope="module")
 def expected(runtime: Runtime, picture: bytes) -> list[str]:
-    """What a session answers that nothing happened to."""
+    """The answers of an undisturbed session."""
     served = Served(runtime)
     with begun(served.client, picture) as session:
         answers = [answer_of(session, text) for text in QUESTIONS]

@@ -1,4 +1,4 @@
-"""What an engine works with, without a service around it."""
+"""The parts of an engine, without a service around it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ class EngineParts:
 
     @classmethod
     def load(cls, model_folder: Path, kv_budget: int) -> "EngineParts":
-        """Those of a small model, with nowhere to offload to."""
+        """The parts for a small model, without offloading."""
         runtime = Runtime.load(model_folder, kv_budget=kv_budget)
         kv = KVCacheManager(runtime, PrefixCache(64), OffloadStore(0, None), LoggedImages(1 << 20), Metrics())
         return cls(runtime, kv, ImageCache(1 << 20, runtime.model.device), EncoderThread(runtime))

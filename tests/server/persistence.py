@@ -15,7 +15,7 @@ QUESTIONS = ("What is this?", "Why?", "And here?")
 
 
 def begun(client: Client, picture: bytes) -> Session:
-    """A session with a picture ahead of its first question."""
+    """A session with a picture, before its first question."""
     session = client.session("preset-25")
     session.add_image(picture)
     return session
@@ -30,7 +30,7 @@ def files(data: Path) -> list[Path]:
 
 
 def say(served: Served, session: Session, text: str, request_id: str) -> Finished:
-    """Say a turn under a request_id of ours."""
+    """Send a turn with a request_id of ours."""
     request = ChatRequest(session=session.name, parts=[Part(text=text)], request_id=request_id)
     request.options.max_new_tokens = 8
     *_, last = ConversationsStub(served.client._channel).Chat(request)

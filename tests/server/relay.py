@@ -1,4 +1,4 @@
-"""A way to a service that can fall silent or break, as that of a client whose machine dies."""
+"""A relay to a service that can fall silent or break, like the connection of a client whose machine dies."""
 
 import socket
 import struct
@@ -28,11 +28,11 @@ class Relay:
         self._threads[0].start()
 
     def fall_silent(self) -> None:
-        """Carry nothing any more, and let nobody know."""
+        """Carry no more bytes, and close neither end."""
         self._open.clear()
 
     def cut(self) -> None:
-        """Break both ends off, without a word of good-bye."""
+        """Reset both connections."""
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -47,7 +47,7 @@ class Relay:
             end.close()
 
     def _accept(self) -> None:
-        with suppress(OSError):  # cut before anybody came
+        with suppress(OSError):  # cut before a client connected
             client, _ = self._listener.accept()
             service = socket.create_connection(self._service)
             self._ends += [client, service]

@@ -1,4 +1,4 @@
-"""A service process that is killed and started again, many times: so what takes seconds to import is imported once."""
+"""A service process that is killed and started again, many times; the slow imports happen once, in its parent."""
 
 import json
 import os
@@ -29,11 +29,11 @@ for line in sys.stdin:
     print(process, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
 """
-"""Serves in a process of its own, again and again; each begins as a copy of this one, which does nothing itself."""
+"""A service in a process of its own, forked from this one, which imports everything and then only forks."""
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A port that is not in use."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
     return port
@@ -65,7 +65,7 @@ class Parent:
         self._stdout.close()
 
 
-class Mortal:
+class RestartableServer:
     """A service with the given flags; it is up when this returns, and again after :meth:`start`.
 
     Args:

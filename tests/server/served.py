@@ -46,7 +46,7 @@ class Served:
         return self.run(call())
 
     def live(self, session: vflow_client.Session, tenant: str = DEFAULT_TENANT) -> Session:
-        """The service's end of a session."""
+        """The session's object in the service."""
         return self.service.sessions.get(tenant, session.name)
 
     def connect(self, **options: Any) -> vflow_client.Client:
@@ -54,7 +54,7 @@ class Served:
         return vflow_client.connect(self.address, timeout=20, retry=vflow_client.RetryPolicy(attempts=1), **options)
 
     def kv_bytes(self) -> int:
-        """KV bytes held by anybody, after proving that no page is lost."""
+        """KV bytes in use, after checking that no page is lost."""
         return self.on_engine(self.service.kv.check)
 
     def stop(self) -> None:

@@ -1,4 +1,4 @@
-"""Who is let in, over a real channel, and the tokens that say so."""
+"""Access over a real channel: which callers are admitted, by their tokens."""
 
 import stat
 from collections.abc import Iterator
@@ -137,7 +137,7 @@ def test_the_file_of_tokens_is_read_again_when_it_changes(
         with pytest.raises(Unauthenticated) as refused:
             opens(served, token=USER)
         assert refused.value.reason == "TOKEN_INVALID"
-        answer.read()  # who was let in may end what was begun
+        answer.read()  # a call that was admitted may end
     assert opens(served, token=ADMIN)
     for unusable in ("sha256=oops", ""):
         file.write_text(unusable)

@@ -1,4 +1,4 @@
-"""How long an answer is, to the token, where the model would always end it."""
+"""The exact length of answers, with a model that ends them as soon as it may."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What is written down together, refused, or taken back while it is written."""
+"""Writes of the archive: those committed together, those refused, and those rolled back."""
 
 import os
 import sqlite3
@@ -44,7 +44,7 @@ def written_together(served: Served) -> Iterator[None]:
 
 
 def handed_in(served: Served) -> int:
-    """How much waits for the journal."""
+    """The number of entries that wait for the journal."""
     assert served.service.archive is not None
     return served.service.archive._journal._queue.qsize()
 

@@ -34,7 +34,7 @@ class Stubs:
 
 @pytest.fixture(scope="module")
 def small(runtime: Any) -> Iterator[Served]:
-    """One service for the whole module: that is the point, it must live through all of this."""
+    """One service for the whole module: it must survive all of these requests."""
     served = Served(runtime, max_picture_bytes="64KiB", max_picture_pixels="100000")
     yield served
     served.stop()
@@ -48,7 +48,7 @@ def stubs(small: Served) -> Iterator[Stubs]:
 
 @pytest.fixture(autouse=True)
 def goes_on(small: Served) -> Iterator[None]:
-    """Whatever a test did, the next conversation works and no page stays held."""
+    """After every test, the next conversation works and no page is lost."""
     yield
     with small.client.session() as session:
         session.ask("Still there?", max_new_tokens=1).read()

@@ -1,4 +1,4 @@
-"""Many conversations in one engine: each answers as if it were alone, and what they share is held once."""
+"""Many conversations in one engine: each answers as if it were alone, and shared pages are stored once."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +38,7 @@ def together(client: Client, count: int) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def alone(runtime: Runtime) -> list[list[str]]:
-    """What six conversations answer, each with the service to itself."""
+    """The answers of six conversations, each alone on the service."""
     served = Served(runtime)
     try:
         answers = []
@@ -82,7 +82,7 @@ def test_the_same_picture_in_two_sessions_is_held_once(served: Served) -> None:
 
 
 def _counting(monkeypatch: pytest.MonkeyPatch, name: str) -> Callable[[], int]:
-    """Count the calls of a function, which goes on doing what it did."""
+    """Count the calls of a function, without changing what it does."""
     original, calls = resolve_name(name), []
 
     def counted(*arguments: object) -> object:

@@ -1,4 +1,4 @@
-"""What cancelled work leaves behind where others want its room: nothing."""
+"""Cancelled work leaves nothing behind, even when others wait for its pages."""
 
 import threading
 import time
@@ -22,14 +22,14 @@ from vflowopt.runtime.model_runner import Runtime
 
 @pytest.fixture(scope="module")
 def cramped(model_folder: Path) -> Runtime:
-    """A model with room for 256 tokens."""
+    """A model with pages for 256 tokens."""
     runtime = Runtime.load(model_folder, kv_budget=400 << 10)
     runtime.chat.stop_ids = frozenset()
     return runtime
 
 
 def measured(served: Served, name: str, **labels: str) -> float:
-    """What the service's metrics tell."""
+    """The service's metrics."""
     value = served.service.metrics.registry.get_sample_value(name, labels)
     assert value is not None
     return value

@@ -1,4 +1,4 @@
-"""When room runs short: KV pages, places for sessions, places in the queue."""
+"""Limited capacity: KV pages, sessions, and the queue."""
 
 import time
 from pathlib import Path
@@ -139,7 +139,7 @@ def test_places_in_the_queue(serve: Serve) -> None:
 
 
 class TestExpiry:
-    """Sessions that nobody uses."""
+    """Idle sessions."""
 
     def test_an_idle_session_goes(self, serve: Serve, picture: bytes) -> None:
         served = serve(idle_timeout="400ms")

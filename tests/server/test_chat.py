@@ -1,4 +1,4 @@
-"""Turns through a real channel: what is answered, what receipts say, what a retry gets."""
+"""Turns over a real channel: answers, receipts and retries."""
 
 from collections.abc import Iterator
 

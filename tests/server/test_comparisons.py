@@ -1,4 +1,4 @@
-"""Two strategies held against each other over the wire."""
+"""Comparing two strategies over the wire."""
 
 import threading
 from contextlib import suppress

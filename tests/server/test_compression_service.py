@@ -1,4 +1,4 @@
-"""CompressImage: what it says agrees with itself and with what a session would hold."""
+"""CompressImage: its response is consistent, and agrees with what a session caches."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What becomes of sessions when what is on the disk is damaged, or the disk takes nothing more."""
+"""Sessions when the data on the disk is damaged, or the disk is full."""
 
 import os
 import sqlite3

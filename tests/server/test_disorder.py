@@ -1,6 +1,6 @@
 """Many clients at once that cancel, run out of time and compete for too small a pool, at random.
 
-Whatever happens, what a session did finish is what it would have answered alone, and no KV page is lost.
+The turns that a session finished have the answers that it would have given alone, and no KV page is lost.
 """
 
 import random
@@ -23,7 +23,7 @@ PICTURES = [png(60, 60, seed) for seed in range(3)] + [png(50, 150), png(120, 40
 
 @pytest.fixture(scope="session")
 def scarce(model_folder: Path) -> Runtime:
-    """A model with room for about three of the conversations below at a time."""
+    """A model with pages for about three of the conversations below at a time."""
     runtime = Runtime.load(model_folder, kv_budget=700 << 10)
     runtime.chat.stop_ids = frozenset()
     return runtime
@@ -31,7 +31,7 @@ def scarce(model_folder: Path) -> Runtime:
 
 @dataclass
 class Script:
-    """What one client brought to an end in one session: pictures shown, and turns with their answers."""
+    """The steps that one client finished in one session: added pictures, and turns with their answers."""
 
     strategy: str
     steps: list[tuple[str, bytes | None, str]] = field(default_factory=list)

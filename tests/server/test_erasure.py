@@ -11,7 +11,7 @@ from tests.server.persistence import answer_of, begun, files, say
 
 @pytest.fixture(autouse=True)
 def careless_sqlite(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SQLite as it comes from its makers. Some distributions build it so that it overwrites what is deleted."""
+    """SQLite with its default settings. Some distributions build it so that it overwrites deleted data."""
     connect = sqlite3.connect
 
     def careless(*arguments: object, **options: object) -> sqlite3.Connection:
@@ -24,7 +24,7 @@ def careless_sqlite(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def holding(data: Path, needles: list[bytes]) -> list[tuple[str, bytes]]:
-    """In which files there is which needle."""
+    """Which files contain which needles."""
     living = [path for path in data.rglob("*") if path.is_file()]
     return [(path.name, needle) for path in living for needle in needles if needle in path.read_bytes()]
 

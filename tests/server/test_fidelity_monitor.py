@@ -31,7 +31,7 @@ def totals(served: Served, strategy: str) -> FidelityTotals:
 
 
 def seen(served: Served, strategy: str, turns: int) -> FidelityTotals:
-    """What was seen of a strategy, once so many turns were looked at or skipped."""
+    """The measurements of a strategy, once so many turns were measured or skipped."""
     until(lambda: totals(served, strategy).watched + totals(served, strategy).skipped >= turns)
     return totals(served, strategy)
 

@@ -1,4 +1,4 @@
-"""ForkSession over a real channel: two sessions from one past, each as if the other were not."""
+"""ForkSession over a real channel: two sessions with a common past, each independent of the other."""
 
 import asyncio
 
@@ -28,7 +28,7 @@ def begun(client: Client, picture: bytes, strategy: str | None = None) -> Sessio
 
 @pytest.fixture(scope="module")
 def expected(runtime: Runtime, picture: bytes) -> dict[str, list[str]]:
-    """What sessions that nothing else ever happened to answer after that past."""
+    """The answers of undisturbed sessions after that past."""
     served = Served(runtime)
     answers = {}
     for name, texts in (("next", NEXT), ("other", OTHER)):
@@ -118,7 +118,7 @@ def test_what_has_made_room_for_others_can_be_forked(
 
 
 def put_aside(served: Served) -> None:
-    """Have every idle session give up its pages."""
+    """Offload every idle session."""
 
     def release() -> None:
         while served.service.kv.release_idle():

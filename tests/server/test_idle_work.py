@@ -1,4 +1,4 @@
-"""Idle work: when it gets on, what it holds and what it takes from others."""
+"""Idle work: when it runs, which pages it uses, and what it costs others."""
 
 import asyncio
 import os

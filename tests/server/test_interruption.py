@@ -1,4 +1,4 @@
-"""Turns that do not come to their end: cancelled, out of time, in each other's way, deleted under way."""
+"""Interrupted turns: cancelled, out of time, conflicting with each other, or deleted while they run."""
 
 import threading
 import time

@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.server.conftest import Serve
 from tests.server.drawing import png
 from tests.server.persistence import QUESTIONS, answer_of, begun
-from tests.server.restartable_server import Mortal, Parent
+from tests.server.restartable_server import Parent, RestartableServer
 from tests.server.served import Served
 from tests.server.waiting import until
 from vflow_client import Client, Session
@@ -48,25 +48,27 @@ def asked_once(client: Client, picture: bytes, expected: list[str]) -> Session:
 
 class TestAProcess:
     @pytest.fixture
-    def mortal(self, parent: Parent, model_folder: Path, tmp_path: Path, data: Path) -> Iterator[Mortal]:
-        mortal = Mortal(parent, tmp_path / "log", model=model_folder, kv_budget="32MiB", data=data, grace="20s")
-        yield mortal
-        mortal.close()
+    def server(self, parent: Parent, model_folder: Path, tmp_path: Path, data: Path) -> Iterator[RestartableServer]:
+        server = RestartableServer(
+            parent, tmp_path / "log", model=model_folder, kv_budget="32MiB", data=data, grace="20s"
+        )
+        yield server
+        server.close()
 
     def test_that_is_stopped_leaves_them_and_one_that_is_killed_none(
-        self, mortal: Mortal, kv: Path, picture: bytes, expected: list[str]
+        self, server: RestartableServer, kv: Path, picture: bytes, expected: list[str]
     ) -> None:
-        with mortal.client() as client:
+        with server.client() as client:
             went_on, waits = (asked_once(client, picture, expected).name for _ in range(2))
-        mortal.signal(signal.SIGTERM)
-        assert mortal.ended() == 0 and len(caches(kv)) == 2
-        mortal.start()
-        with mortal.client() as client:
+        server.signal(signal.SIGTERM)
+        assert server.ended() == 0 and len(caches(kv)) == 2
+        server.start()
+        with server.client() as client:
             assert restored_from(client.attach(went_on), QUESTIONS[1], expected[1]) == "DISK"
         until(lambda: len(caches(kv)) == 1)
-        mortal.kill()
-        mortal.start()
-        with mortal.client() as client:
+        server.kill()
+        server.start()
+        with server.client() as client:
             # The session that went on lost what was in memory; nothing happened to the other.
             assert restored_from(client.attach(went_on), QUESTIONS[2], expected[2]) == "LOG"
             assert restored_from(client.attach(waits), QUESTIONS[1], expected[1]) == "DISK"

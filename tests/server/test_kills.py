@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from tests.server.drawing import png
-from tests.server.restartable_server import Mortal, Parent
+from tests.server.restartable_server import Parent, RestartableServer
 from tests.server.served import Served
 from vflow_client import Client, Session, VFlowError
 from vflow_client.errors import error_from_call
@@ -32,7 +32,7 @@ TOKENS = 12
 
 
 def turn_of(session: str, talker: int, turn: int) -> ChatRequest:
-    """What a talker says; its third turn brings a picture of its own."""
+    """A talker's turn; its third one has a picture of its own."""
     parts = [Part(text=f"Talker {talker} asks for the {turn}th time")]
     if turn == 2:
         parts.append(Part(image=Image(data=png(40 + talker, 50))))
@@ -54,7 +54,7 @@ def say(client: Client, request: ChatRequest) -> str:
 
 @pytest.fixture(scope="module")
 def expected(model_folder: Path) -> list[list[str]]:
-    """The answers to each talker that nobody disturbs."""
+    """The answers to each talker without any kills."""
     served = Served(Runtime.load(model_folder, kv_budget=32 << 20))
     answers = []
     for talker in range(TALKERS):
@@ -68,8 +68,10 @@ def expected(model_folder: Path) -> list[list[str]]:
 class Talker:
     """Holds one conversation after the other, and is not put off by deaths. Its turns carry request ids."""
 
-    def __init__(self, mortal: Mortal, number: int, expected: Sequence[str], enough: threading.Event) -> None:
-        self._mortal = mortal
+    def __init__(
+        self, server: RestartableServer, number: int, expected: Sequence[str], enough: threading.Event
+    ) -> None:
+        self._server = server
         self._number = number
         self._expected = expected
         self._enough = enough
@@ -115,7 +117,7 @@ class Talker:
         """What ``call`` returns, called anew after each death."""
         while True:
             try:
-                with self._mortal.client() as client:
+                with self._server.client() as client:
                     return call(client)
             except VFlowError as error:
                 assert error.code is grpc.StatusCode.UNAVAILABLE and error.reason is None, error
@@ -143,26 +145,26 @@ def test_killed_under_load(
 ) -> None:
     moments = random.Random(kills)
     data = tmp_path / "data"
-    mortal = Mortal(parent, tmp_path / "log", model=model_folder, kv_budget="4MiB", data=data)
+    server = RestartableServer(parent, tmp_path / "log", model=model_folder, kv_budget="4MiB", data=data)
     enough = threading.Event()
-    talkers = [Talker(mortal, number, expected[number], enough) for number in range(TALKERS)]
+    talkers = [Talker(server, number, expected[number], enough) for number in range(TALKERS)]
     try:
         for _ in range(kills):
             time.sleep(moments.uniform(0.1, 1.2))
-            mortal.kill()
-            mortal.start()
+            server.kill()
+            server.start()
         enough.set()
         for talker in talkers:
             talker.thread.join(60)
-        mortal.signal(signal.SIGTERM)
-        assert mortal.ended() == 0
+        server.signal(signal.SIGTERM)
+        assert server.ended() == 0
     finally:
         enough.set()
-        mortal.close()
+        server.close()
     for talker in talkers:
         if talker.failure is not None:
             raise talker.failure
         assert not talker.thread.is_alive()
     assert sum(talker.deaths for talker in talkers) >= kills
-    assert not [line for line in mortal.logged() if line["level"] == "error"]
+    assert not [line for line in server.logged() if line["level"] == "error"]
     check_store(data)

@@ -1,4 +1,4 @@
-"""What is kept of live traffic, and for whom."""
+"""Samples of live traffic: which ones are kept, and for which tenant."""
 
 import pytest
 

@@ -18,7 +18,7 @@ from grpc_status import rpc_status
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from tests.server.fuzz import METHODS, SESSION, Call, calls
-from tests.server.restartable_server import Mortal, Parent, free_port
+from tests.server.restartable_server import Parent, RestartableServer, free_port
 from tests.server.waiting import until
 from vflow_client.v1 import conversations_pb2 as chat
 from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
@@ -51,11 +51,11 @@ class Assailant:
     """Sends calls to a service, and judges what comes back.
 
     Args:
-        mortal: the service.
+        server: the service.
     """
 
-    def __init__(self, mortal: Mortal, channel: grpc.Channel) -> None:
-        self._mortal = mortal
+    def __init__(self, server: RestartableServer, channel: grpc.Channel) -> None:
+        self._server = server
         self._channel = channel
         self._chat = ConversationsStub(channel)
         self._operations = OperationsStub(channel)
@@ -80,7 +80,7 @@ class Assailant:
             outcome = _reason(error)
         self.sent += 1
         self.outcomes[call.method.full_name, outcome] += 1
-        self.resident.append(self._mortal.process.memory_info().rss)
+        self.resident.append(self._server.process.memory_info().rss)
 
     def census(self) -> Census:
         """What is left when all sessions of the calls are gone."""
@@ -88,9 +88,9 @@ class Assailant:
             self._delete(*self._made.pop())
         self._delete(self._session, "default")
         self._session = ""
-        until(lambda: not self._mortal.gauges()["vflow_requests_running"], 20)
-        gauges, process = self._mortal.gauges(), self._mortal.process
-        lost = self._mortal.lost_pages()
+        until(lambda: not self._server.gauges()["vflow_requests_running"], 20)
+        gauges, process = self._server.gauges(), self._server.process
+        lost = self._server.lost_pages()
         self._session = self._chat.CreateSession(chat.CreateSessionRequest()).name
         return Census(
             lost_pages=lost,
@@ -165,7 +165,7 @@ def attack(assailant: Assailant, method: MethodDescriptor, number: int) -> None:
 
 @pytest.mark.parametrize("rounds", [2, pytest.param(46, marks=pytest.mark.long)])
 def test_malformed_requests_leave_nothing(rounds: int, parent: Parent, model_folder: Path, tmp_path: Path) -> None:
-    mortal = Mortal(
+    server = RestartableServer(
         parent,
         tmp_path / "log",
         model=model_folder,
@@ -178,8 +178,8 @@ def test_malformed_requests_leave_nothing(rounds: int, parent: Parent, model_fol
         metrics_port=free_port(),
     )
     try:
-        with grpc.insecure_channel(mortal.address) as channel:
-            assailant = Assailant(mortal, channel)
+        with grpc.insecure_channel(server.address) as channel:
+            assailant = Assailant(server, channel)
             counted = []
             for number in range(rounds):
                 for method in (*METHODS, CHAT, CHAT):  # which is most easily refused, and does most
@@ -198,10 +198,10 @@ def test_malformed_requests_leave_nothing(rounds: int, parent: Parent, model_fol
             sooner_or_later.append("Conversations.AddVideo")
         for taken in sooner_or_later:
             assert assailant.outcomes[f"vflow.v1.{taken}", "OK"], f"no {taken} was taken: the test proves little"
-        with mortal.client() as client, client.session() as session:
+        with server.client() as client, client.session() as session:
             assert session.ask("Still there?", max_new_tokens=2, min_new_tokens=2).read()
-        mortal.signal(signal.SIGTERM)
-        assert mortal.ended() == 0
+        server.signal(signal.SIGTERM)
+        assert server.ended() == 0
     finally:
-        mortal.close()
-    assert not [line for line in mortal.logged() if line["level"] == "error"]
+        server.close()
+    assert not [line for line in server.logged() if line["level"] == "error"]

@@ -1,4 +1,4 @@
-"""The cache of shared beginnings by itself: whose they are, how many there are, and that their pages come back."""
+"""The prefix cache by itself: its tenants, its size, and the release of its pages."""
 
 from collections.abc import Iterator
 
@@ -16,7 +16,7 @@ FULL, OTHER = Strategy.full(), Strategy((0,), (0.5,))
 
 @pytest.fixture
 def prefixes(runtime: Runtime) -> Iterator[PrefixCache]:
-    """Room for two; after the test no page may be held but by them."""
+    """A cache of two prefixes; after the test only their pages may be in use."""
     prefixes = PrefixCache(2)
     yield prefixes
     runtime.pool.check_integrity(prefixes.caches())
@@ -25,7 +25,7 @@ def prefixes(runtime: Runtime) -> Iterator[PrefixCache]:
 
 
 def put(prefixes: PrefixCache, runtime: Runtime, seed: int, tenant: str = "red") -> list[Item]:
-    """Have a sequence that begins with a picture kept; its log."""
+    """Put a sequence that begins with a picture into the cache; its log."""
     sequence: Sequence = runtime.start(FULL)
     (image,) = runtime.compress([Picture.from_pixels(noise(40, 40, seed))], FULL)
     runtime.extend(sequence, [1, 2, image], want_logits=False)

@@ -1,4 +1,4 @@
-"""Quotas over a real channel: what one tenant may have and do, whatever room there is, and what others notice of it."""
+"""Quotas over a real channel: the limits of one tenant, even with free capacity, and their effect on others."""
 
 import asyncio
 import time

@@ -12,7 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.server.drawing import png
-from tests.server.restartable_server import Mortal, Parent
+from tests.server.restartable_server import Parent, RestartableServer
 from tests.server.served import Served
 from tests.server.waiting import until
 from vflow_client import Client, RetryPolicy, ServerStopping, VFlowError
@@ -23,10 +23,10 @@ QUESTIONS = ("What is this?", "Why?", "And here?")
 
 
 @pytest.fixture
-def mortal(parent: Parent, model_folder: Path, tmp_path: Path) -> Iterator[Mortal]:
+def server(parent: Parent, model_folder: Path, tmp_path: Path) -> Iterator[RestartableServer]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    mortal = Mortal(
+    server = RestartableServer(
         parent,
         tmp_path / "log",
         model=model_folder,
@@ -35,8 +35,8 @@ def mortal(parent: Parent, model_folder: Path, tmp_path: Path) -> Iterator[Morta
         grace="20s",
         port=port,
     )
-    yield mortal
-    mortal.close()
+    yield server
+    server.close()
 
 
 def conversation(client: Client, number: int) -> list[str]:
@@ -47,12 +47,12 @@ def conversation(client: Client, number: int) -> list[str]:
         ]
 
 
-def test_a_stop_ends_what_runs_and_sends_new_work_away(mortal: Mortal) -> None:
-    with mortal.client() as client, grpc.insecure_channel(mortal.address) as channel:
+def test_a_stop_ends_what_runs_and_sends_new_work_away(server: RestartableServer) -> None:
+    with server.client() as client, grpc.insecure_channel(server.address) as channel:
         session = client.session()
         running = session.ask("Go on", max_new_tokens=400, min_new_tokens=400)
         next(running)
-        mortal.signal(signal.SIGTERM)
+        server.signal(signal.SIGTERM)
         health = health_pb2_grpc.HealthStub(channel)
         until(lambda: health.Check(health_pb2.HealthCheckRequest()).status != health_pb2.HealthCheckResponse.SERVING)
         for new_work in (client.session, lambda: client.attach(session.name).ask("Me too?").read()):
@@ -61,15 +61,15 @@ def test_a_stop_ends_what_runs_and_sends_new_work_away(mortal: Mortal) -> None:
             assert refused.value.retry_after == 1
         answer = running.read()
         assert running.usage.completion_tokens == 400
-        assert mortal.ended() == 0
-    mortal.start()
-    with mortal.client() as client:
+        assert server.ended() == 0
+    server.start()
+    with server.client() as client:
         again = client.attach(session.name)
         assert again.state().turn_count == 1
         assert again.ask("And?", max_new_tokens=8).read() and answer
 
 
-def test_conversations_with_patience_do_not_notice_restarts(mortal: Mortal, model_folder: Path) -> None:
+def test_conversations_with_patience_do_not_notice_restarts(server: RestartableServer, model_folder: Path) -> None:
     served = Served(Runtime.load(model_folder, kv_budget=32 << 20))
     expected = [conversation(served.client, number) for number in range(2)]
     served.stop()
@@ -78,7 +78,7 @@ def test_conversations_with_patience_do_not_notice_restarts(mortal: Mortal, mode
 
     def converse(number: int) -> None:
         try:
-            with mortal.client(PATIENT) as client:
+            with server.client(PATIENT) as client:
                 while not enough.is_set():
                     assert conversation(client, number) == expected[number]
                     held[number] += 1
@@ -90,9 +90,9 @@ def test_conversations_with_patience_do_not_notice_restarts(mortal: Mortal, mode
         talker.start()
     for _ in range(2):
         time.sleep(0.5)
-        mortal.signal(signal.SIGTERM)
-        assert mortal.ended() == 0
-        mortal.start()
+        server.signal(signal.SIGTERM)
+        assert server.ended() == 0
+        server.start()
     enough.set()
     for talker in talkers:
         talker.join(60)

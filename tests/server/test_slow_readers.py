@@ -1,4 +1,4 @@
-"""Callers who take nothing of their answers, and what others notice of them: nothing."""
+"""Callers who do not read their answers do not affect others."""
 
 import grpc
 

@@ -1,7 +1,7 @@
-"""Everything at once, at twice the capacity, for as long as one likes: VFLOW_SOAK_SECONDS sets how long.
+"""Everything at once, at twice the capacity; VFLOW_SOAK_SECONDS sets for how long.
 
-Whatever is refused is refused at once and changes nothing; whatever is accepted ends, with the answer that an
-undisturbed service gives.
+A refused call is refused at once and changes nothing. An accepted call ends, with the answer that an undisturbed
+service gives.
 """
 
 import os
@@ -20,7 +20,7 @@ import pytest
 from tests.server.calibrating import samples
 from tests.server.drawing import png
 from tests.server.relay import Relay
-from tests.server.restartable_server import Mortal, Parent, free_port
+from tests.server.restartable_server import Parent, RestartableServer, free_port
 from tests.server.served import Served
 from tests.server.waiting import until
 from vflow_client import CapacityExhausted, NothingToRollBack, Session, SessionBusy
@@ -49,11 +49,11 @@ class Soak:
     """Callers of all kinds, each on a thread of its own, until :meth:`stop`.
 
     Args:
-        mortal: the service.
+        server: the service.
     """
 
-    def __init__(self, mortal: Mortal) -> None:
-        self._mortal = mortal
+    def __init__(self, server: RestartableServer) -> None:
+        self._server = server
         self._enough = threading.Event()
         self._failures: list[BaseException] = []
         self.completed: list[tuple[Script, list[str]]] = []
@@ -116,7 +116,7 @@ class Soak:
         """One conversation, of which some turns are cancelled and sent again."""
         strategy, number = chance.choice(STRATEGIES), chance.randrange(SCRIPTS)
         tenant = chance.choice(TENANTS)
-        with self._mortal.client(tenant=tenant) as client, client.session(strategy) as session:
+        with self._server.client(tenant=tenant) as client, client.session(strategy) as session:
             answers: list[str] = []
             for turn in range(TURNS):
                 if chance.random() < 0.2:
@@ -138,8 +138,8 @@ class Soak:
     def _read_slowly(self, chance: random.Random) -> None:
         """A long answer through a narrow window, a piece now and then."""
         narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1)]
-        with self._mortal.client() as client, client.session() as session:
-            with grpc.insecure_channel(self._mortal.address, narrow) as channel, suppress(grpc.RpcError):
+        with self._server.client() as client, client.session() as session:
+            with grpc.insecure_channel(self._server.address, narrow) as channel, suppress(grpc.RpcError):
                 answer = ConversationsStub(channel).Chat(_long(session))
                 for _ in range(20):
                     next(answer)
@@ -149,9 +149,9 @@ class Soak:
 
     def _die(self, chance: random.Random) -> None:
         """A client that is lost in the middle of an answer: at once, or after a silence."""
-        with self._mortal.client() as client:
+        with self._server.client() as client:
             session = client.session()
-        relay = Relay(self._mortal.address)
+        relay = Relay(self._server.address)
         try:
             with grpc.insecure_channel(relay.address) as channel, suppress(grpc.RpcError):
                 answer = ConversationsStub(channel).Chat(_long(session))
@@ -163,11 +163,11 @@ class Soak:
                 self.deeds["die"] += 1
         finally:
             relay.cut()
-        with self._mortal.client() as client:
+        with self._server.client() as client:
             client.attach(session.name).delete()
 
     def _swap(self, chance: random.Random) -> None:
-        with self._mortal.client() as client:
+        with self._server.client() as client:
             client.strategies.activate(chance.choice(STRATEGIES))
             with suppress(NothingToRollBack):  # it was active already
                 client.strategies.rollback()
@@ -176,7 +176,7 @@ class Soak:
 
     def _retune(self, chance: random.Random) -> None:
         """A search that is let go on for a moment, and cancelled if it has not ended by then."""
-        with self._mortal.client() as client:
+        with self._server.client() as client:
             search = client.strategies.retune(0.2, samples(2), trials=2)
             self._enough.wait(chance.uniform(0, 6))
             search.cancel()
@@ -191,7 +191,7 @@ def _long(session: Session) -> ChatRequest:
 
 
 def check_answers(completed: list[tuple[Script, list[str]]], runtime: Runtime) -> None:
-    """Each conversation went as it goes with nobody else there."""
+    """Each conversation has the answers that it would have alone."""
     undisturbed = Served(runtime)
     try:
         for strategy, number in {script for script, _ in completed}:
@@ -206,7 +206,7 @@ def check_answers(completed: list[tuple[Script, list[str]]], runtime: Runtime) -
 def test_soak(seconds: float, parent: Parent, model_folder: Path, tmp_path: Path) -> None:
     if seconds > 60:
         seconds = float(os.environ.get("VFLOW_SOAK_SECONDS", seconds))
-    mortal = Mortal(
+    server = RestartableServer(
         parent,
         tmp_path / "log",
         model=model_folder,
@@ -219,22 +219,22 @@ def test_soak(seconds: float, parent: Parent, model_folder: Path, tmp_path: Path
         metrics_port=free_port(),
     )
     try:
-        soak = Soak(mortal)
+        soak = Soak(server)
         soak.wait(seconds)
         soak.stop()
         for tenant in (None, *TENANTS):
-            with mortal.client(tenant=tenant) as client:
+            with server.client(tenant=tenant) as client:
                 for state in client.sessions():
                     client.attach(state.name).delete()
-        until(lambda: not mortal.gauges()["vflow_requests_running"], 20)
-        gauges = mortal.gauges()
+        until(lambda: not server.gauges()["vflow_requests_running"], 20)
+        gauges = server.gauges()
         assert gauges["vflow_engine_up"] and not gauges["vflow_requests_waiting"] and not gauges["vflow_retune_running"]
-        assert not mortal.lost_pages()
-        mortal.signal(signal.SIGTERM)
-        assert mortal.ended() == 0
+        assert not server.lost_pages()
+        server.signal(signal.SIGTERM)
+        assert server.ended() == 0
     finally:
-        mortal.close()
-    assert not [line for line in mortal.logged() if line["level"] == "error"]
+        server.close()
+    assert not [line for line in server.logged() if line["level"] == "error"]
     assert not list((tmp_path / "data").rglob("*.safetensors")), "what was deleted is still there"
     assert soak.refused, "it was never full: the test proves little"
     assert statistics.median(soak.refused) < statistics.median(soak.answered)

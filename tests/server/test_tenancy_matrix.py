@@ -1,5 +1,5 @@
-"""Every method of the contract, called by everybody: the tenant whose things it names, another one, and those who bring
-no valid token. A new method fails here until its expected outcomes are listed.
+"""Every method of the contract, called by the tenant whose resources it names, by another tenant, and without a valid
+token. A new method fails here until its expected outcomes are listed.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -30,12 +30,12 @@ SERVICES: tuple[ServiceDescriptor, ...] = (
 METHODS: Mapping[str, MethodDescriptor] = {method.full_name: method for each in SERVICES for method in each.methods}
 
 ADMINISTRATION = ("vflow.v1.Strategies.", "google.longrunning.Operations.")
-"""What the names of the methods begin with that a user may not call."""
+"""Prefixes of the methods that a user may not call."""
 
 
 @dataclass(frozen=True)
 class Things:
-    """What the tenant red has."""
+    """The resources of the tenant red."""
 
     session: str
     operation: str

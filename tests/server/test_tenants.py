@@ -1,4 +1,4 @@
-"""Tenants over a real channel: what one has, another neither sees nor shares."""
+"""Tenants over a real channel: no tenant sees or shares what another one has."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

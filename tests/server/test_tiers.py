@@ -1,4 +1,4 @@
-"""Idle KV caches leave the pool for host memory, then for files, and come back with the same answers."""
+"""Idle KV caches are offloaded to host memory, then to files, and restored with the same answers."""
 
 import threading
 from collections.abc import Callable
@@ -19,7 +19,7 @@ NO_MEMORY = {"offload_memory": "1"}
 
 @pytest.fixture(scope="module")
 def expected(runtime: Runtime, picture: bytes) -> list[str]:
-    """What a session answers that never had to make room."""
+    """The answers of a session that was never offloaded."""
     served = Served(runtime)
     with begun(served.client, picture) as session:
         answers = [answer_of(session, text) for text in ("Why?", "And?")]
@@ -47,7 +47,7 @@ def restored_from(session: Session, text: str, expected: str) -> str:
 
 
 def put_aside(served: Served) -> None:
-    """Have every idle session give up its pages."""
+    """Offload every idle session."""
 
     def release() -> None:
         while served.service.kv.release_idle():

@@ -1,4 +1,4 @@
-"""TLS over a real channel: who is believed to be whom, and certificates that change while calls run."""
+"""TLS over a real channel: authentication of both sides, and certificates that change while calls run."""
 
 import asyncio
 from collections.abc import Callable
