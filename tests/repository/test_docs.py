@@ -57,7 +57,7 @@ def test_every_name_of_the_client_is_on_its_page(site: Path) -> None:
 
 def test_docstrings_are_shown_without_what_only_sphinx_reads(site: Path) -> None:
     left = re.compile(r":(class|func|meth|attr|mod): ?<code|::</p>")
-    assert "as often as you like:</p>" in (site / "reference/library.html").read_text()
+    assert "questions about it follow:</p>" in (site / "reference/library.html").read_text()
     assert not [page.name for page in site.glob("reference/**/*.html") if left.search(page.read_text())]
 
 
