@@ -14,7 +14,8 @@ from vflow_server.kv.memory import available_memory
 from vflow_server.service import Service
 from vflow_server.settings import Settings
 from vflowopt.demo import model_path
-from vflowopt.models import ModelError, load_model
+from vflowopt.models.error import ModelError
+from vflowopt.models.loading import load_model
 from vflowopt.runtime.model_runner import Runtime
 
 log = structlog.get_logger(__name__)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from vflowopt.compression.pipeline import CompressedImage, compress
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.video import Video, Visual
-from vflowopt.models import MultimodalModel, load_model
+from vflowopt.models.interface import MultimodalModel
+from vflowopt.models.loading import load_model
 from vflowopt.runtime.attention import AttentionPlan, Plan
 from vflowopt.runtime.batch import Chunk, joined, next_chunk
 from vflowopt.runtime.cache import PagePool, StagedCache, reserve

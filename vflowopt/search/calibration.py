@@ -27,7 +27,7 @@ from torch import Tensor
 from vflowopt.compression.pipeline import EncodedImage, compress
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture
-from vflowopt.models import MultimodalModel
+from vflowopt.models.interface import MultimodalModel
 from vflowopt.runtime.cache import PoolExhausted
 from vflowopt.runtime.model_runner import Runtime
 from vflowopt.runtime.sequence import Sequence, tokens_in
