@@ -22,6 +22,8 @@ import psutil
 
 from benchmarks.table import Row, publish
 
+BYTE_CODE = ("found", "compiled")
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -48,32 +50,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
     parser = argparse.ArgumentParser(prog="start", description=__doc__.split("\n\n")[0])
     parser.add_argument("--starts", type=int, default=5, help="starts of which the medians are taken")
+    parser.add_argument(
+        "--byte-code", nargs="+", choices=BYTE_CODE, default=BYTE_CODE, help="rows to measure (default: both)"
+    )
     parser.add_argument("--json", type=Path, help="write the rows here, too")
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(prefix="vflow-start-") as folder:
-        caches = [Path(folder) / str(number) for number in range(options.starts)]
-        compiling = [measure(cache) for cache in caches]
-        compiled = [measure(cache) for cache in caches]
-    publish([_row("found", compiled), _row("compiled", compiling)], options.json)
+    rows = []
+    if "found" in options.byte_code:
+        measure()  # leaves the byte code
+        rows.append(_row("found", [measure() for _ in range(options.starts)]))
+    if "compiled" in options.byte_code:
+        with tempfile.TemporaryDirectory(prefix="vflow-start-") as folder:
+            rows.append(_row("compiled", [measure(Path(folder) / str(number)) for number in range(options.starts)]))
+    publish(rows, options.json)
     return 0
 
 
-def measure(byte_code: Path) -> Start:
+def measure(byte_code: Path | None = None) -> Start:
     """Start a service on the embedded model, and kill it when it is ready.
 
     Args:
-        byte_code: folder where Python looks for byte code, and writes what it does not find.
+        byte_code: folder where Python looks for byte code, and writes what it does not find; None: the usual ones.
 
     Raises:
         RuntimeError: the service did not start; the message is its log.
     """
+    elsewhere = {} if byte_code is None else {"PYTHONPYCACHEPREFIX": str(byte_code)}
     begun = time.perf_counter()
     with subprocess.Popen(
         [sys.executable, "-m", "vflow_server", "serve", "--port", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPYCACHEPREFIX": str(byte_code), "PYTHONDONTWRITEBYTECODE": ""},
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "", **elsewhere},
     ) as process:
         assert process.stdout is not None and process.stderr is not None
         told = process.stderr.readline()
