@@ -33,7 +33,8 @@ from vflowopt.compression.pipeline import EncodedImage
 from vflowopt.compression.strategy import Strategy
 from vflowopt.demo import model_path
 from vflowopt.media.video import Video, Visual
-from vflowopt.models import ModelError, MultimodalModel
+from vflowopt.models.error import ModelError
+from vflowopt.models.interface import MultimodalModel
 from vflowopt.models.loading import DTYPES
 from vflowopt.runtime.cache import PoolExhausted
 from vflowopt.runtime.model_runner import Runtime

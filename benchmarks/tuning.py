@@ -30,7 +30,7 @@ from demo_model.questions import held_out
 from vflowopt.compression.strategy import PUBLISHED, Strategy
 from vflowopt.demo import model_path
 from vflowopt.media.picture import Picture
-from vflowopt.models import ModelError
+from vflowopt.models.error import ModelError
 from vflowopt.models.loading import DTYPES
 from vflowopt.runtime.cache import PoolExhausted
 from vflowopt.runtime.model_runner import Runtime

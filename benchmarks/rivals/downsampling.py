@@ -15,8 +15,8 @@ from vflowopt.compression.layout import TokenLayout
 from vflowopt.compression.pipeline import CompressedImage, CompressionTimings, choose
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture
-from vflowopt.models import MultimodalModel
 from vflowopt.models.anyres import AnyResModel
+from vflowopt.models.interface import MultimodalModel
 from vflowopt.models.llava import Llava
 from vflowopt.models.mistral3 import Mistral3
 from vflowopt.models.qwen_vl import QwenVl

@@ -13,7 +13,7 @@ from vflowopt.compression.pipeline import CompressedImage, EncodedImage, choose
 from vflowopt.compression.pruning import stage_targets
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.video import Visual
-from vflowopt.models import MultimodalModel
+from vflowopt.models.interface import MultimodalModel
 from vflowopt.runtime.model_runner import Runtime
 
 

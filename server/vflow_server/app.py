@@ -11,17 +11,15 @@ import uvloop
 from transformers.utils.logging import disable_progress_bar
 
 from vflow_server.kv.memory import available_memory
+from vflow_server.preflight import StartError, start_errors
 from vflow_server.service import Service
 from vflow_server.settings import Settings
 from vflowopt.demo import model_path
-from vflowopt.models import ModelError, load_model
+from vflowopt.models.error import ModelError
+from vflowopt.models.loading import load_model
 from vflowopt.runtime.model_runner import Runtime
 
 log = structlog.get_logger(__name__)
-
-
-class StartError(Exception):
-    """The service cannot start; the message says why and what to do."""
 
 
 class EngineDied(Exception):
@@ -74,17 +72,9 @@ async def _serve(runtime: Runtime, settings: Settings) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    try:
+    with start_errors():
         service = Service(runtime, settings)
         port = await service.start()
-    except OSError as error:
-        if error.filename is None:  # our own words
-            raise StartError(str(error)) from error
-        raise StartError(
-            f"{error.filename} cannot be used ({error.strerror}); choose another path, or mend its rights"
-        ) from error
-    except ValueError as error:
-        raise StartError(str(error)) from error
     # Standard output carries this line alone: whoever started the process reads from it where to call.
     print(f"VFlow is ready on {settings.host}:{port}", flush=True)
     log.info(

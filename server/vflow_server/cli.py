@@ -137,11 +137,22 @@ def _overview() -> str:
 
 
 def _serve(settings: Settings) -> int:
-    # The libraries of the model take seconds to import; --help and wrong settings must not wait for them.
-    from vflow_server.app import EngineDied, StartError, run
+    import structlog
+
+    from vflow_server.preflight import StartError, check
     from vflow_server.telemetry.logging import configure
 
+    try:
+        check(settings)
+    except StartError as error:
+        return _refuse(error)
     configure(settings.log_format, settings.log_level)
+    structlog.get_logger(__name__).info(
+        "starting", version=version("vflowopt"), model=settings.model or "embedded", device=settings.device
+    )
+    # The model's libraries take seconds to import; nothing above waits for them.
+    from vflow_server.app import EngineDied, run
+
     try:
         run(settings)
     except StartError as error:

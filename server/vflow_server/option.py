@@ -128,6 +128,13 @@ def one_of(choices: Sequence[str]) -> Callable[[str], str]:
     return parse
 
 
+def device_name(text: str) -> str:
+    """``cpu``, ``cuda`` or ``cuda:N``."""
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", text):
+        raise ValueError("expected cpu, cuda or cuda:N")
+    return text
+
+
 def _quantity(text: str, units: dict[str, Any], expected: str) -> float:
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip().lower())
     if match is None or match[2] not in units:

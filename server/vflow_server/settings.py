@@ -19,6 +19,7 @@ from vflow_server.option import (
     Option,
     OptionError,
     Share,
+    device_name,
     fraction,
     one_of,
     option,
@@ -55,12 +56,19 @@ class Settings:
     """The settings of one service process."""
 
     model: str | None = option(Group.MODEL, None, "model folder or hub id (unset: the embedded model)", metavar="PATH")
-    device: str = option(Group.MODEL, "cpu", "cpu, cuda or cuda:N", metavar="NAME")
-    dtype: str = option(Group.MODEL, "float32", "float32, bfloat16 or float16", metavar="NAME")
+    device: str = option(Group.MODEL, "cpu", "cpu, cuda or cuda:N", device_name, metavar="NAME")
+    dtype: str = option(
+        Group.MODEL,
+        "float32",
+        "float32, bfloat16 or float16",
+        one_of(("float32", "bfloat16", "float16")),
+        metavar="NAME",
+    )
     quantization: str | None = option(
         Group.MODEL,
         None,
         "8bit or 4bit: quantize the weights while they are read (unset: no quantization)",
+        one_of(("8bit", "4bit")),
         metavar="NAME",
     )
     threads: int | None = option(

@@ -14,7 +14,7 @@ from tests.vflowopt.generation import picture
 from tests.vflowopt.models.matrix import ONE_EACH, TinyModel
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture
-from vflowopt.models import FAMILIES
+from vflowopt.models.families import FAMILIES
 from vflowopt.runtime.model_runner import Runtime
 from vflowopt.search.calibration import Calibration, Comparison, Sample
 from vflowopt.search.tuner import Trial, Tuner

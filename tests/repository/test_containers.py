@@ -40,7 +40,8 @@ def test_the_service_is_installed_beside_the_client_that_it_asks_for() -> None:
 
 def test_its_settings_are_options_of_the_service_with_valid_values() -> None:
     assert environment()[f"{ENVIRONMENT_PREFIX}HOST"] == environment()[f"{ENVIRONMENT_PREFIX}METRICS_HOST"] == "0.0.0.0"
-    check_settings(environment())
+    for device in ("cpu", "cuda"):  # what ${DEVICE} stands for
+        check_settings({**environment(), f"{ENVIRONMENT_PREFIX}DEVICE": device})
     for name in REPLICAS:
         check_settings(SERVICES[name]["environment"])
 

@@ -10,7 +10,7 @@ from tests.server.conftest import Serve
 from tests.server.served import Served
 from tests.server.waiting import until
 from vflow_client import Client, Session
-from vflow_server.kv.disk import LOCK
+from vflow_server.store.folder_lock import KV_LOCK
 from vflowopt.runtime.model_runner import Runtime
 from vflowopt.runtime.offload import OffloadedCache
 
@@ -163,14 +163,14 @@ def test_what_a_dead_process_left_goes_away_and_nothing_else(serve: Serve, tmp_p
     for name in ours + others:
         (tmp_path / name).write_text("left behind")
     served = serve(spill_dir=str(tmp_path), **NO_MEMORY)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, LOCK])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, KV_LOCK])
     with pytest.raises(OSError, match="give each its own --spill-dir"):
         serve(spill_dir=str(tmp_path))
     begun(served.client, picture)
     put_aside(served)
     until(lambda: len(files(tmp_path)) == 3)
     served.stop()
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, LOCK])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, KV_LOCK])
     serve(spill_dir=str(tmp_path))  # it is free again
 
 

@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.vflowopt.generation import Chat, picture
 from vflowopt.compression.strategy import Strategy
-from vflowopt.models import FAMILIES, ModelError, load_model
+from vflowopt.models.error import ModelError
+from vflowopt.models.families import FAMILIES
+from vflowopt.models.loading import load_model
 from vflowopt.runtime.model_runner import Runtime
 
 

@@ -11,7 +11,8 @@ from tests.vflowopt.generation import Chat, picture
 from tests.vflowopt.models.matrix import ONE_EACH, TinyModel
 from tests.vflowopt.reference import Reference
 from vflowopt.compression.strategy import Strategy
-from vflowopt.models import ModelError, wrap_model
+from vflowopt.models.error import ModelError
+from vflowopt.models.loading import wrap_model
 from vflowopt.runtime.decoder import FusedDecoder
 from vflowopt.runtime.model_runner import Runtime
 

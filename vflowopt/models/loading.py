@@ -12,28 +12,10 @@ from transformers import AutoConfig
 from transformers.image_processing_backends import PilBackend
 
 from vflowopt.models.error import ModelError
+from vflowopt.models.families import FAMILIES
 from vflowopt.models.interface import MultimodalModel
-from vflowopt.models.internvl import InternVL
-from vflowopt.models.llava import Llava
-from vflowopt.models.llava_next import LlavaNext
-from vflowopt.models.llava_onevision import LlavaOnevision
-from vflowopt.models.mistral3 import Mistral3
+from vflowopt.models.model_folder import check_family, check_model_folder, first_line, unreadable_configuration
 from vflowopt.models.quantization import quantization as quantization_config
-from vflowopt.models.qwen2_5_vl import Qwen25Vl
-from vflowopt.models.qwen2_vl import Qwen2Vl
-from vflowopt.models.qwen3_vl import Qwen3Vl
-
-FAMILIES: dict[str, type[MultimodalModel]] = {
-    "internvl": InternVL,
-    "llava": Llava,
-    "llava_next": LlavaNext,
-    "llava_onevision": LlavaOnevision,
-    "mistral3": Mistral3,
-    "qwen2_vl": Qwen2Vl,
-    "qwen2_5_vl": Qwen25Vl,
-    "qwen3_vl": Qwen3Vl,
-}
-"""Families by the ``model_type`` of their configuration."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Number types a model can be loaded in, by name."""
@@ -62,34 +44,19 @@ def load_model(
         raise ModelError(
             "MODEL_UNSUPPORTED", f"device is {device!r} but this torch sees no GPU; use device 'cpu' or a CUDA build"
         )
-    if _is_path(model) and not Path(model).is_dir():
-        raise ModelError(
-            "MODEL_NOT_FOUND",
-            f"there is no folder {model!s}; give an existing folder in Hugging Face's layout, or a hub id",
-        )
-    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
-        raise ModelError("MODEL_NOT_FOUND", f"the folder {model} has no config.json; give a Hugging Face model folder")
+    check_model_folder(model)
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        known = ", ".join(FAMILIES)
-        raise ModelError(
-            "MODEL_NOT_FOUND",
-            f"no model configuration can be read at {model!s} ({_first_line(error)}); "
-            f"give an existing folder, or the id of a model in the hub cache, of one of the families: {known}",
-        ) from error
-    if config.model_type not in FAMILIES:
-        raise ModelError(
-            "MODEL_FAMILY_UNKNOWN",
-            f"{model!s} is of the family {config.model_type!r}; the families known here are: {', '.join(FAMILIES)}",
-        )
+        raise unreadable_configuration(model, error) from error
+    check_family(model, config.model_type)
     quantizing = None if quantization is None else quantization_config(quantization, config, DTYPES[dtype])
     try:
         loaded = FAMILIES[config.model_type].load(model, config, torch.device(device), DTYPES[dtype], quantizing)
     except ImportError as error:
         raise ModelError(
             "MODEL_UNSUPPORTED",
-            f"what quantizes the weights of {model!s} is not installed: {_first_line(error)}; "
+            f"what quantizes the weights of {model!s} is not installed: {first_line(error)}; "
             "pip install 'vflowopt[quantization]' has bitsandbytes",
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -97,7 +64,7 @@ def load_model(
             raise
         raise ModelError(
             "MODEL_UNREADABLE",
-            f"{model!s} has a configuration of family {config.model_type!r} but does not load: {_first_line(error)}; "
+            f"{model!s} has a configuration of family {config.model_type!r} but does not load: {first_line(error)}; "
             "a whole model has weights, tokenizer, chat template and image processor configuration",
         ) from error
     _check(model, loaded)
@@ -163,19 +130,10 @@ def _check_chat_template(model: str | Path, loaded: MultimodalModel) -> None:
         text = loaded.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
         problem = None if loaded.image_token in text else f"it does not write {loaded.image_token!r} for a picture"
     except Exception as error:  # a template is a program, and may raise any exception
-        problem = _first_line(error)
+        problem = first_line(error)
     if problem:
         raise ModelError(
             "MODEL_UNSUPPORTED",
             f"the chat template of {model!s} cannot be used: {problem}; put one that takes contents as lists of parts, "
             "pictures among them, into chat_template.jinja beside the tokenizer",
         )
-
-
-def _is_path(model: str | Path) -> bool:
-    """Whether this can only be a folder: hub ids are relative and have at most one slash."""
-    return isinstance(model, Path) or model.startswith((".", "~", "/")) or model.count("/") > 1
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

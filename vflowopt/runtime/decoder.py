@@ -15,16 +15,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer
 
 from vflowopt.runtime.attention import PAGED, Plan
 
-_FUSABLE = (Qwen2DecoderLayer, Qwen2VLDecoderLayer, Qwen2_5_VLDecoderLayer, LlamaDecoderLayer, MistralDecoderLayer)
-"""Layers made of: RMS norm, attention without norms of its own, residual, RMS norm, gated SiLU network, residual."""
+_FUSABLE = (
+    "transformers.models.llama.modeling_llama.LlamaDecoderLayer",
+    "transformers.models.mistral.modeling_mistral.MistralDecoderLayer",
+    "transformers.models.qwen2.modeling_qwen2.Qwen2DecoderLayer",
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLDecoderLayer",
+    "transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VLDecoderLayer",
+)
+"""Layers made of: RMS norm, attention without norms of its own, residual, RMS norm, gated SiLU network, residual.
+
+By name: serving one of these families does not import the others.
+"""
 
 _STATIC_ROTARIES = ("default", "linear", "llama3", "yarn", "dynamic")
 """Rotary embeddings whose angles depend on the position alone; those of "dynamic" do so within the context."""
@@ -115,7 +119,7 @@ class FusedDecoder(Decoder):
         config = decoder.config
         rope = getattr(config, "rope_parameters", None) or {}
         return (
-            all(type(layer) in _FUSABLE for layer in decoder.layers)
+            all(f"{type(layer).__module__}.{type(layer).__name__}" in _FUSABLE for layer in decoder.layers)
             # Quantized weights are modules of other types, or tensors of other types.
             and all(
                 type(module) is nn.Linear and type(module.weight.detach()) is Tensor

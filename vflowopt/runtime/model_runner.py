@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from vflowopt.compression.pipeline import CompressedImage, compress
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.video import Video, Visual
-from vflowopt.models import MultimodalModel, load_model
+from vflowopt.models.interface import MultimodalModel
+from vflowopt.models.loading import load_model
 from vflowopt.runtime.attention import AttentionPlan, Plan
 from vflowopt.runtime.batch import Chunk, joined, next_chunk
 from vflowopt.runtime.cache import PagePool, StagedCache, reserve
@@ -318,6 +319,12 @@ class Runtime:
 
         self._run(sequences, [None] * len(sequences), run)
         return by_sequence
+
+    @torch.inference_mode()
+    def most_likely(self, states: Tensor) -> list[int]:
+        """The most likely token after each of ``states``, [n, hidden], which :meth:`states` returned."""
+        tokens: list[int] = self.model.head(states.to(self.model.device, self.model.dtype)).float().argmax(-1).tolist()
+        return tokens
 
     def _run(
         self,

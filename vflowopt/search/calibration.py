@@ -27,7 +27,7 @@ from torch import Tensor
 from vflowopt.compression.pipeline import EncodedImage, compress
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture
-from vflowopt.models import MultimodalModel
+from vflowopt.models.interface import MultimodalModel
 from vflowopt.runtime.cache import PoolExhausted
 from vflowopt.runtime.generate import decode
 from vflowopt.runtime.model_runner import Runtime
@@ -248,7 +248,7 @@ class Calibration:
         for forward in decode(sequence, self._runtime.chat, Sampler(), max_new_tokens=self._new_tokens):
             state = yield from self._state_at_the_end(forward.sequence)
             states.append(state)
-            (forward.token,) = self._most_likely(state[None])
+            (forward.token,) = self._runtime.most_likely(state[None])
         return states[0], tuple(item for item in sequence.log[prompt:] if isinstance(item, int))
 
     def _check_context(self, sample: Sample, sequence: Sequence) -> None:
@@ -264,14 +264,6 @@ class Calibration:
         (states,) = yield from self._states([sequence], [[len(sequence.log) - 1]])
         return states[0]
 
-    @torch.inference_mode()
-    def _most_likely(self, states: Tensor) -> list[int]:
-        """The most likely token after each hidden state [n, hidden]."""
-        model = self._runtime.model
-        logits: Tensor = model.head(states.to(model.device, model.dtype))
-        tokens: list[int] = logits.float().argmax(-1).tolist()
-        return tokens
-
     def _would_answer(self, states: Tensor, answer: abc.Sequence[int]) -> bool:
         """Whether greedy decoding chooses the tokens of ``answer`` one after the other, and then stops.
 
@@ -279,7 +271,7 @@ class Calibration:
             states: [1 + answer, hidden], at the end of the prompt and at each token of the answer.
             answer: the reference's answer; one of the greatest length was cut off, and need not stop there.
         """
-        *tokens, after = self._most_likely(states)
+        *tokens, after = self._runtime.most_likely(states)
         return tokens == list(answer) and (after in self._runtime.chat.stop_ids or len(answer) == self._new_tokens)
 
     def _read(

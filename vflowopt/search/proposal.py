@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
-import optuna
 
 from vflowopt.search.space import Point
 
@@ -31,6 +30,8 @@ def propose(tried: Sequence[tuple[Point, float]], *, dimensions: int, sampler: S
     own = np.random.SeedSequence([seed, len(tried)])
     if sampler == "random":
         return tuple(np.random.default_rng(own).random(dimensions).tolist())
+    import optuna  # it takes a while to import, and most processes never search
+
     seed_here = int(own.generate_state(1)[0])
     strategies = {"gp": optuna.samplers.GPSampler, "tpe": optuna.samplers.TPESampler}
     axes: dict[str, optuna.distributions.BaseDistribution] = {
@@ -51,6 +52,8 @@ def propose(tried: Sequence[tuple[Point, float]], *, dimensions: int, sampler: S
 @contextmanager
 def _silent() -> Iterator[None]:
     """Suppress the line that optuna logs for each study, and restore its verbosity afterwards."""
+    import optuna
+
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:

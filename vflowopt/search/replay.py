@@ -106,7 +106,7 @@ class Replay:
         whole = [unpruned[item.identity] if isinstance(item, CompressedImage) else item for item in turn.log]
         states = yield from self._states(full, whole[: last + max(len(answer), 1)], last)
         pruned = yield from self._states(turn.strategy, turn.log[: turn.prompt], last)
-        chosen = self._most_likely(states)[: len(answer)]
+        chosen = self._runtime.most_likely(states)[: len(answer)]
         yield Fidelity(
             cosine=float(torch.cosine_similarity(states[0], pruned[0], dim=0)),
             tokens=len(answer),
@@ -146,10 +146,3 @@ class Replay:
             self.sequences.remove(sequence)
             sequence.release()
         return torch.cat(states).cpu()
-
-    @torch.inference_mode()
-    def _most_likely(self, states: Tensor) -> list[int]:
-        model = self._runtime.model
-        logits: Tensor = model.head(states.to(model.device, model.dtype))
-        tokens: list[int] = logits.float().argmax(-1).tolist()
-        return tokens

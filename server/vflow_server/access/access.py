@@ -14,7 +14,7 @@ from pathlib import Path
 import grpc
 
 from vflow_server.access.caller import DEFAULT_TENANT, METADATA_KEY, Caller, is_tenant
-from vflow_server.access.tokens import TokenEntry, find_token, read_tokens
+from vflow_server.access.tokens import TokenEntry, find_token, read_token_file
 from vflow_server.access.watched_files import WatchedFiles
 from vflow_server.rpc.errors import InvalidRequest, ServiceError, unauthenticated
 
@@ -47,7 +47,7 @@ class Access:
         self._file: WatchedFiles[Sequence[TokenEntry]] | None = None
         self.open = tokens is None
         if isinstance(tokens, Path):
-            self._file = WatchedFiles([tokens], lambda: _read(tokens))
+            self._file = WatchedFiles([tokens], lambda: read_token_file(tokens))
         elif tokens is not None:
             self._entries = tokens
 
@@ -121,12 +121,3 @@ def _token(metadata: Metadata) -> str:
     if len(brought) > 1 or scheme.lower() != "bearer" or not token:
         raise unauthenticated("TOKEN_INVALID", f"the request metadata {AUTHORIZATION} must be one 'Bearer TOKEN'")
     return token
-
-
-def _read(file: Path) -> Sequence[TokenEntry]:
-    try:
-        return read_tokens(file.read_text())
-    except OSError as error:
-        raise OSError(f"the tokens file {file} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # includes UnicodeDecodeError
-        raise ValueError(f"the tokens file {file} cannot be used: {error}") from None

@@ -39,13 +39,19 @@ class CertificateFiles:
         )
 
     def _read(self) -> grpc.ServerCertificateConfiguration:
-        self._check()  # gRPC accepts invalid files, and then refuses every caller without a message
+        self.check()  # gRPC accepts invalid files, and then refuses every caller without a message
         return grpc.ssl_server_certificate_configuration(
             [(self.key.read_bytes(), self.certificate.read_bytes())],
             root_certificates=None if self.client_ca is None else self.client_ca.read_bytes(),
         )
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Read the files, and see whether they are what they must be.
+
+        Raises:
+            OSError: a file cannot be read.
+            ValueError: a file is not what it must be, or the key is not the certificate's.
+        """
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         for file in (self.certificate, self.key, self.client_ca):
             if file is not None:

@@ -94,6 +94,21 @@ def read_tokens(text: str) -> tuple[TokenEntry, ...]:
     return tuple(entries)
 
 
+def read_token_file(file: Path) -> tuple[TokenEntry, ...]:
+    """The entries that ``file`` lists, as :func:`read_tokens` reads them.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it does not list tokens.
+    """
+    try:
+        return read_tokens(file.read_text())
+    except OSError as error:
+        raise OSError(f"the tokens file {file} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a file that is no text is one, too
+        raise ValueError(f"the tokens file {file} cannot be used: {error}") from None
+
+
 def _entry(line: str) -> TokenEntry:
     pairs = [word.partition("=") for word in line.split()]
     values = {key: value for key, _, value in pairs}

@@ -10,7 +10,7 @@ from vflow_server.images.store import PictureStore
 from vflow_server.rpc.errors import InvalidRequest, video_unsupported
 from vflowopt.media.picture import Picture
 from vflowopt.media.video import Video, VideoError, VideoLimits
-from vflowopt.models import MultimodalModel
+from vflowopt.models.interface import MultimodalModel
 
 
 class VideoReader:

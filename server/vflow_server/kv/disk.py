@@ -7,7 +7,6 @@ cannot be written or read is logged and is not an error, because a cache can be 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import re
@@ -24,12 +23,10 @@ from safetensors import SafetensorError
 
 from vflow_server.kv.lru import ByteBoundedLRU
 from vflow_server.store.files import set_aside
+from vflow_server.store.folder_lock import lock_spill
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.runtime.offload import OffloadedCache, OffloadError
 from vflowopt.runtime.sequence import Sequence
-
-LOCK = "vflow.lock"
-"""Name of the file that a process locks while it uses the folder."""
 
 _SCHEMA = 1
 """Must be raised whenever the meaning of the numbers in a file changes: a later release must not continue from a cache
@@ -77,14 +74,8 @@ class DiskStore:
     """
 
     def __init__(self, folder: Path, most_bytes: Callable[[], int]) -> None:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = lock_spill(folder)
         self._folder = folder
-        self._lock = (folder / LOCK).open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.close()
-            raise OSError(f"another process uses the folder {folder}; give each its own --spill-dir") from error
         self._most_bytes = most_bytes
         self._numbers = count()
         self._files: ByteBoundedLRU[Sequence, _File] = ByteBoundedLRU(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 from collections.abc import Sequence
+from typing import Any
 
 import grpc
 
@@ -86,9 +88,7 @@ class Listener:
                 else self.server.add_secure_port(self._address, self._credentials)
             )
         except RuntimeError as error:
-            raise OSError(
-                f"cannot listen on {self._address}; is the port taken? choose another with {self._option}"
-            ) from error
+            raise _cannot_listen(self._address, self._option) from error
 
     async def start(self) -> None:
         """Start to serve."""
@@ -97,6 +97,41 @@ class Listener:
     async def stop(self, grace: float) -> None:
         """Accept no more calls, and cancel the running ones after ``grace`` seconds."""
         await self.server.stop(grace)
+
+
+def check_port(host: str, port: int, option: str) -> None:
+    """Bind a port and let go of it again, long before a server that takes a while to make does so for good.
+
+    Args:
+        host: address or name to listen on.
+        port: port to listen on.
+        option: the setting that the port comes from, for the error.
+
+    Raises:
+        OSError: no address of ``host`` can be listened on.
+    """
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise _cannot_listen(address(host, port), option) from error
+    if host == "::":  # gRPC falls back to this where there is no IPv6
+        addresses += socket.getaddrinfo("0.0.0.0", port, type=socket.SOCK_STREAM)
+    if not any(_binds(family, each) for family, _, _, _, each in addresses):  # gRPC is content with one, too
+        raise _cannot_listen(address(host, port), option)
+
+
+def _binds(family: int, address: Any) -> bool:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger are no matter
+            tried.bind(address)
+    except OSError:
+        return False
+    return True
+
+
+def _cannot_listen(address: str, option: str) -> OSError:
+    return OSError(f"cannot listen on {address}; is the port taken? choose another with {option}")
 
 
 def is_loopback(host: str) -> bool:

@@ -6,7 +6,6 @@ the last such entry. :mod:`vflow_server.store.session_record` defines the conten
 
 from __future__ import annotations
 
-import fcntl
 import sqlite3
 from collections.abc import Iterable
 from concurrent.futures import Future
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from vflow_server.rpc.errors import CapacityExhausted
-from vflow_server.store.files import make_folder
+from vflow_server.store.folder_lock import lock_data
 from vflow_server.store.journal import Action, Journal
 from vflow_server.store.picture_folder import PictureFolder
 from vflow_server.telemetry.metrics import Metrics
@@ -22,8 +21,8 @@ from vflowopt.compression.pipeline import CompressedImage
 
 R = TypeVar("R")
 
-JOURNAL, PICTURES, LOCK = "sessions.sqlite3", "pictures", "sessions.lock"
-"""Names in the folder: the journal, the folder of pictures, and the file that a process locks while it uses them."""
+JOURNAL, PICTURES = "sessions.sqlite3", "pictures"
+"""Names in the folder: the journal, and the folder of pictures."""
 
 
 class Archive:
@@ -44,20 +43,15 @@ class Archive:
     """
 
     def __init__(self, folder: Path, most_bytes: int, metrics: Metrics | None = None) -> None:
-        make_folder(folder)
+        self._lock = lock_data(folder)
         self._most_bytes = most_bytes
         self.room = 0
         # What the current transaction leaves to do after its commit.
         self._deleted = False
         self._unwanted: set[str] = set()
-        self._lock = (folder / LOCK).open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.pictures = PictureFolder(folder / PICTURES)
             self._journal = Journal(folder / JOURNAL, self._committed, metrics)
-        except BlockingIOError as error:
-            self._lock.close()
-            raise OSError(f"another process uses the folder {folder}; give each its own --data") from error
         except BaseException:
             self._lock.close()
             raise

@@ -21,7 +21,9 @@ from tests.vflowopt.tiny_models import SHAPES
 from vflowopt.compression.importance import patch_entropy
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture
-from vflowopt.models import FAMILIES, MultimodalModel, load_model
+from vflowopt.models.families import FAMILIES
+from vflowopt.models.interface import MultimodalModel
+from vflowopt.models.loading import load_model
 from vflowopt.runtime.model_runner import Runtime
 
 LARGE = (640, 560)

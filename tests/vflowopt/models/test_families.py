@@ -17,7 +17,8 @@ from tests.vflowopt.reference import Reference
 from vflowopt.compression.pipeline import CompressedImage, EncodedImage, compress
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture
-from vflowopt.models import MultimodalModel, load_model
+from vflowopt.models.interface import MultimodalModel
+from vflowopt.models.loading import load_model
 from vflowopt.runtime.model_runner import Runtime
 from vflowopt.runtime.sequence import Item
 

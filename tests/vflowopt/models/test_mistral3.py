@@ -11,7 +11,7 @@ from tests.vflowopt.generation import picture
 from tests.vflowopt.models.tiny_mistral3 import MISTRAL3, TinyMistral3
 from tests.vflowopt.reference import Reference
 from vflowopt.media.picture import Picture, PictureError, PictureLimits
-from vflowopt.models import load_model
+from vflowopt.models.loading import load_model
 from vflowopt.models.mistral3 import Mistral3
 
 SIZES = [(112, 196), (300, 90), (61, 61), (10, 14), (513, 511)]

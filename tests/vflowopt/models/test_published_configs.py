@@ -19,7 +19,8 @@ from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImag
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from vflowopt.compression.strategy import Strategy
-from vflowopt.models import FAMILIES, MultimodalModel
+from vflowopt.models.families import FAMILIES
+from vflowopt.models.interface import MultimodalModel
 
 FOLDER = Path(__file__).parent / "published"
 

@@ -15,7 +15,8 @@ from tests.vflowopt.models.tiny_qwen_vl import QWEN2_5_VL
 from tests.vflowopt.reference import Reference
 from tests.vflowopt.tiny_models import Shape
 from vflowopt.compression.strategy import Strategy
-from vflowopt.models import ModelError, load_model
+from vflowopt.models.error import ModelError
+from vflowopt.models.loading import load_model
 from vflowopt.runtime.decoder import ModuleDecoder
 from vflowopt.runtime.model_runner import Runtime
 

@@ -20,7 +20,8 @@ from vflowopt.compression.importance import context_relevance, patch_entropy
 from vflowopt.compression.pipeline import choose, score
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture, PictureError, PictureLimits
-from vflowopt.models import ModelError, load_model
+from vflowopt.models.error import ModelError
+from vflowopt.models.loading import load_model
 from vflowopt.models.qwen_vl import QwenVl
 from vflowopt.runtime.decoder import FusedDecoder, ModuleDecoder
 from vflowopt.runtime.model_runner import Runtime

@@ -20,7 +20,9 @@ from tests.vflowopt.models.tiny_llava import LLAVA, LLAVA_NEXT, TinyLlava
 from tests.vflowopt.tiny_models import SHAPES, Shape
 from vflowopt.compression.importance import context_relevance, patch_entropy
 from vflowopt.media.picture import Picture
-from vflowopt.models import FAMILIES, ModelError, load_model
+from vflowopt.models.error import ModelError
+from vflowopt.models.families import FAMILIES
+from vflowopt.models.loading import load_model
 from vflowopt.models.tiled import TiledModel
 from vflowopt.models.tokenizer import load_tokenizer
 

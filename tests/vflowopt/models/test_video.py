@@ -22,7 +22,7 @@ from vflowopt.compression.serialize import pack, unpack
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture
 from vflowopt.media.video import Video, VideoError
-from vflowopt.models import load_model
+from vflowopt.models.loading import load_model
 from vflowopt.models.qwen_vl import QwenVl
 from vflowopt.runtime.model_runner import Runtime
 

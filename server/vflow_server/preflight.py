@@ -1,0 +1,72 @@
+"""What keeps the service from starting, told before the model's libraries are imported, which takes seconds.
+
+Each check is made again where what it looks at is used: files and ports can change until then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vflow_server.access.certificates import CertificateFiles
+from vflow_server.access.tokens import read_token_file
+from vflow_server.rpc.listener import check_port
+from vflow_server.settings import Settings
+from vflow_server.store.folder_lock import lock_data, lock_spill
+from vflowopt.models.error import ModelError
+from vflowopt.models.model_folder import check_model_folder
+
+
+class StartError(Exception):
+    """The service cannot start; the message says why and what to do."""
+
+
+def check(settings: Settings) -> None:
+    """Check what can be checked without the model.
+
+    Folders that the service would make are made.
+
+    Raises:
+        StartError: the service could not start with these settings, as things are.
+    """
+    with start_errors():
+        if settings.model is not None:
+            check_model_folder(settings.model)
+        if isinstance(settings.tokens, Path):
+            read_token_file(settings.tokens)
+        if settings.tls_cert and settings.tls_key:
+            CertificateFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca).check()
+        _check_ports(settings)
+        if settings.data is not None and not settings.ephemeral:
+            lock_data(settings.data).close()
+        if settings.spill_folder is not None:
+            lock_spill(settings.spill_folder).close()
+
+
+@contextmanager
+def start_errors() -> Iterator[None]:
+    """Turn what settings that cannot be used raise into a :class:`StartError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:  # our own words
+            raise StartError(str(error)) from error
+        raise StartError(
+            f"{error.filename} cannot be used ({error.strerror}); choose another path, or mend its rights"
+        ) from error
+    except (ModelError, ValueError) as error:
+        raise StartError(str(error)) from error
+
+
+def _check_ports(settings: Settings) -> None:
+    ports = [(settings.host, settings.port, "--port")]
+    if settings.admin_port is not None:
+        ports.append((settings.admin_host, settings.admin_port, "--admin-port"))
+    if settings.metrics_port is not None:
+        ports.append((settings.metrics_host, settings.metrics_port, "--metrics-port"))
+    taken: dict[tuple[str, int], str] = {}
+    for host, port, option in ports:
+        check_port(host, port, option)
+        if port and (other := taken.setdefault((host, port), option)) != option:
+            raise ValueError(f"{other} and {option} are both {port}; give each a port of its own")
