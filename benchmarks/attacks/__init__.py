@@ -1,0 +1,1 @@
+"""Attacks on the service, and what they cost other tenants: ``python -m benchmarks.attacks``."""
