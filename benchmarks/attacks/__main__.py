@@ -68,7 +68,6 @@ def measure(attack: Attack, vflow: Path, flags: Sequence[str], seconds: float) -
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder) / "tokens"
         harmless, *attackers = _tokens(tokens, MANY + 1)
-        attackers = attackers[: {"no token": 0, "one tenant": 1, "many tenants": MANY}[attack.by]]
         with _service(vflow, "--tokens", str(tokens), *_QUOTA, *flags) as address:
             process = listener(address)
             assert process is not None, "the service listens on this machine"
@@ -78,7 +77,7 @@ def measure(attack: Attack, vflow: Path, flags: Sequence[str], seconds: float) -
             calm, attacked = Seen(), Seen()
             _watch(bystander, calm, seconds / 2)
             calm_bytes = calm.resident
-            with attacking(attack, address, attackers):
+            with attacking([attack], address, attackers):
                 time.sleep(2)  # its imports
                 _watch(bystander, attacked, seconds)
             time.sleep(1)

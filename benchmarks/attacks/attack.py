@@ -10,6 +10,7 @@ import asyncio
 import io
 import itertools
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -242,10 +243,20 @@ ATTACKS = tuple(_attacks())
 
 
 @contextmanager
-def attacking(attack: Attack, address: str, tokens: Sequence[str]) -> Iterator[None]:
-    """Run an attack in a process of its own for the length of the block."""
-    number = ATTACKS.index(attack)
-    command = (sys.executable, "-m", __spec__.name, str(number), address, *tokens)
+def attacking(
+    attacks: Sequence[Attack], address: str, tokens: Sequence[str], *, seconds_each: float | None = None
+) -> Iterator[None]:
+    """Attack for the length of the block, from a process of its own.
+
+    Args:
+        attacks: the attacks.
+        address: the service's host and port.
+        tokens: the attackers' tokens, one of each tenant.
+        seconds_each: how long an attack lasts before the next one begins, in an order drawn anew each round; None:
+            all of them last to the end.
+    """
+    numbers = ",".join(str(ATTACKS.index(attack)) for attack in attacks)
+    command = (sys.executable, "-m", __spec__.name, numbers, str(seconds_each or 0), address, *tokens)
     with subprocess.Popen(command) as process:
         try:
             yield
@@ -257,10 +268,11 @@ def attacking(attack: Attack, address: str, tokens: Sequence[str]) -> Iterator[N
                 process.kill()
 
 
-def main(number: str, address: str, *tokens: str) -> None:
-    """Run the attack with this number until SIGTERM."""
+def main(numbers: str, seconds_each: str, address: str, *tokens: str) -> None:
+    """Run the attacks with these numbers until SIGTERM."""
     os.nice(19)
-    asyncio.run(_until_terminated(ATTACKS[int(number)].run(Crowd(address, tokens))))
+    attacks = [ATTACKS[int(number)] for number in numbers.split(",")]
+    asyncio.run(_until_terminated(_alternate(attacks, float(seconds_each), address, tokens)))
 
 
 async def _until_terminated(attack: Awaitable[None]) -> None:
@@ -268,6 +280,19 @@ async def _until_terminated(attack: Awaitable[None]) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     with suppress(asyncio.CancelledError):
         await task
+
+
+async def _alternate(attacks: Sequence[Attack], seconds_each: float, address: str, tokens: Sequence[str]) -> None:
+    def start(attack: Attack) -> Awaitable[None]:
+        attackers = {"no token": 0, "one tenant": 1, "many tenants": len(tokens)}[attack.by]
+        return attack.run(Crowd(address, tokens[:attackers]))
+
+    if not seconds_each:
+        await asyncio.gather(*map(start, attacks))
+    while True:
+        for attack in random.sample(attacks, len(attacks)):
+            with suppress(TimeoutError):
+                await asyncio.wait_for(start(attack), seconds_each)
 
 
 async def _all(attacker: Callable[[int], Awaitable[None]], count: int) -> None:
