@@ -114,7 +114,7 @@ async def long_texts(crowd: Crowd) -> None:
     await _all(send, max(2, len(crowd.tokens)))
 
 
-async def open_streams(crowd: Crowd, method: str, most: int = 4096) -> None:
+async def open_streams(crowd: Crowd, method: str, most: int = 6000) -> None:
     """Open streams on four connections and leave them open."""
     channels = [crowd.channel() for _ in range(4)]
     try:

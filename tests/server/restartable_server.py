@@ -118,11 +118,14 @@ class RestartableServer:
             lines = [line.rpartition(" ") for line in response.read().decode().splitlines() if not line.startswith("#")]
         return {name: float(value) for name, _, value in lines}
 
-    def lost_pages(self) -> float:
-        """KV pages that nobody has, once all sessions are deleted. Those that are kept for conversations which begin
-        with the same picture make room for one that grows: if none is lost, it comes to hold all that are held."""
+    def lost_pages(self, token: str | None = None) -> float:
+        """KV pages that nobody has, once all sessions are deleted.
+
+        Those that are kept for conversations which begin with the same picture make room for one that grows: if none is
+        lost, it comes to hold all that are held. ``token`` is that of any tenant, where tokens are asked for.
+        """
         words = 32
-        with self.client() as client, client.session("full") as session:
+        with self.client(token=token) as client, client.session("full") as session:
             while True:
                 gauges = self.gauges()
                 own = session.state().kv_bytes / gauges["vflow_kv_page_bytes"]
@@ -144,8 +147,11 @@ class RestartableServer:
             self.kill()
 
     @contextmanager
-    def client(self, retry: RetryPolicy | None = None, tenant: str | None = None) -> Iterator[Client]:
+    def client(
+        self, retry: RetryPolicy | None = None, tenant: str | None = None, token: str | None = None
+    ) -> Iterator[Client]:
         """A client of what lives; waits until something does. Without ``retry`` it never tries again."""
         assert self._up.wait(60)
-        with connect(self.address, timeout=30, retry=retry or RetryPolicy(attempts=1), tenant=tenant) as client:
+        retry = retry or RetryPolicy(attempts=1)
+        with connect(self.address, timeout=30, retry=retry, tenant=tenant, token=token) as client:
             yield client
