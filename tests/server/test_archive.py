@@ -143,10 +143,10 @@ def test_a_turn_that_ends_after_its_session_was_deleted_is_told_so(serve_data: S
     session = served.client.session()
     with ThreadPoolExecutor(1) as threads:
         with written_together(served):
+            answer = session.ask("What is this?", max_new_tokens=200, min_new_tokens=200)
+            next(answer)
             deletion = threads.submit(session.delete)
-            until(lambda: handed_in(served) == 1)
-            answer = session.ask("What is this?", max_new_tokens=2)
-            until(lambda: handed_in(served) == 2)
+            until(lambda: handed_in(served) == 2)  # the deletion, and then the turn
         with pytest.raises(SessionDeleted):
             answer.read()
         deletion.result(20)

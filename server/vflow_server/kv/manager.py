@@ -16,7 +16,7 @@ from vflow_server.kv.logged_images import LoggedImages
 from vflow_server.kv.offload import OffloadStore
 from vflow_server.kv.prefix_cache import PrefixCache
 from vflow_server.kv.session_state import SessionState
-from vflow_server.rpc.errors import CapacityExhausted
+from vflow_server.rpc.errors import CapacityExhausted, session_deleted
 from vflow_server.telemetry.metrics import Metrics
 from vflowopt.compression.strategy import Strategy
 from vflowopt.runtime.model_runner import Runtime
@@ -72,19 +72,28 @@ class KVCacheManager:
 
     @contextmanager
     def using(self, state: SessionState) -> Iterator[None]:
-        """Count ``state`` as in use within the block."""
+        """Count ``state`` as in use within the block.
+
+        Raises:
+            ServiceError: SESSION_DELETED.
+        """
+        if state.forgotten:  # no order of calls is known that leads here; pages would be held for good
+            raise session_deleted("the session")
         self._idle.pop(state, None)
         self._in_use[state] = None
         try:
             yield
         finally:
             del self._in_use[state]
-            self._idle[state] = None
             sequence = state.sequence
             self.offloaded.discard_read(sequence)
             self.offloaded.fit()
-            self._images.note(state, sequence.log)
-            state.publish()
+            if state.forgotten:
+                self.forget(state)
+            else:
+                self._idle[state] = None
+                self._images.note(state, sequence.log)
+                state.publish()
 
     @contextmanager
     def lending(self, sequences: Evictable) -> Iterator[None]:
@@ -184,7 +193,11 @@ class KVCacheManager:
             self.offloaded.put(twin.sequence, found[0])
 
     def forget(self, state: SessionState) -> None:
-        """Release the pages, the offloaded cache and the pictures of ``state``, whose session was deleted."""
+        """Release the pages, the offloaded cache and the pictures of ``state``, whose session was deleted.
+
+        Work that is still running in it rolls back, and then releases what it took meanwhile.
+        """
+        state.forgotten = True
         self.offloaded.forget(state.sequence)
         self._images.forget(state)
         state.release()

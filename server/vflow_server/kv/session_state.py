@@ -47,6 +47,7 @@ class SessionState:
     Attributes:
         recalled: whether the log is in memory. The log of an earlier process is read when it is needed.
         snapshot: the latest published state.
+        forgotten: whether the session was deleted, so that it must hold no memory any more.
         turns: finished turns.
         images: pictures and videos in the log.
     """
@@ -56,6 +57,7 @@ class SessionState:
         self.tenant = tenant
         self.record = record
         self.recalled = True
+        self.forgotten = False
         self.snapshot = SessionSnapshot()
         self.turns = 0
         self.images = 0

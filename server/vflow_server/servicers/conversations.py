@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from typing import Any
 
 import grpc
@@ -95,8 +96,11 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
     ) -> conversations_pb2.Session:
         """Create a second session with the same state."""
         origin = self._find(request.name, "name")
-        self._quotas.check_session(origin.tenant, origin.state.snapshot.images)
-        return self._message(await self._sessions.fork(origin))
+        tenant = origin.tenant
+        self._quotas.check_session(tenant)
+        with self._quotas.copying(tenant) as charge:
+            admit = partial(self._quotas.show, tenant, charge)
+            return self._message(await self._sessions.fork(origin, admit=admit))
 
     async def DeleteSession(self, request: conversations_pb2.DeleteSessionRequest, context: Context) -> empty_pb2.Empty:
         """Delete a session and release its memory."""

@@ -7,8 +7,8 @@ Belongs to the event loop's thread.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 from vflow_server.engine.engine import Engine
@@ -82,15 +82,18 @@ class Charge:
 
 @dataclass
 class _Use:
-    """The running work of a tenant, and its allowance."""
+    """The running work of a tenant, the forks that are being made, and its allowance."""
 
     allowance: Allowance | None
     under_way: set[Charge] = field(default_factory=set)
+    copies: set[Charge] = field(default_factory=set)
 
     @property
     def over(self) -> bool:
         """Whether it need not be remembered: nothing is running and the allowance is full."""
-        return not self.under_way and (self.allowance is None or self.allowance.left >= self.allowance.per_minute)
+        return not (self.under_way or self.copies) and (
+            self.allowance is None or self.allowance.left >= self.allowance.per_minute
+        )
 
 
 class Quotas:
@@ -110,16 +113,25 @@ class Quotas:
         self._kv = kv
         self._uses: dict[str, _Use] = {}
 
-    def check_session(self, tenant: str, pictures: int = 0) -> None:
-        """Check that ``tenant`` may have another session, which starts with ``pictures`` pictures.
+    def check_session(self, tenant: str) -> None:
+        """Check that ``tenant`` may have another session. It must be begun before anything else is awaited.
 
         Raises:
-            CapacityExhausted: a quota is exhausted.
+            CapacityExhausted: the quota of sessions is exhausted.
         """
         most = self._quota.sessions
-        if most is not None and sum(1 for _ in self._sessions.of(tenant)) >= most:
+        if most is not None and self._sessions.count(tenant) >= most:
             raise _exceeded("tenant_sessions", most, f"has {most} sessions, as many as it may; delete some", None)
-        self._check_pictures(tenant, pictures)
+
+    @contextmanager
+    def copying(self, tenant: str) -> Iterator[Charge]:
+        """Count the pictures of a session that is being forked within the block, by :meth:`show`."""
+        use, charge = self._use(tenant), Charge()
+        use.copies.add(charge)
+        try:
+            yield charge
+        finally:
+            use.copies.remove(charge)
 
     @asynccontextmanager
     async def work(self, tenant: str) -> AsyncIterator[Charge]:
@@ -176,7 +188,8 @@ class Quotas:
         if most is None or not more:
             return
         shown = sum(session.state.snapshot.images for session in self._sessions.of(tenant))
-        if shown + sum(charge.pictures for charge in self._use(tenant).under_way) + more > most:
+        use = self._use(tenant)
+        if shown + sum(charge.pictures for charge in (*use.under_way, *use.copies)) + more > most:
             raise _exceeded(
                 "tenant_pictures", most, f"has {shown} pictures in its sessions and may have {most}; delete some", None
             )

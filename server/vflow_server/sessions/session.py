@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -113,11 +114,17 @@ class Session:
         self.idle_from = self.used
         self._idle_since = time.monotonic()  # sessions expire by a clock that is never set back
         self._under_way: _UnderWay | None = None
+        self._deletion: asyncio.Future[None] | None = None
 
     @property
     def busy(self) -> bool:
         """Whether work of this session is running or waiting."""
         return self._under_way is not None
+
+    @property
+    def deleting(self) -> bool:
+        """Whether its record is being deleted."""
+        return self._deletion is not None
 
     @property
     def idle(self) -> float:
@@ -220,14 +227,20 @@ class Session:
         ticket.on_result(lambda _: self._answered(request))
         return ticket
 
-    async def fork(self, twin: Session) -> None:
+    async def fork(self, twin: Session, *, admit: Callable[[int], None] = lambda pictures: None) -> None:
         """Copy the state of this session to ``twin``, a new session. Both are busy until that is done.
+
+        Args:
+            twin: the new session, which no caller may know yet.
+            admit: called with the number of pictures that the twin will have, before anything is done; an exception
+                that it raises refuses the fork.
 
         Raises:
             ServiceError: SESSION_BUSY, SESSION_NOT_FOUND, SESSION_DELETED, MODEL_CHANGED, or an error of the engine or
                 of :func:`~vflow_server.sessions.work.fork`.
         """
         await self._until_free()
+        admit(self.state.snapshot.images)
         parts = self._parts
 
         def work(emit: Callable[[None], None]) -> Steps[None]:
@@ -243,7 +256,7 @@ class Session:
         """Wait for the result of a ticket of this session.
 
         Raises:
-            ServiceError: SESSION_DELETED if the work was cancelled by :meth:`delete`.
+            ServiceError: SESSION_DELETED if the work was cancelled by :meth:`release`.
             Exception: the exception that the work raised.
         """
         try:
@@ -251,18 +264,43 @@ class Session:
         except WorkCancelled:  # a caller that cancelled its own work does not ask for the outcome
             raise session_deleted(self.name) from None
 
-    def delete(self) -> Ticket[None, None]:
-        """Cancel the running work and release all memory; the ticket ends when that is done.
+    @asynccontextmanager
+    async def deletion(self) -> AsyncIterator[None]:
+        """The session's deletion: within the block its record is deleted, and work that has not begun waits.
+
+        If the block raises, the session goes on. After it the session is deleted, and its running work is cancelled.
 
         Raises:
-            ServiceError: SERVER_STOPPING or ENGINE_FAILED.
+            ServiceError: SESSION_NOT_FOUND if it was deleted before.
         """
-        self.deleted = True
-        if self._under_way is not None:
+        await self._until_not_deleting()
+        self._deletion = deletion = asyncio.get_running_loop().create_future()
+        try:
+            yield
+            self.deleted = True
+        finally:
+            self._deletion = None
+            deletion.set_result(None)
+
+    async def release(self) -> None:
+        """Cancel the running work of a deleted session, and release its memory; returns when that is done.
+
+        Raises:
+            ServiceError: SERVER_STOPPING or ENGINE_FAILED; then the end of the engine releases it.
+        """
+        await self.stop_working()
+        await self._parts.engine.call(lambda: self._parts.kv.forget(self.state), self.tenant).result()
+
+    async def stop_working(self) -> None:
+        """Cancel the running work, and wait until it has undone what it did."""
+        while self._under_way is not None:
             self._under_way.ticket.cancel()
-        return self._parts.engine.call(lambda: self._parts.kv.forget(self.state), self.tenant)
+            await self._under_way.ticket.ended()
 
     def _begin(self, work: Work[E, R], request_id: str = "") -> Ticket[E, R]:
+        # Looked at once more where nothing can come between the look and the beginning.
+        if self.deleted or self.deleting:
+            raise session_not_found(self.name)
         if self.record is not None and not self.goes_on:
             raise model_changed(self.name, self.record.facts.model, self._parts.runtime.revision)
         return self._follow(self._parts.engine.submit(work, self.tenant), request_id)
@@ -296,6 +334,7 @@ class Session:
 
     async def _until_free(self, request_id: str = "") -> None:
         """Wait for cancelled work and for an earlier call with the same request_id; refuse if other work is running."""
+        await self._until_not_deleting()
         while (current := self._under_way) is not None:
             if current.ticket.cancelled or (request_id and current.request_id == request_id):
                 await current.ticket.ended()
@@ -303,5 +342,15 @@ class Session:
             await current.ticket.ended(_PATIENCE)
             if self._under_way is current and not current.ticket.cancelled:
                 raise session_busy(self.name)
+            await self._until_not_deleting()
+
+    async def _until_not_deleting(self) -> None:
+        """Wait for a deletion that is under way, which may fail.
+
+        Raises:
+            ServiceError: SESSION_NOT_FOUND; the session was deleted.
+        """
+        while self._deletion is not None:
+            await asyncio.wait([self._deletion])
         if self.deleted:
             raise session_not_found(self.name)

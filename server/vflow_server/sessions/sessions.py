@@ -9,8 +9,8 @@ import asyncio
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
 from itertools import count
 
 import structlog
@@ -52,6 +52,7 @@ class SessionStore:
         self.idle_timeout = idle_timeout
         self._archive = archive
         self._sessions: dict[str, Session] = {}
+        self._incomplete: set[Session] = set()
         self._numbers = count(self._recover(archive) if archive is not None else 0)
         by_use = sorted(self, key=lambda session: session.used)
         parts.kv.recover([session.state for session in by_use if session.goes_on])
@@ -62,19 +63,32 @@ class SessionStore:
         Raises:
             ServiceError: CAPACITY_EXHAUSTED if there are too many sessions or the data folder is full; STORAGE_FAILED.
         """
-        session = self._make(tenant, revision)
-        if session.record is not None:
-            try:
+        async with self._coming(tenant, revision) as session:
+            if session.record is not None:
                 await asyncio.wrap_future(session.record.begin())
-            except BaseException:
-                await asyncio.shield(self._forget(session))
-                raise
         return session
+
+    @asynccontextmanager
+    async def _coming(self, tenant: str, revision: StrategyRevision) -> AsyncIterator[Session]:
+        """A new session, which is completed within the block.
+
+        Nobody sees it before. If the block raises, nothing is left of it.
+        """
+        session = self._make(tenant, revision)
+        self._incomplete.add(session)
+        try:
+            yield session
+        except BaseException:  # the caller does not get its name, even if all was done
+            await asyncio.shield(self._forget(session))
+            raise
+        finally:
+            self._incomplete.discard(session)
+        self._sessions[session.name] = session
 
     def _make(self, tenant: str, revision: StrategyRevision) -> Session:
         """A new session, whose record is not written yet."""
         # Sessions of another model are only stored, and use no memory.
-        living = Counter(session.tenant for session in self if session.goes_on)
+        living = Counter(session.tenant for session in (*self, *self._incomplete) if session.goes_on)
         if not may_admit(living, tenant, self._most):
             raise CapacityExhausted(
                 "sessions",
@@ -95,14 +109,7 @@ class SessionStore:
                 time.time(),
             )
             record = SessionRecord(facts, self._archive)
-        return self._add(name, number, tenant, revision, record)
-
-    def _add(
-        self, name: str, number: int, tenant: str, revision: StrategyRevision, record: SessionRecord | None
-    ) -> Session:
-        session = Session(name, number, tenant, revision, self._parts, record)
-        self._sessions[name] = session
-        return session
+        return Session(name, number, tenant, revision, self._parts, record)
 
     def _recover(self, archive: Archive) -> int:
         """Take over the sessions of ``archive``; returns the number of the next new session."""
@@ -116,23 +123,25 @@ class SessionStore:
                 log.error("a stored session cannot be read and is left out", session=facts.name, because=str(error))
                 continue
             revision = StrategyRevision(facts.strategy_name, 0, strategy, "", facts.created)
-            self._add(facts.name, facts.number, facts.tenant, revision, found.record).recover(found)
+            session = Session(facts.name, facts.number, facts.tenant, revision, self._parts, found.record)
+            session.recover(found)
+            self._sessions[session.name] = session
         strays = sum(not session.goes_on for session in self)
         log.info("sessions recovered", sessions=len(self._sessions), of_another_model=strays)
         return following
 
-    async def fork(self, origin: Session) -> Session:
+    async def fork(self, origin: Session, *, admit: Callable[[int], None] = lambda pictures: None) -> Session:
         """Create a session with a copy of the state of ``origin``.
+
+        Args:
+            origin: the session to copy.
+            admit: see :meth:`Session.fork`.
 
         Raises:
             ServiceError: CAPACITY_EXHAUSTED if there are too many sessions, or an error of :meth:`Session.fork`.
         """
-        twin = self._make(origin.tenant, origin.revision)
-        try:
-            await origin.fork(twin)
-        except BaseException:  # the caller does not get the twin's name, even if the fork itself was done
-            await asyncio.shield(self._forget(twin))
-            raise
+        async with self._coming(origin.tenant, origin.revision) as twin:
+            await origin.fork(twin, admit=admit)
         return twin
 
     def get(self, tenant: str, name: str) -> Session:
@@ -148,10 +157,14 @@ class SessionStore:
 
     def of(self, tenant: str) -> Iterator[Session]:
         """The sessions of ``tenant``, oldest first."""
-        return (session for session in self if session.tenant == tenant)
+        return iter(sorted((each for each in self if each.tenant == tenant), key=lambda session: session.number))
+
+    def count(self, tenant: str) -> int:
+        """Number of sessions of ``tenant``, including those that are being created."""
+        return sum(session.tenant == tenant for session in (*self, *self._incomplete))
 
     def __iter__(self) -> Iterator[Session]:
-        """The sessions of all tenants, oldest first."""
+        """The sessions of all tenants, in the order in which they were completed."""
         return iter(self._sessions.values())
 
     async def delete(self, session: Session) -> None:
@@ -163,31 +176,40 @@ class SessionStore:
         await asyncio.shield(self._delete(session))  # a cancelled caller must not leave a session without its record
 
     async def _delete(self, session: Session) -> None:
-        if session.record is not None:
-            await asyncio.wrap_future(session.record.delete())
-        if self._sessions.pop(session.name, None) is None:
-            raise session_not_found(session.name)
-        await session.delete().result()
+        async with session.deletion():
+            if session.record is not None:
+                await asyncio.wrap_future(session.record.delete())
+            self._sessions.pop(session.name)
+        await session.release()
 
     async def _forget(self, session: Session) -> None:
         """Delete a session whose name no caller knows. A record that cannot be deleted now expires after a restart."""
-        if session.record is not None:
-            with suppress(ServiceError):
-                await asyncio.wrap_future(session.record.delete())
-        self._sessions.pop(session.name, None)
+        await session.stop_working()  # or it might write the record after this has deleted it
         with suppress(ServiceError):
-            await session.delete().result()
+            async with session.deletion():
+                if session.record is not None:
+                    with suppress(ServiceError):
+                        await asyncio.wrap_future(session.record.delete())
+            await session.release()
 
     async def expire_forever(self) -> None:
         """Delete sessions as they expire; never returns."""
         while True:
             await asyncio.sleep(min(self.idle_timeout / 4, 10.0))
-            idle = [session for session in self if not session.busy and session.idle > self.idle_timeout]
-            for session in [session for session in idle if session.goes_on]:
-                log.info("session expired", session=session.name)
-                try:
-                    await self.delete(session)
-                except ServiceError as error:  # deleted meanwhile, or the engine is stopping
-                    log.debug("an expired session was not deleted", session=session.name, reason=error.reason)
-                except Exception:  # the other sessions must expire all the same
-                    log.exception("an expired session was not deleted", session=session.name)
+            for session in [each for each in self if self._expired(each)]:
+                await asyncio.shield(self._expire(session))
+
+    def _expired(self, session: Session) -> bool:
+        return session.goes_on and session.idle > self.idle_timeout and not session.busy and not session.deleting
+
+    async def _expire(self, session: Session) -> None:
+        # Looked at once more: it may have been used while the sessions before it were being deleted.
+        if not self._expired(session):
+            return
+        log.info("session expired", session=session.name)
+        try:
+            await self._delete(session)
+        except ServiceError as error:  # the data folder takes nothing, or the engine is stopping
+            log.debug("an expired session was not deleted", session=session.name, reason=error.reason)
+        except Exception:  # the other sessions must expire all the same
+            log.exception("an expired session was not deleted", session=session.name)

@@ -1,0 +1,242 @@
+"""Two calls on one session at the same time, every pair of them, in an order that is forced.
+
+The first call is held where it has got to: at the journal, or before the engine's next step. Then the second one is
+sent, and both are let go. Whatever comes of it is what one of the two orders gives, or a refusal that says why; no page
+is lost, and the journal holds the sessions that are listed, with what was acknowledged.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+
+import grpc
+import pytest
+
+from tests.server.conftest import Serve
+from tests.server.drawing import png
+from tests.server.served import Served
+from tests.server.waiting import until
+from vflow_client import Session, SessionBusy, SessionDeleted, SessionNotFound, VFlowError
+from vflow_client.errors import error_from_call
+from vflow_client.v1.conversations_pb2 import ChatRequest, Part
+from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
+from vflow_server.access.caller import DEFAULT_TENANT
+
+PICTURE = png(40, 50)
+
+
+@dataclass
+class Ring:
+    """A session, and what the calls on it made."""
+
+    served: Served
+    session: Session
+
+    def chat(self) -> None:
+        self.session.ask("What?", max_new_tokens=2, min_new_tokens=2).read()
+
+    def retried(self) -> None:
+        """A turn under a request_id that another call may use at the same time."""
+        request = ChatRequest(session=self.session.name, parts=[Part(text="Once?")], request_id="once")
+        request.options.max_new_tokens = 2
+        try:
+            list(ConversationsStub(self.served.client._channel).Chat(request, timeout=20))
+        except grpc.RpcError as error:
+            raise error_from_call(error) from error
+
+    def cancel(self) -> None:
+        """A turn that is cancelled at once."""
+        self.session.ask("Never?", max_new_tokens=400, min_new_tokens=400).close()
+
+    def show(self) -> None:
+        self.session.add_image(PICTURE)
+
+    def fork(self) -> None:
+        self.session.fork()
+
+    def delete(self) -> None:
+        self.session.delete()
+
+    def look(self) -> None:
+        self.session.state()
+        list(self.served.client.sessions())
+
+    def use_all(self) -> None:
+        """Use every session that is listed, as a caller would that looks for one whose name was lost."""
+        for state in list(self.served.client.sessions()):
+            if state.name != self.session.name:
+                with suppress(VFlowError):
+                    self.served.client.attach(state.name).ask("And?", max_new_tokens=2).read()
+
+    def delete_all_others(self) -> None:
+        for state in list(self.served.client.sessions()):
+            if state.name != self.session.name:
+                with suppress(SessionNotFound):
+                    self.served.client.attach(state.name).delete()
+
+    def expire(self) -> None:
+        """What happens when the session has been idle for too long."""
+        store = self.served.service.sessions
+
+        async def expire() -> None:
+            session = next((each for each in store if each.name == self.session.name), None)
+            if session is None:
+                return
+            if not session.busy:
+                session._idle_since -= store.idle_timeout + 1
+            await store._expire(session)
+
+        self.served.run(expire())
+
+
+CALLS: dict[str, Callable[[Ring], None]] = {
+    "chat": Ring.chat,
+    "retried": Ring.retried,
+    "cancel": Ring.cancel,
+    "show": Ring.show,
+    "fork": Ring.fork,
+    "delete": Ring.delete,
+    "look": Ring.look,
+    "use all": Ring.use_all,
+    "delete all others": Ring.delete_all_others,
+    "expire": Ring.expire,
+}
+
+OFTEN = ("chat", "show", "fork", "delete", "use all", "expire")
+"""Those whose pairs are tried in every run of the tests; the others are in the long one."""
+
+FORESEEN = (SessionBusy, SessionDeleted, SessionNotFound)
+
+
+@contextmanager
+def journal_held(served: Served) -> Iterator[None]:
+    """Nothing is written within the block."""
+    enough = threading.Event()
+    assert served.service.archive is not None
+    held = served.service.archive.submit(lambda connection: enough.wait(20))
+    try:
+        yield
+    finally:
+        enough.set()
+        held.result(20)
+
+
+@contextmanager
+def engine_held(served: Served) -> Iterator[None]:
+    """The engine takes no step within the block."""
+    reached, enough = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        reached.set()
+        enough.wait(20)
+
+    async def submit() -> None:
+        served.service.engine.call(hold, DEFAULT_TENANT)
+
+    served.run(submit())
+    assert reached.wait(20)
+    try:
+        yield
+    finally:
+        enough.set()
+
+
+HOLDS = {"journal": journal_held, "engine": engine_held}
+
+
+def settle(served: Served) -> None:
+    """Let the calls that were sent get as far as they can: many rounds of the event loop."""
+
+    async def rounds() -> None:
+        for _ in range(20):
+            await asyncio.sleep(0.0005)
+
+    served.run(rounds())
+
+
+def run_pair(served: Served, hold: str, first: str, second: str) -> None:
+    session = served.client.session("preset-25")
+    session.ask("Begin", max_new_tokens=2, min_new_tokens=2).read()
+    ring = Ring(served, session)
+    with ThreadPoolExecutor(2) as threads:
+        with ExitStack() as held:
+            held.enter_context(HOLDS[hold](served))
+            calls = [threads.submit(CALLS[first], ring)]
+            settle(served)
+            calls.append(threads.submit(CALLS[second], ring))
+            settle(served)
+        for name, call in zip((first, second), calls, strict=True):
+            failure = call.exception(20)
+            assert failure is None or isinstance(failure, FORESEEN), (name, failure)
+    store = served.service.sessions
+    until(lambda: not any(each.busy for each in store))
+    served.kv_bytes()  # proves the integrity of the pool
+    assert served.service.archive is not None
+    stored = served.service.archive.submit(
+        lambda connection: connection.execute(
+            "SELECT name, count(number), coalesce(sum(answered), 0), coalesce(sum(images), 0) "
+            "FROM sessions LEFT JOIN entries ON session = name GROUP BY name"
+        ).fetchall()
+    ).result(20)
+    listed = {state.name: (state.turn_count, state.image_count) for state in served.client.sessions()}
+    assert {name: (turns, images) for name, _, turns, images in stored} == listed
+    if "delete" in (first, second):
+        assert session.name not in listed
+    for name in listed:  # whatever is left goes on
+        served.client.attach(name).ask("Still there?", max_new_tokens=1).read()
+        served.client.attach(name).delete()
+    assert served.kv_bytes() == 0
+
+
+@pytest.mark.parametrize("hold", HOLDS)
+@pytest.mark.parametrize("first", OFTEN)
+def test_two_calls_at_once_are_one_after_the_other(serve_data: Serve, hold: str, first: str) -> None:
+    served = serve_data()
+    for second in OFTEN:
+        run_pair(served, hold, first, second)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("hold", HOLDS)
+@pytest.mark.parametrize("first", CALLS)
+def test_every_pair_many_times(serve_data: Serve, hold: str, first: str) -> None:
+    served = serve_data()
+    for second in (*CALLS, *CALLS, *CALLS):
+        run_pair(served, hold, first, second)
+
+
+def test_a_session_is_not_listed_before_it_is_complete(serve_data: Serve) -> None:
+    served = serve_data()
+    session = served.client.session()
+    with ThreadPoolExecutor(2) as threads:
+        with journal_held(served):
+            twin = threads.submit(session.fork)
+            new = threads.submit(served.client.session)
+            settle(served)
+            assert [state.name for state in served.client.sessions()] == [session.name]
+        names = {session.name, twin.result(20).name, new.result(20).name}
+    assert {state.name for state in served.client.sessions()} == names
+
+
+def test_a_session_that_is_used_again_does_not_expire(serve_data: Serve) -> None:
+    """Expiry takes one session after the other; it looks at each again before it deletes it."""
+    served = serve_data(idle_timeout="1s")
+    store = served.service.sessions
+    sessions = [served.client.session() for _ in range(3)]
+
+    async def age() -> None:
+        for session in sessions:
+            store.get(DEFAULT_TENANT, session.name)._idle_since -= 3600
+
+    with ThreadPoolExecutor(1) as threads:
+        with journal_held(served):
+            served.run(age())
+            until(lambda: store.get(DEFAULT_TENANT, sessions[0].name).deleting)  # it waits for the journal
+            answer = threads.submit(lambda: sessions[2].ask("Still there?", max_new_tokens=1).read())
+            until(lambda: served.live(sessions[2]).busy)
+        answer.result(20)
+    until(lambda: len(list(served.client.sessions())) == 1)
+    assert sessions[2].state().turn_count == 1
