@@ -19,7 +19,7 @@ from tests.server.conftest import Serve
 from tests.server.drawing import png
 from tests.server.served import Served
 from tests.server.waiting import until
-from vflow_client import Session, SessionBusy, SessionDeleted, SessionNotFound, VFlowError
+from vflow_client import DeadlineExceeded, Session, SessionBusy, SessionDeleted, SessionNotFound, VFlowError
 from vflow_client.errors import error_from_call
 from vflow_client.v1.conversations_pb2 import ChatRequest, Part
 from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
@@ -57,6 +57,10 @@ class Ring:
     def fork(self) -> None:
         self.session.fork()
 
+    def fork_and_leave(self) -> None:
+        with suppress(DeadlineExceeded):
+            self.session.fork(timeout=0.02)
+
     def delete(self) -> None:
         self.session.delete()
 
@@ -82,12 +86,10 @@ class Ring:
         store = self.served.service.sessions
 
         async def expire() -> None:
-            session = next((each for each in store if each.name == self.session.name), None)
-            if session is None:
-                return
-            if not session.busy:
-                session._idle_since -= store.idle_timeout + 1
-            await store._expire(session)
+            for session in store:
+                if session.name == self.session.name and not session.busy:
+                    session._idle_since -= store.idle_timeout + 1
+            await store.expire()
 
         self.served.run(expire())
 
@@ -98,6 +100,7 @@ CALLS: dict[str, Callable[[Ring], None]] = {
     "cancel": Ring.cancel,
     "show": Ring.show,
     "fork": Ring.fork,
+    "fork and leave": Ring.fork_and_leave,
     "delete": Ring.delete,
     "look": Ring.look,
     "use all": Ring.use_all,
@@ -223,7 +226,7 @@ def test_a_session_is_not_listed_before_it_is_complete(serve_data: Serve) -> Non
 
 def test_a_session_that_is_used_again_does_not_expire(serve_data: Serve) -> None:
     """Expiry takes one session after the other; it looks at each again before it deletes it."""
-    served = serve_data(idle_timeout="1s")
+    served = serve_data()
     store = served.service.sessions
     sessions = [served.client.session() for _ in range(3)]
 
@@ -231,12 +234,13 @@ def test_a_session_that_is_used_again_does_not_expire(serve_data: Serve) -> None
         for session in sessions:
             store.get(DEFAULT_TENANT, session.name)._idle_since -= 3600
 
-    with ThreadPoolExecutor(1) as threads:
+    with ThreadPoolExecutor(2) as threads:
         with journal_held(served):
             served.run(age())
+            expiry = threads.submit(served.run, store.expire())
             until(lambda: store.get(DEFAULT_TENANT, sessions[0].name).deleting)  # it waits for the journal
             answer = threads.submit(lambda: sessions[2].ask("Still there?", max_new_tokens=1).read())
             until(lambda: served.live(sessions[2]).busy)
         answer.result(20)
-    until(lambda: len(list(served.client.sessions())) == 1)
-    assert sessions[2].state().turn_count == 1
+        expiry.result(20)
+    assert [state.turn_count for state in served.client.sessions()] == [1]

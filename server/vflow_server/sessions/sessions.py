@@ -196,8 +196,12 @@ class SessionStore:
         """Delete sessions as they expire; never returns."""
         while True:
             await asyncio.sleep(min(self.idle_timeout / 4, 10.0))
-            for session in [each for each in self if self._expired(each)]:
-                await asyncio.shield(self._expire(session))
+            await self.expire()
+
+    async def expire(self) -> None:
+        """Delete the sessions that have expired."""
+        for session in [each for each in self if self._expired(each)]:
+            await asyncio.shield(self._expire(session))
 
     def _expired(self, session: Session) -> bool:
         return session.goes_on and session.idle > self.idle_timeout and not session.busy and not session.deleting
