@@ -27,6 +27,7 @@ from vflow_server.access.certificates import CertificateFiles
 from vflow_server.engine.encoder import EncoderThread
 from vflow_server.engine.engine import Engine
 from vflow_server.engine.scheduler import Scheduler
+from vflow_server.engine.token_meter import TokenMeter
 from vflow_server.images.store import PictureStore
 from vflow_server.images.video_reader import VideoReader
 from vflow_server.interceptors.calls import Calls
@@ -126,10 +127,11 @@ class Service:
         )
         self.encoder = EncoderThread(runtime)
         self._draining = Draining()
+        meter = TokenMeter()
         self.engine = Engine(
             waiting=settings.max_waiting,
             running=settings.max_running,
-            schedule=Scheduler(runtime, self.kv, self.images, self.encoder, self.metrics),
+            schedule=Scheduler(runtime, self.kv, self.images, self.encoder, self.metrics, meter),
             on_death=self._engine_died,
         )
         self.retunes = Retunes(self.engine, runtime, self.kv, self.encoder, self.strategies, self.operations)
@@ -142,6 +144,7 @@ class Service:
             share=settings.watch_share,
             floor=settings.watch_floor,
             window=settings.watch_window,
+            judges=settings.watch_tenants,
             engine=self.engine,
             runtime=runtime,
             kv=self.kv,
@@ -162,7 +165,7 @@ class Service:
             turns=settings.tenant_turns,
             tokens_per_minute=settings.tenant_tokens,
         )
-        self.quotas = Quotas(quota, self.sessions, self.engine, self.kv)
+        self.quotas = Quotas(quota, self.sessions, self.engine, self.kv, meter)
         self.parts = ServiceParts(
             runtime=runtime,
             engine=self.engine,

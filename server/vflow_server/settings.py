@@ -14,6 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from vflow_server.access.caller import tenants
 from vflow_server.access.tokens import TokenEntry, entries_or_file
 from vflow_server.option import (
     Option,
@@ -258,9 +259,17 @@ class Settings:
     watch_window: int = option(
         Group.STRATEGIES,
         "20",
-        "number of replayed turns in that mean, the latest of the active strategy",
+        "number of a tenant's replayed turns in that mean, the latest with the active strategy; tenants count equally, "
+        "each from a quarter of this number on",
         whole(1),
         metavar="N",
+    )
+    watch_tenants: frozenset[str] | None = option(
+        Group.STRATEGIES,
+        None,
+        "tenants whose turns are in that mean, separated by commas (unset: all)",
+        tenants,
+        metavar="NAMES",
     )
 
     metrics_host: str = option(Group.MONITORING, "127.0.0.1", "address of the metrics port", metavar="HOST")

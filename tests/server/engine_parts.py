@@ -5,6 +5,7 @@ from pathlib import Path
 
 from vflow_server.engine.encoder import EncoderThread
 from vflow_server.engine.scheduler import Scheduler
+from vflow_server.engine.token_meter import TokenMeter
 from vflow_server.kv.image_cache import ImageCache
 from vflow_server.kv.logged_images import LoggedImages
 from vflow_server.kv.manager import KVCacheManager
@@ -29,7 +30,7 @@ class EngineParts:
         return cls(runtime, kv, ImageCache(1 << 20, runtime.model.device), EncoderThread(runtime))
 
     def scheduler(self) -> Scheduler:
-        return Scheduler(self.runtime, self.kv, self.images, self.encoder, Metrics())
+        return Scheduler(self.runtime, self.kv, self.images, self.encoder, Metrics(), TokenMeter())
 
     def close(self) -> None:
         self.encoder.close()

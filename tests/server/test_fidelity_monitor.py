@@ -1,6 +1,6 @@
 """The live watch: what it sees of turns, and what it does about it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -11,10 +11,10 @@ from tests.server.served import Served
 from tests.server.waiting import until
 from vflow_client import Client
 from vflow_client.v1.strategies_pb2 import StrategyEvent
-from vflow_server.tuning.fidelity_monitor import FidelityTotals
+from vflow_server.tuning.fidelity_monitor import FidelityMonitor, FidelityTotals
 from vflowopt.runtime.cache import PoolExhausted
 from vflowopt.runtime.model_runner import Runtime
-from vflowopt.search.replay import Fidelity
+from vflowopt.search.replay import AnsweredTurn, Fidelity
 
 
 def converse(client: Client, strategy: str = "", **options: Any) -> None:
@@ -89,6 +89,54 @@ def test_below_the_floor_the_strategy_before_becomes_active_again(serve: Serve, 
     strategies.activate("preset-10")
     seen(served, "preset-10", 6)
     assert strategies.get("preset-10").active
+
+
+def converse_as(served: Served, tenant: str, times: int) -> None:
+    """Three turns at a time by a tenant."""
+    with served.connect(tenant=tenant) as client:
+        for _ in range(times):
+            converse(client, "preset-10")
+
+
+class Judged:
+    """Cosines for the turns of each tenant, in place of the measured ones."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, cosines: Mapping[str, float]) -> None:
+        async def look(monitor: FidelityMonitor, turn: AnsweredTurn, pictures: object) -> Fidelity:
+            return Fidelity(cosines[turn.tenant], 1, 1)
+
+        monkeypatch.setattr(FidelityMonitor, "_look", look)
+
+
+def test_tenants_count_equally_however_many_turns_they_take(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    Judged(monkeypatch, {"odd": 0.7, "red": 0.99, "blue": 0.99})
+    served = serve(watch_share="1", watch_floor="0.85", watch_window="8")
+    strategies = served.client.strategies
+    strategies.activate("preset-25")
+    strategies.activate("preset-10")
+    converse_as(served, "red", 1)
+    converse_as(served, "blue", 1)
+    converse_as(served, "odd", 8)  # with all turns counted equally the mean is 0.76
+    seen(served, "preset-10", 30)
+    assert strategies.get("preset-10").active
+    Judged(monkeypatch, {"odd": 0.7, "red": 0.8, "blue": 0.8})
+    converse_as(served, "red", 3)
+    converse_as(served, "blue", 3)
+    until(lambda: strategies.get("preset-25").active)
+    assert "3 tenants counted equally" in strategies.get("preset-10").events[-1].reason
+
+
+def test_only_named_tenants_count(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    Judged(monkeypatch, {"odd": 0.1, "red": 0.5})
+    served = serve(watch_share="1", watch_floor="0.85", watch_window="4", watch_tenants="red")
+    strategies = served.client.strategies
+    strategies.activate("preset-25")
+    strategies.activate("preset-10")
+    converse_as(served, "odd", 2)
+    seen(served, "preset-10", 6)
+    assert strategies.get("preset-10").active
+    converse_as(served, "red", 2)
+    until(lambda: strategies.get("preset-25").active)
 
 
 def test_it_says_once_that_there_is_nothing_to_roll_back_to(serve: Serve, capsys: Any) -> None:

@@ -1,8 +1,10 @@
 """Quotas over a real channel: the limits of one tenant, even with free capacity, and their effect on others."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import grpc
@@ -112,6 +114,49 @@ def test_tokens_of_a_turn_that_was_cancelled_count(serve: Serve) -> None:
     until(lambda: not served.live(session).busy)
     with exceeded("tenant_tokens", 30, retry=True):
         ask(session)
+
+
+def test_tokens_of_a_question_count_though_its_answer_is_never_read(serve: Serve) -> None:
+    """The tokens of the prompt are run before the first one of the answer."""
+    served = serve(tenant_tokens="200")
+    session = served.client.session()
+    session.ask("word " * 150, max_new_tokens=1, timeout=20).close()
+    answer = session.ask("word " * 150, max_new_tokens=4000, min_new_tokens=4000)
+    next(answer)
+    answer.close()
+    until(lambda: not served.live(session).busy)
+    with exceeded("tenant_tokens", 200, retry=True):
+        ask(session)
+    assert session.state().turn_count == 0
+
+
+def test_forks_and_sessions_at_once_do_not_exceed_the_quotas(serve_data: Serve) -> None:
+    """What is being made counts before it is there."""
+    served = serve_data(tenant_pictures="10", tenant_sessions="7")
+    origins = [served.client.session() for _ in range(3)]
+    for session in origins:
+        for seed in range(2):
+            session.add_image(png(60, 60, seed=seed))
+    assert served.service.archive is not None
+    enough = threading.Event()
+    held = served.service.archive.submit(lambda connection: enough.wait(20))
+    with ThreadPoolExecutor(6) as threads:
+        forks = [threads.submit(session.fork) for session in origins]
+        until(lambda: any(fork.done() for fork in forks))
+        new = [threads.submit(served.client.session) for _ in range(3)]
+        until(lambda: any(each.done() for each in new))
+        enough.set()
+        refusals = [each.exception(20) for each in (*forks, *new)]
+    held.result(20)
+    refused = [error.metadata["resource"] for error in refusals if isinstance(error, CapacityExhausted)]
+    assert refused == ["tenant_pictures", "tenant_sessions"]
+    states = list(served.client.sessions())
+    assert (len(states), sum(state.image_count for state in states)) == (7, 10)
+    with exceeded("tenant_sessions", 7, retry=False):
+        served.client.session()
+    served.client.attach(states[-1].name).delete()  # one of those without pictures
+    with exceeded("tenant_pictures", 10, retry=False):
+        origins[0].fork()
 
 
 def test_tokens_come_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,6 +158,9 @@ def test_a_cancelled_search_leaves_the_best_so_far_as_a_draft(serve: Serve, gate
     with pytest.raises(RetuneRunning) as refused:
         served.client.strategies.retune(0.2, samples(1))
     assert refused.value.metadata == {"operation": search.name}
+    with served.connect(tenant="other") as other, pytest.raises(RetuneRunning, match="of another tenant") as elsewhere:
+        other.strategies.retune(0.2, samples(1))
+    assert not elsewhere.value.metadata and search.name not in str(elsewhere.value)
     search.cancel()
     with pytest.raises(OperationCancelled) as ended:
         search.result(timeout=20)

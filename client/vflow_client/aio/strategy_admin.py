@@ -153,7 +153,7 @@ class AsyncStrategyAdmin:
             The search: iterate over it for its progress; `result()` waits for its strategy.
 
         Raises:
-            RetuneRunning: another search runs; its `metadata["operation"]` names it.
+            RetuneRunning: another search runs; its `metadata["operation"]` names it, if it is one of the tenant.
             CalibrationUnavailable: the service has no live traffic.
             StrategyNotFound: there is no strategy `base`.
             StrategyExists: `strategy_id` belongs to another strategy.

@@ -49,3 +49,17 @@ _TENANT = re.compile("[a-z0-9-]{1,63}")
 def is_tenant(name: str) -> bool:
     """Whether ``name`` can name a tenant."""
     return _TENANT.fullmatch(name) is not None
+
+
+def tenants(text: str) -> frozenset[str]:
+    """The tenants that ``text`` names, separated by commas.
+
+    Raises:
+        ValueError: it names none, or one of them cannot name a tenant.
+    """
+    names = [name.strip() for name in text.split(",")]
+    if not all(map(is_tenant, names)):
+        raise ValueError(
+            "expected names of tenants, separated by commas, each of lower-case letters, digits and hyphens"
+        )
+    return frozenset(names)

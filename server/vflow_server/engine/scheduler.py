@@ -22,6 +22,7 @@ from vflow_server.engine.encoder import EncoderThread
 from vflow_server.engine.engine import Task
 from vflow_server.engine.fair_queue import RoundRobin
 from vflow_server.engine.ops import Encode, Forward, Idle, Wait
+from vflow_server.engine.token_meter import TokenMeter
 from vflow_server.kv.image_cache import ImageCache
 from vflow_server.kv.manager import KVCacheManager
 from vflow_server.telemetry.metrics import Metrics
@@ -75,16 +76,24 @@ class Scheduler:
         images: the cache of compressed pictures.
         encoder: compresses pictures that are not cached.
         metrics: counts the steps.
+        meter: counts the tokens of each tenant.
     """
 
     def __init__(
-        self, runtime: Runtime, kv: KVCacheManager, images: ImageCache, encoder: EncoderThread, metrics: Metrics
+        self,
+        runtime: Runtime,
+        kv: KVCacheManager,
+        images: ImageCache,
+        encoder: EncoderThread,
+        metrics: Metrics,
+        meter: TokenMeter,
     ) -> None:
         self._runtime = runtime
         self._kv = kv
         self._images = images
         self._encoder = encoder
         self._metrics = metrics
+        self._meter = meter
         self._pictures = RoundRobin()
         self._encoding: _Encoding | None = None
         self._threads = torch.get_num_threads()
@@ -236,6 +245,8 @@ class Scheduler:
                 return
             else:
                 self._metrics.step(time.perf_counter() - begun, batch.pending, batch.limits)
+                for each, limit in zip(batch, batch.limits, strict=True):
+                    self._meter.add(each.task.tenant, limit)
                 batch.finish(tokens, begun)
                 return
 

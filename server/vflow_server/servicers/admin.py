@@ -99,7 +99,7 @@ class Strategies(strategies_pb2_grpc.StrategiesServicer):
 
     async def Retune(self, request: strategies_pb2.RetuneRequest, context: Context) -> operations_pb2.Operation:
         """Start a search for the most faithful strategy within a budget."""
-        self._retunes.check_free()
+        self._retunes.check_free(current_caller().tenant)
         name = ""
         if request.strategy_id:
             name = f"strategies/{check_identifier(request.strategy_id, 'strategy_id')}"

@@ -130,7 +130,6 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
     async def _show(self, visual: Visual, session: Session, charge: Charge) -> images_pb2.ImageReceipt:
         self._quotas.show(session.tenant, charge, 1)
         receipt = await session.show(visual)
-        charge.tokens = receipt.kept_tokens[0]
         self._receipt_log.picture(session.tenant, receipt)
         return receipt
 
@@ -171,10 +170,8 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
             return
         try:
             async for text in answer.events():
-                charge.tokens += 1  # an estimate, for answers that are cut off
                 await _write(context, _delta(text))
             finished = await session.outcome(answer)
-            charge.tokens = finished.receipt.new_prompt_tokens + finished.usage.completion_tokens
             self._receipt_log.turn(session.tenant, session.name, finished)
             await _write(context, conversations_pb2.ChatResponse(finished=finished))
         finally:

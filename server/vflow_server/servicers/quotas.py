@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 from vflow_server.engine.engine import Engine
+from vflow_server.engine.token_meter import TokenMeter
 from vflow_server.kv.manager import KVCacheManager
 from vflow_server.rpc.errors import CapacityExhausted
 from vflow_server.sessions.sessions import SessionStore
@@ -27,8 +28,9 @@ class Quota:
         kv_bytes: bytes of KV cache that its sessions may hold when new work starts. Idle sessions are offloaded before
             work is refused.
         turns: number of turns, pictures that are added, and pictures that are compressed, at the same time.
-        tokens_per_minute: tokens that are run or generated per minute. They are known when a turn has ended; a tenant
-            that exceeded the bound must wait before its next turn.
+        tokens_per_minute: tokens that are run or generated per minute, counted as they are run, whatever becomes of the
+            turn or picture that they were run for. A tenant that exceeded the bound must wait before it begins further
+            work.
     """
 
     sessions: int | None = None
@@ -69,24 +71,23 @@ class Allowance:
 
 @dataclass(eq=False)
 class Charge:
-    """The cost of one piece of running work, which the servicer updates.
+    """What one piece of running work adds.
 
     Attributes:
-        tokens: tokens that were run or generated.
         pictures: pictures that it adds to a session (:meth:`Quotas.show`).
     """
 
-    tokens: int = 0
     pictures: int = 0
 
 
 @dataclass
 class _Use:
-    """The running work of a tenant, the forks that are being made, and its allowance."""
+    """The running work of a tenant, its forks that are being made, its allowance, and the tokens taken from that."""
 
     allowance: Allowance | None
     under_way: set[Charge] = field(default_factory=set)
     copies: set[Charge] = field(default_factory=set)
+    spent: int = 0
 
     @property
     def over(self) -> bool:
@@ -104,13 +105,17 @@ class Quotas:
         sessions: the sessions that exist.
         engine: calls ``kv`` in its thread.
         kv: offloads the caches of idle sessions.
+        meter: counts the tokens of the tenants.
     """
 
-    def __init__(self, quota: Quota, sessions: SessionStore, engine: Engine, kv: KVCacheManager) -> None:
+    def __init__(
+        self, quota: Quota, sessions: SessionStore, engine: Engine, kv: KVCacheManager, meter: TokenMeter
+    ) -> None:
         self._quota = quota
         self._sessions = sessions
         self._engine = engine
         self._kv = kv
+        self._meter = meter
         self._uses: dict[str, _Use] = {}
 
     def check_session(self, tenant: str) -> None:
@@ -149,8 +154,6 @@ class Quotas:
             yield charge
         finally:
             use.under_way.remove(charge)
-            if use.allowance is not None:
-                use.allowance.spend(charge.tokens)
 
     def show(self, tenant: str, work: Charge, pictures: int) -> None:
         """Count ``pictures`` pictures that ``work`` is about to add to a session.
@@ -163,10 +166,28 @@ class Quotas:
 
     def _use(self, tenant: str) -> _Use:
         if tenant not in self._uses:
-            self._uses = {name: use for name, use in self._uses.items() if not use.over}
+            self._forget_idle()
             minute = self._quota.tokens_per_minute
             self._uses[tenant] = _Use(None if minute is None else Allowance(minute))
-        return self._uses[tenant]
+            if minute is not None:
+                self._meter.watch(tenant)
+        use = self._uses[tenant]
+        self._spend(tenant, use)
+        return use
+
+    def _forget_idle(self) -> None:
+        for tenant, use in list(self._uses.items()):
+            self._spend(tenant, use)
+            if use.over:
+                del self._uses[tenant]
+                self._meter.forget(tenant)
+
+    def _spend(self, tenant: str, use: _Use) -> None:
+        """Take the tokens that were run since the last call from the allowance."""
+        total = self._meter.total(tenant)
+        if use.allowance is not None and total > use.spent:
+            use.allowance.spend(total - use.spent)
+            use.spent = total
 
     def _check_work(self, use: _Use) -> None:
         most = self._quota.turns

@@ -187,7 +187,7 @@ class SessionStore:
         await session.stop_working()  # or it might write the record after this has deleted it
         with suppress(ServiceError):
             async with session.deletion():
-                if session.record is not None:
+                if session.record is not None and session.record.stored:
                     with suppress(ServiceError):
                         await asyncio.wrap_future(session.record.delete())
             await session.release()

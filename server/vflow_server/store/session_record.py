@@ -74,10 +74,15 @@ class SessionRecord:
         facts: the part that never changes.
         archive: stores the record.
         entries: number of entries that the record has already.
+        stored: whether it is in the archive already.
+
+    Attributes:
+        stored: whether it may be in the archive, so that it has to be deleted.
     """
 
-    def __init__(self, facts: SessionFacts, archive: Archive, entries: int = 0) -> None:
+    def __init__(self, facts: SessionFacts, archive: Archive, entries: int = 0, *, stored: bool = False) -> None:
         self.facts = facts
+        self.stored = stored
         self._archive = archive
         self._entries = entries
 
@@ -86,6 +91,7 @@ class SessionRecord:
 
         The future raises CAPACITY_EXHAUSTED if the data folder is full.
         """
+        self.stored = True
         return self._archive.submit(self._insert)
 
     def write(self, entry: Entry, answer: StoredAnswer | None = None) -> Future[None]:
@@ -125,6 +131,7 @@ class SessionRecord:
 
         The future raises CAPACITY_EXHAUSTED if the data folder is full, SESSION_DAMAGED if ``origin`` is damaged.
         """
+        self.stored = True
         self._entries = origin._entries
 
         def fork(connection: sqlite3.Connection) -> None:
@@ -301,7 +308,7 @@ def recover(archive: Archive) -> list[Recovered]:
             "FROM sessions LEFT JOIN entries ON session = name GROUP BY name ORDER BY sequence"
         )
         return [
-            Recovered(SessionRecord(SessionFacts(*facts), archive, entries), used, turns, images)
+            Recovered(SessionRecord(SessionFacts(*facts), archive, entries, stored=True), used, turns, images)
             for *facts, used, entries, turns, images in rows
         ]
 

@@ -1,17 +1,19 @@
 """The fidelity monitor: compares a share of the turns with the unpruned model.
 
-It rolls the active strategy back if its mean cosine falls below a floor. Belongs to the event loop's thread, except the
-methods that turns call.
+It rolls the active strategy back if its mean cosine falls below a floor. In that mean tenants count equally, however
+many turns each of them takes, so that none of them decides alone what all others get. Belongs to the event loop's
+thread, except the methods that turns call.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections import defaultdict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from statistics import fmean
 
 import structlog
 
@@ -28,6 +30,9 @@ from vflowopt.search.replay import AnsweredTurn, Fidelity, Replay
 
 MOST_WAITING = 16
 """Turns that may wait for their comparison; further ones are skipped."""
+
+MOST_TENANTS = 256
+"""Tenants whose latest compared turns are remembered: those that were compared last."""
 
 log = structlog.get_logger(__name__)
 
@@ -76,7 +81,9 @@ class FidelityMonitor:
     Args:
         share: share of the turns to compare, 0 to 1.
         floor: mean cosine below which the active strategy is rolled back; None: it never is.
-        window: number of the latest compared turns that the mean is taken of. With fewer turns nothing is rolled back.
+        window: number of the latest compared turns of a tenant that its mean is taken of. A tenant counts once it has a
+            quarter of them. While all that count have fewer together, nothing is rolled back.
+        judges: the tenants that count; None: all.
         engine: runs the comparisons.
         runtime: the model.
         kv: frees KV pages for them.
@@ -94,6 +101,7 @@ class FidelityMonitor:
         share: float,
         floor: float | None,
         window: int,
+        judges: frozenset[str] | None,
         engine: Engine,
         runtime: Runtime,
         kv: KVCacheManager,
@@ -113,8 +121,9 @@ class FidelityMonitor:
         self._loop = asyncio.get_running_loop()
         self._waiting: asyncio.Queue[tuple[AnsweredTurn, Mapping[Identity, Picture]]] = asyncio.Queue(MOST_WAITING)
         self._enough = window
-        self._window: deque[float] = deque(maxlen=window)
-        # The window belongs to this activation: another one, even of the same strategy, begins a new window.
+        self._judges = judges
+        # The windows belong to this activation: another one, even of the same strategy, begins new ones.
+        self._windows: OrderedDict[str, deque[float]] = OrderedDict()
         self._etag = strategies.etag
         self._resigned = False
 
@@ -141,7 +150,7 @@ class FidelityMonitor:
             totals.add(fidelity)
             if totals.watched % self._enough == 0:
                 log.info("watched", strategy=turn.strategy_name, **asdict(totals))
-            await self._judge(turn.strategy_name, fidelity.cosine)
+            await self._judge(turn.strategy_name, turn.tenant, fidelity.cosine)
 
     def _put(self, turn: AnsweredTurn) -> None:
         if not turn.pictures:
@@ -170,21 +179,28 @@ class FidelityMonitor:
         finally:
             ticket.cancel()
 
-    async def _judge(self, name: str, cosine: float) -> None:
-        """Add a turn of the strategy ``name`` to the window; roll the active strategy back if the mean is too low."""
+    async def _judge(self, name: str, tenant: str, cosine: float) -> None:
+        """Add a turn of the strategy ``name`` to the tenant's window; roll back if the mean of all is too low."""
         if self._etag != self._strategies.etag:
             self._etag = self._strategies.etag
-            self._window.clear()
+            self._windows.clear()
             self._resigned = False
-        if name != self._strategies.active.name:
+        if name != self._strategies.active.name or (self._judges is not None and tenant not in self._judges):
             return
-        self._window.append(cosine)
-        mean = sum(self._window) / len(self._window)
-        if self._floor is None or len(self._window) < self._enough or mean >= self._floor or self._resigned:
+        self._windows.setdefault(tenant, deque(maxlen=self._enough)).append(cosine)
+        self._windows.move_to_end(tenant)
+        if len(self._windows) > MOST_TENANTS:
+            self._windows.popitem(last=False)
+        counted = [window for window in self._windows.values() if 4 * len(window) >= self._enough]
+        turns = sum(map(len, counted))
+        if self._floor is None or turns < self._enough or self._resigned:
+            return
+        mean = fmean(map(fmean, counted))
+        if mean >= self._floor:
             return
         reason = (
-            f"the mean cosine of the last {len(self._window)} watched turns is {mean:.4f}, below the floor of "
-            f"{self._floor:g}"
+            f"the mean cosine of the last {turns} watched turns is {mean:.4f}, with {len(counted)} tenants counted "
+            f"equally, below the floor of {self._floor:g}"
         )
         try:
             restored = await self._strategies.roll_back(self._etag, reason)

@@ -211,8 +211,8 @@ class Retunes:
         """The operation of the running search; None if there is none."""
         return None if self._running is None else self._running.operation
 
-    def check_free(self) -> None:
-        """Check that no search is running.
+    def check_free(self, tenant: str) -> None:
+        """Check that no search is running. The refusal names one that belongs to ``tenant``, and no other.
 
         Raises:
             ServiceError: RETUNE_RUNNING, SERVER_STOPPING.
@@ -220,12 +220,18 @@ class Retunes:
         if self._closed:
             raise server_stopping()
         if self._running is not None:
-            name = self._running.operation.name
+            operation = self._running.operation
+            if operation.tenant != tenant:
+                raise ServiceError(
+                    grpc.StatusCode.ABORTED,
+                    "RETUNE_RUNNING",
+                    "a search of another tenant is under way already; wait for its end",
+                )
             raise ServiceError(
                 grpc.StatusCode.ABORTED,
                 "RETUNE_RUNNING",
-                f"a search is under way already, {name!r}; follow it, cancel it, or wait for its end",
-                metadata={"operation": name},
+                f"a search is under way already, {operation.name!r}; follow it, cancel it, or wait for its end",
+                metadata={"operation": operation.name},
             )
 
     async def begin(self, tenant: str, order: RetuneOrder) -> Operation:
@@ -235,7 +241,7 @@ class Retunes:
             InvalidRequest: STRATEGY_INVALID if the budget is out of range or the base does not fit the model.
             ServiceError: RETUNE_RUNNING, SERVER_STOPPING, ENGINE_FAILED, STORAGE_FAILED.
         """
-        self.check_free()
+        self.check_free(tenant)
         runtime = self._runtime
         calibration = Calibration(runtime, order.samples)
         try:
