@@ -1,5 +1,6 @@
 """The request of a turn: shared by the synchronous and the asyncio client, without input or output of its own."""
 
+import random
 import uuid
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
@@ -47,7 +48,8 @@ def chat_request(
         min_new_tokens=min_new_tokens,
         temperature=temperature,
         top_p=top_p,
-        seed=seed,
+        # A sampled answer that is cut off can only be continued if it is sampled again in the same way.
+        seed=random.getrandbits(63) if seed is None and temperature else seed,
         stop=[stop] if isinstance(stop, str) else list(stop),
     )
     return ChatRequest(session=session, parts=message, options=options, request_id=str(uuid.uuid4()))

@@ -23,6 +23,9 @@ from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
 from vflow_client.v1.images_pb2 import ImageReceipt
 from vflow_client.video_source import Video, to_video
 
+FAREWELL = 2.0
+"""Seconds for the deletion of a session whose block has ended with an error."""
+
 
 class Session:
     """A conversation in the service. Leaving it as a context manager deletes it there."""
@@ -161,9 +164,10 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Deletes the session; a failure to do so does not hide the error that ended the block."""
+        """Deletes the session. After an error it tries that only for a moment, and does not hide the error."""
         try:
-            self.delete()
+            # After a failure it may not be possible, and it does not matter much: the session expires.
+            self.delete(timeout=None if error is None else FAREWELL)
         except VFlowError:
             if error is None:
                 raise

@@ -4,7 +4,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -15,10 +15,9 @@ from tests.server.drawing import png
 from tests.server.restartable_server import Parent, RestartableServer
 from tests.server.served import Served
 from tests.server.waiting import until
-from vflow_client import Client, RetryPolicy, ServerStopping, VFlowError
+from vflow_client import Client, ServerStopping, connect
 from vflowopt.runtime.model_runner import Runtime
 
-PATIENT = RetryPolicy(attempts=100, longest_delay=0.3)
 QUESTIONS = ("What is this?", "Why?", "And here?")
 
 
@@ -40,11 +39,16 @@ def server(parent: Parent, model_folder: Path, tmp_path: Path) -> Iterator[Resta
 
 
 def conversation(client: Client, number: int) -> list[str]:
+    """Three turns, with one picture ahead of them and one in the first."""
     with client.session("preset-25") as session:
-        return [
+        session.add_image(png(60, 40 + number))
+        answers = [
             session.ask(text, *([] if turn else [png(40 + number, 60)]), max_new_tokens=8, min_new_tokens=8).read()
             for turn, text in enumerate(QUESTIONS)
         ]
+        state = session.state()
+        assert (state.turn_count, state.image_count) == (len(QUESTIONS), 2)
+        return answers
 
 
 def test_a_stop_ends_what_runs_and_sends_new_work_away(server: RestartableServer) -> None:
@@ -69,33 +73,71 @@ def test_a_stop_ends_what_runs_and_sends_new_work_away(server: RestartableServer
         assert again.ask("And?", max_new_tokens=8).read() and answer
 
 
-def test_conversations_with_patience_do_not_notice_restarts(server: RestartableServer, model_folder: Path) -> None:
+@pytest.mark.parametrize("down", [2.0, pytest.param(30.0, marks=pytest.mark.long)])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["stopped", "killed"])
+def test_an_outage_fails_no_conversation(
+    server: RestartableServer, model_folder: Path, how: signal.Signals, down: float
+) -> None:
+    """Clients with nothing but their defaults: two talk all the time, with pictures in their turns and ahead of them;
+    one reads a long answer slowly, from before the outage until after it; one has been idle, and asks in the middle of
+    the outage."""
     served = Served(Runtime.load(model_folder, kv_budget=32 << 20))
     expected = [conversation(served.client, number) for number in range(2)]
+    long_answer = answer_slowly(served.client, 0.0)
     served.stop()
-    enough, failures = threading.Event(), list[VFlowError | AssertionError]()
-    held = [0, 0]
+    enough, failures = threading.Event(), list[Exception]()
+    held, answered_at = [0, 0], list[float]()
 
-    def converse(number: int) -> None:
+    def talk(number: int) -> None:
+        with connect(server.address) as client:
+            while not enough.is_set():
+                assert conversation(client, number) == expected[number]
+                answered_at.append(time.monotonic())
+                held[number] += 1
+
+    def read_slowly() -> None:
+        with connect(server.address) as client:
+            assert answer_slowly(client, 0.01) == long_answer
+
+    def wake_up() -> None:
+        with connect(server.address) as client, client.session("preset-25") as session:
+            session.add_image(png(40, 60))
+            away.wait(60)
+            assert session.state().image_count == 1
+            session.ask(QUESTIONS[0], max_new_tokens=8, min_new_tokens=8).read()
+
+    def noting(act: Callable[[], None]) -> None:
         try:
-            with server.client(PATIENT) as client:
-                while not enough.is_set():
-                    assert conversation(client, number) == expected[number]
-                    held[number] += 1
-        except (VFlowError, AssertionError) as failure:
+            act()
+        except Exception as failure:
             failures.append(failure)
 
-    talkers = [threading.Thread(target=converse, args=(number,)) for number in range(2)]
+    away = threading.Event()
+    acts = [lambda: talk(0), lambda: talk(1), read_slowly, wake_up]
+    talkers = [threading.Thread(target=noting, args=(act,)) for act in acts]
     for talker in talkers:
         talker.start()
-    for _ in range(2):
-        time.sleep(0.5)
-        server.signal(signal.SIGTERM)
-        assert server.ended() == 0
-        server.start()
+    time.sleep(1.0)
+    server.signal(how)
+    assert server.ended() == (0 if how is signal.SIGTERM else -how)
+    away.set()
+    time.sleep(down)
+    server.start()
+    ready = time.monotonic()
+    until(lambda: sum(at > ready for at in answered_at) >= 2 or bool(failures))
     enough.set()
     for talker in talkers:
         talker.join(60)
         assert not talker.is_alive()
-    assert not failures, failures[0].args
+    assert not failures, failures
     assert all(held)
+    print(f"first conversation {min(at for at in answered_at if at > ready) - ready:.1f} s after ready")
+
+
+def answer_slowly(client: Client, pause: float) -> str:
+    """A long answer, of which each piece is read after a pause."""
+    with client.session("preset-25") as session:
+        answer = session.ask("Go on", max_new_tokens=400, min_new_tokens=400)
+        for _ in answer:
+            time.sleep(pause)
+        return answer.text

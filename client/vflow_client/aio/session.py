@@ -10,6 +10,7 @@ from vflow_client.aio.caller import AsyncCaller
 from vflow_client.chat_request import PartSource, chat_request
 from vflow_client.errors import SessionNotFound, VFlowError
 from vflow_client.image_source import Detail, ImageSource, to_image
+from vflow_client.session import FAREWELL
 from vflow_client.v1.conversations_pb2 import (
     AddImageRequest,
     AddImageResponse,
@@ -169,9 +170,10 @@ class AsyncSession:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Deletes the session; a failure to do so does not hide the error that ended the block."""
+        """Deletes the session. After an error it tries that only for a moment, and does not hide the error."""
         try:
-            await self.delete()
+            # After a failure it may not be possible, and it does not matter much: the session expires.
+            await self.delete(timeout=None if error is None else FAREWELL)
         except VFlowError:
             if error is None:
                 raise
