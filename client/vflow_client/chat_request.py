@@ -13,6 +13,11 @@ PartSource: TypeAlias = "ImageSource | Video"
 """A part of a turn: a `str` is text, a `Video` a video, anything else a picture."""
 
 
+def new_request_id() -> str:
+    """An identifier for a request that may be sent again."""
+    return str(uuid.uuid4())
+
+
 def chat_request(
     session: str,
     parts: Sequence[PartSource],
@@ -52,7 +57,7 @@ def chat_request(
         seed=random.getrandbits(63) if seed is None and temperature else seed,
         stop=[stop] if isinstance(stop, str) else list(stop),
     )
-    return ChatRequest(session=session, parts=message, options=options, request_id=str(uuid.uuid4()))
+    return ChatRequest(session=session, parts=message, options=options, request_id=new_request_id())
 
 
 def _part(source: PartSource, detail: Detail) -> Part:

@@ -6,7 +6,7 @@ from typing import Self
 
 from vflow_client.answer import Answer
 from vflow_client.caller import Caller
-from vflow_client.chat_request import PartSource, chat_request
+from vflow_client.chat_request import PartSource, chat_request, new_request_id
 from vflow_client.errors import SessionNotFound, VFlowError
 from vflow_client.image_source import Detail, ImageSource, to_image
 from vflow_client.v1.conversations_pb2 import (
@@ -39,6 +39,8 @@ class Session:
     def add_image(self, image: ImageSource, *, detail: Detail = "auto", timeout: float | None = None) -> ImageReceipt:
         """Adds a picture before any question about it, so that the first answer comes sooner.
 
+        It has a random request_id, so the picture is added once however often the request is sent.
+
         Args:
             image: a path, the bytes of a picture file, a PIL image, or `Image(digest=...)`.
             detail: how closely the model looks at it: "low" costs fewer tokens.
@@ -52,8 +54,8 @@ class Session:
             SessionBusy: a turn of this session is running.
             VFlowError: any other failure.
         """
-        request = AddImageRequest(session=self.name, image=to_image(image, detail))
-        response: AddImageResponse = self._caller.unary(self._stub.AddImage, request, timeout, repeatable=False)
+        request = AddImageRequest(session=self.name, image=to_image(image, detail), request_id=new_request_id())
+        response: AddImageResponse = self._caller.unary(self._stub.AddImage, request, timeout, repeatable=True)
         return response.receipt
 
     def add_video(
@@ -65,6 +67,8 @@ class Session:
         timeout: float | None = None,
     ) -> ImageReceipt:
         """Adds a video before any question about it; the model of the service must support videos.
+
+        It has a random request_id, so the video is added once however often the request is sent.
 
         Args:
             frames: of the clip, in order: pictures of one size, in any form that `add_image` accepts.
@@ -84,8 +88,8 @@ class Session:
             VFlowError: any other failure.
         """
         video = to_video(Video(frames, fps, seconds))
-        request = AddVideoRequest(session=self.name, video=video)
-        response: AddVideoResponse = self._caller.unary(self._stub.AddVideo, request, timeout, repeatable=False)
+        request = AddVideoRequest(session=self.name, video=video, request_id=new_request_id())
+        response: AddVideoResponse = self._caller.unary(self._stub.AddVideo, request, timeout, repeatable=True)
         return response.receipt
 
     def ask(

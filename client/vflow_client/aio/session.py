@@ -7,7 +7,7 @@ from typing import Self
 
 from vflow_client.aio.answer import AsyncAnswer
 from vflow_client.aio.caller import AsyncCaller
-from vflow_client.chat_request import PartSource, chat_request
+from vflow_client.chat_request import PartSource, chat_request, new_request_id
 from vflow_client.errors import SessionNotFound, VFlowError
 from vflow_client.image_source import Detail, ImageSource, to_image
 from vflow_client.session import FAREWELL
@@ -40,6 +40,8 @@ class AsyncSession:
     ) -> ImageReceipt:
         """Adds a picture before any question about it, so that the first answer comes sooner.
 
+        It has a random request_id, so the picture is added once however often the request is sent.
+
         Args:
             image: a path, the bytes of a picture file, a PIL image, or `Image(digest=...)`.
             detail: how closely the model looks at it: "low" costs fewer tokens.
@@ -53,8 +55,9 @@ class AsyncSession:
             SessionBusy: a turn of this session is running.
             VFlowError: any other failure.
         """
-        request = AddImageRequest(session=self.name, image=await asyncio.to_thread(to_image, image, detail))
-        response: AddImageResponse = await self._caller.unary(self._stub.AddImage, request, timeout, repeatable=False)
+        message = await asyncio.to_thread(to_image, image, detail)
+        request = AddImageRequest(session=self.name, image=message, request_id=new_request_id())
+        response: AddImageResponse = await self._caller.unary(self._stub.AddImage, request, timeout, repeatable=True)
         return response.receipt
 
     async def add_video(
@@ -66,6 +69,8 @@ class AsyncSession:
         timeout: float | None = None,
     ) -> ImageReceipt:
         """Adds a video before any question about it; the model of the service must support videos.
+
+        It has a random request_id, so the video is added once however often the request is sent.
 
         Args:
             frames: of the clip, in order: pictures of one size, in any form that `add_image` accepts.
@@ -85,8 +90,8 @@ class AsyncSession:
             VFlowError: any other failure.
         """
         video = await asyncio.to_thread(to_video, Video(frames, fps, seconds))
-        request = AddVideoRequest(session=self.name, video=video)
-        response: AddVideoResponse = await self._caller.unary(self._stub.AddVideo, request, timeout, repeatable=False)
+        request = AddVideoRequest(session=self.name, video=video, request_id=new_request_id())
+        response: AddVideoResponse = await self._caller.unary(self._stub.AddVideo, request, timeout, repeatable=True)
         return response.receipt
 
     async def ask(
