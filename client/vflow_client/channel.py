@@ -45,6 +45,18 @@ class ChannelPlan:
     credentials: grpc.ChannelCredentials | None
     options: Options
 
+    def channel(self) -> grpc.Channel:
+        """A synchronous channel."""
+        if self.credentials is None:
+            return grpc.insecure_channel(self.target, options=self.options)
+        return grpc.secure_channel(self.target, self.credentials, options=self.options)
+
+    def aio_channel(self) -> grpc.aio.Channel:
+        """A channel for asyncio."""
+        if self.credentials is None:
+            return grpc.aio.insecure_channel(self.target, options=self.options)
+        return grpc.aio.secure_channel(self.target, self.credentials, options=self.options)
+
 
 def channel_plan(address: str, tls: TlsSource) -> ChannelPlan:
     """How to reach the service at `address`, encrypted as `tls` says or, if it is False, as the address says.

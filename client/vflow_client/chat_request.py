@@ -2,10 +2,12 @@
 
 import random
 import uuid
-from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+import warnings
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
-from vflow_client.image_source import Detail, ImageSource, to_image
+from vflow_client.image_source import Detail, ImageSource, ImageSources, is_one_image, to_image
+from vflow_client.picture_path import names_picture
 from vflow_client.v1.conversations_pb2 import ChatOptions, ChatRequest, Part
 from vflow_client.video_source import Video, to_video
 
@@ -22,7 +24,7 @@ def chat_request(
     session: str,
     parts: Sequence[PartSource],
     *,
-    images: Iterable[ImageSource] = (),
+    images: ImageSources = (),
     detail: Detail = "auto",
     max_new_tokens: int | None = None,
     min_new_tokens: int | None = None,
@@ -36,7 +38,7 @@ def chat_request(
     Args:
         session: `sessions/{session}`.
         parts: the turn in order; a `str` is text, a `Video` a video, anything else a picture.
-        images: pictures that come before all parts; here a `str` is a path.
+        images: a picture, or several, before all parts; here a `str` is a path.
         detail: how closely the model looks at the turn's pictures.
         max_new_tokens, min_new_tokens, temperature, top_p, seed, stop: see `ChatOptions`; None leaves the service's
             default.
@@ -44,9 +46,13 @@ def chat_request(
     Raises:
         OSError: a picture's path that cannot be read.
         TypeError: a part that is neither text nor a picture nor a video.
-        ValueError: a number outside the range of its field, or an unknown detail.
+        ValueError: a number outside the range of its field, an unknown detail, or a web address for a picture.
+
+    Warns:
+        UserWarning: a text is nothing but the name of a picture's file.
     """
-    pictures = [Part(image=to_image(image, detail)) for image in images]
+    sources: Any = [images] if is_one_image(images) else images
+    pictures = [Part(image=to_image(image, detail)) for image in sources]
     message = [*pictures, *(_part(part, detail) for part in parts)]
     options = ChatOptions(
         max_new_tokens=max_new_tokens,
@@ -63,6 +69,12 @@ def chat_request(
 def _part(source: PartSource, detail: Detail) -> Part:
     match source:
         case str():
+            if names_picture(source):
+                warnings.warn(
+                    f"{source!r} is sent as text, although there is a picture of that name; to send the picture, pass "
+                    f"pathlib.Path({source!r}) or images={source!r}",
+                    stacklevel=5,  # whoever called ask()
+                )
             return Part(text=source)
         case Video():
             return Part(video=to_video(source))

@@ -27,6 +27,9 @@ _NOT_CONNECTED = (CANNOT_CONNECT, "connections to all backends failing", "errors
 _RESET = ("RST_STREAM", "Stream removed")
 """Parts of gRPC's messages about calls that a proxy, or a server that shuts down, has cut off."""
 
+_NEAR = 0.1
+"""Seconds before the timeout in which a call may already end by it: the service's clock may be ahead."""
+
 _FOR_GOOD = ("WRONG_VERSION_NUMBER", "CERTIFICATE_VERIFY_FAILED", "Hostname Verification Check failed")
 """Parts of gRPC's messages about connections that fail by their TLS, which does not change by waiting."""
 
@@ -99,7 +102,9 @@ class Attempts:
         return delay
 
     def _complete(self, error: VFlowError) -> None:
-        if error.code is grpc.StatusCode.DEADLINE_EXCEEDED and error.reason is None and self.timeout is not None:
+        remaining = self.remaining()
+        timed_out = error.code is grpc.StatusCode.DEADLINE_EXCEEDED and error.reason is None
+        if timed_out and remaining is not None and remaining < _NEAR:
             error.message = f"no answer within {self.timeout:g} s; pass timeout=... (--timeout) for another limit"
             if self.failure is not None:
                 error.message += f"; the attempt before failed by {self.failure}"

@@ -1,6 +1,6 @@
 """A session, synchronously."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -8,7 +8,7 @@ from vflow_client.answer import Answer
 from vflow_client.caller import Caller
 from vflow_client.chat_request import PartSource, chat_request, new_request_id
 from vflow_client.errors import SessionNotFound, VFlowError
-from vflow_client.image_source import Detail, ImageSource, to_image
+from vflow_client.image_source import Detail, ImageSource, ImageSources, to_image
 from vflow_client.v1.conversations_pb2 import (
     AddImageRequest,
     AddImageResponse,
@@ -95,7 +95,7 @@ class Session:
     def ask(
         self,
         *parts: PartSource,
-        images: Iterable[ImageSource] = (),
+        images: ImageSources = (),
         detail: Detail = "auto",
         max_new_tokens: int | None = None,
         min_new_tokens: int | None = None,
@@ -110,7 +110,7 @@ class Session:
         Args:
             parts: the turn in order: a `str` is text, a `Video` a video, anything else a picture (a path as
                 `pathlib.Path`).
-            images: pictures that come before the parts; here a `str` is a path.
+            images: a picture, or several, before the parts; here a `str` is a path.
             detail: how closely the model looks at the turn's pictures; `Image(..., detail=Image.LOW)` sets it for one.
             max_new_tokens: tokens to generate at most.
             min_new_tokens: the answer does not end before it has this many tokens.

@@ -182,7 +182,7 @@ def test_a_reader_that_leaves_early_is_no_mistake_of_ours(address: str) -> None:
 
 
 def test_without_a_service(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["strategies", "activate", "mine", "--etag", "e1", "--address", "127.0.0.1:1"]) == 1
+    assert main(["strategies", "activate", "mine", "--etag", "e1", "--address", "127.0.0.1:1", "--timeout", "1"]) == 1
     assert "no service answers at 127.0.0.1:1" in capsys.readouterr().err
 
 

@@ -12,6 +12,7 @@ from vflow_client.aio.session import AsyncSession
 from vflow_client.aio.strategy_admin import AsyncStrategyAdmin
 from vflow_client.channel import channel_plan
 from vflow_client.errors import Unavailable
+from vflow_client.identity import identity_metadata
 from vflow_client.image_source import Detail, ImageSource, to_image
 from vflow_client.names import strategy_name
 from vflow_client.peer import Peer
@@ -179,10 +180,6 @@ def connect(
         ValueError: `address` is none, or contradicts `tls`; or `token` or `tenant` has characters that cannot be sent.
     """
     plan = channel_plan(address, tls)
-    channel = (
-        grpc.aio.insecure_channel(plan.target, options=plan.options)
-        if plan.credentials is None
-        else grpc.aio.secure_channel(plan.target, plan.credentials, options=plan.options)
-    )
+    identity_metadata(token, tenant)  # what cannot be sent is refused before there is a channel to close
     peer = Peer(address, encrypted=plan.credentials is not None)
-    return AsyncClient(channel, timeout=timeout, retry=retry, token=token, tenant=tenant, peer=peer)
+    return AsyncClient(plan.aio_channel(), timeout=timeout, retry=retry, token=token, tenant=tenant, peer=peer)

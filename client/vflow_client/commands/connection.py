@@ -12,17 +12,19 @@ def add_connection_arguments(parser: argparse.ArgumentParser, *, timeout: float,
     connection = parser.add_argument_group("connection")
     connection.add_argument(
         "--address",
-        default=os.environ.get("VFLOW_ADDRESS", "localhost:50051"),
+        default=os.environ.get("VFLOW_ADDRESS") or "localhost:50051",
         help="host and port of the service (environment: VFLOW_ADDRESS; default: %(default)s)",
     )
     connection.add_argument(
         "--token",
-        default=os.environ.get("VFLOW_TOKEN"),
+        default=os.environ.get("VFLOW_TOKEN") or None,
         help="token of the caller, where the service requires one; prefer the environment (VFLOW_TOKEN), because other "
         "users can see the arguments of a process",
     )
     connection.add_argument(
-        "--tenant", default=os.environ.get("VFLOW_TENANT"), help="tenant of the calls (environment: VFLOW_TENANT)"
+        "--tenant",
+        default=os.environ.get("VFLOW_TENANT") or None,
+        help="tenant of the calls (environment: VFLOW_TENANT)",
     )
     connection.add_argument(
         "--timeout", type=_seconds, default=timeout, help=f"time limit {limits}, in seconds (default: %(default)g)"
@@ -57,7 +59,10 @@ def add_tls_arguments(parser: argparse.ArgumentParser) -> None:
         ),
     ):
         tls.add_argument(
-            option, metavar=value, default=os.environ.get(variable), help=f"{help_text} (environment: {variable})"
+            option,
+            metavar=value,
+            default=os.environ.get(variable) or None,
+            help=f"{help_text} (environment: {variable})",
         )
 
 
@@ -76,7 +81,7 @@ def connected(arguments: argparse.Namespace) -> Client:
 
     Raises:
         OSError: a file for TLS cannot be read.
-        ValueError: the options of TLS contradict each other.
+        ValueError: the address is none, the token cannot be sent, or the options of TLS contradict each other.
     """
     return connect(
         arguments.address,

@@ -131,9 +131,7 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
             receipt = await self._show(video, session, request.request_id, charge)
             return conversations_pb2.AddVideoResponse(receipt=receipt)
 
-    async def _show(
-        self, visual: Visual, session: Session, request_id: str, charge: Charge
-    ) -> images_pb2.ImageReceipt:
+    async def _show(self, visual: Visual, session: Session, request_id: str, charge: Charge) -> images_pb2.ImageReceipt:
         receipt, repeated = await session.show(
             visual,
             request_id=request_id,
