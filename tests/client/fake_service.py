@@ -102,6 +102,8 @@ class FakeService(
         self.cuts: list[int] = []
         self.search = FakeSearch()
         self.without_end = False
+        self.sample_objectives: list[list[float]] = [[], []]
+        self.budgets: dict[str, float] = {}
         self.go_on = threading.Event()
         self.go_on.set()
         self.cancelled = threading.Event()
@@ -211,7 +213,9 @@ class FakeService(
 
     def GetStrategy(self, request: Any, context: Any) -> Strategy:
         self._note("GetStrategy", request, context)
-        return a_strategy(request.name)
+        strategy = a_strategy(request.name)
+        strategy.budget = self.budgets.get(request.name, strategy.budget)
+        return strategy
 
     def CreateStrategy(self, request: Any, context: Any) -> Strategy:
         self._note("CreateStrategy", request, context)
@@ -240,6 +244,7 @@ class FakeService(
                 kv_bytes_full=4030464,
                 objective=0.9 + 0.05 * number,
                 agreement=0.5 + 0.25 * number,
+                sample_objectives=self.sample_objectives[number],
             )
             for number, name in enumerate(request.names)
         ]
