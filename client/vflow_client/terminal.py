@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO, get_args
 
 from vflow_client.commands.connection import add_connection_arguments, connected
-from vflow_client.commands.exit_code import DONE, FAILED, exit_code_of
+from vflow_client.commands.exit_code import DONE, FAILED, exit_code_of, print_error
 from vflow_client.commands.typed_paths import typed_paths
 from vflow_client.commands.whole_number import at_least
 from vflow_client.errors import VFlowError
@@ -21,7 +21,7 @@ from vflow_client.image_source import Detail
 from vflow_client.picture_path import names_picture
 from vflow_client.quantities import size
 from vflow_client.retry import DEFAULT_TIMEOUT
-from vflow_client.session import Session
+from vflow_client.session import FAREWELL, Session
 from vflow_client.v1.conversations_pb2 import TurnReceipt, Usage
 from vflow_client.v1.images_pb2 import ImageReceipt
 
@@ -200,11 +200,23 @@ def _tolerate(stream: TextIO | None, errors: str) -> None:
 
 def _converse(arguments: argparse.Namespace) -> int:
     terminal = Terminal(sys.stdout, sys.stderr)
-    with connected(arguments) as client, client.session(arguments.strategy) as session:
-        succeeded = terminal.converse(
-            session, arguments.pictures, detail=arguments.detail, max_new_tokens=arguments.max_new_tokens
-        )
+    with connected(arguments) as client:
+        session = client.session(arguments.strategy)
+        try:
+            succeeded = terminal.converse(
+                session, arguments.pictures, detail=arguments.detail, max_new_tokens=arguments.max_new_tokens
+            )
+        finally:
+            _delete(session)
     return DONE if succeeded else FAILED
+
+
+def _delete(session: Session) -> None:
+    """Deletes the session, unless the service is away: a person who leaves does not wait for it to come back."""
+    try:
+        session.delete(timeout=FAREWELL)
+    except VFlowError as error:
+        print_error(f"the conversation was not deleted, and expires in time: {error}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

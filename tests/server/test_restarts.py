@@ -15,7 +15,9 @@ from tests.server.drawing import png
 from tests.server.restartable_server import Parent, RestartableServer
 from tests.server.served import Served
 from tests.server.waiting import until
-from vflow_client import Client, ServerStopping, connect
+from vflow_client import Client, Image, ServerStopping, connect
+from vflow_client.v1.conversations_pb2 import AddImageRequest
+from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
 from vflowopt.runtime.model_runner import Runtime
 
 QUESTIONS = ("What is this?", "Why?", "And here?")
@@ -132,6 +134,26 @@ def test_an_outage_fails_no_conversation(
         assert not talker.is_alive()
     assert not failures, failures
     assert all(held)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["stopped", "killed"])
+def test_a_picture_is_added_once_across_a_restart(server: RestartableServer, how: signal.Signals) -> None:
+    with server.client() as client:
+        name = client.session("preset-25").name
+    request = AddImageRequest(session=name, image=Image(data=png(40, 60)), request_id="the same")
+    with grpc.insecure_channel(server.address) as channel:
+        first = ConversationsStub(channel).AddImage(request).receipt
+        assert ConversationsStub(channel).AddImage(request).receipt == first
+    server.signal(how)
+    server.ended()
+    server.start()
+    with grpc.insecure_channel(server.address) as channel:
+        assert ConversationsStub(channel).AddImage(request).receipt == first
+    with server.client() as client:
+        session = client.attach(name)
+        assert session.state().image_count == 1 and first.image == f"{name}/images/1"
+        assert session.add_image(png(40, 60)).image == f"{name}/images/2"
+        assert session.ask("What is this?", max_new_tokens=4).read()
 
 
 def answer_at_length(client: Client) -> str:
