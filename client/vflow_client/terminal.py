@@ -6,6 +6,7 @@ the conversation.
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -184,8 +185,9 @@ def run(arguments: argparse.Namespace) -> int:
     with suppress(ImportError):
         import readline
 
-        # A text of several lines that is pasted is one question, not several.
-        readline.parse_and_bind("set enable-bracketed-paste on")
+        if os.environ.get("TERM", "dumb") != "dumb":
+            # A text of several lines that is pasted is one question, not several.
+            readline.parse_and_bind("set enable-bracketed-paste on")
     _tolerate(sys.stdin, "surrogateescape")
     for stream in (sys.stdout, sys.stderr):
         _tolerate(stream, "replace")

@@ -8,6 +8,7 @@ import pytest
 import vflow_client
 import vflow_client.aio
 from vflow_client.address import Address, to_address
+from vflow_client.channel import channel_plan
 
 
 @pytest.mark.parametrize(
@@ -94,6 +95,15 @@ def test_a_proxy_leads_to_other_machines(monkeypatch: pytest.MonkeyPatch) -> Non
             connection, _ = proxy.accept()
             with connection:
                 assert connection.recv(100).startswith(b"CONNECT vflow.invalid:7 ")
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_channels_connect_again_soon(tls: bool) -> None:
+    """What comes of it, the long tests of restarts show."""
+    options = dict(channel_plan("vflow.example", tls).options)
+    assert options["grpc.initial_reconnect_backoff_ms"] == 200 and options["grpc.max_reconnect_backoff_ms"] == 1000
+    assert options["grpc.dns_min_time_between_resolutions_ms"] == 1000
+    assert int(options["grpc.min_reconnect_backoff_ms"]) >= 2000  # the time that TCP and TLS may take on a slow line
 
 
 def test_the_address_is_refused_before_a_channel_is_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,6 +101,7 @@ def test_an_outage_fails_no_conversation(
         with connect(server.address) as client:
             while not enough.is_set():
                 assert answer_at_length(client) == long_answer
+                answer_at_length(client, temperature=1.0)  # is continued in the same words, too
 
     def wake_up() -> None:
         with connect(server.address) as client, client.session("preset-25") as session:
@@ -134,6 +135,7 @@ def test_an_outage_fails_no_conversation(
         assert not talker.is_alive()
     assert not failures, failures
     assert all(held)
+    assert min(at for at in answered_at if at > ready) - ready < 8.0  # seconds, where gRPC by itself takes up to 16
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["stopped", "killed"])
@@ -156,7 +158,7 @@ def test_a_picture_is_added_once_across_a_restart(server: RestartableServer, how
         assert session.ask("What is this?", max_new_tokens=4).read()
 
 
-def answer_at_length(client: Client) -> str:
+def answer_at_length(client: Client, temperature: float | None = None) -> str:
     """An answer that takes a while; what is read of it does not wait for its end."""
     with client.session("preset-25") as session:
-        return "".join(session.ask("Go on", max_new_tokens=400, min_new_tokens=400))
+        return "".join(session.ask("Go on", max_new_tokens=400, min_new_tokens=400, temperature=temperature))
