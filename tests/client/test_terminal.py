@@ -149,10 +149,11 @@ def in_a_process(address: str, typed: bytes, **environment: str) -> tuple[int, b
     "environment",
     [
         {"LC_ALL": "C.UTF-8"},
+        {"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "utf-8:strict"},  # as in any other UTF-8 locale
         {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
         {"PYTHONIOENCODING": "latin-1"},
     ],
-    ids=["UTF-8", "ASCII", "Latin-1"],
+    ids=["UTF-8", "strict UTF-8", "ASCII", "Latin-1"],
 )
 def test_bytes_that_are_no_text_do_not_end_it(
     address: str, service: FakeService, tmp_path: Path, environment: dict[str, str]
@@ -162,7 +163,7 @@ def test_bytes_that_are_no_text_do_not_end_it(
         file.write(b"picture")
     service.pieces = ["\N{SNOWMAN} ", "here"]
     # The names of files are in the encoding of the system, whatever that of the terminal is said to be.
-    show = b"" if "PYTHONIOENCODING" in environment else b"/image " + picture
+    show = b"" if environment.get("PYTHONIOENCODING") == "latin-1" else b"/image " + picture
     typed = b"What is \xff this?\n" + show + b"\nAnd that?\n" + "H\N{SNOWMAN}?\n".encode() + b"/quit\n"
     code, out, err = in_a_process(address, typed, **environment)
     assert (code, err) == (0, b"")
