@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from demo_model.questions import held_out
+from vflow_client.sample_folder import read_questions
 from vflowopt.media.picture import Picture
 from vflowopt.media.video import Visual
 
-QUESTIONS_FILE = "questions.jsonl"
 _HELD_OUT_SEED = 7_000_000
 """Far from the seeds that training draws and from those that the embedded model was evaluated on while it was made."""
 
@@ -22,7 +21,7 @@ class Asked:
 
     Attributes:
         text: as a person would type it.
-        answer: the true answer.
+        answer: the true answer; empty if it is not known.
         groups: the groups in which its answer is also counted.
     """
 
@@ -58,10 +57,7 @@ def generated(seed: int, pictures: int, questions: int) -> Iterator[AskedPicture
 
 
 def from_folder(folder: Path, pictures: int, questions: int) -> Iterator[AskedPicture]:
-    """Read a folder of pictures with a file ``questions.jsonl``.
-
-    Each line is an object with ``image`` (a file in the folder), ``question``, ``answer`` and, if one likes, ``group``.
-    The lines of one image are the turns of one conversation, in order.
+    """Read a folder of pictures with a file ``questions.jsonl``, as :func:`vflow_client.load_samples` does.
 
     Args:
         folder: where they are.
@@ -73,19 +69,9 @@ def from_folder(folder: Path, pictures: int, questions: int) -> Iterator[AskedPi
         OSError: a file cannot be read.
         PictureError: a file is no usable picture.
     """
-    asked: dict[str, list[Asked]] = {}
-    path = folder / QUESTIONS_FILE
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-            image, question, answer = (str(fields[name]) for name in ("image", "question", "answer"))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number}: expected an object with image, question and answer, got {line[:80]!r}"
-            ) from error
-        groups = (str(fields["group"]),) if "group" in fields else ()
-        asked.setdefault(image, []).append(Asked(question, answer, groups))
-    for image, about in list(asked.items())[:pictures]:
-        yield AskedPicture(Picture.decode((folder / image).read_bytes()), tuple(about[:questions]))
+    asked: dict[Path, list[Asked]] = {}
+    for line in read_questions(folder):
+        groups = () if line.group is None else (line.group,)
+        asked.setdefault(line.picture, []).append(Asked(line.question, line.answer or "", groups))
+    for picture, about in list(asked.items())[:pictures]:
+        yield AskedPicture(Picture.decode(picture.read_bytes()), tuple(about[:questions]))

@@ -5,7 +5,8 @@ alone, as the first one about its picture, and as a turn of one conversation per
 turns before it. Methods that read the question choose tokens by the question asked alone; in a conversation, by the
 first question, because a server with a cache prunes the picture only once.
 
-Agreement, cosine and KL divergence compare with the unpruned model (``full``). In later turns they include the effect
+Agreement, cosine and KL divergence compare with the unpruned model (``full``). A question whose true answer is not
+given counts as right if the unpruned model answers it in the same words. In later turns they include the effect
 of earlier answers that differ.
 """
 
@@ -29,6 +30,7 @@ from benchmarks.line_chart import line_chart, save
 from benchmarks.rivals import Compressed, Method, Sight, looks, rivals
 from benchmarks.rivals.vflowopt import VFlowOpt, ablations, choices, curves, own
 from benchmarks.table import Row, render, write
+from vflow_client.commands.share import share
 from vflowopt.compression.pipeline import EncodedImage
 from vflowopt.compression.strategy import Strategy
 from vflowopt.demo import model_path
@@ -162,7 +164,7 @@ def _mark(answered: Answered, batch: Sequence[AskedPicture], reference: Reply, b
     return Mark(
         picture=before + answered.picture,
         turn=answered.turn,
-        right=question.answered_by(answered.reply.answer),
+        right=question.answered_by(answered.reply.answer) if question.answer else agrees,
         agrees=agrees,
         cosine=cosine,
         divergence=divergence,
@@ -246,20 +248,15 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def add_asking_options(parser: argparse.ArgumentParser, retentions: Sequence[float]) -> None:
     """Add the options that :func:`measure` reads, but for how many pictures, and those of every such comparison."""
     parser.add_argument("--turns", type=int, default=5, help="questions about each picture, at most")
-    parser.add_argument("--retention", type=_share, nargs="+", default=list(retentions), help="shares kept, 0 to 1")
+    parser.add_argument(
+        "--retention", type=share, nargs="+", default=list(retentions), help="shares kept, such as 0.25 or 25%%"
+    )
     parser.add_argument("--kv-budget", type=int, default=512, help="MiB for the KV cache")
     parser.add_argument("--batch", type=int, default=16, help="pictures that are talked about at the same time")
     parser.add_argument("--new-tokens", type=int, default=8, help="of an answer, at most")
     parser.add_argument("--seed", type=int, default=0, help="of generated pictures and of random pruning")
     parser.add_argument("--threads", type=int, help="threads of a CPU (default: torch decides)")
     parser.add_argument("--json", type=Path, help="write the rows here")
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0.0 < value <= 1.0:
-        raise argparse.ArgumentTypeError(f"a share kept lies above 0 and is at most 1, got {text}")
-    return value
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import vflow_client
 from benchmarks.chat import Chat, draw_chats
 from benchmarks.service import running_service
 from benchmarks.table import Row, publish
+from vflow_client.commands.share import share
 
 TARGET = 1.25
 """The greatest acceptable ratio of the 95th percentiles, with a search to without."""
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=6, help="rounds of each kind")
     parser.add_argument("--new-tokens", type=int, default=256, help="tokens of an answer")
     parser.add_argument("--samples", type=int, default=30, help="calibration samples of the search")
-    parser.add_argument("--budget", type=float, default=0.1, help="of the search")
+    parser.add_argument("--budget", type=share, default=0.1, help="of the search")
     parser.add_argument("--seed", type=int, default=9_000_000, help="of the pictures")
     parser.add_argument("--flags", default="", help="further flags of `vflow serve`, in one text")
     parser.add_argument("--json", type=Path, help="write the rows here, too")

@@ -27,6 +27,7 @@ from benchmarks.published_tuning import published_cosine
 from benchmarks.searches import Search, objective, row, search
 from benchmarks.table import Row, render
 from demo_model.questions import held_out
+from vflow_client.commands.share import share
 from vflowopt.compression.strategy import PUBLISHED, Strategy
 from vflowopt.demo import model_path
 from vflowopt.media.picture import Picture
@@ -239,7 +240,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=_count, default=5, help="searches of each kind")
     parser.add_argument("--seed", type=int, default=0, help="the first of them, and of the pictures")
-    parser.add_argument("--budget", type=float, default=0.1, help="share of the visual tokens kept, 0 to 1")
+    parser.add_argument("--budget", type=share, default=0.1, help="share of the visual tokens kept, such as 10%%")
     parser.add_argument(
         "--base", default="preset-10", help="where to start: a preset, or a strategy of the model's own"
     )

@@ -10,8 +10,8 @@ VFLOW_ADDRESS=localhost:50051 uvicorn --app-dir examples chat_backend:app
     GET    /usage               tokens of all finished turns of the user
 
 The proxy that authenticates users in front of this names the caller in the header X-User. A browser that goes away
-cancels its turn, and the chat is as it was before. While the service restarts, calls are tried again. A turn carries a
-request id, so it is never repeated.
+cancels its turn, and the chat is as it was before. While the service restarts, calls are tried again. A turn and a
+picture carry request ids, so neither is repeated.
 """
 
 import json
@@ -27,10 +27,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from vflow_client import InvalidRequest, RetryPolicy, VFlowError, aio
+from vflow_client import InvalidRequest, VFlowError, aio
 
 MAX_NEW_TOKENS = 256
-PATIENT = RetryPolicy(attempts=12)  # about half a minute: as long as a restart of the service may take
 
 
 @asynccontextmanager
@@ -38,7 +37,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
     """Connect to the service for as long as the backend runs."""
     app.state.chats = {}  # the session of each (user, chat)
     app.state.usage = defaultdict(Counter)  # tokens of each user
-    async with aio.connect(os.environ.get("VFLOW_ADDRESS", "localhost:50051"), retry=PATIENT) as client:
+    async with aio.connect(os.environ.get("VFLOW_ADDRESS", "localhost:50051")) as client:
         app.state.client = client
         yield
 
@@ -50,7 +49,7 @@ async def create_chat(request: Request) -> Response:
     try:
         receipt = await session.add_image(picture)
     except BaseException:
-        await session.delete()
+        await session.delete(timeout=2)
         raise
     chat = str(uuid.uuid4())
     request.app.state.chats[user_of(request), chat] = session

@@ -17,6 +17,7 @@ from vflow_client.chat_request import PartSource
 from vflow_client.client import Client, connect
 from vflow_client.errors import (
     AdminRequired,
+    AnswerChanged,
     CalibrationUnavailable,
     Cancelled,
     CapacityExhausted,
@@ -79,6 +80,7 @@ from vflow_client.video_source import Video
 __all__ = [
     "AdminRequired",
     "Answer",
+    "AnswerChanged",
     "CalibrationSource",
     "CalibrationUnavailable",
     "Cancelled",

@@ -25,6 +25,7 @@
     ├── Conflict                  the request is right, but not now
     │   ├── SessionBusy           another turn of the session is running
     │   ├── SessionDeleted        the session was deleted while the turn ran
+    │   ├── AnswerChanged         the connection broke in the middle of an answer, and it cannot be continued
     │   ├── ModelChanged          the session belongs to another model and cannot go on with this one
     │   ├── VideoUnsupported      the model of the service does not support videos
     │   ├── ReaderStalled         this side did not read the answer for too long
@@ -189,6 +190,13 @@ class SessionBusy(Conflict):
 
 class SessionDeleted(Conflict):
     """The session was deleted while the turn ran."""
+
+
+class AnswerChanged(Conflict):
+    """The connection broke in the middle of an answer, and the service, asked again, answered in other words.
+
+    The text that was read is not the beginning of the new answer. Whether that one counts, `Session.state()` shows.
+    """
 
 
 class ModelChanged(Conflict):

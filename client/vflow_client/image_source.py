@@ -5,15 +5,18 @@ This module knows no picture formats: the service decides whether bytes are a pi
 
 import io
 import os
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias
 
+from vflow_client.picture_path import read_picture
 from vflow_client.v1.images_pb2 import Image
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Image | Any"
 """A path, the bytes of a picture file, a `PIL.Image.Image`, or an `Image` of the contract (`Image(digest=...)` for a
 picture that the service has stored). `Any` stands for the PIL class, which this package does not import."""
 
+ImageSources: TypeAlias = "ImageSource | Iterable[ImageSource]"
+"""One picture, or several."""
 
 Detail: TypeAlias = Literal["auto", "low", "high"]
 """How closely the model looks at a picture: "low": an overview; "high": every detail; "auto": the service's choice."""
@@ -31,7 +34,7 @@ def to_image(source: ImageSource, detail: Detail = "auto") -> Image:
     Raises:
         OSError: a path that cannot be read.
         TypeError: `source` is no `ImageSource`.
-        ValueError: `detail` is unknown.
+        ValueError: `detail` is unknown, or `source` is a web address, which is not fetched.
     """
     if detail == "auto":
         return _read(source)
@@ -48,12 +51,17 @@ def _read(source: ImageSource) -> Image:
         case Image():
             return source
         case str() | os.PathLike():
-            return Image(data=Path(source).read_bytes())
+            return Image(data=read_picture(source))
         case bytes() | bytearray() | memoryview():
             return Image(data=bytes(source))
     if _is_pil_image(source):
         return Image(data=_to_png(source))
     raise TypeError(f"expected a path, bytes, a PIL image or vflow_client.Image, got {type(source).__name__}")
+
+
+def is_one_image(source: object) -> bool:
+    """Whether `source` is an `ImageSource`, and not several."""
+    return isinstance(source, str | os.PathLike | bytes | bytearray | memoryview | Image) or _is_pil_image(source)
 
 
 def _is_pil_image(source: object) -> bool:

@@ -1,14 +1,14 @@
 """A session, synchronously."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
 from vflow_client.answer import Answer
 from vflow_client.caller import Caller
-from vflow_client.chat_request import PartSource, chat_request
+from vflow_client.chat_request import PartSource, chat_request, new_request_id
 from vflow_client.errors import SessionNotFound, VFlowError
-from vflow_client.image_source import Detail, ImageSource, to_image
+from vflow_client.image_source import Detail, ImageSource, ImageSources, to_image
 from vflow_client.v1.conversations_pb2 import (
     AddImageRequest,
     AddImageResponse,
@@ -23,6 +23,9 @@ from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
 from vflow_client.v1.images_pb2 import ImageReceipt
 from vflow_client.video_source import Video, to_video
 
+FAREWELL = 2.0
+"""Seconds for the deletion of a session whose block has ended with an error."""
+
 
 class Session:
     """A conversation in the service. Leaving it as a context manager deletes it there."""
@@ -35,6 +38,8 @@ class Session:
 
     def add_image(self, image: ImageSource, *, detail: Detail = "auto", timeout: float | None = None) -> ImageReceipt:
         """Adds a picture before any question about it, so that the first answer comes sooner.
+
+        It has a random request_id, so the picture is added once however often the request is sent.
 
         Args:
             image: a path, the bytes of a picture file, a PIL image, or `Image(digest=...)`.
@@ -49,8 +54,8 @@ class Session:
             SessionBusy: a turn of this session is running.
             VFlowError: any other failure.
         """
-        request = AddImageRequest(session=self.name, image=to_image(image, detail))
-        response: AddImageResponse = self._caller.unary(self._stub.AddImage, request, timeout, repeatable=False)
+        request = AddImageRequest(session=self.name, image=to_image(image, detail), request_id=new_request_id())
+        response: AddImageResponse = self._caller.unary(self._stub.AddImage, request, timeout, repeatable=True)
         return response.receipt
 
     def add_video(
@@ -62,6 +67,8 @@ class Session:
         timeout: float | None = None,
     ) -> ImageReceipt:
         """Adds a video before any question about it; the model of the service must support videos.
+
+        It has a random request_id, so the video is added once however often the request is sent.
 
         Args:
             frames: of the clip, in order: pictures of one size, in any form that `add_image` accepts.
@@ -81,14 +88,14 @@ class Session:
             VFlowError: any other failure.
         """
         video = to_video(Video(frames, fps, seconds))
-        request = AddVideoRequest(session=self.name, video=video)
-        response: AddVideoResponse = self._caller.unary(self._stub.AddVideo, request, timeout, repeatable=False)
+        request = AddVideoRequest(session=self.name, video=video, request_id=new_request_id())
+        response: AddVideoResponse = self._caller.unary(self._stub.AddVideo, request, timeout, repeatable=True)
         return response.receipt
 
     def ask(
         self,
         *parts: PartSource,
-        images: Iterable[ImageSource] = (),
+        images: ImageSources = (),
         detail: Detail = "auto",
         max_new_tokens: int | None = None,
         min_new_tokens: int | None = None,
@@ -103,7 +110,7 @@ class Session:
         Args:
             parts: the turn in order: a `str` is text, a `Video` a video, anything else a picture (a path as
                 `pathlib.Path`).
-            images: pictures that come before the parts; here a `str` is a path.
+            images: a picture, or several, before the parts; here a `str` is a path.
             detail: how closely the model looks at the turn's pictures; `Image(..., detail=Image.LOW)` sets it for one.
             max_new_tokens: tokens to generate at most.
             min_new_tokens: the answer does not end before it has this many tokens.
@@ -161,9 +168,10 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Deletes the session; a failure to do so does not hide the error that ended the block."""
+        """Deletes the session. After an error it tries that only for a moment, and does not hide the error."""
         try:
-            self.delete()
+            # After a failure it may not be possible, and it does not matter much: the session expires.
+            self.delete(timeout=None if error is None else FAREWELL)
         except VFlowError:
             if error is None:
                 raise

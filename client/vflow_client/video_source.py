@@ -6,7 +6,7 @@ This module knows no video formats: the caller decodes a film and chooses its fr
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vflow_client.image_source import ImageSource, to_image
+from vflow_client.image_source import ImageSource, is_one_image, to_image
 from vflow_client.v1 import images_pb2
 
 
@@ -27,7 +27,7 @@ class Video:
 
     def __post_init__(self) -> None:
         """Raises TypeError if `frames` is a single picture or film, ValueError if the times do not match the frames."""
-        if isinstance(self.frames, str | bytes | bytearray | memoryview):
+        if is_one_image(self.frames):
             raise TypeError("frames must be a sequence of pictures, got one; a film must be split into frames")
         if (self.fps is None) == (self.seconds is None):
             raise ValueError("give either fps, the frames per second, or seconds, the time of each frame")

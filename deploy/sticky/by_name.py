@@ -14,9 +14,6 @@ from pathlib import Path
 
 import vflow_client
 
-PATIENCE = vflow_client.RetryPolicy(attempts=30, longest_delay=2.0)
-"""Some forty seconds, within the timeout of the call: enough for a replica to restart."""
-
 
 def replica_of(key: str, names: Sequence[str]) -> str:
     """The one of `names` that a conversation belongs to, by rendezvous hashing.
@@ -30,7 +27,7 @@ def main(names: str, key: str, picture: str, question: str) -> None:
     """Shows a picture, asks about it, and asks on."""
     chosen = replica_of(key, names.split(","))
     token, tls = os.environ.get("VFLOW_TOKEN"), os.environ.get("VFLOW_CA", False)
-    with vflow_client.connect(chosen, retry=PATIENCE, token=token, tls=tls) as client:
+    with vflow_client.connect(chosen, token=token, tls=tls) as client:
         with client.session() as session:
             print(session.ask(Path(picture), question).read())
             print(session.ask("What else can be seen?").read())

@@ -12,10 +12,7 @@ from typing import Any
 
 from vflow_client import terminal
 from vflow_client.commands import retune, strategies
-from vflow_client.commands.connection import add_tls_arguments, tls_of
-from vflow_client.commands.exit_code import exit_code_of
-from vflow_client.tls import Tls
-from vflow_server import token_command
+from vflow_server import health_command, token_command
 from vflow_server.option import OptionError, switch
 from vflow_server.settings import CONFIG_VARIABLE, ENVIRONMENT_PREFIX, Group, Settings, load, options
 
@@ -52,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.command in _CLIENTS:
         return _CLIENTS[parsed.command](parsed)
     if parsed.command == "health":
-        return _health(parsed)
+        return health_command.run(parsed)
     try:
         if parsed.command == "token":
             return token_command.run(parsed)
@@ -120,11 +117,13 @@ def command_parser() -> argparse.ArgumentParser:
             "budget. Ctrl-C cancels the search and stores the best strategy so far as a draft.",
         )
     )
-    health = commands.add_parser(
-        "health", description="Ask a running service whether it serves: exit code 0 if it does, otherwise 1."
+    health_command.add_arguments(
+        commands.add_parser(
+            "health",
+            description="Ask a running service whether it serves: exit code 0 if it does, otherwise 1. It is asked "
+            "once, without trying again.",
+        )
     )
-    health.add_argument("--address", metavar="HOST:PORT", help="address of the service (default: this machine)")
-    add_tls_arguments(health)
     return parser
 
 
@@ -160,26 +159,6 @@ def _serve(settings: Settings) -> int:
     except EngineDied:  # the log says why; a supervisor sees the exit code and restarts the service
         return 1
     return 0
-
-
-def _health(arguments: argparse.Namespace) -> int:
-    address = arguments.address or f"127.0.0.1:{os.environ.get(f'{ENVIRONMENT_PREFIX}PORT', Settings.port)}"
-    return exit_code_of(lambda: _check_health(address, tls_of(arguments)), address)
-
-
-def _check_health(address: str, tls: Tls | None) -> int:
-    import grpc
-    from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-    channel = grpc.secure_channel(address, tls.credentials(), tls.options()) if tls else grpc.insecure_channel(address)
-    with channel:
-        try:
-            response = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=3)
-        except grpc.RpcError as error:
-            print(f"{address}: {error.details()}", file=sys.stderr)
-            return 1
-    print(f"{address}: {health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)}")
-    return 0 if response.status == health_pb2.HealthCheckResponse.SERVING else 1
 
 
 def _refuse(error: Exception) -> int:

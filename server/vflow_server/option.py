@@ -100,13 +100,13 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def fraction(text: str) -> float:
-    """A number from 0 to 1, such as ``0.01``."""
+    """A number from 0 to 1, such as ``0.01`` or ``1%``."""
     try:
-        number = float(text)
+        number = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
         number = -1.0
     if not 0.0 <= number <= 1.0:
-        raise ValueError("expected a number from 0 to 1")
+        raise ValueError("expected a number from 0 to 1, or a percentage such as 1%")
     return number
 
 

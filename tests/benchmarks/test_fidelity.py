@@ -14,6 +14,7 @@ from benchmarks.asked_pictures import Asked, from_folder, generated
 from benchmarks.bootstrap import difference, share
 from benchmarks.fidelity_rows import Mark, Scores, compare, summary
 from benchmarks.line_chart import line_chart, save
+from vflow_client import load_samples
 from vflowopt.compression.strategy import Strategy
 
 KEYS = {"method", "retention", "turn", "accuracy", "low", "high", "agreement", "kv_bytes", "cosine", "kl_divergence"}
@@ -80,10 +81,27 @@ def test_a_folder_of_one_s_own(tmp_path: Path) -> None:
         assert {key: row[key] for key in row.keys() - differing} == {key: same[key] for key in row.keys() - differing}
 
 
+def test_one_file_of_questions_serves_searches_and_comparisons(tmp_path: Path) -> None:
+    """With true answers and without; without one, the unpruned model's answer counts as true."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    lines = [
+        {"image": "a.png", "question": "What colour is the background?", "group": "colours"},
+        {"image": "a.png", "question": "How many circles are there?", "answer": 1},
+    ]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (sample,), (asked,) = load_samples(tmp_path), from_folder(tmp_path, 10, 10)
+    assert list(sample.questions) == [each.text for each in asked.questions] == [line["question"] for line in lines]
+    assert [each.answer for each in asked.questions] == ["", "1"]
+    files = ["--data", str(tmp_path), "--json", str(tmp_path / "rows.json")]
+    assert fidelity.main([*files, "--retention", "25%", "--methods", "vflowopt"]) == 0
+    full = [row for row in json.loads((tmp_path / "rows.json").read_text()) if row["method"] == "full"]
+    assert all(row["accuracy"] >= 0.5 for row in full if row["turn"] == "all")  # its own answer to the first
+
+
 def test_a_line_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "questions.jsonl").write_text('{"image": "a.png", "question": "What?"}\n')
+    (tmp_path / "questions.jsonl").write_text('{"image": "a.png"}\n')
     assert fidelity.main(["--data", str(tmp_path), "--methods", "vflowopt"]) == 2
-    assert "line 1: expected an object with image, question and answer" in capsys.readouterr().err
+    assert "line 1: expected a text as 'question'" in capsys.readouterr().err
     assert fidelity.main(["--methods", "alchemy"]) == 2
     assert "no method is called alchemy" in capsys.readouterr().err
 

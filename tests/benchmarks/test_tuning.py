@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from benchmarks import tuning
 from benchmarks.information_flow import information_flow
@@ -65,9 +66,10 @@ def test_figures_at_the_smallest_size(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_too_few_pictures_are_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    (tmp_path / "questions.jsonl").write_text("")
+    Image.new("RGB", (60, 60)).save(tmp_path / "a.png")
+    (tmp_path / "questions.jsonl").write_text('{"image": "a.png", "question": "What is it?"}')
     assert tuning.main(["--data", str(tmp_path), "--samples", "3"]) == 2
-    assert "6 pictures are needed, half of them held out, but there are 0" in capsys.readouterr().err
+    assert "6 pictures are needed, half of them held out, but there are 1" in capsys.readouterr().err
 
 
 def test_an_unknown_base_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ class FakeSearch:
     def __init__(self, name: str = "operations/one") -> None:
         self.name = name
         self.endless = False
+        self.samples = 2
         self._step = 0
         self._failure: status_pb2.Status | None = None
 
@@ -44,7 +45,7 @@ class FakeSearch:
         if self._failure is not None:
             operation.error.CopyFrom(self._failure)
         elif operation.done:
-            operation.response.Pack(RetuneResponse(strategy=found_strategy(self.name)))
+            operation.response.Pack(RetuneResponse(strategy=found_strategy(self.name, self.samples)))
         return operation
 
     def _trials(self) -> int:
@@ -71,7 +72,7 @@ class FakeSearch:
         return metadata
 
 
-def found_strategy(operation: str) -> Strategy:
+def found_strategy(operation: str, samples: int = 2) -> Strategy:
     """What the search finds."""
     return Strategy(
         name="strategies/tuned-one",
@@ -87,7 +88,7 @@ def found_strategy(operation: str) -> Strategy:
             operation=operation,
             base="strategies/preset-10",
             data_digest="ab" * 32,
-            samples=2,
+            samples=samples,
             trials=len(OBJECTIVES),
             seed=7,
             objective=max(OBJECTIVES),

@@ -84,28 +84,35 @@ class FakeService(
     strategies_pb2_grpc.StrategiesServicer,
     operations_pb2_grpc.OperationsServicer,
 ):
-    """Answers every call; `refusals[method]` are spent first, one per call; `requests[method]` and `tenants`
-    are noted.
+    """Answers every call; `refusals[method]` are spent first, one per call; `requests[method]`, `tenants`
+    and `authorizations` are noted.
 
-    Chat sends `pieces`; after the first it waits for `go_on`, and `cancelled` is set when a call ends unfinished.
+    Chat sends `pieces`, or the next of `replies`; after the first piece it waits for `go_on`, and `cancelled` is set
+    when a call ends unfinished. Each number in `cuts` breaks off one call after so many pieces.
     Retune begins `search`.
     """
 
     def __init__(self) -> None:
         self.requests: dict[str, list[Any]] = {}
         self.tenants: list[str | None] = []
+        self.authorizations: list[str | None] = []
         self.refusals: dict[str, list[Refusal]] = {}
         self.pieces = ["two ", "red ", "stars"]
+        self.replies: list[list[str]] = []
+        self.cuts: list[int] = []
         self.search = FakeSearch()
-        self.refuse_after_first_piece: Refusal | None = None
         self.without_end = False
+        self.sample_objectives: list[list[float]] = [[], []]
+        self.budgets: dict[str, float] = {}
         self.go_on = threading.Event()
         self.go_on.set()
         self.cancelled = threading.Event()
 
     def _note(self, method: str, request: Any, context: grpc.ServicerContext) -> None:
         self.requests.setdefault(method, []).append(request)
-        self.tenants.append(dict(context.invocation_metadata()).get("vflow-tenant"))
+        metadata = dict(context.invocation_metadata())
+        self.tenants.append(metadata.get("vflow-tenant"))
+        self.authorizations.append(metadata.get("authorization"))
         if self.refusals.get(method):
             self.refusals[method].pop(0).abort(context)
 
@@ -169,18 +176,22 @@ class FakeService(
                 self.go_on.set()
 
         context.add_callback(notice_cancel)
-        for number, piece in enumerate(self.pieces):
+        pieces = self.replies.pop(0) if self.replies else self.pieces
+        cut = self.cuts.pop(0) if self.cuts else None
+        for number, piece in enumerate(pieces):
             if number == 1:
                 self.go_on.wait(timeout=10)
-                if self.refuse_after_first_piece is not None:
-                    self.refuse_after_first_piece.abort(context)
+            if number == cut:
+                Refusal(grpc.StatusCode.UNAVAILABLE).abort(context)
             yield ChatResponse(delta=TextDelta(text=piece))
+        if cut == len(pieces):
+            Refusal(grpc.StatusCode.CANCELLED).abort(context)
         ended = True
         if self.without_end:
             return
         yield ChatResponse(
             finished=Finished(
-                text="".join(self.pieces),
+                text="".join(pieces),
                 finish_reason=Finished.STOP,
                 usage=Usage(prompt_tokens=50, reused_tokens=40, completion_tokens=4),
                 receipt=TurnReceipt(
@@ -202,7 +213,9 @@ class FakeService(
 
     def GetStrategy(self, request: Any, context: Any) -> Strategy:
         self._note("GetStrategy", request, context)
-        return a_strategy(request.name)
+        strategy = a_strategy(request.name)
+        strategy.budget = self.budgets.get(request.name, strategy.budget)
+        return strategy
 
     def CreateStrategy(self, request: Any, context: Any) -> Strategy:
         self._note("CreateStrategy", request, context)
@@ -231,6 +244,7 @@ class FakeService(
                 kv_bytes_full=4030464,
                 objective=0.9 + 0.05 * number,
                 agreement=0.5 + 0.25 * number,
+                sample_objectives=self.sample_objectives[number],
             )
             for number, name in enumerate(request.names)
         ]

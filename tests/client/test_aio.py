@@ -112,7 +112,7 @@ def test_closing_an_answer_between_two_attempts_sends_no_other(address: str, ser
     assert len(service.requests["Chat"]) == 1
 
 
-def test_a_turn_is_sent_again_only_until_its_first_text(address: str, service: FakeService) -> None:
+def test_a_turn_is_sent_again_and_goes_on_where_it_was(address: str, service: FakeService) -> None:
     async def ask() -> str:
         async with connect(address) as client:
             return await (await client.attach("sessions/x").ask("How many?")).read()
@@ -122,10 +122,26 @@ def test_a_turn_is_sent_again_only_until_its_first_text(address: str, service: F
     requests = service.requests.pop("Chat")
     assert len(requests) == 3 and len({request.request_id for request in requests}) == 1
 
-    service.refuse_after_first_piece = GONE
-    with pytest.raises(vflow_client.Unavailable):
+    service.cuts = [2, 1, 3]
+    assert asyncio.run(ask()) == "two red stars"
+    requests = service.requests.pop("Chat")
+    assert len(requests) == 4 and len({request.request_id for request in requests}) == 1
+
+    service.cuts, service.replies = [2], [service.pieces, ["two blue stars"]]
+    with pytest.raises(vflow_client.AnswerChanged):
         asyncio.run(ask())
-    assert len(service.requests["Chat"]) == 1
+
+
+def test_a_picture_is_added_under_one_request_id(address: str, service: FakeService) -> None:
+    async def add() -> None:
+        async with connect(address) as client:
+            await client.attach("sessions/x").add_image(b"picture")
+
+    service.refusals["AddImage"] = [GONE, GONE]
+    asyncio.run(add())
+    assert (
+        len({request.request_id for request in service.requests["AddImage"]}) == 1 < len(service.requests["AddImage"])
+    )
 
 
 def test_errors_are_typed_and_a_missing_end_is_one(address: str, service: FakeService) -> None:

@@ -1,17 +1,24 @@
 """The synchronous client against a fake service over a real channel."""
 
+import socket
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Timer
 
 import grpc
 import pytest
 
 import vflow_client
+import vflow_client.aio
 from tests.client.fake_service import FakeService, Refusal
+from vflow_client.v1 import conversations_pb2_grpc
 
 FULL = Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "CAPACITY_EXHAUSTED", retry_after=0.05)
 GONE = Refusal(grpc.StatusCode.UNAVAILABLE)
 STOPPING = Refusal(grpc.StatusCode.UNAVAILABLE, "SERVER_STOPPING")
+CUT = Refusal(grpc.StatusCode.CANCELLED)
 
 
 def test_a_conversation(client: vflow_client.Client, service: FakeService, tmp_path: Path) -> None:
@@ -31,7 +38,6 @@ def test_a_conversation(client: vflow_client.Client, service: FakeService, tmp_p
     chat = service.requests["Chat"][0]
     assert [part.WhichOneof("content") for part in chat.parts] == ["image", "text"]
     assert chat.options.max_new_tokens == 5 and chat.options.temperature == 0.5 and list(chat.options.stop) == ["\n"]
-    assert not chat.options.HasField("seed")
     assert len(chat.request_id) >= 16
     assert service.requests["DeleteSession"][0].name == "sessions/one"
 
@@ -47,6 +53,51 @@ def test_parts_keep_their_order_and_a_string_among_them_is_text(
         "with",
         "ab" * 32,
     ]
+
+
+def test_one_picture_need_not_be_a_list(client: vflow_client.Client, service: FakeService, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"picture")
+    sources = (str(path), path, b"picture", bytearray(b"picture"), vflow_client.Image(data=b"picture"), [path], (path,))
+    for images in sources:
+        client.attach("sessions/x").ask("What?", images=images).read()
+    for request in service.requests["Chat"]:
+        assert [part.image.data or part.text for part in request.parts] == [b"picture", "What?"]
+
+
+def test_a_text_that_names_a_picture_is_sent_with_a_warning(
+    client: vflow_client.Client, service: FakeService, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    path = tmp_path / "a.png"
+    session = client.attach("sessions/x")
+    session.ask(str(path), "What?").read()  # there is no such file
+    assert not recwarn.list
+    path.write_bytes(b"picture")
+    with pytest.warns(UserWarning, match=r"is sent as text.*pass pathlib.Path\(") as warned:
+        session.ask(str(path), "What?").read()
+    assert warned[0].filename == __file__
+    assert [request.parts[0].text for request in service.requests["Chat"]] == [str(path)] * 2
+
+
+@pytest.mark.parametrize("make", [vflow_client.connect, vflow_client.aio.connect])
+def test_tokens_that_cannot_be_sent(make: Callable[..., object]) -> None:
+    for token, complaint in (
+        ("se\ncret", "U\\+000A at position 3"),
+        ("s\u00e9", "U\\+00E9"),
+        ("", "empty"),
+        ("\n", "empty"),
+    ):
+        with pytest.raises(ValueError, match=f"the token .*{complaint}") as caught:
+            make("localhost:1", token=token)
+        assert "cret" not in str(caught.value)
+        with pytest.raises(ValueError, match=f"the tenant .*{complaint}"):
+            make("localhost:1", tenant=token)
+
+
+def test_the_newline_of_a_tokens_file_is_dropped(address: str, service: FakeService) -> None:
+    with vflow_client.connect(address, token="secret\n", tenant=" red\r\n") as client:
+        client.session()
+    assert service.tenants == ["red"] and service.authorizations == ["Bearer secret"]
 
 
 def test_videos(client: vflow_client.Client, service: FakeService) -> None:
@@ -128,13 +179,55 @@ def test_a_turn_is_sent_again_under_the_same_request_id(client: vflow_client.Cli
     assert len(requests) == 3 and len({request.request_id for request in requests}) == 1
 
 
-def test_a_turn_whose_text_was_seen_is_not_sent_again(client: vflow_client.Client, service: FakeService) -> None:
-    service.refuse_after_first_piece = GONE
+@pytest.mark.parametrize(
+    "again", [["two ", "red ", "stars"], ["two red stars"], ["tw", "o red st", "ars"], list("two red stars")]
+)
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_an_answer_that_is_cut_off_goes_on_where_it_was(
+    client: vflow_client.Client, service: FakeService, cut: int, again: list[str]
+) -> None:
+    service.cuts, service.replies = [cut], [service.pieces, again]
     answer = client.attach("sessions/x").ask("How many?")
-    assert next(answer) == "two "
-    with pytest.raises(vflow_client.Unavailable):
+    pieces = list(answer)
+    assert pieces[:cut] == ["two ", "red ", "stars"][:cut] and "".join(pieces) == answer.text == "two red stars"
+    assert all(pieces) and answer.usage.completion_tokens == 4
+    first, second = service.requests["Chat"]
+    assert first == second and first.request_id
+
+
+def test_an_answer_may_be_cut_off_more_than_once(client: vflow_client.Client, service: FakeService) -> None:
+    """Every new piece renews the patience, and with it the attempts."""
+    service.pieces = list("two red stars")
+    service.cuts = list(range(len(service.pieces) + 1))
+    assert client.attach("sessions/x").ask("How many?").read() == "two red stars"
+
+
+@pytest.mark.parametrize("again", [["three"], ["two blue stars"], ["two"], ["two "], []])
+def test_an_answer_that_comes_again_in_other_words_is_an_error(
+    client: vflow_client.Client, service: FakeService, again: list[str]
+) -> None:
+    service.cuts, service.replies = [2], [service.pieces, again]
+    answer = client.attach("sessions/x").ask("How many?")
+    with pytest.raises(vflow_client.AnswerChanged, match="in other words"):
+        answer.read()
+    assert answer.text == "two red "
+    with pytest.raises(vflow_client.Cancelled):
         next(answer)
-    assert len(service.requests["Chat"]) == 1
+
+
+def test_sampled_answers_have_a_seed_so_that_they_can_go_on(client: vflow_client.Client, service: FakeService) -> None:
+    session = client.attach("sessions/x")
+    for options in (
+        {},
+        {"temperature": 0.0},
+        {"temperature": 0.7},
+        {"temperature": 0.7},
+        {"temperature": 1, "seed": 5},
+    ):
+        session.ask("How many?", **options).read()
+    greedy, zero, one, two, chosen = (request.options for request in service.requests["Chat"])
+    assert not greedy.HasField("seed") and not zero.HasField("seed") and chosen.seed == 5
+    assert one.HasField("seed") and two.HasField("seed") and one.seed != two.seed
 
 
 def test_a_stream_without_an_end_is_an_error(client: vflow_client.Client, service: FakeService) -> None:
@@ -143,20 +236,26 @@ def test_a_stream_without_an_end_is_an_error(client: vflow_client.Client, servic
         client.attach("sessions/x").ask("How many?").read()
 
 
-@pytest.mark.parametrize(
-    ("refusal", "calls"), [(FULL, 2), (STOPPING, 2), (GONE, 1)], ids=["no room", "stopping", "unreachable"]
-)
-def test_adding_a_picture_is_repeated_only_where_nothing_can_have_happened(
-    client: vflow_client.Client, service: FakeService, refusal: Refusal, calls: int
+@pytest.mark.parametrize("refusal", [FULL, STOPPING, GONE, CUT], ids=["no room", "stopping", "unreachable", "cut off"])
+@pytest.mark.parametrize("method", ["AddImage", "AddVideo"])
+def test_adding_a_picture_is_repeated_under_one_request_id(
+    client: vflow_client.Client, service: FakeService, refusal: Refusal, method: str
 ) -> None:
-    service.refusals["AddImage"] = [refusal]
+    service.refusals[method] = [refusal, refusal]
     session = client.attach("sessions/x")
-    if calls == 1:
-        with pytest.raises(vflow_client.Unavailable):
-            session.add_image(b"picture")
-    else:
-        session.add_image(b"picture")
-    assert len(service.requests["AddImage"]) == calls
+    for _ in range(2):
+        session.add_image(b"picture") if method == "AddImage" else session.add_video([b"frame"], fps=1)
+    first, second, third, other = (request.request_id for request in service.requests[method])
+    assert first == second == third != other and other
+
+
+def test_what_cannot_be_repeated_is_repeated_only_where_it_was_not_begun(
+    client: vflow_client.Client, service: FakeService
+) -> None:
+    service.refusals["RollbackStrategy"] = [STOPPING, FULL, GONE]
+    with pytest.raises(vflow_client.Unavailable):
+        client.strategies.rollback()
+    assert len(service.requests["RollbackStrategy"]) == 3
 
 
 def test_the_delay_that_the_service_asks_for_is_kept(client: vflow_client.Client, service: FakeService) -> None:
@@ -243,6 +342,49 @@ def test_a_failing_delete_does_not_hide_the_error_of_the_block(
         raise KeyError("the block's own")
     with pytest.raises(vflow_client.ServerFault), client.session():
         pass
+
+
+def test_the_error_of_a_timeout_names_its_seconds(client: vflow_client.Client, service: FakeService) -> None:
+    service.go_on.clear()
+    with pytest.raises(vflow_client.DeadlineExceeded, match=r"no answer within 0.3 s; pass timeout="):
+        client.attach("sessions/x").ask("How many?", timeout=0.3).read()
+
+
+def test_a_client_waits_for_a_service_that_is_not_there_yet(
+    service: FakeService, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = grpc.server(ThreadPoolExecutor(2))
+    conversations_pb2_grpc.add_ConversationsServicer_to_server(service, server)
+
+    def start() -> None:
+        assert server.add_insecure_port(f"127.0.0.1:{port}")
+        server.start()
+
+    starting = Timer(2.0, start)
+    starting.start()
+    began = time.monotonic()
+    try:
+        with vflow_client.connect(f"127.0.0.1:{port}") as client:
+            # Not repeatable, but surely not begun while nothing listens.
+            client.session().add_image(b"picture")
+            assert 2.0 <= time.monotonic() - began < 6.0
+    finally:
+        starting.join()
+        server.stop(None).wait()
+    (said,) = caplog.records
+    assert said.name == "vflow_client" and said.levelname == "WARNING"
+    assert f"waiting for the service at 127.0.0.1:{port}, trying again for up to" in said.getMessage()
+    assert "Connection refused" in said.getMessage()
+
+
+def test_an_error_that_ends_a_block_does_not_wait_for_the_deletion() -> None:
+    with vflow_client.connect("127.0.0.1:1") as client:
+        began = time.monotonic()
+        with pytest.raises(KeyError), client.attach("sessions/x"):
+            raise KeyError("the block's own")
+    assert time.monotonic() - began < 5.0
 
 
 def test_nobody_at_the_address() -> None:

@@ -1,5 +1,6 @@
 """`vflow strategies` and `vflow retune` against a fake service, as a person and as a program see them."""
 
+import argparse
 import io
 import json
 import os
@@ -16,6 +17,9 @@ from google.rpc import code_pb2
 
 from tests.client.fake_service import FakeService, Refusal
 from vflow_client.commands import progress
+from vflow_client.commands.connection import seconds
+from vflow_client.commands.share import share
+from vflow_client.quantities import duration
 from vflow_client.v1.strategies_pb2 import RetuneMetadata
 from vflow_server.cli import main
 
@@ -182,7 +186,7 @@ def test_a_reader_that_leaves_early_is_no_mistake_of_ours(address: str) -> None:
 
 
 def test_without_a_service(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["strategies", "activate", "mine", "--etag", "e1", "--address", "127.0.0.1:1"]) == 1
+    assert main(["strategies", "activate", "mine", "--etag", "e1", "--address", "127.0.0.1:1", "--timeout", "1"]) == 1
     assert "no service answers at 127.0.0.1:1" in capsys.readouterr().err
 
 
@@ -344,6 +348,7 @@ def test_a_stream_that_cannot_encode_the_chart(address: str, data: Path) -> None
 
 
 def test_live_traffic_is_not_asked_for_twice(vflow: Vflow, service: FakeService) -> None:
+    service.search.samples = 30
     code, out, err = vflow("retune", "--budget", 0.1, "--live", 20, "--activate")
     assert code == 0 and "measured on the latest 20 conversations" in err
     assert service.requests["Retune"][0].calibration.live.max_samples == 20
@@ -354,10 +359,73 @@ def test_live_traffic_is_not_asked_for_twice(vflow: Vflow, service: FakeService)
 
 
 def test_a_comparison_that_fails_spoils_nothing(vflow: Vflow, service: FakeService, data: Path) -> None:
+    service.search.samples = 30
     service.refusals["CompareStrategies"] = [Refusal(grpc.StatusCode.INTERNAL, "INTERNAL")]
     code, out, err = vflow("retune", "--budget", 0.1, "--data", data, "--activate")
     assert code == 0 and "error: no comparison: INTERNAL" in err
     assert "tuned-one is active" in out and len(service.requests["ActivateStrategy"]) == 1
+
+
+CLEAR = [0.05 + 0.01 * (number % 3) for number in range(12)]
+UNCLEAR = [0.0003 + 0.05 * (-1) ** number for number in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("gains", "said"),
+    [
+        (CLEAR, "gain in the objective: +0.0600 on 12 pictures, 95% interval +0.05"),
+        (UNCLEAR, "not activated: the gain may be chance (+0.0003 on 12 pictures, 95% interval -0.0"),
+        ([0.0003, 0.0002, 0.0004], "not activated: the gain may be chance (+0.0003 on 3 pictures, too few to tell"),
+        ([-gain for gain in CLEAR], "not activated: the gain may be chance (-0.0600 on 12 pictures"),
+    ],
+    ids=["clear", "unclear", "too few", "loss"],
+)
+def test_a_gain_that_may_be_chance_is_not_activated(
+    vflow: Vflow, service: FakeService, data: Path, gains: list[float], said: str
+) -> None:
+    service.sample_objectives = [[0.9] * len(gains), [0.9 + gain for gain in gains]]
+    code, out, err = vflow("retune", "--budget", "10%", "--data", data, "--activate")
+    assert said in out + err and service.requests["Retune"][0].budget == pytest.approx(0.1)
+    assert code == (0 if gains is CLEAR else 1) and ("ActivateStrategy" in service.requests) == (gains is CLEAR)
+    if gains is not CLEAR:
+        assert out.endswith("activate it with: vflow strategies activate tuned-one\n")
+
+
+def test_what_was_not_compared_needs_pictures_enough(vflow: Vflow, service: FakeService) -> None:
+    code, out, err = vflow("retune", "--budget", 0.1, "--live", "--activate", "--json")
+    assert code == 1 and json.loads(out)["strategy"]["name"] == "strategies/tuned-one"
+    assert "not activated: it was found on 2 pictures and not compared; that takes 30 or more" in err
+    assert "ActivateStrategy" not in service.requests
+
+
+def test_a_smaller_budget_is_no_loss(vflow: Vflow, service: FakeService, data: Path) -> None:
+    """Another budget is another choice: it is activated although the objective falls."""
+    service.budgets = {"strategies/preset-10": 0.5}
+    service.sample_objectives = [[0.99] * 12, [0.9] * 12]
+    assert vflow("retune", "--budget", 0.1, "--data", data, "--activate")[0] == 0
+
+
+@pytest.mark.parametrize(("text", "value"), [("0.1", 0.1), ("10%", 0.1), ("10.0%", 0.1), (" 100% ", 1.0), ("1", 1.0)])
+def test_shares(text: str, value: float) -> None:
+    assert share(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["0", "0%", "-1", "nan", "101%", "10", "x", "", "%", "1e400"])
+def test_what_is_no_share(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="such as 0.1 or 10%"):
+        share(text)
+
+
+@pytest.mark.parametrize("value", [0.5, 1, 90, 100, 3599, 3600, 7260])
+def test_what_is_printed_can_be_typed(value: float) -> None:
+    assert seconds(f"{value:g}") == seconds(f"{value:g}s") == value
+    assert seconds(duration(value)) == pytest.approx(value, abs=30) if value >= 1 else True
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "soon", "", "1 2 3", "1.2.3s", "5 m"])
+def test_what_is_no_time(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="number of seconds above 0"):
+        seconds(text)
 
 
 def test_a_search_for_programs(vflow: Vflow, data: Path) -> None:

@@ -1,6 +1,9 @@
 """The conversation in the terminal."""
 
 import io
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -59,7 +62,7 @@ def test_a_first_picture_that_cannot_be_shown_ends_it(client: vflow_client.Clien
     assert not succeeded and "No such file" in err and "Chat" not in service.requests
 
 
-@pytest.mark.parametrize("line", ["/quit", "/image", "/images a.png"])
+@pytest.mark.parametrize("line", ["/image", "/images a.png", "/quit now", "/Image a.png"])
 def test_what_is_no_command_is_not_asked_of_the_model(
     client: vflow_client.Client, service: FakeService, line: str
 ) -> None:
@@ -75,6 +78,116 @@ def test_a_picture_may_be_named_from_home(
     (tmp_path / "a b.png").write_bytes(b"picture")
     succeeded, out, _ = converse(client, ["/image ~/a b.png"])
     assert succeeded and f"{tmp_path}/a b.png: [30 x 20" in out
+
+
+@pytest.mark.parametrize("line", ["/help", "/?", "?"])
+def test_help(client: vflow_client.Client, service: FakeService, line: str) -> None:
+    succeeded, out, err = converse(client, [line])
+    assert succeeded and out.count("/image PATH adds a picture") == 2 and err == "" and "Chat" not in service.requests
+
+
+@pytest.mark.parametrize("line", ["/quit", "/exit", " /quit "])
+def test_quitting(client: vflow_client.Client, service: FakeService, line: str) -> None:
+    succeeded, _, err = converse(client, [line, "How many?"])
+    assert succeeded and err == "" and "Chat" not in service.requests
+
+
+def test_several_pictures_are_dropped_with_quotes_escapes_and_addresses(
+    client: vflow_client.Client, service: FakeService, tmp_path: Path
+) -> None:
+    for name in ("a b.png", "c d.png", "e.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    escaped = str(tmp_path / "c d.png").replace(" ", "\\ ")
+    line = f"/image '{tmp_path}/a b.png' {escaped} {(tmp_path / 'e.png').as_uri()}"
+    succeeded, out, err = converse(client, [line])
+    assert succeeded and err == ""
+    assert [request.image.data for request in service.requests["AddImage"]] == [b"a b.png", b"c d.png", b"e.png"]
+
+
+def test_the_name_of_a_picture_is_no_question(
+    client: vflow_client.Client, service: FakeService, tmp_path: Path
+) -> None:
+    picture = tmp_path / "a b.png"
+    picture.write_bytes(b"picture")
+    for line in (str(picture), f"'{picture}'", picture.as_uri()):
+        succeeded, out, _ = converse(client, [line])
+        assert succeeded and f"to show it: /image {line}" in out
+    assert not service.requests
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("https://example.org/a.png", "is not fetched: download it"),
+        (".", ".: Is a directory"),
+        ("a.pgn", "did you mean 'a.png'?"),
+    ],
+)
+def test_pictures_that_cannot_be_read(
+    client: vflow_client.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, complaint: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.png").write_bytes(b"picture")
+    succeeded, out, err = converse(client, [f"/image {name}", "How many?"])
+    assert not succeeded and complaint in err and "two red stars" in out
+
+
+def in_a_process(address: str, typed: bytes, **environment: str) -> tuple[int, bytes, bytes]:
+    """What a terminal of its own makes of `typed`: exit code, output and errors."""
+    process = subprocess.run(
+        [sys.executable, "-m", "vflow_client", "--address", address],
+        input=typed,
+        capture_output=True,
+        env={"PATH": os.environ["PATH"], **environment},
+        timeout=60,
+        check=False,
+    )
+    return process.returncode, process.stdout, process.stderr
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"LC_ALL": "C.UTF-8"},
+        {"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "utf-8:strict"},  # as in any other UTF-8 locale
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"PYTHONIOENCODING": "latin-1"},
+    ],
+    ids=["UTF-8", "strict UTF-8", "ASCII", "Latin-1"],
+)
+def test_bytes_that_are_no_text_do_not_end_it(
+    address: str, service: FakeService, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    picture = os.fsencode(tmp_path) + b"/\xff\xe9.png"
+    with open(picture, "wb") as file:
+        file.write(b"picture")
+    service.pieces = ["\N{SNOWMAN} ", "here"]
+    # The names of files are in the encoding of the system, whatever that of the terminal is said to be.
+    show = b"" if environment.get("PYTHONIOENCODING") == "latin-1" else b"/image " + picture
+    typed = b"What is \xff this?\n" + show + b"\nAnd that?\n" + "H\N{SNOWMAN}?\n".encode() + b"/quit\n"
+    code, out, err = in_a_process(address, typed, **environment)
+    assert (code, err) == (0, b"")
+    assert out.count(b"here\n[4 tokens") == 3
+    asked = [request.parts[0].text for request in service.requests["Chat"]]
+    assert asked[0].startswith("What is ") and asked[0].endswith(" this?") and asked[1] == "And that?"
+    assert len(service.requests.get("AddImage", [])) == bool(show)
+    assert len(service.requests["DeleteSession"]) == 1
+
+
+def test_a_reader_that_leaves_ends_it_quietly(address: str, service: FakeService) -> None:
+    """As in `vflow chat | head -1`."""
+    service.pieces = ["word "] * 50
+    command = [sys.executable, "-m", "vflow_client", "--address", address]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"PATH": os.environ["PATH"]}
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        process.stdin.write(b"How many?\n" * 20)
+        process.stdin.close()
+        assert process.wait(30) == 1 and process.stderr.read() == b""
+    assert len(service.requests["DeleteSession"]) == 1
 
 
 def test_interrupting_at_the_prompt_does_nothing(client: vflow_client.Client) -> None:
@@ -121,8 +234,10 @@ def test_the_command_line(
 
 
 def test_the_command_line_without_a_service(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--address", "127.0.0.1:1"]) == 1
-    assert "no service answers at 127.0.0.1:1" in capsys.readouterr().err
+    assert main(["--address", "127.0.0.1:1", "--timeout", "3"]) == 1
+    waiting, gave_up = capsys.readouterr().err.splitlines()
+    assert waiting.startswith("waiting for the service at 127.0.0.1:1, trying again for up to")
+    assert gave_up.startswith("error: no service answers at 127.0.0.1:1")
 
 
 @pytest.mark.parametrize(

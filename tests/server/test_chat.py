@@ -201,7 +201,7 @@ class TestRetry:
     def test_is_refused_with_other_content(self, stub: ConversationsStub, client: Client) -> None:
         with client.session() as session:
             self.say(stub, session, "one", "a")
-            with pytest.raises(grpc.RpcError, match="REQUEST_ID_REUSED|belongs to an earlier turn"):
+            with pytest.raises(grpc.RpcError, match="REQUEST_ID_REUSED|belongs to an earlier request"):
                 self.say(stub, session, "two", "a")
             assert session.state().turn_count == 1
 

@@ -28,6 +28,8 @@ def test_the_unpruned_model_agrees_with_itself_and_costs_what_it_costs(client: C
     assert full.visual_tokens == full.visual_tokens_full == lean.visual_tokens_full
     assert full.kv_bytes == full.kv_bytes_full == lean.kv_bytes_full
     assert lean.objective < full.objective
+    for each in (full, lean):  # two questions a sample
+        assert sum(each.sample_objectives) / 3 == pytest.approx(each.objective) and len(each.sample_objectives) == 3
     # What a receipt says of such a picture is what the comparison says of their mean.
     receipts = [client.compress(png(60, 80, seed=300 + number), strategy="preset-10").receipt for number in range(3)]
     assert lean.kv_bytes == pytest.approx(sum(receipt.kv_bytes for receipt in receipts) / 3)

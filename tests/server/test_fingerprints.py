@@ -11,9 +11,9 @@ from tests.server.conftest import Serve
 from tests.server.drawing import png
 from tests.server.served import Served
 from vflow_client import Client, Session
-from vflow_client.v1.conversations_pb2 import ChatOptions, ChatRequest, Finished, Part
+from vflow_client.v1.conversations_pb2 import AddImageRequest, ChatOptions, ChatRequest, Finished, Part
 from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
-from vflow_client.v1.images_pb2 import Image
+from vflow_client.v1.images_pb2 import Image, ImageReceipt
 
 OPTIONS = {"max_new_tokens": 6, "min_new_tokens": 2, "temperature": 1.0, "top_p": 0.5, "seed": 3, "stop": ["zzzz"]}
 OTHERS = {"max_new_tokens": 7, "min_new_tokens": 3, "temperature": 0.5, "top_p": 0.6, "seed": 4, "stop": ["yyyy"]}
@@ -81,3 +81,34 @@ def test_a_request_is_told_from_another_after_a_restart_too(serve_data: Serve) -
     session = served.client.attach(session.name)
     assert refused(served, session, PARTS, ChatOptions(**{**OPTIONS, "seed": 4}))
     assert say(served, session, PARTS, ChatOptions(**OPTIONS)).receipt.replayed
+
+
+def test_a_picture_is_added_once_and_told_from_others(served: Served, session: Session) -> None:
+    stub = ConversationsStub(served.client._channel)
+    image = Image(data=png(40, 50, 1))
+
+    def added(image: Image, request_id: str = "the-same") -> ImageReceipt:
+        request = AddImageRequest(session=session.name, image=image, request_id=request_id)
+        return stub.AddImage(request, timeout=20).receipt
+
+    first = added(image)
+    assert first.image == f"{session.name}/images/1" and added(image) == first
+    for other in (Image(data=png(40, 50, 2)), Image(data=image.data, detail=Image.LOW)):
+        with pytest.raises(grpc.RpcError, match="belongs to an earlier request"):
+            added(other)
+    for wrong in ("x" * 65, "\u00fc"):
+        with pytest.raises(grpc.RpcError, match="printable ASCII"):
+            added(image, wrong)
+    assert session.state().image_count == 1
+    assert added(image, "").image != added(image, "").image  # without a request_id each is another
+    with pytest.raises(grpc.RpcError, match="belongs to an earlier request"):
+        say(served, session, PARTS, ChatOptions(**OPTIONS))  # under the same request_id
+    assert session.state().turn_count == 0
+
+
+def test_a_picture_that_is_sent_again_waits_for_the_first(served: Served, session: Session) -> None:
+    stub = ConversationsStub(served.client._channel)
+    request = AddImageRequest(session=session.name, image=Image(data=png(200, 200, 1)), request_id="the-same")
+    calls = [stub.AddImage.future(request, timeout=20) for _ in range(4)]
+    assert len({call.result().receipt.image for call in calls}) == 1
+    assert session.state().image_count == 1

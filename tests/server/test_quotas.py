@@ -15,7 +15,7 @@ from tests.server.drawing import png
 from tests.server.served import Served
 from tests.server.waiting import until
 from vflow_client import CapacityExhausted, Session
-from vflow_client.v1.conversations_pb2 import ChatOptions, ChatRequest, Part
+from vflow_client.v1.conversations_pb2 import AddImageRequest, ChatOptions, ChatRequest, Part
 from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
 from vflow_client.v1.images_pb2 import Image
 from vflow_server.images import store as pictures
@@ -53,10 +53,11 @@ def test_pictures(serve: Serve) -> None:
     served = serve(tenant_pictures="3")
     client = served.client
     first, second = client.session(), client.session()
-    first.add_image(png(60, 60, seed=1))
+    shown = AddImageRequest(session=first.name, image=Image(data=png(60, 60, seed=1)), request_id="shown")
     parts = [Part(text="Both?"), *(Part(image=Image(data=png(60, 60, seed=seed))) for seed in (2, 3))]
     once = ChatRequest(session=second.name, parts=parts, options=ChatOptions(max_new_tokens=1), request_id="once")
     with grpc.insecure_channel(served.address) as channel:
+        receipt = ConversationsStub(channel).AddImage(shown).receipt
         *_, last = ConversationsStub(channel).Chat(once)
         for one_more in (
             lambda: first.add_image(png(60, 60, seed=4)),
@@ -67,6 +68,7 @@ def test_pictures(serve: Serve) -> None:
                 one_more()
         *_, again = ConversationsStub(channel).Chat(once)
         assert again.finished.receipt.replayed and again.finished.text == last.finished.text
+        assert ConversationsStub(channel).AddImage(shown).receipt == receipt
     assert ask(first) and client.compress(png(60, 60, seed=4)).receipt.digest  # neither adds one to a session
     first.delete()
     second.add_image(png(60, 60, seed=4))

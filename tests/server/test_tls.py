@@ -1,6 +1,7 @@
 """TLS over a real channel: authentication of both sides, and certificates that change while calls run."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,6 +110,35 @@ def test_a_health_check_comes_in_by_tls(serve: Serve, authority: Authority) -> N
     assert main(health) == 1
     assert main([*health, "--ca", str(authority.certificate.with_name("none.pem"))]) == 2
     assert main([*health, "--cert", "only"]) == 2
+
+
+@pytest.mark.parametrize("command", ["client", "health"])
+@pytest.mark.parametrize(
+    ("encrypted", "asked", "advice"),
+    [
+        (True, [], "if the service uses TLS, pass tls=... or --tls"),
+        (False, ["--tls"], "does not use TLS: for an unencrypted connection leave out"),
+        (True, ["--tls"], "not signed by a known authority"),
+        (True, ["--ca", "CA", "--server-name", "other.example"], "for another name"),
+    ],
+    ids=["unencrypted", "encrypted", "unknown authority", "another name"],
+)
+def test_a_connection_that_fails_by_tls_says_what_to_do(
+    serve: Serve,
+    authority: Authority,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    encrypted: bool,
+    asked: list[str],
+    advice: str,
+) -> None:
+    served = served_with(serve, authority.issue("server")) if encrypted else serve()
+    options = [str(authority.certificate) if option == "CA" else option for option in asked]
+    arguments = ["health"] if command == "health" else ["strategies", "list", "--timeout", "2"]
+    began = time.monotonic()
+    assert main([*arguments, "--address", served.address, *options]) == 1
+    assert advice in capsys.readouterr().err
+    assert not asked or time.monotonic() - began < 1.5  # what cannot change is not tried again
 
 
 UNUSABLE: dict[str, tuple[Callable[[Pair, Authority], dict[str, str]], str]] = {

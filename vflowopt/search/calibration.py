@@ -18,6 +18,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -92,6 +93,7 @@ class Comparison:
         objective: mean cosine with the reference over all questions.
         agreement: share of the questions whose greedy answer equals the reference's, token by token. Each question is
             asked after the reference's answers to the earlier ones.
+        sample_objectives: mean cosine with the reference over the questions of each sample.
     """
 
     visual_tokens: float
@@ -100,6 +102,7 @@ class Comparison:
     kv_bytes_full: float
     objective: float
     agreement: float
+    sample_objectives: tuple[float, ...]
 
 
 class Calibration:
@@ -203,12 +206,12 @@ class Calibration:
         """
         numbers = range(len(self.samples))
         read = yield from self._read(strategy, numbers, answers=True)
-        cosines: list[float] = []
+        cosines: list[list[float]] = []
         agrees: list[bool] = []
         for number, (states, _) in enumerate(read):
             reference = self._references[number]
             by_turn = states.split([1 + len(answer) for answer in reference.answers])
-            cosines += _cosines(torch.stack([turn[0] for turn in by_turn]), reference).tolist()
+            cosines.append(_cosines(torch.stack([turn[0] for turn in by_turn]), reference).tolist())
             agrees += [
                 self._would_answer(turn, answer) for turn, answer in zip(by_turn, reference.answers, strict=True)
             ]
@@ -221,8 +224,9 @@ class Calibration:
             visual_tokens_full=full,
             kv_bytes=kept * layers * bytes_per_token,
             kv_bytes_full=full * layers * bytes_per_token,
-            objective=float(np.mean(cosines)),
+            objective=float(np.mean(list(chain.from_iterable(cosines)))),
             agreement=float(np.mean(agrees)),
+            sample_objectives=tuple(float(np.mean(of_sample)) for of_sample in cosines),
         )
 
     def _refer(self, sample: Sample, encoded: EncodedImage) -> Generator[Pause, None, Reference]:

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import grpc
 
-from vflow_client.errors import error_from_call
+from vflow_client.errors import AnswerChanged, error_from_call
 from vflow_client.retry import Attempts
 from vflow_client.transcript import Transcript
 from vflow_client.v1.conversations_pb2 import ChatRequest, ChatResponse
@@ -33,11 +33,22 @@ class AsyncAnswer(Transcript, AsyncIterator[str]):
     async def __anext__(self) -> str:
         """The next piece of text, never empty.
 
+        If the connection breaks, the turn is sent again under the same request_id, and the text that was read already
+        is skipped.
+
         Raises:
+            AnswerChanged: the connection broke, and the service answered anew in other words.
             VFlowError: the turn failed, and the session is as it was before.
         """
         while not self.finished:
-            if piece := self._append(await self._next_event()):
+            event = await self._next_event()
+            try:
+                piece = self._append(event)
+            except AnswerChanged:
+                self.close()
+                raise
+            if piece:
+                self._attempts.progressed()
                 return piece
         raise StopAsyncIteration
 
@@ -75,8 +86,7 @@ class AsyncAnswer(Transcript, AsyncIterator[str]):
             except grpc.RpcError as failure:
                 self._refuse_if_closed()
                 error = error_from_call(failure)
-                # The caller may have used the text already, so only an answer without any text is requested again.
-                delay = None if self.text else self._attempts.delay_after(error)
+                delay = self._attempts.delay_after(error)
                 if delay is None:
                     raise error from failure
             except asyncio.CancelledError:
@@ -90,4 +100,5 @@ class AsyncAnswer(Transcript, AsyncIterator[str]):
                 return event
             await asyncio.sleep(delay)
             self._refuse_if_closed()
+            self._repeat()
             self._send()

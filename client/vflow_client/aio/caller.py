@@ -8,6 +8,7 @@ import grpc
 
 from vflow_client.errors import error_from_call
 from vflow_client.identity import identity_metadata
+from vflow_client.peer import Peer
 from vflow_client.retry import Attempts, RetryPolicy
 
 
@@ -15,15 +16,22 @@ class AsyncCaller:
     """Makes calls under one default timeout (seconds; None: no limit) and one retry policy, for one caller."""
 
     def __init__(
-        self, timeout: float | None, retry: RetryPolicy, *, token: str | None = None, tenant: str | None = None
+        self,
+        timeout: float | None,
+        retry: RetryPolicy,
+        *,
+        token: str | None = None,
+        tenant: str | None = None,
+        peer: Peer | None = None,
     ) -> None:
         self._timeout = timeout
         self._retry = retry
         self._metadata = identity_metadata(token, tenant)
+        self._peer = peer or Peer()
 
     def attempts(self, timeout: float | None, *, repeatable: bool) -> Attempts:
         """Counts the attempts of one call; `timeout` in seconds, None: the default."""
-        return Attempts(self._retry, self._timeout if timeout is None else timeout, repeatable)
+        return Attempts(self._retry, self._timeout if timeout is None else timeout, repeatable, self._peer)
 
     def streaming(self, method: Any) -> Any:
         """A streaming method, bound to token and tenant; the caller retries it."""

@@ -10,12 +10,14 @@ import grpc
 from vflow_client.aio.caller import AsyncCaller
 from vflow_client.aio.session import AsyncSession
 from vflow_client.aio.strategy_admin import AsyncStrategyAdmin
-from vflow_client.channel import CHANNEL_OPTIONS
+from vflow_client.channel import channel_plan
 from vflow_client.errors import Unavailable
+from vflow_client.identity import identity_metadata
 from vflow_client.image_source import Detail, ImageSource, to_image
 from vflow_client.names import strategy_name
+from vflow_client.peer import Peer
 from vflow_client.retry import DEFAULT_TIMEOUT, RetryPolicy
-from vflow_client.tls import TlsSource, to_tls
+from vflow_client.tls import TlsSource
 from vflow_client.v1.compression_pb2 import CompressImageRequest, CompressImageResponse
 from vflow_client.v1.compression_pb2_grpc import CompressionStub
 from vflow_client.v1.conversations_pb2 import CreateSessionRequest, ListSessionsRequest, ListSessionsResponse
@@ -38,6 +40,7 @@ class AsyncClient:
         retry: RetryPolicy | None = None,
         token: str | None = None,
         tenant: str | None = None,
+        peer: Peer | None = None,
     ) -> None:
         """Uses `channel`, which `close()` closes; `connect()` makes one from an address.
 
@@ -47,9 +50,13 @@ class AsyncClient:
             retry: when failed calls are tried again; None: the defaults of `RetryPolicy`.
             token: authenticates the caller, where the service requires it.
             tenant: the tenant of these calls; None: the tenant of the token or, without a token, the service's default.
+            peer: what messages to people say about the service.
+
+        Raises:
+            ValueError: `token` or `tenant` has characters that cannot be sent.
         """
         self._channel = channel
-        self._caller = AsyncCaller(timeout, retry or RetryPolicy(), token=token, tenant=tenant)
+        self._caller = AsyncCaller(timeout, retry or RetryPolicy(), token=token, tenant=tenant, peer=peer)
         self._conversations = ConversationsStub(channel)
         self._compression = CompressionStub(channel)
         self.strategies = AsyncStrategyAdmin(channel, self._caller)
@@ -154,24 +161,25 @@ def connect(
     """A client of the service at `address`, such as `"localhost:50051"`. The connection is made with the first call.
 
     Args:
-        address: host and port, or any gRPC target (`dns:///...`, `unix:...`).
+        address: host and port (without one: 50051), a web address (`https://...` is encrypted), or any gRPC target
+            (`dns:///...`, `unix:...`). `http_proxy` in the environment is heeded, but not for this machine.
         timeout: seconds that each call may take, its retries included; None: no limit.
         retry: when failed calls are tried again; None: the defaults of `RetryPolicy`.
-        token: authenticates the caller, where the service requires it. Without `tls` it can be read on the network.
+        token: authenticates the caller, where the service requires it; white space around it is dropped. Without
+            `tls` it can be read on the network.
         tls: whether to encrypt the connection, or how: the path of a file (PEM) with the roots of the service's
             certificate, or a `Tls`.
         tenant: the tenant whose sessions and pictures these calls can use, 1 to 63 lower-case letters, digits and
             hyphens; None: the tenant of the token or, without a token, the service's default.
 
+    While the service cannot be reached, or stops, calls are tried again as `retry` says. After a second the logger
+    `vflow_client` says so with a warning.
+
     Raises:
         OSError: a file of `tls` cannot be read.
+        ValueError: `address` is none, or contradicts `tls`; or `token` or `tenant` has characters that cannot be sent.
     """
-    encryption = to_tls(tls)
-    channel = (
-        grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        if encryption is None
-        else grpc.aio.secure_channel(
-            address, encryption.credentials(), options=(*CHANNEL_OPTIONS, *encryption.options())
-        )
-    )
-    return AsyncClient(channel, timeout=timeout, retry=retry, token=token, tenant=tenant)
+    plan = channel_plan(address, tls)
+    identity_metadata(token, tenant)  # what cannot be sent is refused before there is a channel to close
+    peer = Peer(address, encrypted=plan.credentials is not None)
+    return AsyncClient(plan.aio_channel(), timeout=timeout, retry=retry, token=token, tenant=tenant, peer=peer)

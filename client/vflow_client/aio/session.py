@@ -1,15 +1,16 @@
 """A session, for asyncio."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
 from vflow_client.aio.answer import AsyncAnswer
 from vflow_client.aio.caller import AsyncCaller
-from vflow_client.chat_request import PartSource, chat_request
+from vflow_client.chat_request import PartSource, chat_request, new_request_id
 from vflow_client.errors import SessionNotFound, VFlowError
-from vflow_client.image_source import Detail, ImageSource, to_image
+from vflow_client.image_source import Detail, ImageSource, ImageSources, to_image
+from vflow_client.session import FAREWELL
 from vflow_client.v1.conversations_pb2 import (
     AddImageRequest,
     AddImageResponse,
@@ -39,6 +40,8 @@ class AsyncSession:
     ) -> ImageReceipt:
         """Adds a picture before any question about it, so that the first answer comes sooner.
 
+        It has a random request_id, so the picture is added once however often the request is sent.
+
         Args:
             image: a path, the bytes of a picture file, a PIL image, or `Image(digest=...)`.
             detail: how closely the model looks at it: "low" costs fewer tokens.
@@ -52,8 +55,9 @@ class AsyncSession:
             SessionBusy: a turn of this session is running.
             VFlowError: any other failure.
         """
-        request = AddImageRequest(session=self.name, image=await asyncio.to_thread(to_image, image, detail))
-        response: AddImageResponse = await self._caller.unary(self._stub.AddImage, request, timeout, repeatable=False)
+        message = await asyncio.to_thread(to_image, image, detail)
+        request = AddImageRequest(session=self.name, image=message, request_id=new_request_id())
+        response: AddImageResponse = await self._caller.unary(self._stub.AddImage, request, timeout, repeatable=True)
         return response.receipt
 
     async def add_video(
@@ -65,6 +69,8 @@ class AsyncSession:
         timeout: float | None = None,
     ) -> ImageReceipt:
         """Adds a video before any question about it; the model of the service must support videos.
+
+        It has a random request_id, so the video is added once however often the request is sent.
 
         Args:
             frames: of the clip, in order: pictures of one size, in any form that `add_image` accepts.
@@ -84,14 +90,14 @@ class AsyncSession:
             VFlowError: any other failure.
         """
         video = await asyncio.to_thread(to_video, Video(frames, fps, seconds))
-        request = AddVideoRequest(session=self.name, video=video)
-        response: AddVideoResponse = await self._caller.unary(self._stub.AddVideo, request, timeout, repeatable=False)
+        request = AddVideoRequest(session=self.name, video=video, request_id=new_request_id())
+        response: AddVideoResponse = await self._caller.unary(self._stub.AddVideo, request, timeout, repeatable=True)
         return response.receipt
 
     async def ask(
         self,
         *parts: PartSource,
-        images: Iterable[ImageSource] = (),
+        images: ImageSources = (),
         detail: Detail = "auto",
         max_new_tokens: int | None = None,
         min_new_tokens: int | None = None,
@@ -106,7 +112,7 @@ class AsyncSession:
         Args:
             parts: the turn in order: a `str` is text, a `Video` a video, anything else a picture (a path as
                 `pathlib.Path`).
-            images: pictures that come before the parts; here a `str` is a path.
+            images: a picture, or several, before the parts; here a `str` is a path.
             detail: how closely the model looks at the turn's pictures; `Image(..., detail=Image.LOW)` sets it for one.
             max_new_tokens: tokens to generate at most.
             min_new_tokens: the answer does not end before it has this many tokens.
@@ -169,9 +175,10 @@ class AsyncSession:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Deletes the session; a failure to do so does not hide the error that ended the block."""
+        """Deletes the session. After an error it tries that only for a moment, and does not hide the error."""
         try:
-            await self.delete()
+            # After a failure it may not be possible, and it does not matter much: the session expires.
+            await self.delete(timeout=None if error is None else FAREWELL)
         except VFlowError:
             if error is None:
                 raise

@@ -2,9 +2,13 @@
 
 import argparse
 import os
+import re
 
 from vflow_client.client import Client, connect
 from vflow_client.tls import Tls
+
+_LONGEST = 30 * 24 * 3600.0
+"""Seconds of a timeout at most: beyond it, gRPC's clock would overflow some day."""
 
 
 def add_connection_arguments(parser: argparse.ArgumentParser, *, timeout: float, limits: str) -> None:
@@ -12,32 +16,38 @@ def add_connection_arguments(parser: argparse.ArgumentParser, *, timeout: float,
     connection = parser.add_argument_group("connection")
     connection.add_argument(
         "--address",
-        default=os.environ.get("VFLOW_ADDRESS", "localhost:50051"),
+        default=os.environ.get("VFLOW_ADDRESS") or "localhost:50051",
         help="host and port of the service (environment: VFLOW_ADDRESS; default: %(default)s)",
     )
     connection.add_argument(
         "--token",
-        default=os.environ.get("VFLOW_TOKEN"),
+        default=os.environ.get("VFLOW_TOKEN") or None,
         help="token of the caller, where the service requires one; prefer the environment (VFLOW_TOKEN), because other "
         "users can see the arguments of a process",
     )
     connection.add_argument(
-        "--tenant", default=os.environ.get("VFLOW_TENANT"), help="tenant of the calls (environment: VFLOW_TENANT)"
+        "--tenant",
+        default=os.environ.get("VFLOW_TENANT") or None,
+        help="tenant of the calls (environment: VFLOW_TENANT)",
     )
     connection.add_argument(
-        "--timeout", type=_seconds, default=timeout, help=f"time limit {limits}, in seconds (default: %(default)g)"
+        "--timeout", type=seconds, default=timeout, help=f"time limit {limits}, in seconds (default: %(default)g)"
     )
     add_tls_arguments(parser)
 
 
-def _seconds(text: str) -> float:
-    """Parses a number of seconds above 0."""
+def seconds(text: str) -> float:
+    """For `type=` of an argument: parses a time above 0, in seconds (`90`) or as it is printed (`1 min 30 s`)."""
+    parts = re.fullmatch(
+        r"\s*(?:([0-9.]+) ?h)?\s*(?:([0-9.]+) ?min)?\s*(?:([0-9.]+(?:e[+-]?[0-9]+)?) ?s?)?\s*", text, re.IGNORECASE
+    )
     try:
-        number = float(text)
+        hours, minutes, rest = (float(part or 0) for part in parts.groups()) if parts else (0.0, 0.0, 0.0)
     except ValueError:
-        number = 0.0
-    if not number > 0:
-        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
+        hours = minutes = rest = 0.0
+    number = 3600 * hours + 60 * minutes + rest
+    if not 0 < number <= _LONGEST:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, such as 90, or 1min 30s, got {text!r}")
     return number
 
 
@@ -57,7 +67,10 @@ def add_tls_arguments(parser: argparse.ArgumentParser) -> None:
         ),
     ):
         tls.add_argument(
-            option, metavar=value, default=os.environ.get(variable), help=f"{help_text} (environment: {variable})"
+            option,
+            metavar=value,
+            default=os.environ.get(variable) or None,
+            help=f"{help_text} (environment: {variable})",
         )
 
 
@@ -76,7 +89,7 @@ def connected(arguments: argparse.Namespace) -> Client:
 
     Raises:
         OSError: a file for TLS cannot be read.
-        ValueError: the options of TLS contradict each other.
+        ValueError: the address is none, the token cannot be sent, or the options of TLS contradict each other.
     """
     return connect(
         arguments.address,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import grpc
 
+from vflow_client.commands.waits import waits_shown
 from vflow_client.errors import RetuneRunning, StrategyNotFound, Unauthenticated, Unavailable, VFlowError
 
 DONE = 0
@@ -19,7 +20,8 @@ USAGE = 2
 def exit_code_of(command: Callable[[], int], address: str) -> int:
     """Runs a command that calls the service at `address`; prints why it failed, if it did, on the error stream."""
     try:
-        return command()
+        with waits_shown():
+            return command()
     except VFlowError as error:
         print_call_error(error, address)
         return FAILED

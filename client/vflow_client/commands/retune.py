@@ -20,10 +20,12 @@ from vflow_client.commands.calibration_arguments import (
 )
 from vflow_client.commands.connection import add_connection_arguments, connected
 from vflow_client.commands.exit_code import DONE, FAILED, USAGE, exit_code_of, print_error
+from vflow_client.commands.gain import doubt
 from vflow_client.commands.message_json import as_json, print_json
 from vflow_client.commands.objective_chart import LEGEND, objective_chart
 from vflow_client.commands.output import print_output
 from vflow_client.commands.progress import progress_on
+from vflow_client.commands.share import share
 from vflow_client.commands.strategy_text import announce_active, describe_change, describe_comparison, short
 from vflow_client.commands.whole_number import at_least
 from vflow_client.errors import Unavailable, VFlowError
@@ -42,9 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     search = parser.add_argument_group("search")
     search.add_argument(
         "--budget",
-        type=float,
+        type=share,
         metavar="SHARE",
-        help="share of the visual tokens to keep, such as 0.1; required for a new search",
+        help="share of the visual tokens to keep, such as 0.1 or 10%%; required for a new search",
     )
     search.add_argument("--trials", type=at_least(1), metavar="N", help="strategies to try (default: the service's)")
     search.add_argument(
@@ -59,7 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_calibration_arguments(parser, required=False)
     result = parser.add_argument_group("result")
-    result.add_argument("--activate", action="store_true", help="activate the strategy that is found")
+    result.add_argument(
+        "--activate", action="store_true", help="activate the strategy that is found, unless its gain may be chance"
+    )
     result.add_argument(
         "--detach", action="store_true", help="print the name of the operation and do not wait for the search"
     )
@@ -141,8 +145,7 @@ def _follow(
     if not uninterrupted:
         print_error(f"the search had ended already: {strategy.name} was created, but not activated")
         return FAILED
-    _print_result(client, search, strategy, source, arguments)
-    return DONE
+    return _print_result(client, search, strategy, source, arguments)
 
 
 def _follow_to_end(search: Retune) -> bool:
@@ -195,26 +198,31 @@ def _print_result(
     strategy: Strategy,
     source: list[Sample] | LiveTraffic | None,
     arguments: argparse.Namespace,
-) -> None:
-    """Prints the strategy that was found and what it changes, and activates it with `--activate`."""
-    base, metadata = search.metadata.base, search.metadata
+) -> int:
+    """Prints the strategy that was found and what it changes; with `--activate`, activates it if it is a gain."""
+    metadata = search.metadata
+    base = client.strategies.get(metadata.base)
     if not arguments.json:
         print_output(_describe_search(metadata, strategy))
-    comparison = _compare(client, base, strategy, source)
+    comparison = _compare(client, base.name, strategy, source)
     if not arguments.json:
-        change = (
-            describe_comparison(comparison) if comparison else describe_change(client.strategies.get(base), strategy)
-        )
+        change = describe_comparison(comparison) if comparison else describe_change(base, strategy)
         print_output("", change, "")
-    if arguments.activate:
+    hesitation = doubt(base, strategy, comparison) if arguments.activate else None
+    activated = arguments.activate and hesitation is None
+    if activated:
         strategy = client.strategies.activate(strategy.name)
     if arguments.json:
         found = {"strategy": as_json(strategy), "comparison": as_json(comparison) if comparison else None}
         print_json({"operation": search.name, "metadata": as_json(metadata), **found})
-    elif arguments.activate:
+    elif activated:
         print_output(announce_active(strategy))
     else:
         print_output(f"activate it with: vflow strategies activate {short(strategy.name)}")
+    if hesitation is not None:
+        print_error(f"not activated: {hesitation}")
+        return FAILED
+    return DONE
 
 
 def _compare(

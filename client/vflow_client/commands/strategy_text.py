@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from vflow_client.commands.gain import gain_of
 from vflow_client.commands.output import table
 from vflow_client.quantities import counted, size
 from vflow_client.v1.strategies_pb2 import ComparedStrategy, CompareStrategiesResponse, Strategy, StrategyEvent
@@ -95,7 +96,10 @@ def describe_comparison(comparison: CompareStrategiesResponse) -> RenderableType
         ("agreement", f"{first.agreement:.1%}", f"{second.agreement:.1%}", f"{points:+.1f} points"),
     ]
     measured = f"{counted(comparison.samples, 'picture')} and {counted(comparison.questions, 'question')}"
-    return Group(table(rows, head=head), f"means over {measured} (data {comparison.data_digest[:12]})")
+    lines = [f"means over {measured} (data {comparison.data_digest[:12]})"]
+    if (by_picture := gain_of(comparison)) is not None:
+        lines.append(f"gain in the objective: {by_picture}")
+    return Group(table(rows, head=head), *lines)
 
 
 def _compare_parameters(first: Strategy, second: Strategy) -> list[tuple[str, str, str]]:

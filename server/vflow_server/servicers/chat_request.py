@@ -1,4 +1,4 @@
-"""Reads a ChatRequest, and checks its parts, its options and its request_id."""
+"""Reads a ChatRequest, and checks its parts, its options and its request_id; the fingerprints of requests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def read_turn(
         ServiceError: a field is not valid, a picture cannot be decoded, or the model does not support videos.
         SamplingError: a sampling option is out of range.
     """
-    _check_request_id(request.request_id)
+    check_request_id(request.request_id)
     _check_parts(request)
     max_new_tokens, min_new_tokens = _lengths(request.options)
     sampling, stop = _options(request.options)
@@ -54,17 +54,28 @@ async def read_turn(
 
 def fingerprint(turn: TurnRequest) -> str:
     """Digest of a turn's content; equal for requests with the same parts and options."""
-    parts = [
-        ["text", part] if isinstance(part, str) else ["video" if isinstance(part, Video) else "image", *part.identity]
-        for part in turn.parts
-    ]
+    parts = [["text", part] if isinstance(part, str) else _described(part) for part in turn.parts]
     sampling = turn.sampling
     lengths = [turn.min_new_tokens, turn.max_new_tokens]
     content = [parts, lengths, sampling.temperature, sampling.top_p, sampling.seed, turn.stop]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _check_request_id(request_id: str) -> None:
+def fingerprint_of(visual: Visual) -> str:
+    """Digest of a picture or a video that is added ahead of its question."""
+    return hashlib.sha256(json.dumps(_described(visual)).encode()).hexdigest()
+
+
+def _described(visual: Visual) -> list[object]:
+    return ["video" if isinstance(visual, Video) else "image", *visual.identity]
+
+
+def check_request_id(request_id: str) -> None:
+    """Check the form of a request_id.
+
+    Raises:
+        ServiceError: OPTION_OUT_OF_RANGE.
+    """
     if len(request_id) > LONGEST_REQUEST_ID or not (request_id.isascii() and request_id.isprintable()):
         raise InvalidRequest(
             "OPTION_OUT_OF_RANGE",

@@ -19,7 +19,7 @@ from vflow_server.images.video_reader import VideoReader
 from vflow_server.rpc.errors import reader_stalled
 from vflow_server.rpc.names import check_name
 from vflow_server.rpc.paging import Pager
-from vflow_server.servicers.chat_request import fingerprint, read_turn
+from vflow_server.servicers.chat_request import check_request_id, fingerprint, fingerprint_of, read_turn
 from vflow_server.servicers.quotas import Charge, Quotas
 from vflow_server.sessions.session import Session
 from vflow_server.sessions.sessions import SessionStore
@@ -112,25 +112,34 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
     ) -> conversations_pb2.AddImageResponse:
         """Add a picture before its question."""
         session = self._find(request.session, "session")
+        check_request_id(request.request_id)
         async with self._quotas.work(session.tenant) as charge:
             picture = await self._pictures.acquire(request.image, "image", session.tenant)
-            return conversations_pb2.AddImageResponse(receipt=await self._show(picture, session, charge))
+            receipt = await self._show(picture, session, request.request_id, charge)
+            return conversations_pb2.AddImageResponse(receipt=receipt)
 
     async def AddVideo(
         self, request: conversations_pb2.AddVideoRequest, context: Context
     ) -> conversations_pb2.AddVideoResponse:
         """Add a video before its question."""
         session = self._find(request.session, "session")
+        check_request_id(request.request_id)
         async with self._quotas.work(session.tenant) as charge:
             self._videos.check({"video": request.video})
             pixels = PixelBound(self._pictures.limits, "scale them down, or send fewer")
             video = await self._videos.read(request.video, "video", session.tenant, pixels)
-            return conversations_pb2.AddVideoResponse(receipt=await self._show(video, session, charge))
+            receipt = await self._show(video, session, request.request_id, charge)
+            return conversations_pb2.AddVideoResponse(receipt=receipt)
 
-    async def _show(self, visual: Visual, session: Session, charge: Charge) -> images_pb2.ImageReceipt:
-        self._quotas.show(session.tenant, charge, 1)
-        receipt = await session.show(visual)
-        self._receipt_log.picture(session.tenant, receipt)
+    async def _show(self, visual: Visual, session: Session, request_id: str, charge: Charge) -> images_pb2.ImageReceipt:
+        receipt, repeated = await session.show(
+            visual,
+            request_id=request_id,
+            fingerprint=fingerprint_of(visual),
+            admit=lambda: self._quotas.show(session.tenant, charge, 1),
+        )
+        if not repeated:
+            self._receipt_log.picture(session.tenant, receipt)
         return receipt
 
     async def Chat(  # type: ignore[override]  # the stubs only know handlers that yield

@@ -17,7 +17,7 @@ from vflow_server.kv.session_state import SessionState
 from vflow_server.rpc.errors import model_changed, session_busy, session_deleted, session_not_found
 from vflow_server.sessions.live_samples import LiveSamples
 from vflow_server.sessions.turn import TurnRequest, turn
-from vflow_server.sessions.work import add_image, fork
+from vflow_server.sessions.work import add_image, fork, shown
 from vflow_server.store.answers import AnswerCache, StoredAnswer
 from vflow_server.store.session_record import Recovered, SessionRecord
 from vflow_server.strategies.strategies import StrategyRevision
@@ -142,15 +142,36 @@ class Session:
         self._answers = None
         self.state.resume(found.turns, found.images)
 
-    async def show(self, visual: Visual) -> images_pb2.ImageReceipt:
-        """Add ``visual`` before the next turn; returns its receipt.
+    async def show(
+        self,
+        visual: Visual,
+        *,
+        request_id: str = "",
+        fingerprint: str = "",
+        admit: Callable[[], None] = lambda: None,
+    ) -> tuple[images_pb2.ImageReceipt, bool]:
+        """Add ``visual`` before the next turn, or find that the same request has done so.
+
+        Args:
+            visual: the picture or video.
+            request_id: identifies a request that the client may repeat; empty if it has none.
+            fingerprint: digest of the request's content.
+            admit: called before ``visual`` is added; an exception that it raises refuses it.
+
+        Returns:
+            The receipt, and whether it is that of an earlier call.
 
         Raises:
-            ServiceError: SESSION_BUSY, SESSION_NOT_FOUND, SESSION_DELETED, MODEL_CHANGED, or an error of the engine or
-                of :func:`~vflow_server.sessions.work.add_image`.
+            ServiceError: SESSION_BUSY, SESSION_NOT_FOUND, SESSION_DELETED, REQUEST_ID_REUSED, MODEL_CHANGED;
+                SESSION_DAMAGED or STORAGE_FAILED if stored answers cannot be read; or an error of the engine or of
+                :func:`~vflow_server.sessions.work.add_image`.
             PictureError: the model does not take it.
         """
-        await self._until_free()
+        answers = await self._stored_answers()
+        await self._until_free(request_id)
+        if (stored := answers.find(request_id, fingerprint)) is not None:
+            return stored.images[0], True
+        admit()
         parts = self._parts
 
         def work(emit: Callable[[None], None]) -> Steps[images_pb2.ImageReceipt]:
@@ -162,12 +183,15 @@ class Session:
                 visual,
                 session_name=self.name,
                 strategy_name=self.revision.name,
+                store_as=(request_id, fingerprint) if request_id else None,
             )
 
-        ticket = self._begin(work)
+        ticket = self._begin(work, request_id)
+        if request_id:
+            ticket.on_result(lambda receipt: answers.put(StoredAnswer(request_id, fingerprint, shown(receipt))))
         ticket.on_result(lambda _: self._showed(visual))
         try:
-            return await self.outcome(ticket)
+            return await self.outcome(ticket), False
         finally:
             ticket.cancel()
 

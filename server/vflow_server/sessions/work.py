@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from vflow_client.v1 import images_pb2
+from vflow_client.v1 import conversations_pb2, images_pb2
 from vflow_server.engine.engine import Steps
 from vflow_server.engine.ops import Encode, Wait
 from vflow_server.kv.image_cache import ImageCache
@@ -174,6 +174,7 @@ def add_image(
     *,
     session_name: str,
     strategy_name: str,
+    store_as: tuple[str, str] | None = None,
 ) -> Steps[images_pb2.ImageReceipt]:
     """Encode a picture or a video and prefill it, before its question; returns the receipt.
 
@@ -185,6 +186,7 @@ def add_image(
         visual: the picture or video.
         session_name: resource name of the session.
         strategy_name: resource name of its strategy.
+        store_as: request_id and fingerprint to store the receipt under; None: it is not stored.
 
     Raises:
         ServiceError: the log cannot be read or written, or the context, the pool or the data folder has no space for
@@ -205,18 +207,25 @@ def add_image(
             result = result.then(rest)
         runtime.synchronize()
         prefill_ms = 0.0 if result.begun is None else (time.perf_counter() - result.begun) * 1000
-        yield from persist(state, Entry(tuple(items), images=1, answered=False))
+        receipt = image_receipt(
+            visual,
+            op.image,
+            runtime,
+            state.strategy,
+            strategy_name,
+            cache_hit=op.cache_hit,
+            name=f"{session_name}/images/{state.images + 1}",
+            prefill_ms=prefill_ms,
+        )
+        answer = None if store_as is None else StoredAnswer(*store_as, shown(receipt))
+        yield from persist(state, Entry(tuple(items), images=1, answered=False), answer)
         state.commit_picture(op.image, len(items))
-    return image_receipt(
-        visual,
-        op.image,
-        runtime,
-        state.strategy,
-        strategy_name,
-        cache_hit=op.cache_hit,
-        name=f"{session_name}/images/{state.images}",
-        prefill_ms=prefill_ms,
-    )
+    return receipt
+
+
+def shown(receipt: images_pb2.ImageReceipt) -> conversations_pb2.Finished:
+    """The answer to a picture that is added ahead of its question, as it is stored: a turn without text."""
+    return conversations_pb2.Finished(images=[receipt])
 
 
 def fork(kv: KVCacheManager, images: ImageCache, origin: SessionState, twin: SessionState) -> Steps[None]:

@@ -1,4 +1,4 @@
-"""Answers of finished turns by request_id, so that a retried turn is not run twice (AIP-155)."""
+"""Answers of finished turns, and receipts of pictures, by request_id, so that nothing is done twice (AIP-155)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ REMEMBERED = 16
 
 @dataclass(frozen=True)
 class StoredAnswer:
-    """The answer to a turn, and the request that it answers.
+    """The answer to a turn or a picture, and the request that it answers.
 
     Attributes:
         request_id: the request's id, chosen by the client.
         fingerprint: digest of the request's content.
-        finished: the answer, as the contract's message.
+        finished: the answer, as the contract's message; for a picture it has nothing but the receipt.
     """
 
     request_id: str
@@ -57,7 +57,7 @@ class AnswerCache:
             raise InvalidRequest(
                 "REQUEST_ID_REUSED",
                 "request_id",
-                f"request_id {request_id!r} belongs to an earlier turn with other content; choose a new one",
+                f"request_id {request_id!r} belongs to an earlier request with other content; choose a new one",
                 metadata={"request_id": request_id},
             )
         replay = conversations_pb2.Finished()
