@@ -26,6 +26,7 @@ from vflow_server.access.access import Access
 from vflow_server.access.certificates import CertificateFiles
 from vflow_server.engine.encoder import EncoderThread
 from vflow_server.engine.engine import Engine
+from vflow_server.engine.piece_thread import PieceThread
 from vflow_server.engine.scheduler import Scheduler
 from vflow_server.engine.token_meter import TokenMeter
 from vflow_server.images.store import PictureStore
@@ -126,6 +127,7 @@ class Service:
             self.metrics,
         )
         self.encoder = EncoderThread(runtime)
+        self.tokenizer = PieceThread("tokenizer")
         self._draining = Draining()
         meter = TokenMeter()
         self.engine = Engine(
@@ -153,7 +155,9 @@ class Service:
             pictures=self.pictures,
         )
         self.sessions = SessionStore(
-            SessionParts(self.engine, runtime, self.kv, self.images, self.live_samples, self.fidelity_monitor),
+            SessionParts(
+                self.engine, runtime, self.kv, self.images, self.tokenizer, self.live_samples, self.fidelity_monitor
+            ),
             most=settings.max_sessions,
             idle_timeout=settings.idle_timeout,
             archive=self.archive,
@@ -241,6 +245,7 @@ class Service:
         """Stop the engine, persist KV caches for the next process until ``persist_until``, and release the others."""
         self.engine.stop()
         persists = self.archive is not None and not self.failed.is_set()
+        self.tokenizer.close()
         self.encoder.close()
         self.kv.close(persist_until if persists else None)
 

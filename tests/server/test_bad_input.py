@@ -314,7 +314,7 @@ def test_a_fault_of_ours_is_internal_and_logged(
     def fail(*arguments: object) -> None:
         raise ZeroDivisionError("a fault")
 
-    monkeypatch.setattr(small.service.runtime, "compress", fail)
+    monkeypatch.setattr(small.service.runtime, "compressing", fail)
     with small.client.session() as session, pytest.raises(Exception, match="INTERNAL") as failed:
         ask: dict[str, Callable[[Session], Any]] = {
             "add_image": lambda session: session.add_image(png(33, 44, seed=9)),

@@ -7,6 +7,7 @@ from collections import abc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,12 +15,14 @@ from tests.server.drawing import noise
 from tests.server.engine_parts import EngineParts
 from vflow_client.v1.conversations_pb2 import Finished
 from vflow_server.access.caller import DEFAULT_TENANT
+from vflow_server.engine.encoding_queue import Asking, EncodingQueue
 from vflow_server.engine.engine import Engine, Steps, Work
 from vflow_server.kv.session_state import SessionState
 from vflow_server.sessions.turn import TurnRequest, turn
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture
 from vflowopt.media.video import Video, Visual
+from vflowopt.runtime.model_runner import Runtime
 from vflowopt.runtime.sequence import Sequence
 
 
@@ -75,6 +78,7 @@ def play(
                 parts.runtime,
                 parts.kv,
                 parts.images,
+                parts.tokenizer,
                 SessionState(parts.runtime, Strategy.full(), asked.tenant),
                 TurnRequest(asked.parts, asked.tokens),
                 emit,
@@ -178,34 +182,100 @@ def test_what_a_tenant_leaves_of_its_share_is_not_lost(roomy: EngineParts, monke
     assert max(quiet) <= 2 and busy <= alone + 2
 
 
+def once_all_ask(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nothing be encoded before ``count`` tasks have asked."""
+    advance, met = EncodingQueue.advance, False
+
+    def gated(self: EncodingQueue, asking: abc.Sequence[Asking], *rest: Any, **options: Any) -> bool:
+        nonlocal met
+        met |= len(asking) == count
+        return met and advance(self, asking, *rest, **options)
+
+    monkeypatch.setattr(EncodingQueue, "advance", gated)
+
+
 def test_a_video_is_encoded_by_itself(roomy: EngineParts, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two, three, *frames = (Picture.from_pixels(noise(40, 40, seed)) for seed in range(6))
     clip, other = Video.of(frames, range(3)), Video.of(frames, range(1, 4))
-    compress, encoded = roomy.runtime.compress, []
+    compressing, encoded = roomy.runtime.compressing, []
 
     def noted(shown: abc.Sequence[Visual], strategy: Strategy) -> object:
         encoded.append([{one: 1, two: 2, three: 3, clip: "clip", other: "other"}[each] for each in shown])
-        return compress(shown, strategy)
+        return compressing(shown, strategy)
 
-    monkeypatch.setattr(roomy.runtime, "compress", noted)
+    monkeypatch.setattr(roomy.runtime, "compressing", noted)
     turns = [Asked((visual, "?")) for visual in (one, two, clip, other, three)]
+    once_all_ask(len(turns), monkeypatch)
     assert all(isinstance(end, Finished) for end in play(roomy, turns))
-    assert encoded == [[1, 2], ["clip"], ["other"], [3]]
+    assert encoded == [[1, 2, 3], ["clip"], ["other"]]
 
 
 def test_tenants_take_turns_with_their_pictures(roomy: EngineParts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vflow_server.engine.scheduler.PICTURES", 1)
+    monkeypatch.setattr("vflow_server.engine.encoding_queue.PICTURES", 1)
     pictures = [Picture.from_pixels(noise(40, 40, seed)) for seed in range(8)]
     owners = {picture.digest: "busy" for picture in pictures[:6]} | {
         picture.digest: "quiet" for picture in pictures[6:]
     }
-    compress, encoded = roomy.runtime.compress, []
+    compressing, encoded = roomy.runtime.compressing, []
 
     def noted(shown: abc.Sequence[Picture], strategy: Strategy) -> object:
         encoded.extend(owners[picture.digest] for picture in shown)
-        return compress(shown, strategy)
+        return compressing(shown, strategy)
 
-    monkeypatch.setattr(roomy.runtime, "compress", noted)
+    monkeypatch.setattr(roomy.runtime, "compressing", noted)
     turns = [Asked((picture, "?"), owners[picture.digest]) for picture in pictures]
+    once_all_ask(len(turns), monkeypatch)
     assert all(isinstance(end, Finished) for end in play(roomy, turns))
     assert encoded == ["busy", "quiet"] * 2 + ["busy"] * 4
+
+
+def prompt_tokens_by_step(
+    parts: EngineParts, turns: abc.Sequence[Asked], monkeypatch: pytest.MonkeyPatch
+) -> list[list[tuple[int, int]]]:
+    """For each step of the model, the tokens cached before and the tokens run of each prompt in it."""
+    step, steps = parts.runtime.step, list[list[tuple[int, int]]]()
+
+    def noted(sequences: abc.Sequence[Sequence], limits: abc.Sequence[int], *rest: Any) -> object:
+        steps.append(
+            [
+                (each.cached.position, limit)
+                for each, limit in zip(sequences, limits, strict=True)
+                if each.pending_tokens > 1
+            ]
+        )
+        return step(sequences, limits, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts.runtime, "step", noted)
+        assert all(isinstance(end, Finished) for end in play(parts, turns))
+    return steps
+
+
+def test_a_long_prompt_runs_in_few_of_the_steps_beside_the_answers_of_another_tenant(
+    roomy: EngineParts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vflow_server.engine.scheduler.PROMPT_TOKENS", 32)
+    monkeypatch.setattr("vflow_server.engine.scheduler.BESIDE_ANSWERS", 10)
+    monkeypatch.setattr(roomy.runtime, "relative_cost", lambda context: 1.0)
+    long, answer = "b" * 600, Asked(("q",), "quiet", tokens=80)
+    beside = prompt_tokens_by_step(roomy, [answer, Asked((long,), "busy")], monkeypatch)
+    # The answer begins in the second step at the latest, and is decoded for 79.
+    assert 2 <= sum(map(bool, beside[30:70])) <= 4, "one of ten steps"
+    assert sum(map(bool, beside[:30])) >= 4, "what was saved is used at once"
+    own = prompt_tokens_by_step(roomy, [answer, Asked((long,), "quiet")], monkeypatch)
+    ended = max(place for place, step in enumerate(own) if step)
+    assert all(own[ended - 14 : ended]), "a tenant does not wait for its own answers"
+
+
+def test_a_step_runs_fewer_tokens_behind_a_long_context(roomy: EngineParts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vflow_server.engine.scheduler.PROMPT_TOKENS", 64)
+    monkeypatch.setattr(roomy.runtime, "relative_cost", lambda context: 1.0 + context / 100)
+    steps = prompt_tokens_by_step(roomy, [Asked(("b" * 600,))], monkeypatch)
+    for ((context, count),) in filter(None, steps[:-1]):
+        assert count == 64 // (1 + context / 100)
+
+
+def test_attention_to_a_context_costs_what_its_products_are(runtime: Runtime) -> None:
+    """Twice the tokens before a token are twice what attention takes."""
+    cost = runtime.relative_cost
+    assert cost(0) == 1.0 and cost(2000) - cost(0) == pytest.approx(2 * (cost(1000) - cost(0))) and cost(1000) > 1.0

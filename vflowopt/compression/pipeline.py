@@ -16,10 +16,14 @@ from torch import Tensor, nn
 from vflowopt.compression.diversity import diversified
 from vflowopt.compression.importance import context_relevance_of, head_averaged_attention, importance, patch_entropy
 from vflowopt.compression.layout import TokenLayout
+from vflowopt.compression.pieces import Pieces, timed, whole
 from vflowopt.compression.pruning import keep_most_important, stage_targets
 from vflowopt.compression.recycling import recycle
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Detail, Identity
+
+_MOST_WEIGHTS = 1 << 26
+"""Attention weights, over all heads, of the maps that are scored in one piece, unless a single map has more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +45,6 @@ class EncodedImage:
         patch: side of a patch in pixels.
         arrange: takes one value per patch [T, P] through everything the model does to its token grid, to one value
             per token [N]; the value at structural tokens is unspecified.
-        encode_ms: milliseconds that the encoder took, shared evenly by the pictures of its batch.
         class_key: [T, heads, 1, head_dim], of the encoder's class token, where it has one: it draws attention, but
             carries no pixels.
         merge: side, in patches, of the square that becomes one token, where the model merges patches; ``arrange``
@@ -51,6 +54,7 @@ class EncodedImage:
         later: D, the number of decoder layers to whose outputs further features of a token are added.
         detail: the detail in which the picture was encoded.
         frames: number of frames of a video; 0 for a picture.
+        encode_ms: milliseconds that the encoder took, shared evenly by the pictures of its batch.
     """
 
     digest: str
@@ -62,13 +66,13 @@ class EncodedImage:
     pixels: Tensor
     patch: int
     arrange: Callable[[Tensor], Tensor]
-    encode_ms: float
     class_key: Tensor | None = None
     merge: int = 1
     positions: Tensor | None = None
     later: int = 0
     detail: Detail = "high"
     frames: int = 0
+    encode_ms: float = 0.0
 
     @property
     def entering(self) -> Tensor:
@@ -92,25 +96,30 @@ class EncodedImage:
             T times float32 [P, P], or [1, P] where the class token alone says what matters. Rows are queries; they sum
             to 1 less what the class token receives.
         """
-        for query, key in zip(self.query, self._all_keys, strict=True):
+        for query, key in zip(self.query, self._all_keys(), strict=True):
             yield head_averaged_attention(query, key, self.scale)[:, -self.key.shape[-2] :]
 
-    def context_relevance(self, threshold: float) -> Tensor:
+    def context_relevance(self, threshold: float, first: int = 0, stop: int | None = None) -> Tensor:
         """How much the focus set of each map attends to each patch, float32 [T, P] (method section 1).
 
         Where the class token alone says what matters, its attention stands for that; there is no focus set.
+
+        Args:
+            threshold: sensitivity t, at least 0.
+            first: the first map.
+            stop: the map behind the last one; None: all maps from ``first`` on.
         """
         patches = self.key.shape[-2]
         return torch.stack(
             [
                 context_relevance_of(query, key, self.scale, threshold, patches)
-                for query, key in zip(self.query, self._all_keys, strict=True)
+                for query, key in zip(self.query[first:stop], self._all_keys(first, stop), strict=True)
             ]
         )
 
-    @property
-    def _all_keys(self) -> Tensor:
-        return self.key if self.class_key is None else torch.cat((self.class_key, self.key), dim=-2)
+    def _all_keys(self, first: int = 0, stop: int | None = None) -> Tensor:
+        key = self.key[first:stop]
+        return key if self.class_key is None else torch.cat((self.class_key[first:stop], key), dim=-2)
 
 
 @dataclass(frozen=True)
@@ -175,12 +184,24 @@ def score(encoded: EncodedImage, strategy: Strategy) -> Tensor:
     Returns:
         float32 [N]; zero at structural tokens.
     """
-    maps = encoded.context_relevance(strategy.threshold)
-    # With a weight of 0 the entropy need not be computed: the published strategies all have alpha 0.
-    if strategy.alpha:
-        entropy = _averaged_in_squares(patch_entropy(encoded.pixels, encoded.patch), encoded.merge)
-        maps = importance(maps, entropy.flatten(1).to(maps.device), strategy.alpha)
-    arranged = encoded.arrange(maps.float())
+    return whole(_scoring(encoded, strategy))
+
+
+def _scoring(encoded: EncodedImage, strategy: Strategy) -> Pieces[Tensor]:
+    """:func:`score` in pieces, some maps in each."""
+    _, heads, queries, _ = encoded.query.shape
+    together = max(_MOST_WEIGHTS // (heads * queries * encoded.key.shape[-2]), 1)
+    scored = []
+    for first in range(0, len(encoded.query), together):
+        maps = encoded.context_relevance(strategy.threshold, first, first + together)
+        # With a weight of 0 the entropy need not be computed: the published strategies all have alpha 0.
+        if strategy.alpha:
+            pixels = encoded.pixels[first : first + together]
+            entropy = _averaged_in_squares(patch_entropy(pixels, encoded.patch), encoded.merge)
+            maps = importance(maps, entropy.flatten(1).to(maps.device), strategy.alpha)
+        scored.append(maps.float())
+        yield
+    arranged = encoded.arrange(torch.cat(scored))
     return arranged.masked_fill(encoded.layout.structural.to(arranged.device), 0.0).cpu()
 
 
@@ -249,8 +270,11 @@ def choose(encoded: EncodedImage, scores: Tensor, strategy: Strategy, layers: in
 
 def compress(encoded: EncodedImage, strategy: Strategy, layers: int) -> CompressedImage:
     """Score, prune and recycle an encoded picture (method sections 1 to 3); arguments as in :func:`choose`."""
-    begun = time.perf_counter()
-    scores = score(encoded, strategy)
-    score_ms = (time.perf_counter() - begun) * 1e3
+    return whole(compressing(encoded, strategy, layers))
+
+
+def compressing(encoded: EncodedImage, strategy: Strategy, layers: int) -> Pieces[CompressedImage]:
+    """:func:`compress` in pieces."""
+    scores, score_ms = yield from timed(_scoring(encoded, strategy), lambda begun: (time.perf_counter() - begun) * 1e3)
     image = choose(encoded, scores, strategy, layers)
     return replace(image, timings=replace(image.timings, score_ms=score_ms))

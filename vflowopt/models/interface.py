@@ -6,6 +6,7 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
+from vflowopt.compression.pieces import Pieces, timed, whole
 from vflowopt.compression.pipeline import EncodedImage
 from vflowopt.compression.strategy import Strategy, StrategyError
 from vflowopt.media.picture import Picture, PictureError
@@ -219,7 +221,14 @@ class MultimodalModel(ABC):
             return False
         return mark in text
 
-    @torch.inference_mode()
+    def encode(self, pictures: Sequence[Picture]) -> list[EncodedImage]:
+        """Encode pictures, all in one batch, with the queries and keys of the scoring layer.
+
+        Raises:
+            PictureError: the model's processor cannot resize a picture to the shape it needs.
+        """
+        return whole(self.encoding(pictures))
+
     def encode_video(self, video: Video) -> EncodedImage:
         """Encode a video: each map is what the tower encodes by itself, one frame or several consecutive ones.
 
@@ -227,9 +236,21 @@ class MultimodalModel(ABC):
             VideoError: the model takes no videos.
             PictureError: its processor cannot bring the frames to its shape.
         """
+        return whole(self.encoding_video(video))
+
+    @torch.inference_mode()
+    def encoding(self, pictures: Sequence[Picture]) -> Pieces[list[EncodedImage]]:
+        """:meth:`encode` in pieces."""
+        encoded, milliseconds = yield from timed(self._encoding(pictures), self.milliseconds_since)
+        return [replace(each, encode_ms=milliseconds / len(pictures)) for each in encoded]
+
+    @torch.inference_mode()
+    def encoding_video(self, video: Video) -> Pieces[EncodedImage]:
+        """:meth:`encode_video` in pieces."""
         if self.video_mark is None:
             raise self._takes_no_videos()
-        return self._encode_video(video)
+        encoded, milliseconds = yield from timed(self._encoding_video(video), self.milliseconds_since)
+        return replace(encoded, encode_ms=milliseconds)
 
     def check_length(self, video: Video, tokens: int) -> None:
         """Refuse a video of more ``tokens`` than the decoder has positions, before the tower runs.
@@ -250,8 +271,8 @@ class MultimodalModel(ABC):
                 max_frames=self.context * frames // tokens,
             )
 
-    def _encode_video(self, video: Video) -> EncodedImage:
-        """Implements :meth:`encode_video` in families that take videos."""
+    def _encoding_video(self, video: Video) -> Pieces[EncodedImage]:
+        """Implements :meth:`encoding_video` in families that take videos."""
         raise self._takes_no_videos()
 
     def _takes_no_videos(self) -> VideoError:
@@ -263,9 +284,5 @@ class MultimodalModel(ABC):
         )
 
     @abstractmethod
-    def encode(self, pictures: Sequence[Picture]) -> list[EncodedImage]:
-        """Encode pictures, all their tiles in one batch, with the queries and keys of the scoring layer.
-
-        Raises:
-            PictureError: the model's processor cannot resize a picture to the shape it needs.
-        """
+    def _encoding(self, pictures: Sequence[Picture]) -> Pieces[list[EncodedImage]]:
+        """Implements :meth:`encoding`."""

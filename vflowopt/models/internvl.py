@@ -12,6 +12,7 @@ from transformers import InternVLForConditionalGeneration
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from vflowopt.compression.layout import TokenLayout, boxes_of, frames_layout
+from vflowopt.compression.pieces import Pieces
 from vflowopt.compression.pipeline import EncodedImage
 from vflowopt.media.picture import Detail
 from vflowopt.media.video import Video
@@ -131,14 +132,15 @@ class InternVL(TiledVideoModel):
     def _video_mark(self) -> str | None:
         return getattr(self.tokenizer, "video_token", None)
 
-    def _encode_video(self, video: Video) -> EncodedImage:
+    def _encoding_video(self, video: Video) -> Pieces[EncodedImage]:
         begin, end = self._marks
         texts: list[list[int]] = []
         for number in range(1, len(video.frames) + 1):
             counted = f"Frame{number}: " if number == 1 else f"\nFrame{number}: "
             ids = self.tokenizer(counted, add_special_tokens=False)["input_ids"]
             texts.append([*([end] if texts else []), *ids, begin])
-        return with_text(super()._encode_video(video), [*texts, [end]], self.decoder.embed_tokens)
+        encoded = yield from super()._encoding_video(video)
+        return with_text(encoded, [*texts, [end]], self.decoder.embed_tokens)
 
     def _pack_frames(self, projected: Tensor) -> Tensor:
         return projected.flatten(0, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from functools import partial
 from math import isqrt
@@ -16,6 +15,7 @@ from transformers.image_utils import ChannelDimension, SizeDict
 from transformers.models.pixtral.modeling_pixtral import apply_rotary_pos_emb
 
 from vflowopt.compression.layout import TokenLayout, boxes_of
+from vflowopt.compression.pieces import Pieces
 from vflowopt.compression.pipeline import EncodedImage
 from vflowopt.media.picture import Picture
 from vflowopt.models.interface import LOW_DETAIL_TOKENS, MultimodalModel
@@ -95,13 +95,14 @@ class Mistral3(MultimodalModel):
         if None in (self._row_end, self._end):
             raise self.unsupported("a tokenizer without [IMG_BREAK] and [IMG_END]")
 
-    @torch.inference_mode()
-    def encode(self, pictures: Sequence[Picture]) -> list[EncodedImage]:
-        """See :meth:`MultimodalModel.encode`."""
-        return [self._encode(picture) for picture in pictures]
+    def _encoding(self, pictures: Sequence[Picture]) -> Pieces[list[EncodedImage]]:
+        encoded = []
+        for picture in pictures:
+            encoded.append(self._encoded(picture))
+            yield
+        return encoded
 
-    def _encode(self, picture: Picture) -> EncodedImage:
-        begun = time.perf_counter()
+    def _encoded(self, picture: Picture) -> EncodedImage:
         seen = self.resized(picture)
         batch = self.processor(seen, do_resize=False, input_data_format=ChannelDimension.FIRST, return_tensors="pt")
         features, query, key = self.tower(batch["pixel_values"].to(self.device, self.dtype))
@@ -118,7 +119,6 @@ class Mistral3(MultimodalModel):
             pixels=torch.from_numpy(np.ascontiguousarray(seen.transpose(1, 2, 0)))[None],
             patch=self.patch,
             arrange=partial(self._arrange, shape),
-            encode_ms=self.milliseconds_since(begun),
             merge=self.merge,
             detail=picture.detail,
         )

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 
+from vflowopt.compression.pieces import Pieces
 from vflowopt.compression.pipeline import EncodedImage
 from vflowopt.media.video import Video
 from vflowopt.models.frame_text import with_text
@@ -63,8 +64,8 @@ class Qwen3Vl(QwenVl):
         )
         return size
 
-    def _encode_video(self, video: Video) -> EncodedImage:
-        encoded = super()._encode_video(video)
+    def _encoding_video(self, video: Video) -> Pieces[EncodedImage]:
+        encoded = yield from super()._encoding_video(video)
         seconds = [*video.seconds, *video.seconds[-1:] * (-len(video.seconds) % self.step)]
         texts: list[list[int]] = []
         for first, last in zip(seconds[:: self.step], seconds[self.step - 1 :: self.step], strict=True):

@@ -8,7 +8,6 @@ the importance map is a picture again. Tokens stand at (time, row, column), and 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -24,6 +23,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
 from vflowopt.compression.layout import TokenLayout, frames_layout
+from vflowopt.compression.pieces import Pieces
 from vflowopt.compression.pipeline import EncodedImage
 from vflowopt.media.picture import Picture
 from vflowopt.media.video import Video
@@ -108,18 +108,17 @@ class QwenVl(MultimodalModel):
         """Where the tower has each square of patches: int64 [tokens], in the order of its features."""
         return torch.arange(int(grids.prod(-1).sum()) // self.merge**2)
 
-    @torch.inference_mode()
-    def encode(self, pictures: Sequence[Picture]) -> list[EncodedImage]:
-        """See :meth:`MultimodalModel.encode`."""
-        begun = time.perf_counter()
-        seen = [self.resized(picture) for picture in pictures]
+    def _encoding(self, pictures: Sequence[Picture]) -> Pieces[list[EncodedImage]]:
+        seen = []
+        for picture in pictures:
+            seen.append(self.resized(picture))
+            yield
         batch = self.processor(seen, do_resize=False, input_data_format=ChannelDimension.FIRST, return_tensors="pt")
         grids: Tensor = batch["image_grid_thw"]
         features, queries, keys = self._tower(batch["pixel_values"].to(self.device, self.dtype), grids)
         shapes = [(rows, columns) for _, rows, columns in grids.tolist()]
         counts = [rows * columns for rows, columns in shapes]
         embeddings = features.split([count // self.merge**2 for count in counts])
-        milliseconds = self.milliseconds_since(begun) / len(pictures)
         return [
             EncodedImage(
                 digest=picture.digest,
@@ -131,7 +130,6 @@ class QwenVl(MultimodalModel):
                 pixels=torch.from_numpy(np.ascontiguousarray(pixels.transpose(1, 2, 0)))[None],
                 patch=self.patch,
                 arrange=partial(self._arrange, shape),
-                encode_ms=milliseconds,
                 merge=self.merge,
                 positions=self.positions(shape),
                 later=self._later,
@@ -142,8 +140,7 @@ class QwenVl(MultimodalModel):
             )
         ]
 
-    def _encode_video(self, video: Video) -> EncodedImage:
-        begun = time.perf_counter()
+    def _encoding_video(self, video: Video) -> Pieces[EncodedImage]:
         apart = self._positions_per_step(video)
         frames = self.resized_frames(video)
         steps, shape = len(frames) // self.step, (frames.shape[2] // self.patch, frames.shape[3] // self.patch)
@@ -156,6 +153,7 @@ class QwenVl(MultimodalModel):
             features.append(of_part)
             queries.append(self._in_rows(query, shape))
             keys.append(self._in_rows(key, shape))
+            yield
         return EncodedImage(
             digest=video.digest,
             embeddings=torch.cat(features),
@@ -167,7 +165,6 @@ class QwenVl(MultimodalModel):
             pixels=torch.from_numpy(np.ascontiguousarray(frames[:: self.step].transpose(0, 2, 3, 1))),
             patch=self.patch,
             arrange=partial(self._arrange, shape),
-            encode_ms=self.milliseconds_since(begun),
             merge=self.merge,
             positions=self.positions(shape, (torch.arange(steps) * apart).long().tolist()),
             later=self._later,

@@ -6,9 +6,9 @@ Face's own. Importance is packed by the same functions as the features, so the t
 
 from __future__ import annotations
 
-import time
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.image_utils import ChannelDimension
 
 from vflowopt.compression.layout import TokenLayout
+from vflowopt.compression.pieces import Pieces
 from vflowopt.compression.pipeline import EncodedImage
 from vflowopt.media.picture import Detail, Picture
 from vflowopt.models.interface import MultimodalModel
@@ -25,6 +26,27 @@ from vflowopt.models.tower import ClipTower, Tower
 
 SCORINGS = ("mean", "cls")
 """Whose attention scores the tokens: that of all patches, as in the paper, or that of the class token."""
+
+
+_MOST_TILES = 8
+"""Tiles that the tower encodes in one piece: more take no less time each, and let other work wait."""
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What the tower and the projector make of tiles.
+
+    Attributes:
+        tokens: [tiles, tokens, hidden].
+        query: [tiles, heads, patches, head_dim], of the scoring layer, or of its class token alone.
+        key: [tiles, heads, patches, head_dim].
+        class_key: [tiles, heads, 1, head_dim]; None: there is no class token.
+    """
+
+    tokens: Tensor
+    query: Tensor
+    key: Tensor
+    class_key: Tensor | None
 
 
 class TiledModel(MultimodalModel):
@@ -71,17 +93,17 @@ class TiledModel(MultimodalModel):
         if self._scoring == "cls" and not self.tower.class_token:
             raise self.unsupported(f"vflow_scoring 'cls' with a tower {kind!r} without class token")
 
-    @torch.inference_mode()
-    def encode(self, pictures: Sequence[Picture]) -> list[EncodedImage]:
-        """See :meth:`MultimodalModel.encode`."""
-        begun = time.perf_counter()
-        tiles = [self.tiles(picture) for picture in pictures]
-        features, queries, keys, class_keys = self._look(np.concatenate(tiles))
+    def _encoding(self, pictures: Sequence[Picture]) -> Pieces[list[EncodedImage]]:
+        tiles = []
+        for picture in pictures:
+            tiles.append(self.tiles(picture))
+            yield
+        every = np.concatenate(tiles)
+        groups = (every[first : first + _MOST_TILES] for first in range(0, len(every), _MOST_TILES))
+        seen = yield from self._looking(groups, self._project)
         counts = [len(of_picture) for of_picture in tiles]
         sizes = [picture.pixels.shape[:2] for picture in pictures]
-        projected = self._project(features).split(counts)
-        packed = [self._pack(of_picture, size) for of_picture, size in zip(projected, sizes, strict=True)]
-        milliseconds = self.milliseconds_since(begun) / len(pictures)
+        packed = [self._pack(tokens, size) for tokens, size in zip(seen.tokens.split(counts), sizes, strict=True)]
         return [
             EncodedImage(
                 digest=picture.digest,
@@ -90,33 +112,50 @@ class TiledModel(MultimodalModel):
                 query=query,
                 key=key,
                 scale=self.tower.scale,
-                pixels=channels_last(seen),
+                pixels=channels_last(cut),
                 patch=self.patch,
                 arrange=partial(self._arrange, size),
-                encode_ms=milliseconds,
                 class_key=class_key,
                 merge=self.merge,
                 detail=picture.detail,
             )
-            for picture, size, embeddings, query, key, class_key, seen in zip(
+            for picture, size, embeddings, query, key, class_key, cut in zip(
                 pictures,
                 sizes,
                 packed,
-                queries.split(counts),
-                keys.split(counts),
-                [None] * len(counts) if class_keys is None else class_keys.split(counts),
+                seen.query.split(counts),
+                seen.key.split(counts),
+                [None] * len(counts) if seen.class_key is None else seen.class_key.split(counts),
                 tiles,
                 strict=True,
             )
         ]
 
-    def _look(self, tiles: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Features [tiles, patches, channels] of 8-bit tiles; queries, keys and the class token's key to score by."""
-        features, queries, keys = self.tower(self.normalised(tiles).to(self.device))
+    def _looking(self, groups: Iterable[np.ndarray], project: Callable[[Tensor], Tensor]) -> Pieces[Seen]:
+        """Let the tower see groups of 8-bit tiles, one group in a piece; all that it saw.
+
+        Args:
+            groups: uint8 [tiles, 3, side, side] each.
+            project: from features [tiles, patches, channels] to tokens [tiles, tokens, hidden].
+        """
+        seen = []
+        for tiles in groups:
+            seen.append(self._look(tiles, project))
+            yield
+        class_keys = [each.class_key for each in seen if each.class_key is not None]
+        return Seen(
+            torch.cat([each.tokens for each in seen]),
+            torch.cat([each.query for each in seen]),
+            torch.cat([each.key for each in seen]),
+            torch.cat(class_keys) if class_keys else None,
+        )
+
+    def _look(self, tiles: np.ndarray, project: Callable[[Tensor], Tensor]) -> Seen:
+        features, query, key = self.tower(self.normalised(tiles).to(self.device))
         if not self.tower.class_token:
-            return features, queries, keys, None
-        queries = queries[:, :, :1] if self._scoring == "cls" else queries[:, :, 1:]
-        return features[:, 1:], queries, keys[:, :, 1:], keys[:, :, :1]
+            return Seen(project(features), query, key, None)
+        query = query[:, :, :1] if self._scoring == "cls" else query[:, :, 1:]
+        return Seen(project(features[:, 1:]), query, key[:, :, 1:], key[:, :, :1])
 
     def tiles(self, picture: Picture) -> np.ndarray:
         """The 8-bit tiles that the tower sees: uint8 [tiles, 3, side, side].

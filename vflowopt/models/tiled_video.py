@@ -2,50 +2,50 @@
 
 from __future__ import annotations
 
-import time
 from abc import abstractmethod
+from collections.abc import Iterator
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from vflowopt.compression.layout import TokenLayout
+from vflowopt.compression.pieces import Pieces
 from vflowopt.compression.pipeline import EncodedImage
 from vflowopt.media.video import Video
 from vflowopt.models.tiled import TiledModel, channels_last
 
-_MOST_FRAMES = 16
-"""Frames of a video that the tower encodes in one batch: the states of hundreds would take gigabytes."""
+_MOST_FRAMES = 4
+"""Frames of a video that are cut and encoded in one piece. The states of hundreds would take gigabytes, and more frames
+in a piece take no less time each."""
 
 
 class TiledVideoModel(TiledModel):
     """A model that takes videos, too. A subclass says how the frames' tokens are packed; see :class:`TiledModel`."""
 
-    def _encode_video(self, video: Video) -> EncodedImage:
+    def _encoding_video(self, video: Video) -> Pieces[EncodedImage]:
         """Every frame is one tile, which the tower encodes by itself."""
-        begun = time.perf_counter()
         layout = self._layout_of_frames(video)
         self.check_length(video, len(layout))
-        frames = np.concatenate([self.tiles(frame.in_detail("low")) for frame in video.frames])
-        projected, queries, keys, class_keys = [], [], [], []
-        for first in range(0, len(frames), _MOST_FRAMES):
-            features, query, key, class_key = self._look(frames[first : first + _MOST_FRAMES])
-            projected.append(self._project_frames(features))
-            queries.append(query)
-            keys.append(key)
-            class_keys += [] if class_key is None else [class_key]
+        groups: list[np.ndarray] = []
+
+        def cut() -> Iterator[np.ndarray]:
+            for first in range(0, len(video.frames), _MOST_FRAMES):
+                frames = video.frames[first : first + _MOST_FRAMES]
+                groups.append(np.concatenate([self.tiles(frame.in_detail("low")) for frame in frames]))
+                yield groups[-1]
+
+        seen = yield from self._looking(cut(), self._project_frames)
         return EncodedImage(
             digest=video.digest,
-            embeddings=self._pack_frames(torch.cat(projected)),
+            embeddings=self._pack_frames(seen.tokens),
             layout=layout,
-            query=torch.cat(queries),
-            key=torch.cat(keys),
+            query=seen.query,
+            key=seen.key,
             scale=self.tower.scale,
-            pixels=channels_last(frames),
+            pixels=channels_last(np.concatenate(groups)),
             patch=self.patch,
             arrange=self._arrange_frames,
-            encode_ms=self.milliseconds_since(begun),
-            class_key=torch.cat(class_keys) if class_keys else None,
+            class_key=seen.class_key,
             merge=self.merge,
             frames=len(video.frames),
         )

@@ -85,7 +85,8 @@ def next_chunk(sequence: Sequence, limit: int | None) -> Chunk:
     positions: list[np.ndarray] = []
     last_stages: list[np.ndarray] = []
     position, whole, offset, left = cached.position, cached.items, cached.offset, limit or sys.maxsize
-    for run in _runs(log[cached.items :]):
+    # Every item has a token at least, so no more than ``left`` items are needed.
+    for run in _runs(log[cached.items : cached.items + left]):
         if isinstance(run, CompressedImage):
             part = slice(offset, offset + left)
             pieces.append(run.embeddings[part])

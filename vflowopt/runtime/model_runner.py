@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vflowopt.compression.pipeline import CompressedImage, compress
+from vflowopt.compression.pieces import Pieces, whole
+from vflowopt.compression.pipeline import CompressedImage, compressing
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.video import Video, Visual
 from vflowopt.models.interface import MultimodalModel
@@ -73,6 +74,8 @@ class Runtime:
         self._graphs: DecodeGraphs | None = None
         self._products_per_token = model.decoder.config.hidden_size * model.decoder.config.intermediate_size
         heads = model.decoder.config.num_attention_heads
+        layer: int = sum(weight.numel() for weight in model.layers[0].parameters() if weight.dim() > 1)
+        self._context_per_token: float = layer / (2 * heads * model.head_dim)
         if model.device.type == "cpu" and model.dtype == torch.float32:
             self._kernel = build_decode_kernel(model.head_dim, heads, model.heads, page_size)
         elif model.device.type == "cuda":
@@ -114,7 +117,6 @@ class Runtime:
         """KV bytes of one token in one layer."""
         return self.pool.token_bytes
 
-    @torch.inference_mode()
     def compress(self, visuals: abc.Sequence[Visual], strategy: Strategy) -> list[CompressedImage]:
         """Encode pictures in one batch and videos one by one, and score, prune and recycle each.
 
@@ -129,15 +131,26 @@ class Runtime:
             PictureError: the model cannot take a picture of this shape, or takes no videos.
             StrategyError: the strategy does not fit the decoder.
         """
+        return whole(self.compressing(visuals, strategy))
+
+    @torch.inference_mode()
+    def compressing(self, visuals: abc.Sequence[Visual], strategy: Strategy) -> Pieces[list[CompressedImage]]:
+        """:meth:`compress` in pieces: some frames or tiles in each, whatever the length of a video."""
         strategy.check(self.layers)
         pictures = [visual for visual in visuals if not isinstance(visual, Video)]
-        encoded = iter(self.model.encode(pictures) if pictures else ())
-        return [
-            compress(
-                self.model.encode_video(visual) if isinstance(visual, Video) else next(encoded), strategy, self.layers
-            )
-            for visual in visuals
-        ]
+        of_pictures = iter((yield from self.model.encoding(pictures)) if pictures else ())
+        compressed = []
+        for visual in visuals:
+            encoded = (yield from self.model.encoding_video(visual)) if isinstance(visual, Video) else next(of_pictures)
+            compressed.append((yield from compressing(encoded, strategy, self.layers)))
+        return compressed
+
+    def relative_cost(self, context: int) -> float:
+        """What it takes to run a token behind ``context`` cached ones, in tokens with nothing before them.
+
+        An estimate by multiplications: those of a layer's matrices, and those of attention to the context.
+        """
+        return 1.0 + context / self._context_per_token
 
     def start(self, strategy: Strategy) -> Sequence:
         """Start an empty sequence.

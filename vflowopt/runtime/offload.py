@@ -102,7 +102,7 @@ def offload(sequence: Sequence) -> OffloadedCache:
 
 
 def restore(sequence: Sequence, offloaded: OffloadedCache) -> None:
-    """Copy an offloaded cache back into the pool.
+    """Copy an offloaded cache back into the pool. If it raises, nothing has changed.
 
     Args:
         sequence: has no cache. Its log must begin with the items that were cached when the cache was offloaded; this is
@@ -110,7 +110,7 @@ def restore(sequence: Sequence, offloaded: OffloadedCache) -> None:
         offloaded: the cache.
 
     Raises:
-        PoolExhausted: too few pages are free; nothing changed.
+        PoolExhausted: too few pages are free.
         OffloadError: the sequence has a cache already, has other stages, or has a shorter log.
     """
     cache = sequence.cache
@@ -119,9 +119,13 @@ def restore(sequence: Sequence, offloaded: OffloadedCache) -> None:
     if sequence.resident or not fits or offloaded.cached.items > len(sequence.log):
         raise OffloadError("the offloaded cache is not of this sequence, or the sequence holds a cache already")
     cache.reserve(lengths)
-    for stage, keys, values in zip(cache.stages, offloaded.keys, offloaded.values, strict=True):
-        slots = stage.slots(range(keys.shape[1]))
-        stage.pool.keys[slots] = keys.to(stage.pool.keys)
-        stage.pool.values[slots] = values.to(stage.pool.values)
+    try:
+        for stage, keys, values in zip(cache.stages, offloaded.keys, offloaded.values, strict=True):
+            slots = stage.slots(range(keys.shape[1]))
+            stage.pool.keys[slots] = keys.to(stage.pool.keys)
+            stage.pool.values[slots] = values.to(stage.pool.values)
+    except BaseException:
+        cache.truncate(cache.lengths)  # gives back the pages
+        raise
     cache.advance(lengths)
     sequence.cached = offloaded.cached

@@ -70,12 +70,14 @@ class Sequence:
     @property
     def position(self) -> int:
         """The logical position of the next item."""
-        return self.cached.position + sum(map(span, self.log[self.cached.items :]))
+        rest = self.log[self.cached.items :]
+        return self.cached.position + len(rest) + sum(image.span - 1 for image in pictures_in(rest))
 
     @property
     def pending_tokens(self) -> int:
         """First-stage tokens of the log that are not cached yet."""
-        return sum(map(tokens_in, self.log[self.cached.items :])) - self.cached.offset
+        rest = self.log[self.cached.items :]
+        return len(rest) + sum(len(image.kept[0]) - 1 for image in pictures_in(rest)) - self.cached.offset
 
     @property
     def pages_wanted(self) -> int:
@@ -91,7 +93,8 @@ class Sequence:
     @property
     def kv_bytes_full(self) -> int:
         """Bytes of the pages that the cached items would take without pruning."""
-        tokens = sum(item.tokens if isinstance(item, CompressedImage) else 1 for item in self.log[: self.cached.items])
+        cached = self.log[: self.cached.items]
+        tokens = len(cached) + sum(image.tokens - 1 for image in pictures_in(cached))
         return sum(stage.pages_for(tokens) for stage in self.cache.stages) * self.cache.pool.page_bytes
 
     @property
@@ -152,8 +155,13 @@ def tokens_in(item: Item) -> int:
     return len(item.kept[0]) if isinstance(item, CompressedImage) else 1
 
 
+def pictures_in(items: abc.Sequence[Item]) -> list[CompressedImage]:
+    """The pictures among items. Logs are long and mostly text: counting goes by these."""
+    return [item for item in items if not isinstance(item, int)]
+
+
 def tokens_per_stage(items: abc.Sequence[Item], stages: int) -> list[int]:
     """How many tokens the items add to the cache of each stage."""
-    text = sum(1 for item in items if isinstance(item, int))
-    pictures = [item for item in items if isinstance(item, CompressedImage)]
+    pictures = pictures_in(items)
+    text = len(items) - len(pictures)
     return [text + sum(len(picture.kept[stage]) for picture in pictures) for stage in range(stages)]

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 
 from vflow_server.engine.ops import Encode
+from vflowopt.compression.pieces import Pieces
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.runtime.model_runner import Runtime
 
@@ -20,38 +21,64 @@ class EncoderThread:
 
     On a CPU the encoder has a thread of its own: a picture takes as long as a dozen steps of decoding, and no stream
     should wait for it. A CUDA device does one thing at a time anyway, and work from another thread would disturb the
-    capture of graphs. There the encoder runs on the thread that submits the work.
+    capture of graphs. There the encoder runs on the thread that submits the work, piece by piece.
 
     Args:
         runtime: the model.
+
+    Attributes:
+        inline: whether the encoder runs on the thread that submits the work.
     """
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
+        self.inline = runtime.model.device.type != "cpu"
         self._thread = ThreadPoolExecutor(1, "encoder")
 
-    def compress(self, ops: Sequence[Encode], *, threads: int) -> Future[list[CompressedImage]]:
-        """Encode pictures in one batch and compress them.
+    def begin(self, ops: Sequence[Encode]) -> Pieces[list[CompressedImage]]:
+        """Begin to encode pictures in one batch, or a video, and to compress them. Nothing is run yet.
 
         Args:
             ops: the pictures, all with the same strategy.
+
+        Returns:
+            The pieces for :meth:`advance`; their result is in the order of ``ops``. They raise PictureError if the
+            model cannot take the shape of a picture.
+        """
+        return (yield from self._runtime.compressing([op.visual for op in ops], ops[0].strategy))
+
+    def advance(self, pieces: Pieces[T], *, threads: int) -> Future[T | None]:
+        """Run the next piece.
+
+        Args:
+            pieces: from :meth:`begin`.
             threads: number of CPU threads to use.
 
         Returns:
-            A future of the compressed pictures, in the order of ``ops``. It raises PictureError if the model cannot
-            take the shape of one of them.
+            A future of the result of all pieces; of None if that was not the last one.
         """
-        visuals, strategy = [op.visual for op in ops], ops[0].strategy
-        return self.submit(lambda: self._runtime.compress(visuals, strategy), threads=threads)
+
+        def piece() -> T | None:
+            try:
+                next(pieces)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            return None
+
+        return self.submit(piece, threads=threads)
 
     def submit(self, work: Callable[[], T], *, threads: int) -> Future[T]:
-        """Run other work that uses the vision encoder, on the same thread; ``threads`` as for :meth:`compress`."""
+        """Run other work that uses the vision encoder, on the same thread; ``threads`` as for :meth:`advance`.
+
+        The work must be a piece of bounded size.
+        """
 
         def working() -> T:
             torch.set_num_threads(threads)
             return work()
 
-        if self._runtime.model.device.type == "cpu":
+        if not self.inline:
             return self._thread.submit(working)
         future: Future[T] = Future()
         try:
@@ -61,5 +88,5 @@ class EncoderThread:
         return future
 
     def close(self) -> None:
-        """Finish the work that is running, and drop the work that waits."""
+        """Finish the piece that is running, and drop the work that waits."""
         self._thread.shutdown(cancel_futures=True)

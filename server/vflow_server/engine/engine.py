@@ -364,7 +364,7 @@ class Engine:
                     self._running.remove(task)
         self._outbox.deliver()
         waiting = [task for task in tasks if task.op is not None]
-        progress = bool(waiting) and self._schedule(waiting, self.wake)
+        progress = self._schedule(waiting, self.wake)
         # Do not sleep while work can continue at once: an op was done, work yielded None, or work ended, so that other
         # work can be admitted.
         if not progress and len(waiting) == len(tasks):

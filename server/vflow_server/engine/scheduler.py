@@ -1,70 +1,41 @@
 """The scheduler: chooses the ops that a step does, and the sequences that are evicted when KV pages run short.
 
 Every step runs one batch of the model: one token of every running answer, and a bounded number of prompt tokens.
-Pictures are encoded beside the steps, a few at a time. So neither a long prompt nor a picture stalls other streams for
-more than a step. Tenants have equal shares of the prompt tokens and take turns with their pictures; within a tenant the
-order is first come, first served. Idle work advances by one piece when no other work needs the model, and rarely while
-other work does. Belongs to the engine's thread.
+Pictures and videos are encoded beside the steps, in pieces (:mod:`vflow_server.engine.encoding_queue`). So neither a
+long prompt nor a picture stalls other streams for more than a step. Tenants have equal shares of the prompt tokens;
+within a tenant the order is first come, first served. Idle work advances by one piece when no other work needs the
+model, and rarely while other work does. Belongs to the engine's thread.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
-from itertools import takewhile
-
-import torch
 
 from vflow_server.engine.batch import Batch, Scheduled
 from vflow_server.engine.encoder import EncoderThread
+from vflow_server.engine.encoding_queue import Asking, EncodingQueue
 from vflow_server.engine.engine import Task
-from vflow_server.engine.fair_queue import RoundRobin
 from vflow_server.engine.ops import Encode, Forward, Idle, Wait
 from vflow_server.engine.token_meter import TokenMeter
 from vflow_server.kv.image_cache import ImageCache
 from vflow_server.kv.manager import KVCacheManager
 from vflow_server.telemetry.metrics import Metrics
-from vflowopt.compression.pipeline import CompressedImage
-from vflowopt.media.picture import Picture
 from vflowopt.runtime.cache import PoolExhausted
 from vflowopt.runtime.model_runner import Runtime
 
 PROMPT_TOKENS = 512
-"""Prompt tokens that a step runs at most, over all sequences. Each tenant gets at least one."""
+"""Prompt tokens that a step runs at most, over all sequences; fewer behind a long context, where each takes longer (see
+:meth:`Runtime.relative_cost`). Each tenant gets at least one."""
 
-PICTURES = 4
-"""Pictures that are encoded in one batch at most; only one while answers are being decoded."""
+BESIDE_ANSWERS, SAVED = 25, 4
+"""Beside the answers of other tenants, a tenant's prompts run in one of so many steps in the long run. So they show in
+the longest gap between two tokens of an answer, but not in the 95th percentile. Steps that were not used are saved, for
+so many prompts at once: one now and then does not wait."""
 
 IDLE_EVERY = 32
 """Steps between two pieces of idle work when there is no idle time. Rare enough not to show in the 95th percentile of
 the step times, and often enough for such work to finish."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Asking:
-    """A task that waits for a picture, and its op."""
-
-    task: Task
-    op: Encode
-
-    @property
-    def tenant(self) -> str:
-        return self.task.tenant
-
-    @property
-    def waits(self) -> bool:
-        """Whether the task still waits for the op; it may have been cancelled."""
-        return self.task.op is self.op
-
-
-@dataclass(frozen=True)
-class _Encoding:
-    """A batch of pictures that is being encoded."""
-
-    asking: Sequence[_Asking]
-    future: Future[list[CompressedImage]]
 
 
 class Scheduler:
@@ -90,15 +61,12 @@ class Scheduler:
     ) -> None:
         self._runtime = runtime
         self._kv = kv
-        self._images = images
-        self._encoder = encoder
         self._metrics = metrics
         self._meter = meter
-        self._pictures = RoundRobin()
-        self._encoding: _Encoding | None = None
-        self._threads = torch.get_num_threads()
+        self._encodings = EncodingQueue(images, encoder)
         self._steps_without_idle_work = 0
         self._last_idle: Task | None = None
+        self._saved = BESIDE_ANSWERS * SAVED  # steps without prompts beside the answers of other tenants
 
     def __call__(self, tasks: Sequence[Task], wake: Callable[[], None]) -> bool:
         """Run one step: do some of the ops of ``tasks``.
@@ -110,12 +78,9 @@ class Scheduler:
         Returns:
             Whether anything was done.
         """
-        progress = False
-        if self._encoding is not None and self._encoding.future.done():
-            self._finish_encoding(self._encoding, wake)
-            progress = True
+        progress = self._encodings.finish()
         forwards: list[Scheduled] = []
-        asking: list[_Asking] = []
+        asking: list[Asking] = []
         waiting: list[tuple[Task, Wait]] = []
         idle: list[Task] = []
         for task in tasks:
@@ -123,7 +88,7 @@ class Scheduler:
                 case Forward() as op:
                     forwards.append(Scheduled(task, op, op.sequence.pending_tokens))
                 case Encode() as op:
-                    asking.append(_Asking(task, op))
+                    asking.append(Asking(task, op))
                 case Wait() as op:
                     waiting.append((task, op))
                 case Idle():
@@ -135,8 +100,9 @@ class Scheduler:
         if forwards:
             self._run(forwards)
             progress = True
-        if asking:
-            progress |= self._encode(asking, wake, answering=any(each.num_tokens == 1 for each in forwards))
+        if asking or self._encodings.under_way:
+            answering = any(each.num_tokens == 1 for each in forwards)
+            progress |= self._encodings.advance(asking, wake, answering=answering)
         return progress
 
     def _grant_idle_time(self, idle: Sequence[Task], *, needed: bool) -> bool:
@@ -162,57 +128,6 @@ class Scheduler:
                 op.watch(wake)
         return progress
 
-    def _encode(self, asking: Sequence[_Asking], wake: Callable[[], None], *, answering: bool) -> bool:
-        """Hand out the pictures that are cached. Start to encode others, unless a batch is being encoded."""
-        missing = []
-        for each in asking:
-            image = self._images.get((each.op.visual.identity, each.op.strategy, each.op.tenant))
-            if image is None:
-                missing.append(each)
-            else:
-                each.op.put(image, cache_hit=True)
-                each.task.done()
-        if missing and self._encoding is None:
-            ordered = self._pictures.order(missing)
-            first = ordered[0].op.strategy
-            self._begin_encoding([each for each in ordered if each.op.strategy == first], wake, answering=answering)
-        return len(missing) < len(asking)
-
-    def _begin_encoding(self, asking: Sequence[_Asking], wake: Callable[[], None], *, answering: bool) -> None:
-        """Start to encode the first few pictures in one batch; the same picture of a tenant is encoded once.
-
-        A video is encoded alone, so that no picture of the same batch waits for its frames. Later batches do wait.
-        """
-        first = {(each.op.visual.identity, each.op.tenant): each for each in reversed(asking)}
-        batch = [each for each in asking if each in first.values()]
-        pictures = list(takewhile(lambda each: isinstance(each.op.visual, Picture), batch))
-        batch = pictures[: 1 if answering else PICTURES] or batch[:1]
-        for each in batch:
-            self._pictures.served(each.tenant)
-        # One thread is left to the answers.
-        threads = max(self._threads - 1, 1) if answering else self._threads
-        future = self._encoder.compress([each.op for each in batch], threads=threads)
-        self._encoding = _Encoding(batch, future)
-        future.add_done_callback(lambda _: wake())
-
-    def _finish_encoding(self, encoded: _Encoding, wake: Callable[[], None]) -> None:
-        """Cache the pictures of a finished batch, and hand them to the tasks that still wait for them."""
-        self._encoding = None
-        waiting = [each for each in encoded.asking if each.waits]
-        failure = encoded.future.exception()
-        if failure is None:
-            for each, image in zip(encoded.asking, encoded.future.result(), strict=True):
-                self._images.put((each.op.visual.identity, each.op.strategy, each.op.tenant), image)
-                if each.waits:
-                    each.op.put(image, cache_hit=False)
-                    each.task.done()
-        elif len(encoded.asking) > 1:
-            if waiting:  # encode them one by one: only the faulty picture fails
-                self._begin_encoding(waiting[:1], wake, answering=True)
-        elif waiting:
-            assert isinstance(failure, Exception)
-            waiting[0].task.fail(failure)
-
     def _run(self, forwards: Sequence[Scheduled]) -> None:
         """Run one batch.
 
@@ -220,10 +135,11 @@ class Scheduler:
         batch is reduced to its eldest sequence, which fails only if it needs more than the whole pool.
         """
         while True:
-            begun = time.perf_counter()
+            begun, batch = time.perf_counter(), Batch()
             try:
-                if self._restore(forwards[0]):
-                    forwards = [forwards[0].counted_again(), *forwards[1:]]
+                if (restored := self._restored(forwards[0])) is None:
+                    return
+                forwards = [restored, *forwards[1:]]
                 batch = self._batch(forwards)
                 tokens = self._runtime.step(batch.sequences, batch.limits, batch.samplers)
             except PoolExhausted as shortage:
@@ -255,8 +171,11 @@ class Scheduler:
 
         A prompt other than the eldest's runs only if there are pages for all of it beside the batch. So two prompts
         never keep taking each other's pages, and the eldest always advances.
+
+        Beside the answers of other tenants, prompts run in few of the steps (:data:`BESIDE_ANSWERS`).
         """
         batch = Batch()
+        self._saved = min(self._saved + 1, BESIDE_ANSWERS * SAVED)
         prompts: dict[str, list[Scheduled]] = {}
         for each in forwards:
             if each.num_tokens == 1:
@@ -267,30 +186,57 @@ class Scheduler:
             return batch
         eldest = forwards[0]
         promised = sum(each.sequence.pages_wanted for each in {eldest, *batch})
-        left = PROMPT_TOKENS
+        answering = {each.task.tenant for each in batch}
+        beside_others = [queue for queue in prompts.values() if answering - {queue[0].task.tenant}]
+        if beside_others:
+            if self._saved >= BESIDE_ANSWERS:
+                self._saved -= BESIDE_ANSWERS
+            else:
+                for queue in beside_others:
+                    del prompts[queue[0].task.tenant]
+        left = float(PROMPT_TOKENS)
         # Tenants with the fewest tokens come first: the unused part of their share goes to the next ones.
         queues = sorted(prompts.values(), key=lambda queue: sum(each.num_tokens for each in queue))
         for served, queue in enumerate(queues):
-            share = max(left // (len(queues) - served), 1)
-            for each in queue:
-                if not share:
+            share = left / (len(queues) - served)
+            for place, each in enumerate(queue):
+                if share <= 0:
                     break
                 scheduled = each
                 if each is not eldest:
                     wanted = each.sequence.pages_wanted
                     if not self._kv.make_room(promised + wanted):
                         continue
-                    if self._restore(each):
-                        scheduled = each.counted_again()
+                    if (restored := self._restored(each)) is None:
+                        continue
+                    scheduled = restored
                     promised += wanted
-                share -= (count := min(scheduled.num_tokens, share))
-                left -= count
+                cost = self._runtime.relative_cost(scheduled.sequence.cached.position)
+                count = min(max(int(share / cost), int(not place)), scheduled.num_tokens)
+                if not count:
+                    break
+                share -= count * cost
+                left -= count * cost
                 batch.add(scheduled, count)
         return batch
 
-    def _restore(self, scheduled: Scheduled) -> bool:
-        """Restore the offloaded cache of a sequence, if there is one in memory; returns whether it did."""
-        tier = self._kv.restore(scheduled.sequence)
-        if tier is not None:
-            scheduled.op.restored_from = tier
-        return tier is not None
+    def _restored(self, scheduled: Scheduled) -> Scheduled | None:
+        """Restore the offloaded cache of a sequence, if there is one in memory.
+
+        Returns:
+            The task with its tokens counted anew; None if the restoring failed, and the task with it.
+
+        Raises:
+            PoolExhausted: too few pages are free.
+        """
+        try:
+            tier = self._kv.restore(scheduled.sequence)
+        except PoolExhausted:
+            raise
+        except Exception as failure:
+            scheduled.task.fail(failure)
+            return None
+        if tier is None:
+            return scheduled
+        scheduled.op.restored_from = tier
+        return scheduled.counted_again()

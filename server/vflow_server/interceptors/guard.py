@@ -9,6 +9,8 @@ from typing import Any
 
 import grpc
 import structlog
+from google.protobuf import descriptor_pool
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 from structlog.contextvars import bind_contextvars
@@ -17,6 +19,7 @@ from vflow_server.access.access import Access
 from vflow_server.access.caller import Caller, bind_caller
 from vflow_server.rpc.errors import ServiceError, foreseen, incident
 from vflow_server.rpc.handlers import Behaviour, Context, around
+from vflow_server.rpc.message_scan import MOST_FIELDS, has_too_many_fields
 
 _POLLED = ("Operations/GetOperation", "Operations/WaitOperation")
 """Methods that clients poll. Their calls are logged at the debug level."""
@@ -57,7 +60,8 @@ class Guard(grpc.aio.ServerInterceptor):
         if handler.request_streaming:
             return around(handler, lambda behaviour: _guarded(behaviour, name, caller))
         parse = handler.request_deserializer
-        return around(handler, lambda behaviour: _guarded(_parsing(behaviour, parse), name, caller), raw=True)
+        type = descriptor_pool.Default().FindMethodByName(method[1:].replace("/", ".")).input_type
+        return around(handler, lambda behaviour: _guarded(_parsing(behaviour, parse, type), name, caller), raw=True)
 
 
 def _refusing(refusal: ServiceError) -> Behaviour:
@@ -67,10 +71,16 @@ def _refusing(refusal: ServiceError) -> Behaviour:
     return refuse
 
 
-def _parsing(behaviour: Behaviour, parse: Callable[[bytes], Any]) -> Behaviour:
+def _parsing(behaviour: Behaviour, parse: Callable[[bytes], Any], type: Descriptor) -> Behaviour:
     """``behaviour`` for unparsed requests. If gRPC parsed them, an invalid one would end the call with INTERNAL."""
 
     async def read(message: bytes, context: Context) -> Any:
+        if has_too_many_fields(message, type):
+            raise ServiceError(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "MESSAGE_INVALID",
+                f"the request has more than {MOST_FIELDS} fields; send fewer parts, frames, samples or numbers",
+            )
         try:
             request = parse(message)
         except DecodeError as error:

@@ -19,6 +19,7 @@ from vflow_server.kv.session_state import SessionState
 from vflow_server.rpc.errors import CapacityExhausted, session_deleted
 from vflow_server.telemetry.metrics import Metrics
 from vflowopt.compression.strategy import Strategy
+from vflowopt.runtime.cache import PoolExhausted
 from vflowopt.runtime.model_runner import Runtime
 from vflowopt.runtime.offload import Tier, offload, restore
 from vflowopt.runtime.sequence import Item, Sequence, tokens_per_stage
@@ -144,7 +145,11 @@ class KVCacheManager:
         self._metrics.evicted("idle")
         log.info("offloaded the KV cache of an idle session", kv_bytes=resident.snapshot.kv_bytes)
         sequence = resident.sequence
-        self.offloaded.put(sequence, offload(sequence))
+        try:
+            self.offloaded.put(sequence, offload(sequence))
+        except Exception:  # such as too little memory on the host: the running turns need the pages all the same
+            log.exception("a KV cache could not be offloaded; it is rebuilt from the log")
+            sequence.release()
         resident.publish()
         return True
 
@@ -174,7 +179,7 @@ class KVCacheManager:
         """Restore the offloaded cache of ``sequence``, if it is in memory and the sequence has nothing cached.
 
         Returns:
-            The tier that it came from; None if nothing was restored.
+            The tier that it came from; None if nothing was restored: the cache is rebuilt from the log.
 
         Raises:
             PoolExhausted: too few pages are free; the cache stays offloaded.
@@ -182,9 +187,16 @@ class KVCacheManager:
         if sequence.resident or (found := self.offloaded.find(sequence)) is None:
             return None
         offloaded, tier = found
-        restore(sequence, offloaded)
+        restored: Tier | None = tier
+        try:
+            restore(sequence, offloaded)
+        except PoolExhausted:
+            raise
+        except Exception:
+            log.exception("an offloaded KV cache could not be restored; it is rebuilt from the log")
+            restored = None
         self.offloaded.forget(sequence)
-        return tier
+        return restored
 
     def fork(self, origin: SessionState, twin: SessionState) -> None:
         """Give ``twin`` the log, the pages and the offloaded cache of ``origin``; all tensors are shared."""

@@ -10,10 +10,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vflow_server.store.session_record import Entry, SessionRecord
+from vflowopt.compression.pieces import Pieces
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.compression.strategy import Strategy
+from vflowopt.media.video import Visual
 from vflowopt.runtime.model_runner import Runtime
-from vflowopt.runtime.sequence import Item, Sequence
+from vflowopt.runtime.sequence import Sequence
+
+Placed = int | Visual | CompressedImage
+"""A token, or a picture or video in its place among the tokens, compressed or not."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +78,21 @@ class SessionState:
             self._sequence = self._runtime.start(self.strategy)
         return self._sequence
 
-    def picture(self, image: CompressedImage) -> list[Item]:
-        """The items that ``image`` adds to the log when it is added before the next turn."""
-        return self._runtime.chat.turn(self.turns, [*self._ahead, image], generate=False)[self._items_ahead :]
+    def picture(self, visual: Visual) -> Pieces[list[Placed]]:
+        """What ``visual`` adds to the log when it is added before the next turn.
 
-    def turn(self, parts: abc.Sequence[str | CompressedImage]) -> list[Item]:
-        """The items that the next turn adds to the log, without those of pictures that were added before it."""
-        return self._runtime.chat.turn(self.turns, [*self._ahead, *parts])[self._items_ahead :]
+        The pieces are for any thread, and need the state as it is now.
+        """
+        ahead = [*self._ahead, visual]
+        return _behind(self._items_ahead, self._runtime.chat.turning(self.turns, ahead, generate=False))
+
+    def turn(self, parts: abc.Sequence[str | Visual], most: int) -> Pieces[list[Placed]]:
+        """What the next turn adds to the log, without that of pictures that were added before it.
+
+        The pieces are for any thread, and need the state as it is now. They raise TextTooLong if the texts have more
+        than ``most`` tokens.
+        """
+        return _behind(self._items_ahead, self._runtime.chat.turning(self.turns, [*self._ahead, *parts], most=most))
 
     def commit_picture(self, image: CompressedImage, items: int) -> None:
         """Count ``image``, whose ``items`` items are in the log now, as added before the next turn."""
@@ -136,3 +149,8 @@ class SessionState:
             kv_bytes_full=sequence.kv_bytes_full if sequence else 0,
             resident=sequence.resident if sequence else False,
         )
+
+
+def _behind(items: int, pieces: Pieces[list[Placed]]) -> Pieces[list[Placed]]:
+    """What ``pieces`` return, without the first ``items``."""
+    return (yield from pieces)[items:]

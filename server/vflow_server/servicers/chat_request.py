@@ -32,7 +32,7 @@ async def read_turn(
         SamplingError: a sampling option is out of range.
     """
     check_request_id(request.request_id)
-    _check_parts(request)
+    texts = _texts(request)
     max_new_tokens, min_new_tokens = _lengths(request.options)
     sampling, stop = _options(request.options)
     videos.check({f"parts[{i}].video": part.video for i, part in enumerate(request.parts) if part.HasField("video")})
@@ -48,13 +48,17 @@ async def read_turn(
             case "video":
                 parts.append(await videos.read(part.video, f"parts[{index}].video", tenant, pixels))
             case _:
-                parts.append(part.text)
+                parts.append(texts[index])
     return TurnRequest(tuple(parts), max_new_tokens, sampling, stop, min_new_tokens)
 
 
 def fingerprint(turn: TurnRequest) -> str:
     """Digest of a turn's content; equal for requests with the same parts and options."""
-    parts = [["text", part] if isinstance(part, str) else _described(part) for part in turn.parts]
+    # A digest of each text, not the text: as JSON, millions of characters would hold up the event loop.
+    parts = [
+        ["text", hashlib.sha256(part.encode()).hexdigest()] if isinstance(part, str) else _described(part)
+        for part in turn.parts
+    ]
     sampling = turn.sampling
     lengths = [turn.min_new_tokens, turn.max_new_tokens]
     content = [parts, lengths, sampling.temperature, sampling.top_p, sampling.seed, turn.stop]
@@ -85,7 +89,9 @@ def check_request_id(request_id: str) -> None:
         )
 
 
-def _check_parts(request: conversations_pb2.ChatRequest) -> None:
+def _texts(request: conversations_pb2.ChatRequest) -> dict[int, str]:
+    """The texts of a turn whose parts are checked, by the index of their part. Each is read once: it may be long."""
+    texts: dict[int, str] = {}
     if not 1 <= len(request.parts) <= MOST_PARTS:
         raise InvalidRequest(
             "OPTION_OUT_OF_RANGE" if request.parts else "EMPTY_TURN",
@@ -95,7 +101,8 @@ def _check_parts(request: conversations_pb2.ChatRequest) -> None:
         )
     for index, part in enumerate(request.parts):
         kind = part.WhichOneof("content")
-        if kind is None or (kind == "text" and not part.text.strip()):
+        text = texts[index] = part.text if kind == "text" else ""
+        if kind is None or (kind == "text" and (not text or text.isspace())):
             what = "no text, image or video" if kind is None else "no text but white space"
             raise InvalidRequest(
                 "EMPTY_TURN",
@@ -103,19 +110,20 @@ def _check_parts(request: conversations_pb2.ChatRequest) -> None:
                 f"part {index} has {what}; say something or leave it out",
                 metadata={"part": index},
             )
-        if len(part.text) > MOST_TEXT:
+        if len(text) > MOST_TEXT:
             raise InvalidRequest(
                 "OPTION_OUT_OF_RANGE",
                 f"parts[{index}].text",
-                f"part {index} has {len(part.text)} characters; send at most {MOST_TEXT}",
-                metadata={"value": len(part.text), "max": MOST_TEXT},
+                f"part {index} has {len(text)} characters; send at most {MOST_TEXT}",
+                metadata={"value": len(text), "max": MOST_TEXT},
             )
-    if not any(part.text for part in request.parts):
+    if not any(texts.values()):
         raise InvalidRequest(
             "EMPTY_TURN",
             "parts",
             "a turn needs a text; to show a picture or a video ahead of its question use AddImage or AddVideo",
         )
+    return texts
 
 
 def _lengths(options: conversations_pb2.ChatOptions) -> tuple[int, int]:

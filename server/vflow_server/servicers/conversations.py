@@ -169,7 +169,7 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
             turn,
             accepted=accepted,
             request_id=request.request_id,
-            fingerprint=fingerprint(turn),
+            fingerprint=fingerprint(turn) if request.request_id else "",
             admit=lambda: self._quotas.show(session.tenant, charge, pictures),
         )
         if isinstance(answer, conversations_pb2.Finished):

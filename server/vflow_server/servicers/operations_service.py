@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 from google.longrunning import operations_pb2, operations_pb2_grpc
-from google.protobuf import empty_pb2
+from google.protobuf import duration_pb2, empty_pb2
 
 from vflow_server.access.caller import current_caller
 from vflow_server.rpc.errors import InvalidRequest
@@ -20,6 +20,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 LONGEST_WAIT = 60.0
 """Seconds that a call may wait for the end of an operation; then it gets the present state."""
+
+MOST_SECONDS = 315_576_000_000
+"""Seconds of a ``google.protobuf.Duration`` at most: 10,000 years."""
 
 _MARGIN = 0.2
 """Seconds before the deadline of a call at which it is answered, so that the answer arrives in time."""
@@ -83,10 +86,10 @@ class Operations(operations_pb2_grpc.OperationsServicer):  # type: ignore[misc] 
         self, request: operations_pb2.WaitOperationRequest, context: Context
     ) -> operations_pb2.Operation:
         """Wait a bounded time for the end of an operation; returns its state then."""
-        operation = self._find(request.name)
         patience = [LONGEST_WAIT]
         if request.HasField("timeout"):
-            patience.append(request.timeout.ToTimedelta().total_seconds())
+            patience.append(_seconds(request.timeout))
+        operation = self._find(request.name)
         if (left := context.time_remaining()) is not None:
             patience.append(left - _MARGIN)
         with suppress(TimeoutError):
@@ -95,3 +98,20 @@ class Operations(operations_pb2_grpc.OperationsServicer):  # type: ignore[misc] 
 
     def _find(self, name: str) -> Operation:
         return self._operations.get(current_caller().tenant, check_name(name, "operations", "name"))
+
+
+def _seconds(timeout: duration_pb2.Duration) -> float:
+    """The timeout of a request.
+
+    Raises:
+        InvalidRequest: it is negative, or no valid duration.
+    """
+    if not (0 <= timeout.seconds <= MOST_SECONDS and 0 <= timeout.nanos < 10**9):
+        raise InvalidRequest(
+            "OPTION_OUT_OF_RANGE",
+            "timeout",
+            f"timeout is {timeout.seconds} seconds and {timeout.nanos} nanoseconds; give 0 to {MOST_SECONDS} seconds, "
+            "and 0 to 999999999 nanoseconds",
+            metadata={"value": timeout.seconds, "min": 0, "max": MOST_SECONDS},
+        )
+    return timeout.seconds + timeout.nanos / 1e9

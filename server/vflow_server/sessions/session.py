@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 
 from vflow_client.v1 import conversations_pb2, images_pb2
 from vflow_server.engine.engine import Engine, Steps, Ticket, Work, WorkCancelled
+from vflow_server.engine.piece_thread import PieceThread
 from vflow_server.kv.image_cache import ImageCache
 from vflow_server.kv.manager import KVCacheManager
 from vflow_server.kv.session_state import SessionState
@@ -60,6 +61,7 @@ class SessionParts:
         runtime: the model.
         kv: their KV caches.
         images: the cache of compressed pictures.
+        tokenizer: tokenizes their texts.
         live_samples: collects pictures and questions.
         monitor: compares some turns with the unpruned model.
     """
@@ -68,6 +70,7 @@ class SessionParts:
     runtime: Runtime
     kv: KVCacheManager
     images: ImageCache
+    tokenizer: PieceThread
     live_samples: LiveSamples
     monitor: FidelityMonitor
 
@@ -179,6 +182,7 @@ class Session:
                 parts.runtime,
                 parts.kv,
                 parts.images,
+                parts.tokenizer,
                 self.state,
                 visual,
                 session_name=self.name,
@@ -234,6 +238,7 @@ class Session:
                 parts.runtime,
                 parts.kv,
                 parts.images,
+                parts.tokenizer,
                 self.state,
                 request,
                 emit,

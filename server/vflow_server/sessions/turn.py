@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from vflow_client.v1 import conversations_pb2, images_pb2
 from vflow_server.engine.engine import Steps
 from vflow_server.engine.ops import Encode, Op
+from vflow_server.engine.piece_thread import PieceThread
 from vflow_server.kv.image_cache import ImageCache
 from vflow_server.kv.manager import KVCacheManager
 from vflow_server.kv.session_state import SessionState
 from vflow_server.rpc.errors import InvalidRequest
 from vflow_server.sessions.receipts import image_receipt
-from vflow_server.sessions.work import check_context, persist, prefill, recall, transaction
+from vflow_server.sessions.work import check_context, items_of, persist, prefill, recall, tokenize, transaction
 from vflow_server.store.answers import StoredAnswer
 from vflow_server.store.session_record import Entry
 from vflow_server.tuning.fidelity_monitor import FidelityMonitor
@@ -64,6 +65,7 @@ def turn(
     runtime: Runtime,
     kv: KVCacheManager,
     images: ImageCache,
+    tokenizer: PieceThread,
     state: SessionState,
     request: TurnRequest,
     emit: Callable[[str], None],
@@ -80,6 +82,7 @@ def turn(
         runtime: the model.
         kv: the KV caches.
         images: the cache of compressed pictures.
+        tokenizer: tokenizes the texts.
         state: the session's state; no other work may be running in the session.
         request: the turn.
         emit: receives the answer piece by piece.
@@ -96,9 +99,13 @@ def turn(
     begun = time.perf_counter()
     yield from recall(kv, images, state)
     with transaction(kv, state) as checkpoint:
-        receipts, parts = yield from _compress(runtime, state, request, session_name, strategy_name)
         sequence = state.sequence
-        items = state.turn(parts)
+        # Texts that are too long are refused before any picture is encoded.
+        space = max(runtime.context - sequence.position - request.max_new_tokens, 0)
+        texts = state.turn(request.parts, space)
+        placed = yield from tokenize(tokenizer, state, texts, request.max_new_tokens, runtime.context)
+        receipts, compressed = yield from _compress(runtime, state, request, session_name, strategy_name)
+        items = items_of(placed, compressed)
         check_context(sequence, items, request.max_new_tokens, runtime.context)
         kv.check_room(sequence, items)
         (prompt_tokens,) = tokens_per_stage([*sequence.log, *items], 1)
@@ -157,17 +164,16 @@ def turn(
 
 def _compress(
     runtime: Runtime, state: SessionState, request: TurnRequest, session_name: str, strategy_name: str
-) -> Generator[Op, None, tuple[list[images_pb2.ImageReceipt], list[str | CompressedImage]]]:
-    """Compress the pictures and videos of a turn, one after the other; returns their receipts, and all parts in order.
+) -> Generator[Op, None, tuple[list[images_pb2.ImageReceipt], list[CompressedImage]]]:
+    """Compress the pictures and videos of a turn, one after the other; returns their receipts, and what they became.
 
     Raises:
         InvalidRequest: the model does not take one of them.
     """
     receipts: list[images_pb2.ImageReceipt] = []
-    parts: list[str | CompressedImage] = []
+    compressed: list[CompressedImage] = []
     for index, part in enumerate(request.parts):
         if isinstance(part, str):
-            parts.append(part)
             continue
         op = Encode(part, state.strategy, state.tenant)
         try:
@@ -175,7 +181,7 @@ def _compress(
         except PictureError as error:
             field = f"parts[{index}].{'video' if isinstance(part, Video) else 'image'}"
             raise InvalidRequest(error.reason, field, str(error), metadata=error.metadata) from error
-        parts.append(op.image)
+        compressed.append(op.image)
         number = state.images + len(receipts) + 1
         receipts.append(
             image_receipt(
@@ -188,4 +194,4 @@ def _compress(
                 name=f"{session_name}/images/{number}",
             )
         )
-    return receipts, parts
+    return receipts, compressed

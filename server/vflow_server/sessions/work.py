@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import time
 from collections import abc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from vflow_client.v1 import conversations_pb2, images_pb2
 from vflow_server.engine.engine import Steps
 from vflow_server.engine.ops import Encode, Wait
+from vflow_server.engine.piece_thread import PieceThread
 from vflow_server.kv.image_cache import ImageCache
 from vflow_server.kv.manager import KVCacheManager
-from vflow_server.kv.session_state import SessionState
+from vflow_server.kv.session_state import Placed, SessionState
 from vflow_server.rpc.errors import InvalidRequest
 from vflow_server.sessions.receipts import image_receipt
 from vflow_server.store.answers import StoredAnswer
 from vflow_server.store.session_record import Entry
+from vflowopt.compression.pieces import Pieces
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.media.video import Visual
+from vflowopt.runtime.chat import TextTooLong
 from vflowopt.runtime.generate import Forward
 from vflowopt.runtime.model_runner import Runtime
 from vflowopt.runtime.offload import Tier
@@ -67,6 +70,48 @@ def recall(kv: KVCacheManager, images: ImageCache, state: SessionState) -> Steps
         ]
         kv.check_room(state.sequence, [item for entry in entries for item in entry.items])
         state.recall(entries)
+
+
+def tokenize(
+    tokenizer: PieceThread,
+    state: SessionState,
+    pieces: Pieces[list[Placed]],
+    max_new_tokens: int,
+    context: int,
+) -> Steps[list[Placed]]:
+    """Tokenize the texts of a turn or what surrounds a picture, and check that they fit in the model's context.
+
+    Args:
+        tokenizer: the thread that tokenizes.
+        state: the session's state.
+        pieces: its :meth:`SessionState.turn` or :meth:`SessionState.picture`.
+        max_new_tokens: tokens of the answer at most.
+        context: positions in the model's context.
+
+    Returns:
+        Tokens, with pictures and videos in their places, not compressed yet.
+
+    Raises:
+        InvalidRequest: CONTEXT_EXCEEDED.
+    """
+    tokenizing = tokenizer.submit(pieces, state.tenant)
+    try:
+        yield Wait(tokenizing)
+    except GeneratorExit:
+        tokenizing.cancel()
+        raise
+    try:
+        placed = tokenizing.result()
+    except TextTooLong as error:
+        raise context_exceeded(state.sequence.position, error.tokens, max_new_tokens, context) from error
+    check_context(state.sequence, [item for item in placed if isinstance(item, int)], max_new_tokens, context)
+    return placed
+
+
+def items_of(placed: abc.Sequence[Placed], images: Iterable[CompressedImage]) -> list[Item]:
+    """The items of a log: ``placed``, with ``images`` in order in the places of pictures and videos."""
+    compressed = iter(images)
+    return [item if isinstance(item, int) else next(compressed) for item in placed]
 
 
 def persist(state: SessionState, entry: Entry, answer: StoredAnswer | None = None) -> Steps[None]:
@@ -169,6 +214,7 @@ def add_image(
     runtime: Runtime,
     kv: KVCacheManager,
     images: ImageCache,
+    tokenizer: PieceThread,
     state: SessionState,
     visual: Visual,
     *,
@@ -182,6 +228,7 @@ def add_image(
         runtime: the model.
         kv: the KV caches.
         images: the cache of compressed pictures.
+        tokenizer: tokenizes what surrounds the picture.
         state: the session's state; no other work may be running in the session.
         visual: the picture or video.
         session_name: resource name of the session.
@@ -195,9 +242,10 @@ def add_image(
     """
     yield from recall(kv, images, state)
     with transaction(kv, state):
+        placed = yield from tokenize(tokenizer, state, state.picture(visual), 0, runtime.context)
         op = Encode(visual, state.strategy, state.tenant)
         yield op
-        items = state.picture(op.image)
+        items = items_of(placed, [op.image])
         check_context(state.sequence, items, 0, runtime.context)
         kv.check_room(state.sequence, items)
         result = yield from prefill(kv, state, items)
@@ -254,18 +302,23 @@ def check_context(sequence: Sequence, items: abc.Sequence[Item], max_new_tokens:
     """
     position, new = sequence.position, sum(map(span, items))
     if position + new + max_new_tokens > context:
-        raise InvalidRequest(
-            "CONTEXT_EXCEEDED",
-            "parts",
-            f"the conversation takes {position} positions, this turn {new} and its answer up to {max_new_tokens}: "
-            f"more than the model's {context}. Say less, lower max_new_tokens, or begin a new session",
-            metadata={
-                "position": position,
-                "new_tokens": new,
-                "max_new_tokens": max_new_tokens,
-                "context": context,
-            },
-        )
+        raise context_exceeded(position, new, max_new_tokens, context)
+
+
+def context_exceeded(position: int, new: int, max_new_tokens: int, context: int) -> InvalidRequest:
+    """The error for a turn of at least ``new`` positions that does not fit in the context."""
+    return InvalidRequest(
+        "CONTEXT_EXCEEDED",
+        "parts",
+        f"the conversation takes {position} positions, this turn {new} or more and its answer up to {max_new_tokens}: "
+        f"more than the model's {context}. Say less, lower max_new_tokens, or begin a new session",
+        metadata={
+            "position": position,
+            "new_tokens": new,
+            "max_new_tokens": max_new_tokens,
+            "context": context,
+        },
+    )
 
 
 def _on_host(items: abc.Sequence[Item]) -> tuple[Item, ...]:
