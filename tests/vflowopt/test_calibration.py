@@ -258,3 +258,19 @@ def test_what_cannot_be_calibrated_on_is_refused(runtime: Runtime, monkeypatch: 
     with pytest.raises(CalibrationError, match="the model's context has 60; ask fewer or shorter questions"):
         finish(Calibration(runtime, samples()[:1]).prepare())
     assert runtime.pool.bytes_used == 0
+
+
+def test_a_question_that_no_context_can_hold_is_refused_before_it_is_tokenized(runtime: Runtime) -> None:
+    long = Sample(samples()[0].picture, ("\N{GRINNING FACE}" * 400_000,))
+    tokenized = 0
+    plain = runtime.chat.text
+
+    def counted(text: str) -> list[int]:
+        nonlocal tokenized
+        tokenized += len(text)
+        return plain(text)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(CalibrationError, match="shorter questions"):
+        patch.setattr(runtime.chat, "text", counted)
+        finish(Calibration(runtime, [long]).prepare())
+    assert tokenized < 100_000

@@ -336,7 +336,9 @@ class Runtime:
     @torch.inference_mode()
     def most_likely(self, states: Tensor) -> list[int]:
         """The most likely token after each of ``states``, [n, hidden], which :meth:`states` returned."""
-        tokens: list[int] = self.model.head(states.to(self.model.device, self.model.dtype)).float().argmax(-1).tolist()
+        tokens: list[int] = []
+        for some in states.split(_MOST_ROWS):
+            tokens += self.model.head(some.to(self.model.device, self.model.dtype)).float().argmax(-1).tolist()
         return tokens
 
     def _run(
@@ -449,6 +451,9 @@ class Runtime:
         in_turn = iter(words.split([len(piece) for piece in pieces if isinstance(piece, list)]))
         return torch.cat([next(in_turn) if isinstance(piece, list) else piece for piece in pieces])
 
+
+_MOST_ROWS = 256
+"""Rows of logits over the vocabulary in memory at a time: thousands would take gigabytes."""
 
 _ENOUGH_FOR_THREADS = 8 << 20
 """Multiplications in one matrix product of a layer from which on several threads pay off.

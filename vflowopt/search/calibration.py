@@ -25,15 +25,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vflowopt.compression.pipeline import EncodedImage, compress
+from vflowopt.compression.pipeline import CompressedImage, EncodedImage, compress
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture
 from vflowopt.models.interface import MultimodalModel
 from vflowopt.runtime.cache import PoolExhausted
+from vflowopt.runtime.chat import TextTooLong
 from vflowopt.runtime.generate import decode
 from vflowopt.runtime.model_runner import Runtime
 from vflowopt.runtime.sampling import Sampler
-from vflowopt.runtime.sequence import Sequence, tokens_in
+from vflowopt.runtime.sequence import Item, Sequence, tokens_in
 from vflowopt.search.pause import Aside, Pause, Shortage
 
 PIECE = 256
@@ -134,6 +135,7 @@ class Calibration:
         self._piece = piece
         self._encoded: list[EncodedImage] = []
         self._references: list[Reference] = []
+        self._prompts: list[list[list[Item]]] = []  # of the references' samples, by turn: they are tokenized once
 
     @property
     def digest(self) -> str:
@@ -236,13 +238,20 @@ class Calibration:
         image = compress(encoded, strategy, self._runtime.layers)
         answers, states = [], []
         sequence = self._runtime.start(strategy)
+        prompts: list[list[Item]] = []
         with self._holding_pages([sequence]):
             for turn, question in enumerate(sample.questions):
-                sequence.log += chat.turn(turn, [question] if turn else [image, question])
+                parts: list[str | CompressedImage] = [question] if turn else [image, question]
+                try:
+                    prompts.append((yield from chat.turning(turn, parts, most=self._runtime.context)))
+                except TextTooLong as error:
+                    raise self._too_long(sample, sequence.position + error.tokens) from error
+                sequence.log += prompts[-1]
                 self._check_context(sample, sequence)
                 state, answer = yield from self._answer(sequence)
                 states.append(state)
                 answers.append(answer)
+        self._prompts.append(prompts)
         return Reference(tuple(answers), torch.stack(states))
 
     def _answer(self, sequence: Sequence) -> Generator[Pause, None, tuple[Tensor, tuple[int, ...]]]:
@@ -258,10 +267,13 @@ class Calibration:
     def _check_context(self, sample: Sample, sequence: Sequence) -> None:
         needed = sequence.position + self._new_tokens
         if needed > self._runtime.context:
-            raise CalibrationError(
-                f"the conversation about picture {sample.picture.digest[:12]} may take {needed} positions, the model's "
-                f"context has {self._runtime.context}; ask fewer or shorter questions"
-            )
+            raise self._too_long(sample, needed)
+
+    def _too_long(self, sample: Sample, needed: int) -> CalibrationError:
+        return CalibrationError(
+            f"the conversation about picture {sample.picture.digest[:12]} may take {needed} positions, the model's "
+            f"context has {self._runtime.context}; ask fewer or shorter questions"
+        )
 
     def _state_at_the_end(self, sequence: Sequence) -> Generator[Pause, None, Tensor]:
         """Run what is not cached of a sequence; the hidden state [hidden] at the end of its log, on the host."""
@@ -306,13 +318,12 @@ class Calibration:
 
     def _reading(self, strategy: Strategy, number: int, *, answers: bool) -> _Reading:
         """A sequence of a sample with the reference's answers; nothing of it is cached yet."""
-        chat = self._runtime.chat
-        sample, reference = self.samples[number], self._references[number]
+        reference = self._references[number]
         image = compress(self._encoded[number], strategy, self._runtime.layers)
         sequence = self._runtime.start(strategy)
         places: list[int] = []
-        for turn, (question, answer) in enumerate(zip(sample.questions, reference.answers, strict=True)):
-            sequence.log += chat.turn(turn, [question] if turn else [image, question])
+        for items, answer in zip(self._prompts[number], reference.answers, strict=True):
+            sequence.log += [item if isinstance(item, int) else image for item in items]
             prompt = len(sequence.log)
             sequence.log += answer
             places += range(prompt - 1, len(sequence.log) if answers else prompt)
