@@ -15,8 +15,10 @@ from tests.server.drawing import noise
 from tests.server.engine_parts import EngineParts
 from vflow_client.v1.conversations_pb2 import Finished
 from vflow_server.access.caller import DEFAULT_TENANT
+from vflow_server.engine.batch import Scheduled
 from vflow_server.engine.encoding_queue import Asking, EncodingQueue
 from vflow_server.engine.engine import Engine, Steps, Work
+from vflow_server.engine.scheduler import Scheduler
 from vflow_server.kv.session_state import SessionState
 from vflow_server.sessions.turn import TurnRequest, turn
 from vflowopt.compression.strategy import Strategy
@@ -144,8 +146,15 @@ def test_a_fault_in_a_batch_fails_only_the_turn_that_causes_it(
 
 
 def steps_to_answer(parts: EngineParts, turns: abc.Sequence[Asked], monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """After how many steps of the model each turn is answered."""
+    """After how many steps of the model each turn is answered. The first step is that of all their prompts."""
     step, steps, answered = parts.runtime.step, 0, [0] * len(turns)
+    run, met = Scheduler._run, False
+
+    def once_all_run(self: Scheduler, forwards: abc.Sequence[Scheduled]) -> None:
+        nonlocal met
+        met |= len(forwards) == len(turns)
+        if met:
+            run(self, forwards)
 
     def counted(*arguments: object, **options: object) -> object:
         nonlocal steps
@@ -155,9 +164,11 @@ def steps_to_answer(parts: EngineParts, turns: abc.Sequence[Asked], monkeypatch:
     def note(number: int) -> None:
         answered[number] = steps
 
-    monkeypatch.setattr(parts.runtime, "step", counted)
-    for end in play(parts, turns, note):
-        assert isinstance(end, Finished), end
+    with monkeypatch.context() as patch:
+        patch.setattr(parts.runtime, "step", counted)
+        patch.setattr(Scheduler, "_run", once_all_run)
+        for end in play(parts, turns, note):
+            assert isinstance(end, Finished), end
     return answered
 
 
