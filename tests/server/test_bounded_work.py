@@ -44,11 +44,20 @@ def show_clip(session: Session) -> ImageReceipt:
     return session.add_video([file_of(noise(56, 56, number)) for number in range(3)], fps=2)
 
 
+def in_the_end() -> threading.Event:
+    """An event that is set at last, so that a test that has failed ends."""
+    event = threading.Event()
+    timer = threading.Timer(1.5 * PATIENCE, event.set)
+    timer.daemon = True
+    timer.start()
+    return event
+
+
 class Held:
     """Lets no video be encoded to its end before it is released; each of its pieces ends at once."""
 
     def __init__(self, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.begun, self.given_up, self.released = threading.Event(), threading.Event(), threading.Event()
+        self.begun, self.given_up, self.released = threading.Event(), threading.Event(), in_the_end()
         compressing = runtime.compressing
 
         def held(visuals: Sequence[Visual], *rest: Any) -> Generator[None, None, Any]:
@@ -142,7 +151,7 @@ class Tokenizing:
     """Lets no long text be tokenized before it is released, and counts what is."""
 
     def __init__(self, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.begun, self.released, self.characters = threading.Event(), threading.Event(), 0
+        self.begun, self.released, self.characters = threading.Event(), in_the_end(), 0
         plain = runtime.chat.text
 
         def text(text: str) -> list[int]:
