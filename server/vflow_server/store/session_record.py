@@ -102,9 +102,9 @@ class SessionRecord:
         number = self._entries
 
         def write(connection: sqlite3.Connection) -> None:
+            self._check_exists(connection)
             self._truncate(connection, number)
             keys = {id(item): self._archive.put(connection, item) for item in _pictures(entry.items)}
-            self._check_room(connection)
             items = json.dumps([item if isinstance(item, int) else keys[id(item)] for item in entry.items])
             self._insert_row(connection, "entries", number, items, entry.images, entry.answered)
             connection.executemany(
@@ -114,6 +114,7 @@ class SessionRecord:
             connection.execute("UPDATE sessions SET used = ? WHERE name = ?", (time.time(), self.facts.name))
             if answer is not None:
                 self._insert_answer(connection, number, answer)
+            self._archive.check_room(connection)
 
         return self._archive.submit(write)
 
@@ -146,6 +147,7 @@ class SessionRecord:
                 "INSERT INTO shown (picture, session, entry) SELECT picture, ?, entry FROM shown WHERE session = ?",
                 (self.facts.name, origin.facts.name),
             )
+            self._archive.check_room(connection)
 
         return self._archive.submit(fork)
 
@@ -207,7 +209,6 @@ class SessionRecord:
         return self._archive.submit(delete)
 
     def _insert(self, connection: sqlite3.Connection) -> None:
-        self._archive.check_room(connection)
         facts = self.facts
         connection.execute(
             "INSERT INTO sessions (name, sequence, tenant, strategy_name, strategy, model, created, used) "
@@ -223,12 +224,12 @@ class SessionRecord:
                 facts.created,
             ),
         )
+        self._archive.check_room(connection)
 
-    def _check_room(self, connection: sqlite3.Connection) -> None:
+    def _check_exists(self, connection: sqlite3.Connection) -> None:
         found = connection.execute("SELECT 1 FROM sessions WHERE name = ?", (self.facts.name,)).fetchone()
         if found is None:
             raise session_deleted(self.facts.name)
-        self._archive.check_room(connection)
 
     def _insert_answer(self, connection: sqlite3.Connection, number: int, answer: StoredAnswer) -> None:
         name = self.facts.name
