@@ -32,10 +32,10 @@ def files(data: Path) -> list[Path]:
     return sorted((data / PICTURES).iterdir())
 
 
-def say(served: Served, session: Session, text: str, request_id: str) -> Finished:
+def say(served: Served, session: Session, text: str, request_id: str, max_new_tokens: int = 8) -> Finished:
     """Send a turn with a request_id of ours."""
     request = ChatRequest(session=session.name, parts=[Part(text=text)], request_id=request_id)
-    request.options.max_new_tokens = 8
+    request.options.max_new_tokens = max_new_tokens
     *_, last = ConversationsStub(served.client._channel).Chat(request)
     return last.finished
 

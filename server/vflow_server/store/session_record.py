@@ -11,10 +11,11 @@ import hashlib
 import json
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+import structlog
 from google.protobuf.message import DecodeError
 
 from vflow_client.v1 import conversations_pb2
@@ -24,6 +25,8 @@ from vflow_server.store.archive import Archive
 from vflow_server.store.picture_folder import PictureLost
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.runtime.sequence import Item
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -295,8 +298,13 @@ class Recovered:
     images: int
 
 
-def recover(archive: Archive) -> list[Recovered]:
+def recover(archive: Archive, model: str, earlier: Callable[[], Collection[str]] = frozenset[str]) -> list[Recovered]:
     """All sessions that ``archive`` stores, oldest first.
+
+    Args:
+        archive: stores them.
+        model: revision of the model that is served.
+        earlier: returns the revisions that earlier releases gave to that model; their sessions are taken over.
 
     Raises:
         ServiceError: STORAGE_FAILED.
@@ -313,4 +321,13 @@ def recover(archive: Archive) -> list[Recovered]:
             for *facts, used, entries, turns, images in rows
         ]
 
+    def models(connection: sqlite3.Connection) -> set[str]:
+        return {model for (model,) in connection.execute("SELECT DISTINCT model FROM sessions")}
+
+    def take_over(connection: sqlite3.Connection) -> int:
+        changed = [connection.execute("UPDATE sessions SET model = ? WHERE model = ?", (model, each)) for each in old]
+        return sum(cursor.rowcount for cursor in changed)
+
+    if (others := archive.submit(models).result() - {model}) and (old := others.intersection(earlier())):
+        log.info("sessions of an earlier release were taken over", sessions=archive.submit(take_over).result())
     return archive.submit(sessions).result()
