@@ -19,8 +19,8 @@ from vflowopt.media.picture import Picture, PictureError
 from vflowopt.media.video import Video, VideoError
 from vflowopt.models.backbone import unservable
 from vflowopt.models.error import ModelError
+from vflowopt.models.origin import ModelOrigin
 from vflowopt.models.quantization import is_quantized, quantized_on
-from vflowopt.models.revision import ModelOrigin
 from vflowopt.models.tokenizer import load_tokenizer
 
 LOW_DETAIL_TOKENS = 256

@@ -16,8 +16,8 @@ from vflowopt.models.error import ModelError
 from vflowopt.models.families import FAMILIES
 from vflowopt.models.interface import MultimodalModel
 from vflowopt.models.model_folder import check_family, check_model_folder, first_line, unreadable_configuration
+from vflowopt.models.origin import ModelOrigin
 from vflowopt.models.quantization import quantization as quantization_config
-from vflowopt.models.revision import ModelOrigin
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Number types a model can be loaded in, by name."""

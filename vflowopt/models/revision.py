@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -82,19 +81,6 @@ _SETTLED = 2.0
 """Seconds since the last change of a file after which a further change has another time."""
 
 _BLOCK = 8 << 20
-
-
-@dataclass(frozen=True)
-class ModelOrigin:
-    """Where a loaded model came from.
-
-    Attributes:
-        folder: the folder with its files.
-        quantization: how its weights were quantized while they were read; None: they were not.
-    """
-
-    folder: Path
-    quantization: str | None
 
 
 def revision(model: MultimodalModel) -> str:
