@@ -266,6 +266,9 @@ class Journal:
             if self._erase:
                 self._erase = not self._empty_log()
             self._settle(self._connection, self._certain)
+        except (OSError, sqlite3.Error) as error:
+            with suppress(Exception):
+                log.warning("files of a commit could not be cleaned up yet", because=str(error))
         except Exception:
             with suppress(Exception):
                 log.exception("cleaning up after a commit failed")
