@@ -271,7 +271,7 @@ def _sqlite_traced(trace: Trace) -> Iterator[None]:
         inner = trace.inside(os.fsdecode(ctypes.string_at(name))) if name else None
         if code or inner is None:
             return code
-        new = inner not in trace._inodes and inner.endswith("-wal")
+        new = inner not in trace._inodes and inner.endswith(("-wal", "-journal"))
         number, methods = trace.made(inner), _Methods.from_buffer_copy(_Methods.from_address(file[0]))
         write, truncate, sync = _Write(methods.before[2]), _Truncate(methods.before[3]), _Sync(methods.sync)
         folder = os.path.dirname(inner)

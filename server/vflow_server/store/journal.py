@@ -157,7 +157,7 @@ class Journal:
         except sqlite3.DatabaseError as error:
             if not _damaged(error):
                 raise OSError(f"{file} cannot be opened or written ({error}); check its rights, and room") from error
-            set_aside(file, self._log, self._shared, because=error)
+            set_aside(file, self._log, self._shared, file.with_name(f"{file.name}-journal"), because=error)
             self.new = True
             self._connection = self._open()
         self._identities = self._found()
@@ -418,6 +418,8 @@ def _check_header(file: Path) -> None:
     Raises:
         _Damaged: the header is not one that this service writes.
     """
+    if _holds_something(file.with_name(f"{file.name}-journal")):
+        return  # a crash while the database was made; SQLite undoes what was written of it
     with suppress(OSError), file.open("rb") as database:  # SQLite reports what is wrong
         header = database.read(_HEADER)
         if header and (len(header) < _HEADER or header[18:20] not in (b"\1\1", b"\2\2")):
