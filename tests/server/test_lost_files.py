@@ -4,6 +4,7 @@ import shutil
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from tests.server.drawing import png
 from tests.server.persistence import QUESTIONS, answer_of, archive_in, begun, files, say
 from tests.server.waiting import until
 from vflow_client import CapacityExhausted, StorageFailed
+from vflow_server.rpc.errors import ServiceError
 from vflow_server.store.archive import JOURNAL, PICTURES
 from vflow_server.store.files import FOLDER, bound_quarantine
+from vflow_server.store.session_record import SessionFacts, SessionRecord, recover
 
 LOG, SHARED = f"{JOURNAL}-wal", f"{JOURNAL}-shm"
 
@@ -150,12 +153,12 @@ def deleted(*names: str) -> Callable[[Path], object]:
 
 
 def replaced(name: str) -> Callable[[Path], object]:
-    def replace(data: Path) -> None:
+    def put_another(data: Path) -> None:
         content = (data / name).read_bytes() or b"another log"
         (data / f"{name}.other").write_bytes(content)
         (data / f"{name}.other").replace(data / name)
 
-    return replace
+    return put_another
 
 
 @pytest.mark.parametrize(
@@ -306,3 +309,24 @@ def test_the_journal_goes_on_whatever_an_action_or_its_caller_does(data: Path, m
         late.add_done_callback(lambda future: 1 / 0)
         assert late.result(20) == archive.submit(lambda connection: 1).result(20)
         assert archive.alive
+
+
+def test_what_is_lost_in_the_midst_of_a_commit_is_not_acknowledged(data: Path, tmp_path: Path) -> None:
+    facts = SessionFacts("sessions/s1", 0, "red", "strategies/full", "{}", "model", 0.0)
+    with archive_in(data) as archive:
+
+        def begin_without_log(connection: sqlite3.Connection) -> None:
+            SessionRecord(facts, archive)._insert(connection)
+            (data / LOG).unlink()
+
+        archive.submit(begin_without_log).result(20)
+        shutil.copytree(data, tmp_path / "killed")
+        with archive_in(tmp_path / "killed") as again:
+            assert [found.record.facts for found in recover(again, "model")] == [facts]
+
+        def begin_elsewhere(connection: sqlite3.Connection) -> None:
+            SessionRecord(replace(facts, name="sessions/s2", number=1), archive)._insert(connection)
+            (data / JOURNAL).rename(tmp_path / "moved")
+
+        with pytest.raises(ServiceError, match="deleted or replaced"):
+            archive.submit(begin_elsewhere).result(20)

@@ -305,3 +305,31 @@ def test_each_call_fails_once(
         assert held(place / "data") == store.states[-1], first
         shutil.rmtree(place)
     assert refused
+
+
+@pytest.mark.parametrize("deletes", [False, True])
+def test_a_commit_whose_flush_failed_may_come_back_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deletes: bool
+) -> None:
+    """It was refused, yet the log holds it: until that is overwritten, its picture is neither deleted nor named."""
+    monkeypatch.setattr(journal, "_IDLE", 60)
+    (tmp_path / "data").mkdir()
+    with traced(tmp_path / "data", monkeypatch) as trace:
+        lock = lock_data(tmp_path / "data")
+        store = Store(Archive(lock, 1 << 30), tmp_path / "data", trace)
+        store.create("a")
+        store.write("a", 0, shown=1)
+        trace.fail = lambda what: errno.EIO if what == "sync" else 0
+        if deletes:
+            store.delete("a")
+        else:
+            store.write("a", 1, shown=2)
+        assert len(store.refused) == 1
+        shutil.copytree(tmp_path / "data", tmp_path / "killed")
+        trace.fail = lambda what: 0
+        assert [len(entries) for entries in [store.records["a"].read().result(20)]] == [1]
+        store.write("a", 3)
+        store.archive.close()
+        lock.close()
+    assert held(tmp_path / "killed") in (store.states[-2], store.refused[0])
+    assert held(tmp_path / "data") == store.states[-1] == {"a": (0, 3)}
