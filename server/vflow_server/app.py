@@ -45,6 +45,7 @@ def _load(settings: Settings) -> Runtime:
     try:
         loaded = load_model(model, device=settings.device, dtype=settings.dtype, quantization=settings.quantization)
         runtime = Runtime(loaded, kv_budget=_kv_budget(settings, loaded.device))
+        revision = runtime.revision
     except (ModelError, ValueError) as error:
         raise StartError(str(error)) from error
     except RuntimeError as error:  # how torch says that memory is short, or a device not there
@@ -53,7 +54,7 @@ def _load(settings: Settings) -> Runtime:
             f"the model and a KV cache of {settings.kv_budget} cannot be set up on {settings.device} ({reason}); "
             "check --device, or lower --kv-budget"
         ) from error
-    log.info("model loaded", revision=runtime.revision, layers=runtime.layers, kv_bytes=runtime.pool.bytes_total)
+    log.info("model loaded", revision=revision, layers=runtime.layers, kv_bytes=runtime.pool.bytes_total)
     return runtime
 
 

@@ -38,7 +38,7 @@ def check(settings: Settings) -> None:
         if settings.tls_cert and settings.tls_key:
             CertificateFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca).check()
         _check_ports(settings)
-        if settings.data is not None and not settings.ephemeral:
+        if settings.data is not None:
             lock_data(settings.data).close()
         if settings.spill_folder is not None:
             lock_spill(settings.spill_folder).close()

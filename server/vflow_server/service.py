@@ -54,6 +54,7 @@ from vflow_server.sessions.session import SessionParts
 from vflow_server.sessions.sessions import SessionStore
 from vflow_server.settings import Settings
 from vflow_server.store.archive import Archive
+from vflow_server.store.folder_lock import lock_data
 from vflow_server.strategies.comparisons import Comparisons
 from vflow_server.strategies.strategies import StrategyStore
 from vflow_server.telemetry.metrics import Metrics
@@ -108,15 +109,24 @@ class Service:
 
     def __init__(self, runtime: Runtime, settings: Settings) -> None:
         self.settings = settings
-        # Files that may be invalid are read first, before folders are locked.
         self.access = Access(settings.tokens)
-        self.strategies = StrategyStore(runtime.layers, runtime.model.strategies, settings.stored("strategies.json"))
-        self.operations = OperationStore(settings.stored("operations.json"))
         self.metrics = Metrics()
         self.tracing = _tracing_to(settings.otlp_endpoint)
         self.receipt_log = ReceiptLog(self.metrics, self.tracing)
-        stored = settings.data if not settings.ephemeral else None
-        self.archive = Archive(stored, settings.data_bytes, self.metrics) if stored else None
+        # Locked before anything in it is read: strategies and operations are stored there even if sessions are not.
+        self._data = None if settings.data is None else lock_data(settings.data)
+        try:
+            check = (lambda: None) if self._data is None else self._data.check
+            self.strategies = StrategyStore(
+                runtime.layers, runtime.model.strategies, settings.stored("strategies.json"), check
+            )
+            self.operations = OperationStore(settings.stored("operations.json"), check)
+            stored = None if settings.ephemeral else self._data
+            self.archive = None if stored is None else Archive(stored, settings.data_bytes, self.metrics)
+        except BaseException:
+            if self._data is not None:
+                self._data.close()
+            raise
         self.runtime = runtime
         self.images = ImageCache(settings.compressed_memory, runtime.model.device)
         self.kv = KVCacheManager(
@@ -236,6 +246,8 @@ class Service:
         await hung_up
         if self.archive is not None:
             await asyncio.to_thread(self.archive.close)
+        if self._data is not None:
+            self._data.close()
         self.pictures.close()
         if self._side_port is not None:
             await self._side_port.stop(begun + grace - time.monotonic())

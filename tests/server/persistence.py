@@ -1,5 +1,7 @@
 """Helpers of the tests of persistence: beginning a conversation, sending turns, and listing the files on disk."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.server.served import Served
@@ -9,7 +11,8 @@ from vflow_client import (
 )
 from vflow_client.v1.conversations_pb2 import ChatRequest, Finished, Part
 from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
-from vflow_server.store.archive import PICTURES
+from vflow_server.store.archive import PICTURES, Archive
+from vflow_server.store.folder_lock import lock_data
 
 QUESTIONS = ("What is this?", "Why?", "And here?")
 
@@ -29,9 +32,23 @@ def files(data: Path) -> list[Path]:
     return sorted((data / PICTURES).iterdir())
 
 
-def say(served: Served, session: Session, text: str, request_id: str) -> Finished:
+def say(served: Served, session: Session, text: str, request_id: str, max_new_tokens: int = 8) -> Finished:
     """Send a turn with a request_id of ours."""
     request = ChatRequest(session=session.name, parts=[Part(text=text)], request_id=request_id)
-    request.options.max_new_tokens = 8
+    request.options.max_new_tokens = max_new_tokens
     *_, last = ConversationsStub(served.client._channel).Chat(request)
     return last.finished
+
+
+@contextmanager
+def archive_in(data: Path, most_bytes: int = 1 << 30) -> Iterator[Archive]:
+    """The archive of a data folder, without a service."""
+    lock = lock_data(data)
+    try:
+        archive = Archive(lock, most_bytes)
+        try:
+            yield archive
+        finally:
+            archive.close()
+    finally:
+        lock.close()

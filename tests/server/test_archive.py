@@ -12,14 +12,14 @@ import pytest
 
 from tests.server.conftest import Serve
 from tests.server.drawing import png
-from tests.server.persistence import QUESTIONS, answer_of, begun, files
+from tests.server.persistence import QUESTIONS, answer_of, archive_in, begun, files
 from tests.server.served import Served
 from tests.server.waiting import until
 from vflow_client import CapacityExhausted, SessionDamaged, SessionDeleted, StorageFailed
 from vflow_client.v1.conversations_pb2 import Finished
 from vflow_server.rpc.errors import ServiceError
 from vflow_server.store.answers import REMEMBERED, StoredAnswer
-from vflow_server.store.archive import JOURNAL, Archive
+from vflow_server.store.archive import JOURNAL
 from vflow_server.store.files import FOLDER
 from vflow_server.store.session_record import Entry, SessionFacts, SessionRecord
 
@@ -185,21 +185,17 @@ def test_a_damaged_page_is_noticed_before_it_is_read(serve_data: Serve, data: Pa
 
 
 def test_a_record_that_was_deleted_takes_nothing_more(data: Path) -> None:
-    archive = Archive(data, 1 << 20)
-    try:
+    with archive_in(data) as archive:
         record = SessionRecord(SessionFacts("sessions/s1", 0, "red", "strategies/full", "{}", "model", 0.0), archive)
         record.begin().result(20)
         record.delete().result(20)
         with pytest.raises(ServiceError) as refused:
             record.write(Entry((1, 2, 3), 0, answered=True)).result(20)
         assert refused.value.reason == "SESSION_DELETED"
-    finally:
-        archive.close()
 
 
 def test_answers_that_are_forgotten_are_forgotten_on_the_disk(data: Path) -> None:
-    archive = Archive(data, 1 << 20)
-    try:
+    with archive_in(data) as archive:
         record = SessionRecord(SessionFacts("sessions/s1", 0, "red", "strategies/full", "{}", "model", 0.0), archive)
         record.begin().result(20)
         for number in range(REMEMBERED + 3):
@@ -208,8 +204,6 @@ def test_answers_that_are_forgotten_are_forgotten_on_the_disk(data: Path) -> Non
             record.commit()
         kept = [answer.request_id for answer in record.answers().result(20)]
         assert kept == [f"id-{number}" for number in range(3, REMEMBERED + 3)]
-    finally:
-        archive.close()
 
 
 def test_a_session_that_cannot_be_written_down_does_not_live(serve_data: Serve, data: Path) -> None:

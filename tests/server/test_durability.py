@@ -180,7 +180,7 @@ def test_a_clock_that_jumps_back_changes_nothing(
 def test_ephemeral_sessions_leave_nothing(serve_data: Serve, data: Path, picture: bytes) -> None:
     session = begun(serve_data(ephemeral="on").client, picture)
     answer_of(session, "What is this?")
-    assert not data.exists()
+    assert [path.name for path in data.iterdir()] == ["sessions.lock"]
     assert not list(serve_data().client.sessions())
 
 

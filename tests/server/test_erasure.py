@@ -7,6 +7,8 @@ import pytest
 
 from tests.server.conftest import Serve
 from tests.server.persistence import answer_of, begun, files, say
+from tests.server.waiting import until
+from vflow_server.store.archive import JOURNAL
 
 
 @pytest.fixture(autouse=True)
@@ -45,3 +47,41 @@ def test_nothing_of_a_deleted_session_is_left(serve_data: Serve, data: Path, pic
     assert answer_of(other, "Still there?")
     other.delete()
     assert not files(data)
+
+
+def test_a_cancelled_turn_leaves_nothing_either(serve_data: Serve, data: Path) -> None:
+    served = serve_data()
+    session = served.client.session()
+    answer = session.ask("A needle in a haystack", max_new_tokens=2000)
+    next(answer)
+    answer.close()
+    until(lambda: not served.live(session).busy)
+    until(lambda: (data / f"{JOURNAL}-wal").stat().st_size == 0)
+    assert session.state().turn_count == 0 and not holding(data, [b"needle"])
+
+
+def test_a_backup_that_reads_meanwhile_only_delays_it(serve_data: Serve, data: Path) -> None:
+    served = serve_data()
+    session = served.client.session()
+    say(served, session, "What is this?", "the-needle")
+    reader = sqlite3.connect(data / JOURNAL, isolation_level=None)
+    reader.execute("BEGIN")
+    assert reader.execute("SELECT count(*) FROM answers").fetchone() == (1,)
+    session.delete()
+    assert reader.execute("SELECT count(*) FROM answers").fetchone() == (1,)
+    reader.close()
+    until(lambda: not holding(data, [b"the-needle"]))
+
+
+def test_a_damaged_cache_of_a_deleted_session_is_gone(serve_data: Serve, data: Path, picture: bytes) -> None:
+    served = serve_data()
+    session = begun(served.client, picture)
+    answer_of(session, "What is this?")
+    served.stop()
+    (cache,) = (data / "kv").glob("*.safetensors")
+    cache.write_bytes(cache.read_bytes()[:-1] + b"needle")
+    served = serve_data()
+    session = served.client.attach(session.name)
+    answer_of(session, "And now?")
+    session.delete()
+    until(lambda: not holding(data, [b"needle"]))

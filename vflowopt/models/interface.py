@@ -21,6 +21,7 @@ from vflowopt.media.picture import Picture, PictureError
 from vflowopt.media.video import Video, VideoError
 from vflowopt.models.backbone import unservable
 from vflowopt.models.error import ModelError
+from vflowopt.models.origin import ModelOrigin
 from vflowopt.models.quantization import is_quantized, quantized_on
 from vflowopt.models.tokenizer import load_tokenizer
 
@@ -46,6 +47,7 @@ class MultimodalModel(ABC):
         tokenizer: its tokenizer, with the chat template.
         processor: its image processor.
         shared: whether another model uses the same weights: then they must not be moved.
+        origin: where it was loaded from; None: it was loaded already, and wrapped.
         image_token: the text that its chat template writes for a picture.
         video_mark: the text that it writes for a video; None: the model takes no videos.
         decoder: the decoder stack, with ``layers``, ``embed_tokens``, ``norm`` and ``rotary_emb``.
@@ -67,6 +69,7 @@ class MultimodalModel(ABC):
     tokenizer: Any
     processor: Any
     shared: bool = False
+    origin: ModelOrigin | None = None
     image_token: str
     video_mark: str | None
     decoder: Any

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 from transformers.image_processing_backends import PilBackend
+from transformers.utils.hub import cached_file
 
 from vflowopt.models.error import ModelError
 from vflowopt.models.families import FAMILIES
 from vflowopt.models.interface import MultimodalModel
 from vflowopt.models.model_folder import check_family, check_model_folder, first_line, unreadable_configuration
+from vflowopt.models.origin import ModelOrigin
 from vflowopt.models.quantization import quantization as quantization_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -68,6 +70,8 @@ def load_model(
             "a whole model has weights, tokenizer, chat template and image processor configuration",
         ) from error
     _check(model, loaded)
+    folder = Path(model) if Path(model).is_dir() else Path(str(cached_file(str(model), "config.json"))).parent
+    loaded.origin = ModelOrigin(folder, quantization)
     return loaded
 
 

@@ -6,9 +6,9 @@ number of sequences as one flat batch. It knows no requests and no sessions. Onl
 
 from __future__ import annotations
 
-import hashlib
 from collections import abc
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from vflowopt.compression.strategy import Strategy
 from vflowopt.media.video import Video, Visual
 from vflowopt.models.interface import MultimodalModel
 from vflowopt.models.loading import load_model
+from vflowopt.models.revision import earlier_revisions, first_values, revision
 from vflowopt.runtime.attention import AttentionPlan, Plan
 from vflowopt.runtime.batch import Chunk, joined, next_chunk
 from vflowopt.runtime.cache import PagePool, StagedCache, reserve
@@ -48,7 +49,6 @@ class Runtime:
         decoder: runs the decoder layers.
         context: positions in the model's context.
         pool: the KV pages.
-        revision: short digest of the model's configuration and weights, in hex.
 
     Raises:
         ValueError: the budget does not hold one page.
@@ -67,7 +67,7 @@ class Runtime:
             dtype=model.dtype,
             device=model.device,
         )
-        self.revision = _revision(model)
+        self._first_values = first_values(model)
         self.decoder = build_decoder(model.decoder, fuse=not model.shared)
         self._kernel: DecodeKernel | None = None
         self._page_access: PageAccess | None = None
@@ -112,6 +112,19 @@ class Runtime:
         """
         loaded = load_model(model, device=device, dtype=dtype, quantization=quantization)
         return cls(loaded, kv_budget=kv_budget, page_size=page_size)
+
+    @cached_property
+    def revision(self) -> str:
+        """Short digest of all that the model's answers depend on; see :func:`vflowopt.models.revision.revision`.
+
+        Raises:
+            ModelError: a file of the model cannot be read any more.
+        """
+        return revision(self.model)
+
+    def earlier_revisions(self) -> frozenset[str]:
+        """See :func:`vflowopt.models.revision.earlier_revisions`."""
+        return earlier_revisions(self.model, self._first_values)
 
     def bytes_per_token(self) -> int:
         """KV bytes of one token in one layer."""
@@ -460,17 +473,6 @@ _ENOUGH_FOR_THREADS = 8 << 20
 
 In a small step, threads wait for each other longer than they compute, and they wait busily: on two cores a second
 thread made decode steps three times as slow, and left no processor time for the threads that send the answers."""
-
-
-def _revision(model: MultimodalModel) -> str:
-    """Digest of every weight's name, shape and first values: enough to tell two trainings apart, quick at any size."""
-    digest = hashlib.sha256(model.network.config.to_json_string().encode())
-    for name, weight in model.network.state_dict().items():
-        if type(weight) is not Tensor:  # some quantizers use tensor types of their own, which cannot be sliced
-            weight = weight.dequantize()
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        digest.update(weight.flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _runs_within_stages(caches: abc.Sequence[StagedCache], layers: int, alone: int) -> list[range]:

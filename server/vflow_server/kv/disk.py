@@ -22,7 +22,6 @@ import structlog
 from safetensors import SafetensorError
 
 from vflow_server.kv.lru import ByteBoundedLRU
-from vflow_server.store.files import set_aside
 from vflow_server.store.folder_lock import lock_spill
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.runtime.offload import OffloadedCache, OffloadError
@@ -153,7 +152,7 @@ class DiskStore:
     def read(self, sequence: Sequence) -> Future[OffloadedCache]:
         """Start to read the cache of ``sequence``, which must be held; its file stays.
 
-        The future raises OffloadError if the file is missing or damaged. A damaged file is set aside.
+        The future raises OffloadError if the file is missing or damaged. A damaged file is deleted.
         """
         file = self._files.get(sequence)
         assert file is not None, "only a cache that is held can be read"
@@ -218,8 +217,10 @@ def _read(file: _File, covered: bytes) -> OffloadedCache:
             raise OffloadError(f"{file.path} is not what was written, or belongs to another log")
         return OffloadedCache.load(file.path)
     except (OSError, OffloadError) as error:
+        # Not set aside: it can be computed again, and nobody would delete it together with its session.
+        log.error("an offloaded KV cache cannot be used and was deleted", file=str(file.path), because=str(error))
         with suppress(OSError):  # otherwise it is removed when the store forgets it
-            set_aside(file.path, error)
+            file.path.unlink(missing_ok=True)
         raise OffloadError(str(error)) from error
 
 

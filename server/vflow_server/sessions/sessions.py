@@ -114,7 +114,8 @@ class SessionStore:
     def _recover(self, archive: Archive) -> int:
         """Take over the sessions of ``archive``; returns the number of the next new session."""
         following = 0
-        for found in recover(archive):
+        runtime = self._parts.runtime
+        for found in recover(archive, runtime.revision, runtime.earlier_revisions):
             facts = found.record.facts
             following = facts.number + 1
             try:

@@ -1,7 +1,8 @@
 """The archive: stores sessions in the data folder, their logs in a journal and their pictures in files.
 
 The journal is valid after a crash at any point: a picture's file is written before an entry names it, and deleted after
-the last such entry. :mod:`vflow_server.store.session_record` defines the content of the records.
+the last such entry, as :mod:`vflow_server.store.picture_folder` explains. :mod:`vflow_server.store.session_record`
+defines the content of the records.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import TypeVar
 
 from vflow_server.rpc.errors import CapacityExhausted
-from vflow_server.store.folder_lock import lock_data
+from vflow_server.store.files import FOLDER
+from vflow_server.store.folder_lock import FolderLock
 from vflow_server.store.journal import Action, Journal
 from vflow_server.store.picture_folder import PictureFolder
 from vflow_server.telemetry.metrics import Metrics
@@ -24,12 +25,15 @@ R = TypeVar("R")
 JOURNAL, PICTURES = "sessions.sqlite3", "pictures"
 """Names in the folder: the journal, and the folder of pictures."""
 
+_LOG_BYTES = 4 << 20
+"""Size at which the journal's write-ahead log is emptied; in a small folder, an eighth of its bound."""
+
 
 class Archive:
     """Stores records of sessions in a folder.
 
     Args:
-        folder: made if it does not exist; no other process may use it meanwhile.
+        lock: the folder, which stays locked until this is closed; the caller unlocks it.
         most_bytes: bytes of the journal and the pictures at most; beyond that new entries are refused.
         metrics: counts commits; None: not counted.
 
@@ -40,22 +44,30 @@ class Archive:
     Raises:
         WrittenByNewerRelease: a newer release wrote the journal, which stays unchanged.
         OSError: the folder cannot be used.
+        ServiceError: STORAGE_FAILED.
     """
 
-    def __init__(self, folder: Path, most_bytes: int, metrics: Metrics | None = None) -> None:
-        self._lock = lock_data(folder)
+    def __init__(self, lock: FolderLock, most_bytes: int, metrics: Metrics | None = None) -> None:
+        self._lock = lock
         self._most_bytes = most_bytes
+        self._log_bytes = min(_LOG_BYTES, most_bytes // 8)
         self.room = 0
-        # What the current transaction leaves to do after its commit.
-        self._deleted = False
-        self._unwanted: set[str] = set()
+        # Keys of pictures whose rows were inserted or deleted, and whose files are still drafts.
+        self._unsettled: set[str] = set()
+        self.pictures = PictureFolder(lock.folder / PICTURES, lock.folder / FOLDER)
+        self._journal = Journal(
+            lock.folder / JOURNAL, check=self._check, settle=self._settle, log_bytes=self._log_bytes, metrics=metrics
+        )
         try:
-            self.pictures = PictureFolder(folder / PICTURES)
-            self._journal = Journal(folder / JOURNAL, self._committed, metrics)
+            self.submit(self._recover).result()
         except BaseException:
-            self._lock.close()
+            self._journal.close()
             raise
-        self.submit(self._sweep).result()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the archive's thread runs, which it does until :meth:`close`."""
+        return self._journal.alive
 
     def submit(self, action: Action[R]) -> Future[R]:
         """Run ``action`` within a transaction; see :meth:`Journal.submit`."""
@@ -65,62 +77,83 @@ class Archive:
         """Store ``image`` in a file, and return its key. Call this in the transaction whose entry names the key.
 
         Raises:
+            CapacityExhausted: the folder has no room for it.
             OSError: the file cannot be written.
         """
-        key, size = self.pictures.write(image)
-        connection.execute("INSERT OR IGNORE INTO pictures (key, bytes) VALUES (?, ?)", (key, size))
+        key, size = self.pictures.key(image)
+        named = connection.execute("SELECT 1 FROM pictures WHERE key = ?", (key,)).fetchone() is not None
+        if not named:
+            self.check_room(connection, size)
+            connection.execute("INSERT INTO pictures (key, bytes) VALUES (?, ?)", (key, size))
+        self._unsettled.add(key)
+        self.pictures.write(image, named=named)
         return key
 
     def let_go(self, connection: sqlite3.Connection, keys: Iterable[str]) -> None:
-        """Delete the pictures of ``keys`` that no entry names. Call this in the transaction that deleted entries."""
-        self._deleted = True
-        for key in keys:
-            gone = connection.execute(
-                "DELETE FROM pictures WHERE key = ? AND key NOT IN (SELECT picture FROM shown)", (key,)
-            )
-            if gone.rowcount:
-                self._unwanted.add(key)
-
-    def check_room(self, connection: sqlite3.Connection) -> None:
-        """Check that the folder may grow.
+        """Delete the pictures of ``keys`` that no entry names. Call this in the transaction that deleted entries.
 
         Raises:
-            CapacityExhausted: the folder exceeds its bound.
+            OSError: their files cannot be renamed.
         """
-        if (held := self._measure(connection)) > self._most_bytes:
+        self._journal.erase()
+        gone = [
+            key
+            for key in keys
+            if connection.execute(
+                "DELETE FROM pictures WHERE key = ? AND key NOT IN (SELECT picture FROM shown)", (key,)
+            ).rowcount
+        ]
+        if gone:
+            self._unsettled.update(gone)
+            self.pictures.withdraw(gone)
+
+    def check_room(self, connection: sqlite3.Connection, more: int = 0) -> None:
+        """Check that the folder may grow.
+
+        Args:
+            connection: the journal, with all that was written in the present transaction.
+            more: bytes that are to be written yet.
+
+        Raises:
+            CapacityExhausted: the folder exceeds its bound, or would.
+        """
+        if (held := self._measure(connection) + more) > self._most_bytes:
             raise CapacityExhausted(
                 "data",
-                f"the data folder holds {held} bytes of sessions, and may hold {self._most_bytes}; delete sessions, "
-                "retry when idle ones have expired, or start the server with a larger --data-bytes",
+                f"the data folder would hold {held} bytes of sessions, and may hold {self._most_bytes}; delete "
+                "sessions, retry when idle ones have expired, or start the server with a larger --data-bytes",
                 metadata={"bytes": held, "max_bytes": self._most_bytes},
                 retry_after=10.0,
             )
 
     def close(self) -> None:
-        """Run the actions that were submitted, and unlock the folder."""
+        """Run the actions that were submitted. The folder stays locked."""
         self._journal.close()
-        self._lock.close()
 
-    def _committed(self, connection: sqlite3.Connection) -> None:
-        """Remove deleted data from the disk: files that no committed entry names, and old pages of the journal."""
-        if self._deleted:
-            self._deleted = False
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        unwanted, self._unwanted = self._unwanted, set()
-        for key in unwanted:
-            if connection.execute("SELECT 1 FROM pictures WHERE key = ?", (key,)).fetchone() is None:
-                self.pictures.remove(key)
+    def _check(self) -> None:
+        self._lock.check()
+        self.pictures.check()
+
+    def _settle(self, connection: sqlite3.Connection, certain: bool) -> None:
+        """Settle the files of pictures whose entries were committed, or not."""
+        if not certain:
+            return
+        for key in list(self._unsettled):
+            named = connection.execute("SELECT 1 FROM pictures WHERE key = ?", (key,)).fetchone() is not None
+            self.pictures.settle(key, named=named)
+            self._unsettled.remove(key)
 
     def _measure(self, connection: sqlite3.Connection) -> int:
-        """Bytes of the journal and the pictures."""
+        """Bytes of the pictures, and of the journal with its log when that is largest."""
         (pictures,) = connection.execute("SELECT coalesce(sum(bytes), 0) FROM pictures").fetchone()
         (pages,) = connection.execute("PRAGMA page_count").fetchone()
         (free,) = connection.execute("PRAGMA freelist_count").fetchone()
         (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
-        held: int = pictures + (pages - free) * page_bytes
+        held: int = pictures + (pages - free) * page_bytes + self._log_bytes
         self.room = max(self._most_bytes - held, 0)
         return held
 
-    def _sweep(self, connection: sqlite3.Connection) -> None:
+    def _recover(self, connection: sqlite3.Connection) -> None:
         self._measure(connection)
-        self.pictures.sweep({key for (key,) in connection.execute("SELECT key FROM pictures")})
+        keys = {key for (key,) in connection.execute("SELECT key FROM pictures")}
+        self.pictures.recover(keys, journal_is_new=self._journal.new, most_bytes=self._most_bytes)

@@ -12,17 +12,18 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 import structlog
 
 from vflow_server.rpc.errors import storage_failed
 from vflow_server.store.files import WrittenByNewerRelease, set_aside
+from vflow_server.store.folder_lock import file_identity
 from vflow_server.telemetry.metrics import Metrics
 
 R = TypeVar("R")
@@ -84,6 +85,15 @@ _MIGRATIONS: tuple[str, ...] = (
 _TOGETHER = 64
 """Number of actions that are committed together at most."""
 
+_IDLE = 0.2
+"""Seconds without an action after which the write-ahead log is copied to the main file."""
+
+_HEADER = 100
+"""Bytes of the header of a database."""
+
+_Identities = tuple[tuple[int, int] | None, ...]
+"""Of the main file, the write-ahead log, and the index of the log, which processes share."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -100,12 +110,22 @@ class _Submission(Generic[R]):
 class Journal:
     """The database and its thread.
 
-    A file that is damaged, or is not a journal, is set aside and replaced by a new one.
+    A file that is damaged, or is not a journal, is set aside and replaced by a new one. The database is in two files
+    beside each other, its main file and its write-ahead log. What is committed is written to the log, and copied from
+    there to the main file whenever the journal has been idle for a moment.
 
     Args:
         file: made if it does not exist; no other process may use it.
-        committed: called in the journal's thread after each commit, with the connection.
+        check: called in the journal's thread before and after each commit; raises OSError if nothing may be stored.
+        settle: called in the journal's thread after each commit that was made or failed, with the connection, and
+            whether it is certain that the disk has what the connection has. It is not after a flush that failed: a
+            crash may bring back what was rolled back.
+        log_bytes: the write-ahead log is copied to the main file when it exceeds this.
         metrics: counts commits; None: not counted.
+
+    Attributes:
+        file: the main file.
+        new: whether there was no journal, or none that can be used.
 
     Raises:
         WrittenByNewerRelease: a newer release wrote the file, which stays unchanged.
@@ -115,25 +135,40 @@ class Journal:
     def __init__(
         self,
         file: Path,
-        committed: Callable[[sqlite3.Connection], None] = lambda connection: None,
+        *,
+        check: Callable[[], None] = lambda: None,
+        settle: Callable[[sqlite3.Connection, bool], None] = lambda connection, certain: None,
+        log_bytes: int = 4 << 20,
         metrics: Metrics | None = None,
     ) -> None:
-        self._file = file
-        self._committed = committed
+        self.file = file
+        self._log, self._shared = (file.with_name(file.name + part) for part in ("-wal", "-shm"))
+        self._check = check
+        self._settle = settle
+        self._log_bytes = log_bytes
         self._metrics = metrics or Metrics()
+        self._certain = True
+        self._behind = False  # whether the main file may lack commits
+        self._erase = False
+        self._closed = False
         try:
-            self._connection = _open(file)
+            self.new = not _holds_something(file)
+            self._connection = self._open()
         except sqlite3.DatabaseError as error:
             if not _damaged(error):
                 raise OSError(f"{file} cannot be opened or written ({error}); check its rights, and room") from error
-            for part in ("", "-wal", "-shm"):
-                if (damaged := file.with_name(file.name + part)).exists():
-                    set_aside(damaged, error)
-            self._connection = _open(file)
-        self._identity = _identity(file)
+            set_aside(file, self._log, self._shared, file.with_name(f"{file.name}-journal"), because=error)
+            self.new = True
+            self._connection = self._open()
+        self._identities = self._found()
         self._queue: SimpleQueue[_Submission[Any] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="vflow-journal", daemon=True)
         self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs, which it does until :meth:`close`."""
+        return self._thread.is_alive()
 
     def submit(self, action: Action[R]) -> Future[R]:
         """Submit an action, from any thread.
@@ -145,46 +180,68 @@ class Journal:
         self._queue.put(submission)
         return submission.future
 
+    def erase(self) -> None:
+        """Have what was deleted overwritten on the disk before the present transaction is acknowledged.
+
+        Call this in an action.
+        """
+        self._erase = True
+
     def close(self) -> None:
         """Run the actions that were submitted, and end the thread. No action may be submitted after that."""
         self._queue.put(None)
         self._thread.join()
-        with suppress(sqlite3.Error):
-            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        with suppress(sqlite3.Error, OSError):
+            self._check_files()
+            self._empty_log()
         self._connection.close()
 
     def _run(self) -> None:
         going = True
         while going:
-            batch = [self._queue.get()]
+            try:
+                batch = [self._queue.get(timeout=_IDLE)]
+            except Empty:
+                self._rest()
+                continue
             while len(batch) < _TOGETHER and not self._queue.empty():
                 batch.append(self._queue.get())
             going = None not in batch
-            self._commit([each for each in batch if each and each.future.set_running_or_notify_cancel()])
+            self._process([each for each in batch if each is not None])
+
+    def _process(self, batch: Sequence[_Submission[Any]]) -> None:
+        """Commit ``batch``. Whatever happens, each of its futures ends, and the thread goes on."""
+        try:
+            self._commit([each for each in batch if _starts(each.future)])
+        except BaseException as error:
+            for each in batch:
+                _end(each.future, None, error)
+            with suppress(Exception):
+                log.exception("the journal's thread met a fault, and goes on")
 
     def _commit(self, batch: Sequence[_Submission[Any]]) -> None:
         outcomes: list[tuple[Any, BaseException | None]] = []
         begun = time.perf_counter()
         try:
-            if _identity(self._file) != self._identity:
-                raise OSError(f"{self._file} was deleted or replaced; restart the service")
+            self._check_files()
+            self._make_certain()
             # Not IMMEDIATE: there is no other writer, and reads must work even if the disk cannot be written.
             self._connection.execute("BEGIN")
+            before = self._connection.total_changes
             outcomes = [self._attempt(submission) for submission in batch]
+            self._behind |= self._connection.total_changes != before
             self._connection.execute("COMMIT")
+            # Not acknowledged before it is certain that the files are still those that a new process would find.
+            self._check_files()
         except Exception as error:
-            with suppress(sqlite3.Error):
-                self._connection.rollback()
+            self._roll_back(error)
             outcomes = [(None, error)] * len(batch)
             self._metrics.commit_failed()
         else:
             self._metrics.committed(time.perf_counter() - begun)
-            self._after_commit()
+        self._settled()
         for submission, (result, failure) in zip(batch, outcomes, strict=True):
-            if failure is None:
-                submission.future.set_result(result)
-            else:
-                submission.future.set_exception(_as_raised(failure))
+            _end(submission.future, result, None if failure is None else _as_raised(failure))
 
     def _attempt(self, submission: _Submission[Any]) -> tuple[Any, BaseException | None]:
         self._connection.execute("SAVEPOINT action")
@@ -199,14 +256,136 @@ class Journal:
         self._connection.execute("RELEASE action")
         return result, None
 
-    def _after_commit(self) -> None:
+    def _settled(self) -> None:
+        """Do what is left to do after a transaction; what fails now is tried again after the next one."""
         try:
-            self._committed(self._connection)
+            self._check_files()
+        except OSError:  # whoever waits was told, and nothing may be changed in a folder that is not ours
+            return
+        try:
+            if self._erase:
+                self._erase = not self._empty_log()
+            self._settle(self._connection, self._certain)
+        except (OSError, sqlite3.Error) as error:
+            with suppress(Exception):
+                log.warning("files of a commit could not be cleaned up yet", because=str(error))
         except Exception:
-            log.exception("cleaning up after a commit failed")
+            with suppress(Exception):
+                log.exception("cleaning up after a commit failed")
+
+    def _rest(self) -> None:
+        """Bring the main file up to date while there is nothing else to do."""
+        try:
+            self._check_files()
+            self._make_certain()
+            if self._behind or self._erase:
+                self._erase &= not self._empty_log()
+        except Exception as error:
+            # The next action is told so. Until then this is tried again.
+            with suppress(Exception):
+                log.debug("the journal cannot be brought up to date", because=str(error))
+
+    def _empty_log(self) -> bool:
+        """Copy the write-ahead log to the main file, and empty it. False if a reader, such as a backup, prevents it.
+
+        Raises:
+            sqlite3.Error: a file cannot be written.
+        """
+        (busy, *_) = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        self._behind &= bool(busy)
+        return not busy
+
+    def _roll_back(self, error: Exception) -> None:
+        with suppress(sqlite3.Error):
+            self._connection.rollback()
+        # After a flush that failed, the whole transaction may be in the log even so, and a crash would bring it back.
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_IOERR_FSYNC:
+            self._certain = False
+
+    def _make_certain(self) -> None:
+        """Overwrite what a failed transaction left in the log, by writing something that changes nothing."""
+        if self._certain:
+            return
+        with suppress(sqlite3.Error):
+            (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+            self._connection.execute(f"PRAGMA user_version={version}")
+            self._certain = self._behind = True
+
+    def _check_files(self) -> None:
+        """Check that the files that are open are those that a new process would find.
+
+        If another one would find the main file without its log, all commits are copied to it, and a new log is begun.
+
+        Raises:
+            OSError: nothing may be stored; or the main file is not the one that is open, or cannot be written.
+        """
+        self._check()
+        found = self._found()
+        if found == self._identities and not self._closed:
+            return
+        if found[0] != self._identities[0]:
+            raise OSError(f"{self.file} was deleted or replaced; restart the service")
+        try:
+            self._begin_new_log(found)
+        except sqlite3.Error as error:
+            raise OSError(
+                f"the log of {self.file} was deleted or replaced, and cannot be made anew ({error})"
+            ) from error
+        log.error("the journal's log was deleted or replaced; all commits were saved", file=str(self.file))
+
+    def _begin_new_log(self, found: _Identities) -> None:
+        if not self._closed:
+            if not self._empty_log():
+                raise OSError(f"the log of {self.file} was deleted or replaced, and a reader prevents its repair")
+            # A log of another database must not be read into this one.
+            pairs = zip(self._files(), found, self._identities, strict=True)
+            if foreign := [path for path, now, ours in pairs if now not in (None, ours)]:
+                set_aside(*foreign, because="it is not the one that the service uses")
+            self._connection.close()
+            self._closed = True
+        self._connection = self._open()
+        self._closed = False
+        self._identities = self._found()
+
+    def _files(self) -> tuple[Path, Path, Path]:
+        return self.file, self._log, self._shared
+
+    def _found(self) -> _Identities:
+        return tuple(map(file_identity, self._files()))
+
+    def _open(self) -> sqlite3.Connection:
+        connection = _open(self.file)
+        try:
+            (page,) = connection.execute("PRAGMA page_size").fetchone()
+            connection.execute(f"PRAGMA wal_autocheckpoint={max(self._log_bytes // page, 1)}")
+            connection.execute(f"PRAGMA journal_size_limit={self._log_bytes}")
+            # Reading opens the log, which is made if there is none.
+            connection.execute("SELECT count(*) FROM sessions").fetchone()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
+def _starts(future: Future[Any]) -> bool:
+    """Mark ``future`` as running; False if its caller cancelled or ended it before."""
+    return not future.done() and future.set_running_or_notify_cancel()
+
+
+def _end(future: Future[Any], result: Any, failure: BaseException | None) -> None:
+    """End ``future``, unless it has ended: nobody may keep the others of a batch from being told."""
+    with suppress(InvalidStateError):
+        if failure is None:
+            future.set_result(result)
+        else:
+            future.set_exception(failure)
 
 
 def _open(file: Path) -> sqlite3.Connection:
+    if not _holds_something(file) and _holds_something(file.with_name(f"{file.name}-wal")):
+        # SQLite would delete the log.
+        raise _Damaged("the write-ahead log is there without its database")
+    _check_header(file)
     # SQLite would make the file with the rights of the umask. The files that it adds beside it get the same rights.
     with suppress(OSError):  # SQLite reports what is wrong
         os.close(os.open(file, os.O_RDONLY | os.O_CREAT, 0o600))
@@ -226,6 +405,27 @@ def _open(file: Path) -> sqlite3.Connection:
     return connection
 
 
+def _holds_something(file: Path) -> bool:
+    """Whether ``file`` is there and not empty."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return file.stat().st_size > 0
+    return False
+
+
+def _check_header(file: Path) -> None:
+    """Check the part of the header for which SQLite would take the database for one that is read-only.
+
+    Raises:
+        _Damaged: the header is not one that this service writes.
+    """
+    if _holds_something(file.with_name(f"{file.name}-journal")):
+        return  # a crash while the database was made; SQLite undoes what was written of it
+    with suppress(OSError), file.open("rb") as database:  # SQLite reports what is wrong
+        header = database.read(_HEADER)
+        if header and (len(header) < _HEADER or header[18:20] not in (b"\1\1", b"\2\2")):
+            raise _Damaged("the header of the database is damaged")
+
+
 def _check_ours(connection: sqlite3.Connection, file: Path) -> None:
     """Check the file before anything is written: a foreign database, or a newer one, stays unchanged."""
     (application,) = connection.execute("PRAGMA application_id").fetchone()
@@ -233,6 +433,8 @@ def _check_ours(connection: sqlite3.Connection, file: Path) -> None:
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     if application != _APPLICATION and (application or tables):
         raise _Damaged("it is not a journal of this service")
+    if version < 0 or (version == 0) != (tables == 0):
+        raise _Damaged(f"its schema is {version}, with {tables} tables and indices")
     if version > len(_MIGRATIONS):
         raise WrittenByNewerRelease(file, version, len(_MIGRATIONS))
 
@@ -247,17 +449,10 @@ def _migrate(connection: sqlite3.Connection, file: Path) -> None:
 
 
 def _damaged(error: sqlite3.DatabaseError) -> bool:
+    """Whether ``error`` is due to the content of the file, and not to its rights, its disk or its other users."""
     if isinstance(error, _Damaged):
         return True
-    return error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-
-
-def _identity(file: Path) -> tuple[int, int] | None:
-    try:
-        found = file.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_dev, found.st_ino
+    return error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
 
 
 def _as_raised(failure: BaseException) -> BaseException:

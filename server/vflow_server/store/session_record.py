@@ -11,10 +11,11 @@ import hashlib
 import json
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+import structlog
 from google.protobuf.message import DecodeError
 
 from vflow_client.v1 import conversations_pb2
@@ -24,6 +25,8 @@ from vflow_server.store.archive import Archive
 from vflow_server.store.picture_folder import PictureLost
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.runtime.sequence import Item
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,9 @@ class SessionRecord:
         number = self._entries
 
         def write(connection: sqlite3.Connection) -> None:
+            self._check_exists(connection)
             self._truncate(connection, number)
             keys = {id(item): self._archive.put(connection, item) for item in _pictures(entry.items)}
-            self._check_room(connection)
             items = json.dumps([item if isinstance(item, int) else keys[id(item)] for item in entry.items])
             self._insert_row(connection, "entries", number, items, entry.images, entry.answered)
             connection.executemany(
@@ -114,6 +117,7 @@ class SessionRecord:
             connection.execute("UPDATE sessions SET used = ? WHERE name = ?", (time.time(), self.facts.name))
             if answer is not None:
                 self._insert_answer(connection, number, answer)
+            self._archive.check_room(connection)
 
         return self._archive.submit(write)
 
@@ -146,6 +150,7 @@ class SessionRecord:
                 "INSERT INTO shown (picture, session, entry) SELECT picture, ?, entry FROM shown WHERE session = ?",
                 (self.facts.name, origin.facts.name),
             )
+            self._archive.check_room(connection)
 
         return self._archive.submit(fork)
 
@@ -207,7 +212,6 @@ class SessionRecord:
         return self._archive.submit(delete)
 
     def _insert(self, connection: sqlite3.Connection) -> None:
-        self._archive.check_room(connection)
         facts = self.facts
         connection.execute(
             "INSERT INTO sessions (name, sequence, tenant, strategy_name, strategy, model, created, used) "
@@ -223,12 +227,12 @@ class SessionRecord:
                 facts.created,
             ),
         )
+        self._archive.check_room(connection)
 
-    def _check_room(self, connection: sqlite3.Connection) -> None:
+    def _check_exists(self, connection: sqlite3.Connection) -> None:
         found = connection.execute("SELECT 1 FROM sessions WHERE name = ?", (self.facts.name,)).fetchone()
         if found is None:
             raise session_deleted(self.facts.name)
-        self._archive.check_room(connection)
 
     def _insert_answer(self, connection: sqlite3.Connection, number: int, answer: StoredAnswer) -> None:
         name = self.facts.name
@@ -294,8 +298,13 @@ class Recovered:
     images: int
 
 
-def recover(archive: Archive) -> list[Recovered]:
+def recover(archive: Archive, model: str, earlier: Callable[[], Collection[str]] = frozenset[str]) -> list[Recovered]:
     """All sessions that ``archive`` stores, oldest first.
+
+    Args:
+        archive: stores them.
+        model: revision of the model that is served.
+        earlier: returns the revisions that earlier releases gave to that model; their sessions are taken over.
 
     Raises:
         ServiceError: STORAGE_FAILED.
@@ -312,4 +321,13 @@ def recover(archive: Archive) -> list[Recovered]:
             for *facts, used, entries, turns, images in rows
         ]
 
+    def models(connection: sqlite3.Connection) -> set[str]:
+        return {model for (model,) in connection.execute("SELECT DISTINCT model FROM sessions")}
+
+    def take_over(connection: sqlite3.Connection) -> int:
+        changed = [connection.execute("UPDATE sessions SET model = ? WHERE model = ?", (model, each)) for each in old]
+        return sum(cursor.rowcount for cursor in changed)
+
+    if (others := archive.submit(models).result() - {model}) and (old := others.intersection(earlier())):
+        log.info("sessions of an earlier release were taken over", sessions=archive.submit(take_over).result())
     return archive.submit(sessions).result()

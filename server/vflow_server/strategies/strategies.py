@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,14 +62,22 @@ class StrategyStore:
         layers: number of decoder layers of the model; presets are fitted to it (also an attribute).
         brought: strategies that are part of the model, by name. The first of them is active at first.
         file: stores created strategies and the history; None: they are in memory only.
+        check: called before the file is written; raises OSError if its folder is not the one that it was read from.
 
     Raises:
         WrittenByNewerRelease: a newer release wrote the file, which stays unchanged.
     """
 
-    def __init__(self, layers: int, brought: Mapping[str, Strategy], file: Path | None = None) -> None:
+    def __init__(
+        self,
+        layers: int,
+        brought: Mapping[str, Strategy],
+        file: Path | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self.layers = layers
         self._file = file
+        self._check = check
         # Changes are made one at a time, and become visible once they are written.
         self._changing = asyncio.Lock()
         self._revisions: dict[str, StrategyRevision] = {}
@@ -280,7 +288,7 @@ class StrategyStore:
         except WrittenByNewerRelease:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            set_aside(file, error)
+            set_aside(file, because=error)
             return
         self._revisions, self._misfits = revisions, misfits
         self._history = replace(history, active=active)
@@ -308,6 +316,7 @@ class StrategyStore:
             ],
         }
         try:
+            self._check()
             await asyncio.to_thread(replace_file, self._file, json.dumps(document, indent=1))
         except OSError as error:
             raise storage_failed(error) from error

@@ -104,13 +104,15 @@ class OperationStore:
 
     Args:
         file: stores them; None: they are in memory only.
+        check: called before the file is written; raises OSError if its folder is not the one that it was read from.
 
     Raises:
         WrittenByNewerRelease: a newer release wrote the file, which stays unchanged.
     """
 
-    def __init__(self, file: Path | None = None) -> None:
+    def __init__(self, file: Path | None = None, check: Callable[[], None] = lambda: None) -> None:
         self._file = file
+        self._check = check
         self._writing = asyncio.Lock()
         self._operations: dict[str, Operation] = {}
         self._numbers = count()
@@ -186,7 +188,7 @@ class OperationStore:
         except WrittenByNewerRelease:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, json_format.ParseError) as error:
-            set_aside(file, error)
+            set_aside(file, because=error)
             return
         self._operations = operations
 
@@ -201,6 +203,7 @@ class OperationStore:
                 ],
             }
             try:
+                self._check()
                 await asyncio.to_thread(replace_file, file, json.dumps(document, indent=1))
             except OSError as error:
                 raise storage_failed(error) from error
