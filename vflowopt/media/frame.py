@@ -14,7 +14,6 @@ from PIL import (
     ImageFile,
     JpegImagePlugin,
     PngImagePlugin,
-    TiffImagePlugin,
     WebPImagePlugin,
     features,
 )
@@ -35,7 +34,7 @@ _READERS: dict[str, type[ImageFile.ImageFile]] = {
     "WEBP": WebPImagePlugin.WebPImageFile,
     "GIF": GifImagePlugin.GifImageFile,
     "BMP": BmpImagePlugin.BmpImageFile,
-    "TIFF": TiffImagePlugin.TiffImageFile,
+    "TIFF": tiff.TiffFile,
     "AVIF": AvifImagePlugin.AvifImageFile,
 }
 _UNREAD_KINDS = {"JPEG": jpeg.unread_kind, "BMP": bmp.unread_kind, "TIFF": tiff.unread_kind}
@@ -172,12 +171,11 @@ def _bmp(data: bytes, check: Check) -> Frame:
 
 def _tiff(data: bytes, check: Check) -> Frame:
     image = _open("TIFF", data)
-    assert isinstance(image, TiffImagePlugin.TiffImageFile)
+    assert isinstance(image, tiff.TiffFile)
     check(*image.size)
-    if tiff.subsampled(image):
-        raise unsupported("TIFF", "YCbCr, subsampled without compression")
-    tiff.mend_palette(image)
-    greys = tiff.sample_type(image)
+    if kind := image.misread_kind():
+        raise unsupported("TIFF", kind)
+    greys = image.sample_type()
     xmp = image.info.pop("xmp", None)
     # Pillow turns the picture as the tag says, and does not know XMP any more.
     turn = 1 if 0x0112 in image.tag_v2 else orientation.of_xmp(xmp) or 1
@@ -213,6 +211,8 @@ def _load(form: str, image: Image.Image) -> None:
     except Exception as error:
         if "out of memory" in str(error):
             raise MemoryError(str(error)) from None
+        if "unknown raw mode" in str(error):  # known to the reader of the format, but not to Pillow's core
+            raise unsupported(form, image.mode) from None
         raise _broken(form, error) from None
 
 

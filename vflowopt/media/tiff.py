@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from io import BytesIO
 
-from PIL import ImagePalette, TiffImagePlugin
+from PIL import ImageFile, ImagePalette, TiffImagePlugin
 
 from vflowopt.media.greys import SampleType
 
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
-_BYTES_OF_STRIPS, _COLOUR_MAP, _SAMPLE_FORMAT, _SUBSAMPLING = 279, 320, 339, 530
+_FILL_ORDER, _SAMPLES, _BYTES_OF_STRIPS, _PLANES = 266, 277, 279, 284
+_COLOUR_MAP, _EXTRA_SAMPLES, _SAMPLE_FORMAT, _SUBSAMPLING = 320, 338, 339, 530
+_UNASSOCIATED = 2
+
+_NATIVE = {
+    **dict.fromkeys(("I;16S", "I;16BS"), "I;16NS"),
+    **dict.fromkeys(("I;32S", "I;32BS"), "I;32NS"),
+    **dict.fromkeys(("F;32F", "F;32BF"), "F;32NF"),
+}
 
 _KINDS = {1: "u", 2: "i", 3: "f"}
 _KIND_NAMES = {1: "unsigned", 2: "signed", 3: "floating point", 4: "untyped", 5: "complex", 6: "complex"}
@@ -32,38 +40,68 @@ _COLOURS = {
 _MOST_COMPRESSION = 65535
 
 
-def sample_type(image: TiffImagePlugin.TiffImageFile) -> SampleType | None:
-    """How greys are stored; None for colours, and for plain 8-bit greys and less, which Pillow reads as they are."""
-    kind = _KINDS.get(_first(image.tag_v2.get(_SAMPLE_FORMAT, 1)), "u")
-    bits = _first(image.tag_v2.get(_BITS, 1))
-    if image.mode not in ("L", "I", "F") and not image.mode.startswith("I;16"):
+class TiffFile(TiffImagePlugin.TiffImageFile):
+    """A TIFF file, with what Pillow's class misreads put right.
+
+    Attributes:
+        white_is_zero: whether the lowest sample is white, in greys that Pillow leaves as they are.
+    """
+
+    white_is_zero = False
+
+    def _setup(self) -> None:
+        tags = self.tag_v2
+        if _first(tags.get(_SAMPLES, 1)) == 1 and _PLANES in tags:
+            tags[_PLANES] = 1  # one plane is no different from one sample after the other
+        if tags.get(_PHOTOMETRIC) == 0 and (_first(tags.get(_BITS, 1)) > 8 or _first(tags.get(_SAMPLE_FORMAT, 1)) != 1):
+            self.white_is_zero = True
+            tags[_PHOTOMETRIC] = 1
+        super()._setup()
+        colours = tags.get(_COLOUR_MAP, ())
+        if self.mode in ("P", "PA") and colours and max(colours) < 256:
+            self.palette = ImagePalette.raw("RGB;L", bytes(colours))  # some writers give 8 bits instead of 16
+        self.tile = [self._mended(tile) for tile in self.tile]
+
+    def sample_type(self) -> SampleType | None:
+        """How greys are stored; None for colours and for plain greys of up to 8 bits, which Pillow reads well."""
+        kind = _KINDS.get(_first(self.tag_v2.get(_SAMPLE_FORMAT, 1)), "u")
+        bits = _first(self.tag_v2.get(_BITS, 1))
+        if self.mode in ("I", "F") or self.mode.startswith("I;16") or (self.mode == "L" and bits == 8 and kind == "i"):
+            return SampleType(bits, kind, self.white_is_zero)
         return None
-    if image.mode == "L" and (kind != "i" or bits != 8):
+
+    def misread_kind(self) -> str | None:
+        """What this file holds, if Pillow opens it and yet takes its samples for others; else None."""
+        tags = self.tag_v2
+        if self.mode == "YCbCr" and not self.use_load_libtiff and tuple(tags.get(_SUBSAMPLING, (2, 2))) != (1, 1):
+            if sum(tags.get(_BYTES_OF_STRIPS, (0,))) < 3 * self.width * self.height:
+                return "YCbCr, subsampled without compression"
+        if tags.get(_PLANES, 1) != 1 and not self._reads_planes():
+            return f"planes of {_COLOURS[tags[_PHOTOMETRIC]]}, {_first(tags[_BITS])}-bit"
         return None
-    return SampleType(bits, kind, white_is_zero=image.tag_v2.get(_PHOTOMETRIC) == 0)
 
+    def _reads_planes(self) -> bool:
+        unassociated = _first(self.tag_v2.get(_EXTRA_SAMPLES, _UNASSOCIATED)) == _UNASSOCIATED
+        plain = self.mode in ("RGB", "CMYK") or (self.mode == "RGBA" and unassociated)
+        return plain and (_first(self.tag_v2[_BITS]) == 8 or (self.mode == "RGB" and not self.use_load_libtiff))
 
-def mend_palette(image: TiffImagePlugin.TiffImageFile) -> None:
-    """Take a palette as it was meant: some writers give it in 8 bits, where the format says 16."""
-    colours = image.tag_v2.get(_COLOUR_MAP, ())
-    if image.mode in ("P", "PA") and colours and max(colours) < 256:
-        image.palette = ImagePalette.raw("RGB;L", bytes(colours))
-
-
-def subsampled(image: TiffImagePlugin.TiffImageFile) -> bool:
-    """Whether colours have a lower resolution in a file without compression. Pillow would read them as if not."""
-    if image.mode != "YCbCr" or image.tag_v2.get(_COMPRESSION, 1) != 1:
-        return False
-    if tuple(image.tag_v2.get(_SUBSAMPLING, (2, 2))) == (1, 1):
-        return False
-    return sum(image.tag_v2.get(_BYTES_OF_STRIPS, (0,))) < 3 * image.width * image.height
+    def _mended(self, tile: ImageFile._Tile) -> ImageFile._Tile:
+        """A tile whose samples are read at their width and in their byte order."""
+        assert isinstance(tile.args, tuple)
+        rawmode, *rest = tile.args
+        if self.use_load_libtiff:
+            rawmode = _NATIVE.get(rawmode, rawmode)  # libtiff gives samples in the order of the processor
+        elif rawmode in ("R", "G", "B") and _first(self.tag_v2[_BITS]) == 16:
+            rawmode += ";16B" if self.tag_v2.prefix == TiffImagePlugin.MM else ";16L"
+        return tile._replace(args=(rawmode, *rest))
 
 
 def unread_kind(data: bytes) -> str | None:
     """What a file that Pillow does not open holds, if that is something a TIFF file may hold; else None."""
     try:
-        header = data[:16] if data[2:3] == b"+" or data[3:4] == b"+" else data[:8]
-        tags = TiffImagePlugin.ImageFileDirectory_v2(header)
+        if data.startswith(b"MM\0+"):
+            return "BigTIFF, big-endian"
+        tags = TiffImagePlugin.ImageFileDirectory_v2(data[:16] if data.startswith(b"II+\0") else data[:8])
         file = BytesIO(data)
         file.seek(tags.next)
         tags.load(file)
@@ -79,8 +117,11 @@ def unread_kind(data: bytes) -> str | None:
         return None
     if compression not in TiffImagePlugin.COMPRESSION_INFO:
         return f"compression {compression}"
+    kind = f"{_COLOURS[colours]}, {'/'.join(map(str, bits))}-bit {_KIND_NAMES[sample_format]}"
+    if tags.get(_FILL_ORDER, 1) != 1:
+        return f"{kind}, bits reversed"
     plain = set(bits) <= {1, 8} and sample_format == 1 and colours in (0, 1, 2, 3, 5, 6) and len(bits) in (1, 3, 4)
-    return None if plain else f"{_COLOURS[colours]}, {'/'.join(map(str, bits))}-bit {_KIND_NAMES[sample_format]}"
+    return None if plain else kind
 
 
 def _first(value: object) -> int:
