@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 
+import numpy as np
 from PIL import (
     AvifImagePlugin,
     BmpImagePlugin,
@@ -160,13 +161,26 @@ def _gif(data: bytes, check: Check) -> Frame:
 
 
 def _bmp(data: bytes, check: Check) -> Frame:
-    image: Image.Image = _open("BMP", data)
-    check(*image.size)
+    file = _open("BMP", data)
+    check(*file.size)
+    image = _run_lengths(data, file) if file.info["compression"] in bmp.RUN_LENGTHS else file
     _load("BMP", image)
     if image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
         # Writers that know no alpha leave it at 0: browsers take such a picture as opaque.
         image.putalpha(255)
     return Frame(image, image.size)
+
+
+def _run_lengths(data: bytes, file: ImageFile.ImageFile) -> Image.Image:
+    """The picture in a BMP file of run lengths, of which Pillow has read the header and the palette."""
+    try:
+        indices = bmp.palette_indices(data, file.tile[0].offset, file.info["compression"], *file.size)
+        image = Image.fromarray(np.where(indices, np.uint8(255), np.uint8(0)) if file.mode == "1" else indices)
+        if file.palette is not None:
+            image.putpalette(file.palette.palette, file.palette.rawmode or "RGB")
+    except ValueError as error:
+        raise _broken("BMP", error) from None
+    return image
 
 
 def _tiff(data: bytes, check: Check) -> Frame:
