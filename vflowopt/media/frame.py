@@ -135,6 +135,7 @@ def _jpeg(data: bytes, check: Check) -> Frame:
     except PictureError:
         if kind is not None:
             raise unsupported("JPEG", kind) from None
+        image.close()
         try:
             whole = jpeg.without_end(data)
         except MemoryError:

@@ -18,8 +18,11 @@ _PROGRESSIVE = {0xC2, 0xCA}
 
 _COEFFICIENTS = 64
 
-# Bytes that decode to no picture in particular. Without 0xFF, they hold no marker.
-_NOISE = bytes((73 * value + 41) % 251 for value in range(1024))
+# Two strings of bytes that decode to no picture in particular, and differ from the zeros that a decoder assumes behind
+# the end. Without 0xFF, they hold no marker.
+_PADDINGS = tuple(
+    bytes((step * value + first) % 255 for value in range(1024)) for first, step in ((182, 73), (229, 91))
+)
 
 # A marker begins with 0xFF, or with several; within a scan 0xFF00 is data, and 0xFFD0 to 0xFFD7 restart the decoder.
 _MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
@@ -44,17 +47,31 @@ def without_end(data: bytes) -> Image.Image | None:
     """The picture in a file that was cut off behind its last pixel; None if the file lacks more.
 
     Some phones write panoramas without an end marker. Whether all pixels are there, the decoder does not say: it fills
-    in what is missing. So the file is decoded with two different ends. The pixels are equal if none depends on them.
+    in what is missing. So the file is decoded with several ends. The pixels are equal if none depends on them.
     """
     if not _all_scans(data):
         return None
-    ended, padded = (_decoded(data + end) for end in (_END, _NOISE + _END))
-    rows = max(1, (1 << 20) // ended.width)
-    for top in range(0, ended.height, rows):
-        box = (0, top, ended.width, min(top + rows, ended.height))
-        if ended.crop(box).tobytes() != padded.crop(box).tobytes():
+    data = data.rstrip(b"\xff")  # half of the marker
+    picture = _decoded(data + _END)
+    restart = _next_restart(data)
+    for padding in _PADDINGS:
+        if not _equal(picture, _decoded(data + padding + restart + padding + _END)):
             return None
-    return ended
+    return picture
+
+
+def _equal(one: Image.Image, other: Image.Image) -> bool:
+    rows = max(1, (1 << 20) // one.width)
+    boxes = ((0, top, one.width, min(top + rows, one.height)) for top in range(0, one.height, rows))
+    return all(one.crop(box).tobytes() == other.crop(box).tobytes() for box in boxes)
+
+
+def _next_restart(data: bytes) -> bytes:
+    """The restart marker that would come next in the last scan, if it has any: they are counted from 0 to 7."""
+    scan = data.rfind(bytes([0xFF, _START_OF_SCAN]))
+    last = max(range(8), key=lambda number: data.rfind(bytes([0xFF, 0xD0 + number]), scan))
+    found = data.rfind(bytes([0xFF, 0xD0 + last]), scan) >= 0
+    return bytes([0xFF, 0xD0 + (last + 1) % 8 if found else 0xD0])
 
 
 def _decoded(data: bytes) -> Image.Image:
