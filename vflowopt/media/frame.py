@@ -233,7 +233,8 @@ def _load(form: str, image: Image.Image) -> None:
 
 def _broken(form: str, error: Exception) -> PictureError:
     empty = str(error) in ("not identified by this driver", "no more images in GIF file")
-    return damaged(form, "it says that it has no pixels" if empty else str(error) or type(error).__name__)
+    detail = " ".join(str(error).split()) or type(error).__name__
+    return damaged(form, "it says that it has no pixels" if empty else detail)
 
 
 def _bomb(form: str, size: tuple[int, int] | None) -> PictureError:
