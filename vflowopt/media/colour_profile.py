@@ -28,6 +28,8 @@ def conversion(profile: object, mode: str) -> ImageCms.ImageCmsTransform | None:
         profile: the bytes of the ICC profile, if the file has one.
         mode: mode of the pixels, without alpha.
     """
+    if mode != "LAB" and not isinstance(profile, bytes):
+        return None
     if not features.check("littlecms2"):
         return None
     if mode == "LAB":

@@ -188,9 +188,9 @@ def _tiff(data: bytes, check: Check) -> Frame:
     image = _open("TIFF", data)
     assert isinstance(image, tiff.TiffFile)
     check(*image.size)
-    if kind := image.misread_kind():
+    if kind := image.misread_kind:
         raise unsupported("TIFF", kind)
-    greys = image.sample_type()
+    greys = image.greys
     xmp = image.info.pop("xmp", None)
     # Pillow turns the picture as the tag says, and does not know XMP any more.
     turn = 1 if 0x0112 in image.tag_v2 else orientation.of_xmp(xmp) or 1

@@ -79,8 +79,9 @@ class _Strips:
 
     def _flat(self, strip: Image.Image) -> Image.Image:
         """A strip of 8-bit samples in RGB, on white."""
-        strip = strip.convert(_STRAIGHT.get(strip.mode, "RGBA" if strip.has_transparency_data else strip.mode))
-        colours = self._in_srgb(strip.convert(_WITHOUT_ALPHA.get(strip.mode, strip.mode)))
+        looked_up = "RGBA" if strip.mode == "P" and strip.has_transparency_data else strip.mode
+        strip = _converted(strip, _STRAIGHT.get(strip.mode, looked_up))
+        colours = self._in_srgb(_converted(strip, _WITHOUT_ALPHA.get(strip.mode, strip.mode)))
         if strip.mode not in ("LA", "RGBA"):
             return colours
         flat = Image.new("RGB", strip.size, "white")
@@ -88,7 +89,7 @@ class _Strips:
         return flat
 
     def _in_srgb(self, strip: Image.Image) -> Image.Image:
-        return strip.convert("RGB") if self._conversion is None else self._conversion.apply(strip)
+        return _converted(strip, "RGB") if self._conversion is None else self._conversion.apply(strip)
 
     def _transparent(self, strip: Image.Image, first: int, last: int) -> npt.NDArray[np.bool_] | None:
         """Where a strip has the transparent colour, [rows, width]."""
@@ -101,3 +102,8 @@ class _Strips:
             samples = samples.astype(np.uint16) << 8 | np.asarray(low)
         equal = np.atleast_3d(samples) == np.array(colour)
         return np.asarray(equal.all(axis=-1))
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    """The image in a mode; Pillow would copy an image that has it already."""
+    return image if image.mode == mode else image.convert(mode)

@@ -44,40 +44,43 @@ class TiffFile(TiffImagePlugin.TiffImageFile):
     """A TIFF file, with what Pillow's class misreads put right.
 
     Attributes:
-        white_is_zero: whether the lowest sample is white, in greys that Pillow leaves as they are.
+        greys: how greys are stored; None for colours and for plain greys of up to 8 bits, which Pillow reads well.
+        misread_kind: what the file holds, if Pillow takes its samples for others all the same; else None.
     """
 
-    white_is_zero = False
+    greys: SampleType | None
+    misread_kind: str | None
 
     def _setup(self) -> None:
         tags = self.tag_v2
+        white_is_zero = False
         if _first(tags.get(_SAMPLES, 1)) == 1 and _PLANES in tags:
             tags[_PLANES] = 1  # one plane is no different from one sample after the other
         if tags.get(_PHOTOMETRIC) == 0 and (_first(tags.get(_BITS, 1)) > 8 or _first(tags.get(_SAMPLE_FORMAT, 1)) != 1):
-            self.white_is_zero = True
+            white_is_zero = True
             tags[_PHOTOMETRIC] = 1
         super()._setup()
         colours = tags.get(_COLOUR_MAP, ())
         if self.mode in ("P", "PA") and colours and max(colours) < 256:
             self.palette = ImagePalette.raw("RGB;L", bytes(colours))  # some writers give 8 bits instead of 16
         self.tile = [self._mended(tile) for tile in self.tile]
+        self.greys = self._sample_type(white_is_zero)
+        self.misread_kind = self._misread_kind()
 
-    def sample_type(self) -> SampleType | None:
-        """How greys are stored; None for colours and for plain greys of up to 8 bits, which Pillow reads well."""
+    def _sample_type(self, white_is_zero: bool) -> SampleType | None:
         kind = _KINDS.get(_first(self.tag_v2.get(_SAMPLE_FORMAT, 1)), "u")
         bits = _first(self.tag_v2.get(_BITS, 1))
         if self.mode in ("I", "F") or self.mode.startswith("I;16") or (self.mode == "L" and bits == 8 and kind == "i"):
-            return SampleType(bits, kind, self.white_is_zero)
+            return SampleType(bits, kind, white_is_zero)
         return None
 
-    def misread_kind(self) -> str | None:
-        """What this file holds, if Pillow opens it and yet takes its samples for others; else None."""
+    def _misread_kind(self) -> str | None:
         tags = self.tag_v2
         if self.mode == "YCbCr" and not self.use_load_libtiff and tuple(tags.get(_SUBSAMPLING, (2, 2))) != (1, 1):
             if sum(tags.get(_BYTES_OF_STRIPS, (0,))) < 3 * self.width * self.height:
                 return "YCbCr, subsampled without compression"
         if tags.get(_PLANES, 1) != 1 and not self._reads_planes():
-            return f"planes of {_COLOURS[tags[_PHOTOMETRIC]]}, {_first(tags[_BITS])}-bit"
+            return f"planes of {_COLOURS[tags.get(_PHOTOMETRIC, 1)]}, {_first(tags[_BITS])}-bit"
         return None
 
     def _reads_planes(self) -> bool:
