@@ -211,6 +211,7 @@ def _open(form: str, data: bytes) -> ImageFile.ImageFile:
         size = _SIZES[form](data) if form in _SIZES else None
         raise _bomb(form, size) from None
     except Exception as error:  # Pillow's readers raise exceptions of many types
+        _let_want_of_memory_through(error)
         kind = _UNREAD_KINDS[form](data) if form in _UNREAD_KINDS else None
         raise unsupported(form, kind) if kind else _broken(form, error) from None
 
@@ -224,11 +225,16 @@ def _load(form: str, image: Image.Image) -> None:
     except Image.DecompressionBombError:
         raise _bomb(form, image.size) from None
     except Exception as error:
-        if "out of memory" in str(error):
-            raise MemoryError(str(error)) from None
+        _let_want_of_memory_through(error)
         if "unknown raw mode" in str(error):  # known to the reader of the format, but not to Pillow's core
             raise unsupported(form, image.mode) from None
         raise _broken(form, error) from None
+
+
+def _let_want_of_memory_through(error: Exception) -> None:
+    """Raise MemoryError if that is what a decoder means: it is no fault of the picture."""
+    if "out of memory" in str(error).lower():
+        raise MemoryError(str(error)) from None
 
 
 def _broken(form: str, error: Exception) -> PictureError:

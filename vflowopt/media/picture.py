@@ -33,7 +33,7 @@ Identity = tuple[str, Detail]
 class PictureLimits:
     """Limits of a picture: bytes of the file, pixels after decoding, and the ratio of the longer side to the shorter.
 
-    Pillow's own guard against decompression bombs (179 million pixels) applies with any ``max_pixels``. A picture
+    Pillow's own bound of 179 million pixels applies to WebP, GIF and TIFF with any ``max_pixels``. A picture
     beyond ``max_aspect`` would lose its shorter side when a model scales it down.
     """
 
