@@ -186,7 +186,8 @@ PNG = {
             chunk(b"gAMA", b"\0"),
             chunk(b"eXIf", b"none"),
         )
-    ],
+    ]
+    + [Read(png(samples(9), 8, 0, after=chunk(b"zTXt", b"comment" + compressed(NOISE))), grey(9))],
     "PNG: animated": [Read(apng(shown=True), [RED, RED]), Read(apng(shown=False), [WHITE, RED])],
     "PNG: for Apple's phones (CgBI)": [
         unsupported(b"\x89PNG\r\n\x1a\n" + chunk(b"CgBI", b"\x50\0\x20\2") + png(samples(1), 8, 0)[8:], "PNG", "CgBI")
@@ -211,6 +212,12 @@ def with_frame_header(jpeg: bytes, marker: int | None = None, precision: int | N
     changed[at + 1] = marker or changed[at + 1]
     changed[at + 4] = precision or changed[at + 4]
     return bytes(changed)
+
+
+def with_height(jpeg: bytes, height: int) -> bytes:
+    """A JPEG file whose frame header claims another height."""
+    at = jpeg.index(b"\xff\xc0")
+    return jpeg[: at + 5] + struct.pack(">H", height) + jpeg[at + 7 :]
 
 
 JPEG_RED = encoded(flat(RED), "JPEG", quality=95)
@@ -246,6 +253,9 @@ JPEG = {
     ],
     "JPEG: of 12 bits": [unsupported(with_frame_header(JPEG_RED, 0xC1, 12), "JPEG", "12-bit")],
     "JPEG: hierarchical": [unsupported(with_frame_header(JPEG_RED, 0xC5), "JPEG", "hierarchical")],
+    "JPEG: height given behind the pixels (DNL)": [
+        unsupported(with_height(JPEG_RED, 0), "JPEG", "height behind the pixels")
+    ],
     "JPEG: several pictures (MPO)": [
         Read(
             encoded(flat(RED), "MPO", quality=95, save_all=True, append_images=[flat(BLUE)]), [RED] * 256, 16, within=2
@@ -602,6 +612,7 @@ TIFF = {
         unsupported(tiff(np.zeros((1, 1), "float16"), 16, 1, tags=FLOAT), "TIFF", "grey, 16-bit floating point"),
         unsupported(tiff(np.zeros((1, 1, 3), "uint8"), 8, 9), "TIFF", "ICC L*a*b*, 8/8/8-bit unsigned"),
         unsupported(tiff(PLANES, 8, 2, tags={259: [34712]}), "TIFF", "compression 34712"),
+        unsupported(tiff(PLANES, 8, 2, tags={259: [50001]}), "TIFF", "compression webp"),
     ],
 }
 

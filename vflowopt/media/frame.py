@@ -194,7 +194,12 @@ def _tiff(data: bytes, check: Check) -> Frame:
     xmp = image.info.pop("xmp", None)
     # Pillow turns the picture as the tag says, and does not know XMP any more.
     turn = 1 if 0x0112 in image.tag_v2 else orientation.of_xmp(xmp) or 1
-    _load("TIFF", image)
+    try:
+        _load("TIFF", image)
+    except PictureError as error:
+        if error.reason == "PICTURE_TRUNCATED" and image.info["compression"] in tiff.RARE_COMPRESSIONS:
+            raise unsupported("TIFF", f"compression {image.info['compression']}") from None
+        raise
     return Frame(image, image.size, orientation=turn, profile=image.info.get("icc_profile"), greys=greys)
 
 

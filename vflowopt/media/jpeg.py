@@ -39,6 +39,8 @@ def unread_kind(data: bytes) -> str | None:
                 return "hierarchical"
             if precision != 8:
                 return f"{precision}-bit"
+            if content[1:3] == b"\0\0":
+                return "height behind the pixels"
             return None if components in (1, 3, 4) else f"{components} components"
     return None
 

@@ -39,6 +39,9 @@ _COLOURS = {
 }
 _MOST_COMPRESSION = 65535
 
+RARE_COMPRESSIONS = {"webp", "tiff_jpeg", "tiff_thunderscan", "tiff_sgilog", "tiff_sgilog24"}
+"""Compressions that many builds of Pillow's libtiff lack. It does not say so: to it, such a file is damaged."""
+
 
 class TiffFile(TiffImagePlugin.TiffImageFile):
     """A TIFF file, with what Pillow's class misreads put right.
