@@ -244,6 +244,13 @@ JPEG = {
         Refused(encoded(PHOTO, "JPEG", **options)[:cut], "PICTURE_TRUNCATED", {"format": "JPEG"})
         for options in ({}, {"progressive": True}, {"restart_marker_rows": 1})
         for cut in (200, -700, -100, -20, -5)
+    ]
+    + [
+        Refused(whole[: whole.rindex(marker)], "PICTURE_TRUNCATED", {"format": "JPEG"})
+        for whole, marker in (
+            (encoded(flat(RED, size=(160, 120)), "JPEG", restart_marker_rows=1), b"\xff\xd5"),  # the last of six
+            (encoded(PHOTO, "JPEG", progressive=True), b"\xff\xda"),  # the last scan
+        )
     ],
     "JPEG: lossless, of 8 bits": [
         Read(files.lossless_jpeg([[10, 20, 30], [40, 250, 60]], 8), grey(10, 20, 30, 40, 250, 60), 3)
@@ -461,7 +468,7 @@ def deflated(data: bytes) -> bytes:
 
 
 PLANES = colours((0, 100, 200), (255, 3, 9))
-PLANES_OF_16 = (PLANES.astype(np.uint16) * 257).astype(np.uint16)
+PLANES_OF_16 = (PLANES.astype(np.uint16) * 256 + 77).astype(np.uint16)
 
 TIFF = {
     "TIFF: grey of 1, 2, 4, 8 or 16 bits": [
