@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias
 
-from vflow_client.pil_image import to_file
 from vflow_client.picture_path import read_picture
+from vflow_client.pil_image import to_file
 from vflow_client.v1.images_pb2 import Image
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Image | Any"
