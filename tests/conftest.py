@@ -6,3 +6,9 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+from hypothesis import settings  # noqa: E402
+
+# No test depends on how busy the machine is.
+settings.register_profile("vflow", deadline=None)
+settings.load_profile("vflow")

@@ -3,12 +3,12 @@
 This module knows no picture formats: the service decides whether bytes are a picture.
 """
 
-import io
 import os
 from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias
 
 from vflow_client.picture_path import read_picture
+from vflow_client.pil_image import to_file
 from vflow_client.v1.images_pb2 import Image
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Image | Any"
@@ -25,7 +25,7 @@ _DETAILS = {"low": Image.LOW, "high": Image.HIGH}
 
 
 def to_image(source: ImageSource, detail: Detail = "auto") -> Image:
-    """Reads `source` into an `Image` message. A PIL image is sent as PNG, so that no pixel changes.
+    """Reads `source` into an `Image` message. A PIL image is sent as its file, or encoded without loss.
 
     Args:
         source: the picture.
@@ -55,7 +55,7 @@ def _read(source: ImageSource) -> Image:
         case bytes() | bytearray() | memoryview():
             return Image(data=bytes(source))
     if _is_pil_image(source):
-        return Image(data=_to_png(source))
+        return Image(data=to_file(source))
     raise TypeError(f"expected a path, bytes, a PIL image or vflow_client.Image, got {type(source).__name__}")
 
 
@@ -67,16 +67,3 @@ def is_one_image(source: object) -> bool:
 def _is_pil_image(source: object) -> bool:
     """Whether `source` is a PIL image, without importing PIL: a caller who has one has imported it."""
     return any(cls.__module__ == "PIL.Image" and cls.__name__ == "Image" for cls in type(source).__mro__)
-
-
-def _to_png(picture: Any) -> bytes:
-    """Encodes a PIL image upright (Pillow's PNG would lose its orientation), without loss where PNG can hold it."""
-    from PIL import ImageOps
-
-    upright = ImageOps.exif_transpose(picture)
-    if upright.mode not in {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}:
-        upright = upright.convert("RGB")
-    buffer = io.BytesIO()
-    # Level 1: the bytes are sent only once, and the default level takes seconds on a photograph.
-    upright.save(buffer, format="PNG", compress_level=1)
-    return buffer.getvalue()

@@ -78,7 +78,7 @@ DRAWING = ("objective_chart", "output", "progress", "retune", "strategies", "str
 def test_the_client_needs_grpc_and_protobuf_only() -> None:
     found = foreign("client/vflow_client")
     # Pillow is imported only once a caller hands over one of its images.
-    assert found.pop("PIL") == {"client/vflow_client/image_source.py"}
+    assert found.pop("PIL") == {"client/vflow_client/pil_image.py"}
     # The extra `cli` draws what two commands print.
     commands = "client/vflow_client/commands"
     assert found.pop("rich") == {f"{commands}/{name}.py" for name in DRAWING}

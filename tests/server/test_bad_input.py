@@ -12,6 +12,8 @@ from PIL import Image as Pillow
 
 from tests.server.drawing import png
 from tests.server.served import Served
+from tests.vflowopt.picture_lines import JPEG_RED, with_frame_header
+from tests.vflowopt.test_picture_refusals import OTHER_FILES
 from vflow_client import ContextExceeded, Session
 from vflow_client.v1 import conversations_pb2 as chat
 from vflow_client.v1 import strategies_pb2 as admin
@@ -86,6 +88,8 @@ PICTURES = {
     "a large file": (Image(data=png(160, 160)), "PICTURE_TOO_LARGE"),
     "a bomb": (Image(data=encoded(Pillow.new("1", (20_000, 20_000)))), "PICTURE_TOO_MANY_PIXELS"),
     "a line": (Image(data=encoded(Pillow.new("L", (20_000, 1)))), "PICTURE_TOO_NARROW"),
+    "a kind that is not read": (Image(data=with_frame_header(JPEG_RED, 0xC1, 12)), "PICTURE_UNSUPPORTED"),
+    "a sound": (Image(data=OTHER_FILES["WAV"]), "PICTURE_NOT_AN_IMAGE"),
     "a bad digest": (Image(digest="ABC"), "DIGEST_INVALID"),
     "an unknown digest": (Image(digest="0" * 64), "PICTURE_NOT_HELD"),
 }

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from vflowopt.media.picture import Picture, PictureError, PictureLimits
+from tests.vflowopt import picture_files
+from vflowopt.media.picture import FORMATS, Picture, PictureError, PictureLimits
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
@@ -229,16 +229,101 @@ AS_STORED = {
 }
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pictures_are_turned_upright(form: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    options: dict[str, object] = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95}}.get(form, {})
+    options: dict[str, object] = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95}, "AVIF": {"quality": 100}}.get(
+        form, {}
+    )
     stored = Image.fromarray(np.ascontiguousarray(AS_STORED[orientation](QUADRANTS))).convert("RGB")
     picture = Picture.decode(encoded(stored, form, exif=exif, **options))
     assert (picture.width, picture.height) == (32, 16)
     assert np.abs(picture.pixels[:, :, 0].astype(int) - QUADRANTS).max() <= 8
+
+
+XMP_FORMS = [
+    {"form": "attribute"},
+    {"form": "quoted once"},
+    {"form": "element"},
+    {"form": "attribute", "prefix": "t"},
+    {"form": "element", "prefix": "t"},
+]
+
+
+def with_xmp(image: Image.Image, form: str, packet: bytes) -> bytes:
+    if form == "PNG":
+        plain = encoded(image)
+        text = picture_files.chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + packet)
+        return plain[:33] + text + plain[33:]
+    options = {"JPEG": {"xmp": packet}, "WEBP": {"xmp": packet, "lossless": True}, "TIFF": {"tiffinfo": {700: packet}}}
+    return encoded(image, form, **options[form])
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("style", XMP_FORMS, ids=lambda style: " ".join(style.values()))
+def test_the_orientation_of_xmp_is_followed_where_exif_names_none(form: str, style: dict[str, str]) -> None:
+    stored = Image.fromarray(np.ascontiguousarray(AS_STORED[6](QUADRANTS))).convert("RGB")
+    picture = Picture.decode(with_xmp(stored, form, picture_files.xmp(6, **style)))
+    assert np.abs(picture.pixels[:, :, 0].astype(int) - QUADRANTS).max() <= 8
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("style", XMP_FORMS[:3], ids=lambda style: style["form"])
+def test_exif_goes_before_xmp(form: str, style: dict[str, str]) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    if form == "TIFF":
+        exif[ExifTags.Base.XMLPacket] = picture_files.xmp(6, **style)
+    stored = Image.fromarray(np.ascontiguousarray(AS_STORED[3](QUADRANTS))).convert("RGB")
+    packet = picture_files.xmp(6, **style)
+    options: dict[str, object] = {"exif": exif, "lossless": True} if form == "WEBP" else {"exif": exif}
+    data = encoded(stored, form, **options, **({"xmp": packet} if form in ("JPEG", "WEBP") else {}))
+    if form == "PNG":
+        data = data[:33] + picture_files.chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + packet) + data[33:]
+    assert np.abs(Picture.decode(data).pixels[:, :, 0].astype(int) - QUADRANTS).max() <= 8
+
+
+def test_what_imagemagick_puts_into_texts_of_png_is_followed() -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    stored = Image.fromarray(np.ascontiguousarray(AS_STORED[6](QUADRANTS))).convert("RGB")
+    plain = encoded(stored)
+    for name, content in ((b"exif", exif.tobytes()), (b"xmp", picture_files.xmp(6))):
+        text = b"\n%s\n%8d\n%s\n" % (name, len(content), content.hex().encode())
+        chunk = picture_files.chunk(b"zTXt", b"Raw profile type " + name + b"\0\0" + zlib.compress(text))
+        for data in (plain[:33] + chunk + plain[33:], plain[:-12] + chunk + plain[-12:]):
+            np.testing.assert_array_equal(Picture.decode(data).pixels[:, :, 0], QUADRANTS)
+
+
+SHORT, LONG = 3, 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "value", "turned"),
+    [
+        (SHORT, 1, b"\6\0", True),
+        (LONG, 1, b"\6\0\0\0", True),
+        (SHORT, 1, b"\0\0", False),
+        (SHORT, 1, b"\x09\0", False),
+        (SHORT, 2, b"\6\0\3\0", True),
+        (2, 2, b"6\0", False),
+        (5, 1, b"\0\0\0\x99", False),
+        (7, 1, b"\6", False),
+        (11, 1, struct.pack("<f", 6.0), False),
+        (99, 1, b"\6", False),
+    ],
+)
+def test_an_orientation_counts_if_it_is_a_number_from_1_to_8(kind: int, count: int, value: bytes, turned: bool) -> None:
+    entry = struct.pack("<HHI", 0x0112, kind, count) + value.ljust(4, b"\0")
+    exif = b"II*\0\x08\0\0\0\1\0" + entry + b"\0\0\0\0"
+    for data in (
+        encoded(Image.new("RGB", (8, 4)), "JPEG", exif=b"Exif\0\0" + exif),
+        encoded(Image.new("RGB", (8, 4)), "WEBP", exif=exif),
+        encoded(Image.new("RGB", (8, 4)), "PNG", exif=exif),
+    ):
+        assert Picture.decode(data).width == (4 if turned else 8)
 
 
 def test_broken_metadata_does_not_spoil_a_picture() -> None:
