@@ -83,6 +83,13 @@ def seconds(text: str) -> float:
     return _quantity(text, _SECONDS, "a duration such as 90s, 15m or 1h")
 
 
+def seconds_or_off(text: str) -> float | None:
+    """Seconds as for :func:`seconds`; None for ``off``."""
+    if text.strip() == "off":
+        return None
+    return _quantity(text, _SECONDS, "a duration such as 90s, 15m or 1h, or off")
+
+
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     """A whole number in a range."""
 

@@ -5,21 +5,38 @@ Each check is made again where what it looks at is used: files and ports can cha
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from vflow_server.access.certificates import CertificateFiles
 from vflow_server.access.tokens import read_token_file
+from vflow_server.rpc.errors import ServiceError
 from vflow_server.rpc.listener import check_port
 from vflow_server.settings import Settings
 from vflow_server.store.folder_lock import lock_data, lock_spill
 from vflowopt.models.error import ModelError
 from vflowopt.models.model_folder import check_model_folder
 
+_MAY_PASS = {
+    getattr(errno, name)
+    for name in "EADDRINUSE EADDRNOTAVAIL EBUSY ENOSPC EDQUOT EMFILE ENFILE ENOMEM EIO EAGAIN ESTALE ETIMEDOUT".split()
+}
+"""Errors that may be gone when the service is started again."""
+
 
 class StartError(Exception):
-    """The service cannot start; the message says why and what to do."""
+    """The service cannot start; the message says why and what to do.
+
+    Args:
+        message: the message.
+        may_pass: whether it may be able to start later, without any change to its settings.
+    """
+
+    def __init__(self, message: str, *, may_pass: bool = False) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
 
 
 def check(settings: Settings) -> None:
@@ -50,11 +67,15 @@ def start_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        may_pass = error.errno in _MAY_PASS
         if error.filename is None:  # our own words
-            raise StartError(str(error)) from error
+            raise StartError(error.strerror or str(error), may_pass=may_pass) from error
         raise StartError(
-            f"{error.filename} cannot be used ({error.strerror}); choose another path, or mend its rights"
+            f"{error.filename} cannot be used ({error.strerror}); choose another path, or mend its rights",
+            may_pass=may_pass,
         ) from error
+    except ServiceError as error:  # the data folder cannot be read or written
+        raise StartError(str(error), may_pass=True) from error
     except (ModelError, ValueError) as error:
         raise StartError(str(error)) from error
 

@@ -25,6 +25,7 @@ from vflow_server.option import (
     one_of,
     option,
     seconds,
+    seconds_or_off,
     size,
     size_or_share,
     switch,
@@ -286,6 +287,14 @@ class Settings:
         "serve a page with sessions, receipts and pictures at / of the metrics port, on this machine only",
         switch,
         metavar="on|off",
+    )
+    watchdog_timeout: float | None = option(
+        Group.MONITORING,
+        "2m",
+        "end the process when a thread or task that the service needs stands still at its work for this long, or "
+        "computes on one piece of it for ten times as long; `off`: never",
+        seconds_or_off,
+        metavar="TIME",
     )
     otlp_endpoint: str | None = option(
         Group.MONITORING,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TypeVar
 
 import torch
 
 from vflow_server.engine.ops import Encode
+from vflow_server.watchdog.pulse import PulsedExecutor
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.runtime.model_runner import Runtime
 
@@ -24,11 +25,15 @@ class EncoderThread:
 
     Args:
         runtime: the model.
+
+    Attributes:
+        pulse: the pulse of the thread; beats once for each piece of work.
     """
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._thread = ThreadPoolExecutor(1, "encoder")
+        self._thread = PulsedExecutor("vflow-encoder")
+        self.pulse = self._thread.pulse
 
     def compress(self, ops: Sequence[Encode], *, threads: int) -> Future[list[CompressedImage]]:
         """Encode pictures in one batch and compress them.

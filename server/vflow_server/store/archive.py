@@ -35,6 +35,7 @@ class Archive:
 
     Attributes:
         pictures: the files of pictures; for the archive's thread only.
+        pulse: the pulse of the journal's thread.
         room: bytes that were left of the bound when it was last measured, for caches. May be read by any thread.
 
     Raises:
@@ -52,6 +53,7 @@ class Archive:
         try:
             self.pictures = PictureFolder(folder / PICTURES)
             self._journal = Journal(folder / JOURNAL, self._committed, metrics)
+            self.pulse = self._journal.pulse
         except BaseException:
             self._lock.close()
             raise

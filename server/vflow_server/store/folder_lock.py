@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 from pathlib import Path
 from typing import TextIO
@@ -40,5 +41,5 @@ def _lock(folder: Path, name: str, option: str) -> TextIO:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         lock.close()
-        raise OSError(f"another process uses the folder {folder}; give each its own {option}") from error
+        raise OSError(errno.EBUSY, f"another process uses the folder {folder}; give each its own {option}") from error
     return lock

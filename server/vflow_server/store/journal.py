@@ -24,6 +24,7 @@ import structlog
 from vflow_server.rpc.errors import storage_failed
 from vflow_server.store.files import WrittenByNewerRelease, set_aside
 from vflow_server.telemetry.metrics import Metrics
+from vflow_server.watchdog.pulse import Pulse
 
 R = TypeVar("R")
 
@@ -107,6 +108,9 @@ class Journal:
         committed: called in the journal's thread after each commit, with the connection.
         metrics: counts commits; None: not counted.
 
+    Attributes:
+        pulse: the pulse of the thread; beats once for each transaction.
+
     Raises:
         WrittenByNewerRelease: a newer release wrote the file, which stays unchanged.
         OSError: the file cannot be opened or written.
@@ -132,6 +136,7 @@ class Journal:
             self._connection = _open(file)
         self._identity = _identity(file)
         self._queue: SimpleQueue[_Submission[Any] | None] = SimpleQueue()
+        self.pulse = Pulse()
         self._thread = threading.Thread(target=self._run, name="vflow-journal", daemon=True)
         self._thread.start()
 
@@ -154,9 +159,12 @@ class Journal:
         self._connection.close()
 
     def _run(self) -> None:
+        self.pulse.begin()
         going = True
         while going:
+            self.pulse.rest()
             batch = [self._queue.get()]
+            self.pulse.beat()
             while len(batch) < _TOGETHER and not self._queue.empty():
                 batch.append(self._queue.get())
             going = None not in batch
