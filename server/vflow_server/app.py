@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from vflow_server.exit_code import FAILED
 from vflow_server.kv.memory import available_memory
 from vflow_server.preflight import StartError, start_errors
+from vflow_server.rpc.errors import ServiceError
 from vflow_server.rpc.listener import address
 from vflow_server.service import Service
 from vflow_server.settings import Settings
@@ -87,9 +88,12 @@ def _kv_budget(settings: Settings, device: torch.device) -> int:
 async def _serve(runtime: Runtime, settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
-    with start_errors():
-        service = Service(runtime, settings, on_failure=lambda: _end_within(settings.grace + MARGIN))
-        port = await service.start()
+    try:
+        with start_errors():
+            service = Service(runtime, settings, on_failure=lambda: _end_within(settings.grace + MARGIN))
+            port = await service.start()
+    except ServiceError as error:  # the data folder cannot be read or written
+        raise StartError(str(error), may_pass=True) from error
     numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup wants it
     for number in numbers:
         loop.add_signal_handler(number, stop.set)

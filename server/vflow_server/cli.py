@@ -160,8 +160,8 @@ def _serve(settings: Settings) -> int:
     log = structlog.get_logger(__name__)
     try:
         _stop_at_signals()
-        log.info("starting", version=version("vflowopt"), model=settings.model or "embedded", device=settings.device)
         check(settings)
+        log.info("starting", version=version("vflowopt"), model=settings.model or "embedded", device=settings.device)
         # The model's libraries take seconds to import; nothing above waits for them.
         from vflow_server.app import ServiceFailed, run
 

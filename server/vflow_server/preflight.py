@@ -12,7 +12,6 @@ from pathlib import Path
 
 from vflow_server.access.certificates import CertificateFiles
 from vflow_server.access.tokens import read_token_file
-from vflow_server.rpc.errors import ServiceError
 from vflow_server.rpc.listener import check_port
 from vflow_server.settings import Settings
 from vflow_server.store.folder_lock import lock_data, lock_spill
@@ -74,8 +73,6 @@ def start_errors() -> Iterator[None]:
             f"{error.filename} cannot be used ({error.strerror}); choose another path, or mend its rights",
             may_pass=may_pass,
         ) from error
-    except ServiceError as error:  # the data folder cannot be read or written
-        raise StartError(str(error), may_pass=True) from error
     except (ModelError, ValueError) as error:
         raise StartError(str(error)) from error
 

@@ -381,6 +381,7 @@ class Engine:
             with self._changed:
                 while self._open and not self._woken:
                     self._changed.wait()
+            self.pulse.beat()
 
     def _admit(self) -> list[Task]:
         """The tasks of the next round, in the order in which they began, but cancelled ones first."""

@@ -6,6 +6,7 @@ warnings and tracebacks, and the lines of native code and of child processes. A 
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import json
 import logging
@@ -30,6 +31,9 @@ MOST_FOREIGN = 100
 
 LONGEST_FOREIGN = 16 * 1024
 """Bytes after which a line of others is broken."""
+
+_LAST_WORDS = 2.0
+"""Seconds that the end of the process waits for the last lines."""
 
 log = structlog.get_logger(__name__)
 
@@ -80,6 +84,7 @@ def configure(log_format: str, log_level: str) -> None:
     threading.Thread(target=_forward, args=(foreign, others.put), name="vflow-stderr", daemon=True).start()
     faulthandler.enable(_unblocked(descriptor))  # a process that crashes cannot wait for a thread
     _log_exceptions()
+    atexit.register(flush, _LAST_WORDS)
     logging.captureWarnings(True)
     logging.basicConfig(handlers=[_Handler()], level=max(level, logging.WARNING), force=True)
 
