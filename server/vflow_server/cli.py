@@ -59,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flags = {name: getattr(parsed, name) for name in options() if getattr(parsed, name) is not None}
         settings = load(flags, os.environ, parsed.config)
     except OptionError as error:
-        return _refuse(error)
+        machine = parsed.command == "serve" and "json" in (parsed.log_format, os.environ.get("VFLOW_LOG_FORMAT"))
+        return _refuse(error, machine=machine)
     return _serve(settings)
 
 

@@ -10,13 +10,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import structlog
+
 from vflow_server.access.certificates import CertificateFiles
 from vflow_server.access.tokens import read_token_file
-from vflow_server.rpc.listener import check_port
+from vflow_server.rpc.listener import check_port, is_loopback
 from vflow_server.settings import Settings
 from vflow_server.store.folder_lock import lock_data, lock_spill
 from vflowopt.models.error import ModelError
 from vflowopt.models.model_folder import check_model_folder
+
+log = structlog.get_logger(__name__)
 
 _MAY_PASS = {
     getattr(errno, name)
@@ -46,6 +50,7 @@ def check(settings: Settings) -> None:
     Raises:
         StartError: the service could not start with these settings, as things are.
     """
+    _warn(settings)
     with start_errors():
         if settings.model is not None:
             check_model_folder(settings.model)
@@ -75,6 +80,14 @@ def start_errors() -> Iterator[None]:
         ) from error
     except (ModelError, ValueError) as error:
         raise StartError(str(error)) from error
+
+
+def _warn(settings: Settings) -> None:
+    """Say what is allowed, but may not be meant."""
+    if settings.tokens is not None and settings.insecure:
+        log.warning("--insecure has no effect: there are tokens, and every call must bring one")
+    elif settings.insecure and not is_loopback(settings.host):
+        log.warning("everybody who reaches the service may do everything: --insecure is on", host=settings.host)
 
 
 def _check_ports(settings: Settings) -> None:

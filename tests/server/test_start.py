@@ -107,9 +107,10 @@ MAY_PASS = re.compile("is the port taken|choose another with|another with --metr
 
 REFUSING = """
 import contextlib, io, json, sys
+import structlog
 from vflow_server.cli import main
 from vflow_server.telemetry import logging
-logging.configure = lambda *settings: None  # it is for the whole process
+logging.configure = lambda *settings: structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
 sys.modules["vflow_server.app"] = None  # what is not refused ends the process
 for line in sys.stdin:
     told = io.StringIO()
