@@ -62,7 +62,9 @@ def _load(settings: Settings) -> Runtime:
     try:
         loaded = load_model(model, device=settings.device, dtype=settings.dtype, quantization=settings.quantization)
         runtime = Runtime(loaded, kv_budget=_kv_budget(settings, loaded.device))
-    except (ModelError, ValueError) as error:
+    except ModelError as error:
+        raise StartError(str(error), may_pass=error.reason == "MODEL_UNREACHABLE") from error
+    except ValueError as error:
         raise StartError(str(error)) from error
     except (RuntimeError, MemoryError) as error:  # how torch says that memory is short, or a device not there
         reason = str(error).partition("\n")[0] or type(error).__name__

@@ -80,6 +80,13 @@ REFUSED: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "a model folder that is missing": (lambda place: ["--model", place.missing()], "there is no folder"),
     "a model folder without a model": (lambda place: ["--model", str(place.folder)], "no config.json"),
     "a torn configuration": (lambda place: ["--model", place.model("{")], "no model configuration can be read"),
+    "a name that is no model's": (lambda place: ["--model", "a model"], "neither a folder nor a hub id"),
+    "a hub that is not reached": (lambda place: ["--model", "owner/model"], "the hub cannot be reached (OfflineMode"),
+    "a device that is not there": (lambda place: ["--device", "cuda"], "--device is cuda, but this"),
+    "a package that is missing": (
+        lambda place: ["--quantization", "4bit"],
+        "needs bitsandbytes, which is not installed",
+    ),
     "an unknown family": (lambda place: ["--model", place.model('{"model_type": "gpt2"}')], "the family 'gpt2'"),
     "a certificate that is missing": (lambda place: place.tls(place.missing(), place.missing()), "cannot be read"),
     "a certificate that is none": (lambda place: place.tls(*[place.file("pem", "none")] * 2), "are not a certificate"),
@@ -102,7 +109,9 @@ REFUSED: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "a spill folder in use": (lambda place: ["--spill-dir", place.locked(KV_LOCK)], "give each its own --spill-dir"),
 }
 
-MAY_PASS = re.compile("is the port taken|choose another with|another with --metrics|cannot listen on|give each its own")
+MAY_PASS = re.compile(
+    "is the port taken|choose another with|another with --metrics|hub cannot|cannot listen on|give each its own"
+)
 """What is refused now may be accepted later: whoever runs the service should try again."""
 
 REFUSING = """
@@ -110,6 +119,7 @@ import contextlib, io, json, sys
 import structlog
 from vflow_server.cli import main
 from vflow_server.telemetry import logging
+sys.modules["bitsandbytes"] = None
 logging.configure = lambda *settings: structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
 sys.modules["vflow_server.app"] = None  # what is not refused ends the process
 for line in sys.stdin:

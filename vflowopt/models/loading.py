@@ -14,7 +14,7 @@ from transformers.image_processing_backends import PilBackend
 from vflowopt.models.error import ModelError
 from vflowopt.models.families import FAMILIES
 from vflowopt.models.interface import MultimodalModel
-from vflowopt.models.model_folder import check_family, check_model_folder, first_line, unreadable_configuration
+from vflowopt.models.model_folder import check_family, find_model, first_line, unreadable_configuration
 from vflowopt.models.quantization import quantization as quantization_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,7 +44,7 @@ def load_model(
         raise ModelError(
             "MODEL_UNSUPPORTED", f"device is {device!r} but this torch sees no GPU; use device 'cpu' or a CUDA build"
         )
-    check_model_folder(model)
+    model = find_model(model)
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
