@@ -170,6 +170,8 @@ def _serve(settings: Settings) -> int:
             run(settings)
         except ServiceFailed:  # the log says why
             return FAILED
+    except _StoppedAtStart:
+        log.info("stopped before it was ready")
     except StartError as error:
         logging.refuse(str(error), machine=settings.log_format == "json")
         return NOT_NOW if error.may_pass else USAGE
@@ -181,13 +183,17 @@ def _serve(settings: Settings) -> int:
     return STOPPED
 
 
+class _StoppedAtStart(BaseException):
+    """A signal came before the service was ready. No library takes this for an error that it may handle."""
+
+
 def _stop_at_signals() -> None:
     """Let signals end the start, during which there is nothing to wait for. A second one ends it in any case."""
 
     def stop(number: int, frame: object) -> None:
         for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(each, signal.SIG_DFL)
-        sys.exit(STOPPED)
+        raise _StoppedAtStart
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
