@@ -8,8 +8,9 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from vflow_client import terminal
 from vflow_client.commands import retune, strategies
@@ -59,8 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flags = {name: getattr(parsed, name) for name in options() if getattr(parsed, name) is not None}
         settings = load(flags, os.environ, parsed.config)
     except OptionError as error:
-        machine = parsed.command == "serve" and "json" in (parsed.log_format, os.environ.get("VFLOW_LOG_FORMAT"))
-        return _refuse(error, machine=machine)
+        return _refuse(error)
     return _serve(settings)
 
 
@@ -78,7 +78,7 @@ def _open_standard_streams() -> None:
 
 def command_parser() -> argparse.ArgumentParser:
     """The arguments of ``vflow`` and of all its commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="vflow",
         usage="vflow [-h] [--version] COMMAND ...",
         description="Conversations about pictures on a small KV cache: every picture is pruned once.\n\n" + _overview(),
@@ -200,8 +200,26 @@ def _stop_at_signals() -> None:
             signal.signal(number, stop)
 
 
-def _refuse(error: Exception, *, machine: bool = False) -> int:
+def _refuse(error: Exception) -> int:
     from vflow_server.telemetry.logging import refuse
 
-    refuse(str(error), machine=machine)
+    refuse(str(error), machine=_logs_json())
     return USAGE
+
+
+def _logs_json() -> bool:
+    """Whether this process was started to serve and to log JSON, before it is known what else it was told."""
+    given = sys.argv[1:]
+    flags = {*given, *map("=".join, pairwise(given))}
+    format_of_variable = os.environ.get(f"{ENVIRONMENT_PREFIX}LOG_FORMAT", "").strip()
+    return given[:1] == ["serve"] and ("--log-format=json" in flags or format_of_variable == "json")
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors have the form of the log."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and exit."""
+        if _logs_json():
+            self.exit(_refuse(ValueError(message)))
+        super().error(message)

@@ -239,3 +239,12 @@ os._exit(all(os.fstat(number) for number in range(3)) and os.path.samestat(os.fs
 def test_nothing_takes_the_number_of_a_closed_stream() -> None:
     ended = subprocess.run([sys.executable, "-c", STREAMLESS], preexec_fn=lambda: os.closerange(0, 3), timeout=60)
     assert ended.returncode == 1
+
+
+@pytest.mark.parametrize("wrong", [["--port", "none"], ["--prot", "1"], ["--port"], ["--data", "/proc/vflow"]])
+def test_a_refusal_has_the_form_of_the_log(wrong: list[str]) -> None:
+    command = [sys.executable, "-m", "vflow_server", "serve", "--log-format", "json", *wrong]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and ended.stdout == ""
+    (line,) = ended.stderr.splitlines()
+    assert json.loads(line)["level"] == "error"
