@@ -24,8 +24,8 @@ from vflow_server.cli import main
 for line in sys.stdin:
     log, before, *arguments = json.loads(line)
     if not (process := os.fork()):
-        exec(before)
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        exec(before)
         os._exit(main(arguments))
     print(process, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)

@@ -148,8 +148,15 @@ def test_a_logger_that_is_entered_again_does_not_lock_up() -> None:
     """As by a finalizer that logs while its thread is putting a line."""
     receiver = Receiver()
     sink = LogSink(receiver.writing, lost)
-    with sink._lock:
-        sink.put("within")
+
+    def put() -> None:
+        with sink._lock:
+            sink.put("within")
+
+    putting = threading.Thread(target=put, daemon=True)
+    putting.start()
+    putting.join(5)
+    assert not putting.is_alive()
     assert sink.flush(5) and receiver.lines() == ["within"]
 
 
@@ -218,12 +225,19 @@ def test_all_that_the_process_writes_has_the_form_of_the_log(log_format: str) ->
 
 
 def test_a_closed_standard_input_does_not_matter(parent: Parent, model_folder: Path, tmp_path: Path) -> None:
-    """Its number is the lowest: gRPC would get it, and abort."""
+    """Its number is the lowest, so the next file or socket would get it."""
     server = RestartableServer(
-        parent, tmp_path / "log", "import os; os.close(0)", model=model_folder, kv_budget="32MiB"
+        parent,
+        tmp_path / "log",
+        "import os; os.close(0)",
+        model=model_folder,
+        kv_budget="32MiB",
+        metrics_port=free_port(),
     )
     with server.client() as client:
         client.session().ask("Hello", max_new_tokens=2).read()
+    for _ in range(3):
+        assert server.gauges()["vflow_engine_up"] == 1
     stop(server)
 
 
@@ -232,13 +246,13 @@ import os, sys
 from vflow_server.cli import main
 sys.modules["vflow_server.app"] = None
 main(["serve", "--port", "0"])
-os._exit(all(os.fstat(number) for number in range(3)) and os.path.samestat(os.fstat(0), os.stat(os.devnull)))
+os._exit(7 if all(os.path.samestat(os.fstat(number), os.stat(os.devnull)) for number in (0, 1)) else 1)
 """
 
 
 def test_nothing_takes_the_number_of_a_closed_stream() -> None:
     ended = subprocess.run([sys.executable, "-c", STREAMLESS], preexec_fn=lambda: os.closerange(0, 3), timeout=60)
-    assert ended.returncode == 1
+    assert ended.returncode == 7
 
 
 @pytest.mark.parametrize("wrong", [["--port", "none"], ["--prot", "1"], ["--port"], ["--data", "/proc/vflow"]])

@@ -91,7 +91,12 @@ def test_a_part_that_fails_ends_the_process(
         except grpc.RpcError:  # as when the event loop stands still: nothing can be said
             last = health_pb2.HealthCheckResponse.NOT_SERVING
         assert last == health_pb2.HealthCheckResponse.NOT_SERVING
-        assert server.ended() == FAILED
+        ended = callers.submit(server.ended)
+        try:
+            assert ended.result(30) == FAILED
+        finally:
+            if not ended.done():
+                server.process.kill()
         calling.result()
     if part != "log":
         (told,) = [line for line in server.logged() if line["event"] == "a part that the service needs has failed"]
