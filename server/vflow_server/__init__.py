@@ -20,6 +20,7 @@ The files of this package are the command ``vflow`` (``cli``), its settings, and
 ``interceptors``  what surrounds every call: metrics, traces, access, draining
 ``access``        tokens, certificates and tenants
 ``telemetry``     metrics, traces and logs, for any part to report to
+``watchdog``      notices when a thread or a task that the service needs has ended, or stands still
 ``rpc``           errors, resource names, pages, and the gRPC servers
 ================  ====================================================================================
 """

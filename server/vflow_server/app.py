@@ -3,34 +3,48 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import threading
+import time
 
 import structlog
 import torch
 import uvloop
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging as transformers_logging
 
+from vflow_server.exit_code import FAILED
 from vflow_server.kv.memory import available_memory
 from vflow_server.preflight import StartError, start_errors
+from vflow_server.rpc.errors import ServiceError
+from vflow_server.rpc.listener import address
 from vflow_server.service import Service
 from vflow_server.settings import Settings
+from vflow_server.telemetry.logging import flush
 from vflowopt.demo import model_path
 from vflowopt.models.error import ModelError
 from vflowopt.models.loading import load_model
 from vflowopt.runtime.model_runner import Runtime
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals that stop the service gracefully. SIGHUP says that the terminal is gone: files that change are read again
+without it."""
+
+MARGIN = 8.0
+"""Seconds beyond the grace after which a process that should stop is ended in any case."""
+
 log = structlog.get_logger(__name__)
 
 
-class EngineDied(Exception):
-    """The engine ended by a fault; whoever runs the process should start it again. The log says what happened."""
+class ServiceFailed(Exception):
+    """The service has failed; whoever runs the process should start it again. The log says what happened."""
 
 
 def run(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT; a second signal does not wait.
+    """Serve until a signal to stop; a second signal does not wait.
 
     Raises:
-        EngineDied: nothing can be served any more.
+        ServiceFailed: a part that the service needs has failed.
         StartError: the model cannot be served, or the address cannot be listened on.
     """
     if settings.threads is not None:
@@ -41,18 +55,24 @@ def run(settings: Settings) -> None:
 def _load(settings: Settings) -> Runtime:
     model = settings.model or str(model_path())
     log.info("loading the model", model=model, device=settings.device, dtype=settings.dtype)
-    disable_progress_bar()  # it would stand between the lines of the log
+    # The library's log goes where ours goes, without bars of progress between the lines.
+    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
     try:
         loaded = load_model(model, device=settings.device, dtype=settings.dtype, quantization=settings.quantization)
         runtime = Runtime(loaded, kv_budget=_kv_budget(settings, loaded.device))
         revision = runtime.revision
-    except (ModelError, ValueError) as error:
+    except ModelError as error:
+        raise StartError(str(error), may_pass=error.reason == "MODEL_UNREACHABLE") from error
+    except ValueError as error:
         raise StartError(str(error)) from error
-    except RuntimeError as error:  # how torch says that memory is short, or a device not there
-        reason = str(error).partition("\n")[0]
+    except (RuntimeError, MemoryError) as error:  # how torch says that memory is short, or a device not there
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise StartError(
             f"the model and a KV cache of {settings.kv_budget} cannot be set up on {settings.device} ({reason}); "
-            "check --device, or lower --kv-budget"
+            "check --device, or lower --kv-budget",
+            may_pass=True,
         ) from error
     log.info("model loaded", revision=revision, layers=runtime.layers, kv_bytes=runtime.pool.bytes_total)
     return runtime
@@ -71,13 +91,17 @@ def _kv_budget(settings: Settings, device: torch.device) -> int:
 async def _serve(runtime: Runtime, settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    try:
+        with start_errors():
+            service = Service(runtime, settings, on_failure=lambda: _end_within(settings.grace + MARGIN))
+            port = await service.start()
+    except ServiceError as error:  # the data folder cannot be read or written
+        raise StartError(str(error), may_pass=True) from error
+    numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup wants it
+    for number in numbers:
         loop.add_signal_handler(number, stop.set)
-    with start_errors():
-        service = Service(runtime, settings)
-        port = await service.start()
     # Standard output carries this line alone: whoever started the process reads from it where to call.
-    print(f"VFlow is ready on {settings.host}:{port}", flush=True)
+    _announce(f"VFlow is ready on {address(settings.host, port)}\n")
     log.info(
         "ready", host=settings.host, port=port, admin_port=service.admin_port, strategy=service.strategies.active.name
     )
@@ -85,10 +109,36 @@ async def _serve(runtime: Runtime, settings: Settings) -> None:
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     for wait in waits:
         wait.cancel()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in numbers:
         loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process
     log.info("stopping", grace=settings.grace)
+    _end_within(settings.grace + MARGIN)
     await service.stop()
     log.info("stopped")
     if service.failed.is_set():
-        raise EngineDied
+        raise ServiceFailed
+
+
+def _announce(line: str) -> None:
+    """Write ``line`` to standard output, whoever reads it or does not."""
+
+    def write() -> None:
+        try:
+            os.write(1, line.encode())
+        except OSError as error:
+            log.warning("standard output cannot be written", because=error.strerror)
+
+    threading.Thread(target=write, name="vflow-stdout", daemon=True).start()
+
+
+def _end_within(seconds: float) -> None:
+    """End the process as failed if it has not ended after ``seconds``, even if its event loop stands still."""
+
+    def end() -> None:
+        time.sleep(seconds)
+        log.critical("the process did not stop in time and is ended", seconds=seconds)
+        flush(1.0)
+        os._exit(FAILED)
+
+    threading.Thread(target=end, name="vflow-end", daemon=True).start()

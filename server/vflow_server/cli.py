@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from vflow_client import terminal
 from vflow_client.commands import retune, strategies
 from vflow_server import health_command, token_command
+from vflow_server.exit_code import FAILED, NOT_NOW, STOPPED, USAGE
 from vflow_server.option import OptionError, switch
 from vflow_server.settings import CONFIG_VARIABLE, ENVIRONMENT_PREFIX, Group, Settings, load, options
 
-USAGE = 2
-"""Exit code for wrong arguments or settings."""
+_LAST_WORDS = 2.0
+"""Seconds in which the last lines of the log must be written; nobody may be reading it."""
 
 _CLIENTS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "chat": terminal.run,
@@ -45,6 +48,7 @@ _COMMANDS: Mapping[str, Mapping[str, str]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
+    _open_standard_streams()
     parsed = command_parser().parse_args(arguments)
     if parsed.command in _CLIENTS:
         return _CLIENTS[parsed.command](parsed)
@@ -60,9 +64,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _serve(settings)
 
 
+def _open_standard_streams() -> None:
+    """Open what is closed of the three standard streams, so that no file or socket takes its number and is written to,
+    or read from, by mistake."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            if getattr(sys, name) is None:
+                setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+
+
 def command_parser() -> argparse.ArgumentParser:
     """The arguments of ``vflow`` and of all its commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="vflow",
         usage="vflow [-h] [--version] COMMAND ...",
         description="Conversations about pictures on a small KV cache: every picture is pruned once.\n\n" + _overview(),
@@ -139,28 +155,71 @@ def _serve(settings: Settings) -> int:
     import structlog
 
     from vflow_server.preflight import StartError, check
-    from vflow_server.telemetry.logging import configure
+    from vflow_server.telemetry import logging
 
+    logging.configure(settings.log_format, settings.log_level)
+    log = structlog.get_logger(__name__)
     try:
+        _stop_at_signals()
         check(settings)
-    except StartError as error:
-        return _refuse(error)
-    configure(settings.log_format, settings.log_level)
-    structlog.get_logger(__name__).info(
-        "starting", version=version("vflowopt"), model=settings.model or "embedded", device=settings.device
-    )
-    # The model's libraries take seconds to import; nothing above waits for them.
-    from vflow_server.app import EngineDied, run
+        log.info("starting", version=version("vflowopt"), model=settings.model or "embedded", device=settings.device)
+        # The model's libraries take seconds to import; nothing above waits for them.
+        from vflow_server.app import ServiceFailed, run
 
-    try:
-        run(settings)
+        try:
+            run(settings)
+        except ServiceFailed:  # the log says why
+            return FAILED
+    except _StoppedAtStart:
+        log.info("stopped before it was ready")
     except StartError as error:
-        return _refuse(error)
-    except EngineDied:  # the log says why; a supervisor sees the exit code and restarts the service
-        return 1
-    return 0
+        logging.refuse(str(error), machine=settings.log_format == "json")
+        return NOT_NOW if error.may_pass else USAGE
+    except Exception:
+        log.critical("the service failed", exc_info=True)
+        return FAILED
+    finally:
+        logging.flush(_LAST_WORDS)
+    return STOPPED
+
+
+class _StoppedAtStart(BaseException):
+    """A signal came before the service was ready. No library takes this for an error that it may handle."""
+
+
+def _stop_at_signals() -> None:
+    """Let signals end the start, during which there is nothing to wait for. A second one ends it in any case."""
+
+    def stop(number: int, frame: object) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(each, signal.SIG_DFL)
+        raise _StoppedAtStart
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop)
 
 
 def _refuse(error: Exception) -> int:
-    print(f"vflow: {error}", file=sys.stderr)
+    from vflow_server.telemetry.logging import refuse
+
+    refuse(str(error), machine=_logs_json())
     return USAGE
+
+
+def _logs_json() -> bool:
+    """Whether this process was started to serve and to log JSON, before it is known what else it was told."""
+    given = sys.argv[1:]
+    flags = {*given, *map("=".join, pairwise(given))}
+    format_of_variable = os.environ.get(f"{ENVIRONMENT_PREFIX}LOG_FORMAT", "").strip()
+    return given[:1] == ["serve"] and ("--log-format=json" in flags or format_of_variable == "json")
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors have the form of the log."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and exit."""
+        if _logs_json():
+            self.exit(_refuse(ValueError(message)))
+        super().error(message)

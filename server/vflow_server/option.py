@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -83,6 +84,13 @@ def seconds(text: str) -> float:
     return _quantity(text, _SECONDS, "a duration such as 90s, 15m or 1h")
 
 
+def seconds_or_off(text: str) -> float | None:
+    """Seconds as for :func:`seconds`; None for ``off``."""
+    if text.strip() == "off":
+        return None
+    return _quantity(text, _SECONDS, "a duration such as 90s, 15m or 1h, or off")
+
+
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     """A whole number in a range."""
 
@@ -126,6 +134,21 @@ def one_of(choices: Sequence[str]) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def host_name(text: str) -> str:
+    """An address or a name without a port; an IPv6 address may stand in brackets, as it does before a port."""
+    host = text.strip()
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    expected = "expected an address such as 127.0.0.1, 0.0.0.0 or ::1, or a host name, without a port"
+    if ":" in host:
+        try:
+            ipaddress.IPv6Address(bare)
+        except ValueError:
+            raise ValueError(expected) from None
+    elif bare != host or not re.fullmatch(r"[\w.-]+", host):
+        raise ValueError(expected)
+    return bare
 
 
 def device_name(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -57,12 +57,14 @@ from vflow_server.store.archive import Archive
 from vflow_server.store.folder_lock import lock_data
 from vflow_server.strategies.comparisons import Comparisons
 from vflow_server.strategies.strategies import StrategyStore
+from vflow_server.telemetry import logging
 from vflow_server.telemetry.metrics import Metrics
 from vflow_server.telemetry.receipt_log import ReceiptLog
 from vflow_server.telemetry.tracing import Tracing
 from vflow_server.tuning.fidelity_monitor import FidelityMonitor
 from vflow_server.tuning.operations import OperationStore
 from vflow_server.tuning.retune import Retunes
+from vflow_server.watchdog.watchdog import Watchdog
 from vflowopt.media.picture import PictureLimits
 from vflowopt.runtime.model_runner import Runtime
 
@@ -95,9 +97,10 @@ class Service:
     Args:
         runtime: the model; nothing else may use it while the service runs.
         settings: how to serve it.
+        on_failure: called once, in any thread, when the service has failed. Its event loop may stand still by then.
 
     Attributes:
-        failed: set when the engine has died, and the service can answer nothing any more.
+        failed: set when a thread or a task that the service needs has ended or stands still.
         admin_port: port of the services for administrators, once they listen, if it is a separate one.
         side_port: port of the HTTP pages, once they listen.
 
@@ -107,8 +110,10 @@ class Service:
         ServiceError: STORAGE_FAILED.
     """
 
-    def __init__(self, runtime: Runtime, settings: Settings) -> None:
+    def __init__(self, runtime: Runtime, settings: Settings, on_failure: Callable[[], None] = lambda: None) -> None:
         self.settings = settings
+        self._on_failure = on_failure
+        self.watchdog = Watchdog(settings.watchdog_timeout, self._failed)
         self.access = Access(settings.tokens)
         self.metrics = Metrics()
         self.tracing = _tracing_to(settings.otlp_endpoint)
@@ -128,11 +133,12 @@ class Service:
                 self._data.close()
             raise
         self.runtime = runtime
+        self._spill = self._spill_folder()
         self.images = ImageCache(settings.compressed_memory, runtime.model.device)
         self.kv = KVCacheManager(
             runtime,
             PrefixCache(MAX_PREFIXES),
-            OffloadStore(settings.offload_memory, self._spill_folder()),
+            OffloadStore(settings.offload_memory, self._spill),
             LoggedImages(settings.compressed_memory),
             self.metrics,
         )
@@ -195,6 +201,7 @@ class Service:
             access=self.access,
         )
         self.metrics.registry.register(Gauges(self.parts))
+        self._watch_threads()
         self.failed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._health = health.aio.HealthServicer()
@@ -218,14 +225,21 @@ class Service:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         for listener in self._listeners:
             await listener.start()
-        self._forever = [
-            asyncio.create_task(self.sessions.expire_forever()),
-            asyncio.create_task(self.fidelity_monitor.watch_forever()),
-        ]
+        expiry = asyncio.create_task(self.sessions.expire_forever())
+        monitor = asyncio.create_task(self.fidelity_monitor.watch_forever())
+        self._forever = [expiry, monitor]
+        self.watchdog.watch_task("expiry of sessions", expiry, self.sessions.expiry_pulse)
+        self.watchdog.watch_task("fidelity monitor", monitor)
+        for listener in self._listeners:
+            self.watchdog.watch_task("gRPC server", asyncio.create_task(listener.ended()))
+        if self._side_port is not None:
+            self.watchdog.watch_task("side port", self._side_port.serving)
+        self.watchdog.start()
         return port
 
     async def stop(self, grace: float | None = None) -> None:
         """Accept no more calls, wait ``grace`` seconds for the running ones (default: the setting), and release all."""
+        self.watchdog.stop()
         await self._health.enter_graceful_shutdown()
         await self.retunes.close()  # before the calls that wait for it
         grace = self.settings.grace if grace is None else grace
@@ -348,10 +362,30 @@ class Service:
         self._side_port = SidePort(pages(self.parts, status_page=self.settings.status_page))
         return await self._side_port.start(host, port)
 
+    def _watch_threads(self) -> None:
+        watchdog = self.watchdog
+        watchdog.watch("engine", self.engine.pulse, computes=True)
+        watchdog.watch("encoder", self.encoder.pulse, computes=True)
+        watchdog.watch("tokenizer", self.tokenizer.pulse, computes=True)
+        if self.archive is not None:
+            watchdog.watch("journal", self.archive.pulse)
+        if self._spill is not None:
+            watchdog.watch("offloading to disk", self._spill.pulse, computes=True)
+        if (log_pulse := logging.log_pulse()) is not None:
+            watchdog.watch("log", log_pulse)
+
     def _engine_died(self) -> None:
-        """Report on the event loop that the service has failed. Called in the engine's thread."""
-        asyncio.run_coroutine_threadsafe(self._health.enter_graceful_shutdown(), self._loop)
-        self._loop.call_soon_threadsafe(self.failed.set)
+        """Called in the engine's thread, which has logged why."""
+        self.watchdog.fail("engine", "it died of an exception")
+        with suppress(RuntimeError):  # the event loop is closed
+            self._loop.call_soon_threadsafe(self.failed.set)  # also while the service stops
+
+    def _failed(self) -> None:
+        """Report that the service has failed. Called in any thread."""
+        self._on_failure()
+        with suppress(RuntimeError):  # the event loop is closed
+            asyncio.run_coroutine_threadsafe(self._health.enter_graceful_shutdown(), self._loop)
+            self._loop.call_soon_threadsafe(self.failed.set)
 
 
 def _tracing_to(endpoint: str | None) -> Tracing:

@@ -22,9 +22,11 @@ from vflow_server.option import (
     Share,
     device_name,
     fraction,
+    host_name,
     one_of,
     option,
     seconds,
+    seconds_or_off,
     size,
     size_or_share,
     switch,
@@ -76,9 +78,11 @@ class Settings:
         Group.MODEL, None, "CPU threads of the model (unset: torch decides)", whole(1), metavar="N"
     )
 
-    host: str = option(Group.LISTENING, "127.0.0.1", "address to listen on", metavar="HOST")
+    host: str = option(Group.LISTENING, "127.0.0.1", "address to listen on", host_name, metavar="HOST")
     port: int = option(Group.LISTENING, "50051", "port to listen on; 0 takes a free one", whole(0, 65535), metavar="N")
-    admin_host: str = option(Group.LISTENING, "127.0.0.1", "address of the port for administrators", metavar="HOST")
+    admin_host: str = option(
+        Group.LISTENING, "127.0.0.1", "address of the port for administrators", host_name, metavar="HOST"
+    )
     admin_port: int | None = option(
         Group.LISTENING,
         None,
@@ -272,7 +276,7 @@ class Settings:
         metavar="NAMES",
     )
 
-    metrics_host: str = option(Group.MONITORING, "127.0.0.1", "address of the metrics port", metavar="HOST")
+    metrics_host: str = option(Group.MONITORING, "127.0.0.1", "address of the metrics port", host_name, metavar="HOST")
     metrics_port: int | None = option(
         Group.MONITORING,
         None,
@@ -286,6 +290,14 @@ class Settings:
         "serve a page with sessions, receipts and pictures at / of the metrics port, on this machine only",
         switch,
         metavar="on|off",
+    )
+    watchdog_timeout: float | None = option(
+        Group.MONITORING,
+        "2m",
+        "end the process when a thread or task that the service needs stands still at its work for this long, or "
+        "computes on one piece of it for ten times as long; `off`: never",
+        seconds_or_off,
+        metavar="TIME",
     )
     otlp_endpoint: str | None = option(
         Group.MONITORING,
@@ -357,17 +369,26 @@ def load(flags: Mapping[str, str], environment: Mapping[str, str], file: Path | 
         variable = f"{ENVIRONMENT_PREFIX}{name.upper()}"
         if name in flags:
             source, text = f"--{name.replace('_', '-')}", flags[name]
-        elif environment.get(variable):
+        elif environment.get(variable, "").strip() or (variable in environment and _protects(declared)):
             source, text = variable, environment[variable]
         elif name in document:
             source, text = f"{name} in {file}", document[name]
         else:
             continue
+        if not text.strip():
+            hint = "serve without it" if _protects(declared) else f"have {declared.shown or 'none'}"
+            raise OptionError(f"{source} is empty; give a value, or leave it out to {hint}")
         try:
             values[name] = declared.parse(text)
         except ValueError as error:
             raise OptionError(f"{source} is {text!r}: {error}") from None
     return Settings(**values)
+
+
+def _protects(declared: Option) -> bool:
+    """Whether a service without this option is open to more callers, so that an empty variable is no way to leave it
+    out: it may have been meant to have a value. Elsewhere it is, because containers are often given empty variables."""
+    return declared.group == Group.ACCESS and declared.shown is None
 
 
 def _read(file: Path) -> dict[str, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import fcntl
 import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -57,9 +59,33 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _append(file: Path, line: str) -> None:
+    """Append ``line`` on a line of its own: all of it, or nothing. It is on the disk when this returns."""
     try:
-        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        with os.fdopen(descriptor, "w") as opened:
-            opened.write(line + "\n")
+        is_new = not file.exists()
+        with open(os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "r+b", buffering=0) as opened:
+            fcntl.flock(opened, fcntl.LOCK_EX)  # one line after the other
+            end = opened.seek(0, os.SEEK_END)
+            opened.seek(max(end - 1, 0))
+            content = f"{line}\n".encode()
+            if opened.read(1) not in (b"", b"\n"):
+                content = b"\n" + content  # otherwise it would belong to the last line
+            try:
+                if opened.write(content) != len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(opened.fileno())
+            except OSError:
+                os.ftruncate(opened.fileno(), end)
+                raise
+        if is_new:
+            _flush_folder(file.parent)
     except OSError as error:
         raise OptionError(f"{file} cannot be written: {error.strerror}") from None
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush the names in ``folder`` to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

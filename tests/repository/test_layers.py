@@ -24,6 +24,7 @@ SERVICE = (
     "interceptors",
     "access",
     "telemetry",
+    "watchdog",
     "rpc",
 )
 """The packages of the service from top to bottom. Above them all are the files of vflow_server itself, the wiring."""

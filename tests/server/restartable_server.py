@@ -22,9 +22,10 @@ import vflow_server.app
 from vflow_server.cli import main
 
 for line in sys.stdin:
-    log, *arguments = json.loads(line)
+    log, before, *arguments = json.loads(line)
     if not (process := os.fork()):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        exec(before)
         os._exit(main(arguments))
     print(process, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
@@ -49,9 +50,9 @@ class Parent:
         assert self._popen.stdin is not None and self._popen.stdout is not None
         self._stdin, self._stdout = self._popen.stdin, self._popen.stdout
 
-    def start(self, log: Path, arguments: Sequence[str]) -> None:
-        """Begin a copy that does the command ``vflow`` with ``arguments``."""
-        print(json.dumps([str(log), *arguments]), file=self._stdin, flush=True)
+    def start(self, log: Path, arguments: Sequence[str], before: str = "") -> None:
+        """Begin a copy that does the command ``vflow`` with ``arguments``, and the Python code ``before`` first."""
+        print(json.dumps([str(log), before, *arguments]), file=self._stdin, flush=True)
 
     def line(self) -> str:
         """The next line of the copy, or about it."""
@@ -71,11 +72,13 @@ class RestartableServer:
     Args:
         parent: whose copies are its lives; it has no others meanwhile.
         log: file that all its lives write their log to.
+        before: Python code that each life begins with, to break something.
         flags: of ``vflow serve``, by name.
     """
 
-    def __init__(self, parent: Parent, log: Path, **flags: object) -> None:
+    def __init__(self, parent: Parent, log: Path, before: str = "", **flags: object) -> None:
         self._parent = parent
+        self._before = before
         self._log = log
         self._metrics_port = flags.get("metrics_port")
         settings = {"port": 0, "threads": 1, "log_format": "json", **flags}
@@ -86,7 +89,7 @@ class RestartableServer:
 
     def start(self) -> None:
         """Live again."""
-        self._parent.start(self._log, self._arguments)
+        self._parent.start(self._log, self._arguments, self._before)
         self._process = int(self._parent.line())
         ready = self._parent.line()
         assert ready.startswith("VFlow is ready on "), self._log.read_text()

@@ -1,7 +1,10 @@
 """Access over a real channel: which callers are admitted, by their tokens."""
 
+import errno
+import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -17,10 +20,12 @@ from vflow_client import AdminRequired, TenantForbidden, Unauthenticated, VFlowE
 from vflow_client.v1.conversations_pb2 import ListSessionsRequest
 from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
 from vflow_server.access import watched_files
+from vflow_server.access.access import Access
 from vflow_server.access.caller import Caller
 from vflow_server.access.tokens import new_token, read_tokens
 from vflow_server.cli import main
 from vflow_server.option import OptionError
+from vflow_server.rpc.errors import ServiceError
 from vflow_server.settings import load
 
 USER, USER_ENTRY = new_token(Caller("red", admin=False))
@@ -139,11 +144,63 @@ def test_the_file_of_tokens_is_read_again_when_it_changes(
         assert refused.value.reason == "TOKEN_INVALID"
         answer.read()  # a call that was admitted may end
     assert opens(served, token=ADMIN)
-    for unusable in ("sha256=oops", ""):
-        file.write_text(unusable)
-        assert opens(served, token=ADMIN)
-    file.unlink()
     assert opens(served, token=ADMIN)
+
+
+UNUSABLE: dict[str, Callable[[Path], object]] = {
+    "it has lost its last line": lambda file: file.write_text(""),
+    "it holds comments only": lambda file: file.write_text("# nobody\n"),
+    "it is removed": lambda file: file.unlink(),
+    "its folder is removed": lambda file: file.parent.rename(file.parent.with_name("elsewhere")),
+    "it is a folder": lambda file: (file.unlink(), file.mkdir()),
+    "its line is broken": lambda file: file.write_text(USER_ENTRY.line()[:-3]),
+    "its line is there twice": lambda file: file.write_text(f"{USER_ENTRY.line()}\n" * 2),
+    "it is no text": lambda file: file.write_bytes(b"\xff\xfe" + USER_ENTRY.line().encode("utf-16-le")),
+}
+
+
+@pytest.mark.parametrize("change", UNUSABLE.values(), ids=UNUSABLE)
+def test_a_token_whose_line_cannot_be_read_any_more_is_refused(
+    change: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watched_files, "LOOK_EVERY", 0.0)
+    (folder := tmp_path / "folder").mkdir()
+    file = folder / "tokens"
+    file.write_text(USER_ENTRY.line())
+    access = Access(file)
+    assert access.bearer(USER).tenant == "red"
+    change(file)
+    with pytest.raises(ServiceError, match="not known here"):
+        access.bearer(USER)
+    with pytest.raises(ServiceError, match="needs a token"):
+        access.caller("/vflow.v1.Conversations/CreateSession", ())
+
+
+def test_lines_that_can_be_read_count_beside_one_that_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watched_files, "LOOK_EVERY", 0.0)
+    file = tmp_path / "tokens"
+    file.write_text(USER_ENTRY.line())
+    access = Access(file)
+    file.write_text(f"sha256=oops\n{ADMIN_ENTRY.line()}\r\n")
+    assert access.bearer(ADMIN).admin
+    with pytest.raises(ServiceError):
+        access.bearer(USER)
+
+
+def test_a_token_stays_valid_while_descriptors_are_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watched_files, "LOOK_EVERY", 0.0)
+    file = tmp_path / "tokens"
+    file.write_text(USER_ENTRY.line())
+    access = Access(file)
+
+    def exhausted(path: Path) -> bytes:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", exhausted)
+        file.write_text(ADMIN_ENTRY.line())
+        assert access.bearer(USER).tenant == "red"
+    assert access.bearer(ADMIN).admin, "it is read once there are descriptors again"
 
 
 def test_a_token_expires(serve: Serve) -> None:
@@ -182,7 +239,7 @@ def test_without_tokens_only_this_machine_is_listened_to(host: str) -> None:
     assert load({"host": host}, {}).host == host
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "vflow.example", ""])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "vflow.example"])
 def test_others_are_listened_to_where_it_is_said(host: str) -> None:
     with pytest.raises(OptionError, match="whoever reaches it may do everything.*--tokens"):
         load({"host": host}, {})
@@ -253,6 +310,22 @@ def test_a_token_is_made_and_listed(serve: Serve, tmp_path: Path, capsys: pytest
     assert timedelta(days=89) < blue.expires - datetime.now(UTC) < timedelta(days=91)
     served = serve(tokens=str(file))
     assert opens(served, token=made[0]) and opens(served, token=made[1], tenant="blue")
+
+
+def test_a_line_is_added_below_a_comment_without_an_end(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("# the first of many")
+    for tenant in ("red", "blue"):
+        assert main(["token", tenant, "--into", str(file)]) == 0
+        file.write_text(file.read_text().rstrip("\n"))
+    assert [entry.caller.tenant for entry in read_tokens(file.read_text())] == ["red", "blue"]
+
+
+def test_lines_that_are_added_at_the_same_time_are_all_there(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    with ThreadPoolExecutor(8) as callers:
+        assert set(callers.map(lambda number: main(["token", "--into", str(file)]), range(40))) == {0}
+    assert len(read_tokens(file.read_text())) == 40
 
 
 def test_a_token_is_told_with_the_line_that_lists_it(capsys: pytest.CaptureFixture[str]) -> None:

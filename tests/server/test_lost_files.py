@@ -308,7 +308,7 @@ def test_the_journal_goes_on_whatever_an_action_or_its_caller_does(data: Path, m
         late = archive.submit(lambda connection: 1)
         late.add_done_callback(lambda future: 1 / 0)
         assert late.result(20) == archive.submit(lambda connection: 1).result(20)
-        assert archive.alive
+        assert archive.pulse.thread is not None and archive.pulse.thread.is_alive()
 
 
 def test_what_is_lost_in_the_midst_of_a_commit_is_not_acknowledged(data: Path, tmp_path: Path) -> None:

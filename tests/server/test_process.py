@@ -1,7 +1,9 @@
 """A real `vflow serve` process: how it starts, serves and ends."""
 
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,9 +15,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from tests.server.conftest import Serve
+from tests.server.restartable_server import Parent, RestartableServer
 from tests.server.waiting import until
 from vflow_client import CapacityExhausted, Client, RetryPolicy, VFlowError, connect
 from vflow_server.cli import main
+from vflow_server.exit_code import FAILED
 
 LONG_ANSWER = 11
 """A seed for long answers."""
@@ -185,3 +189,57 @@ def test_an_address_that_is_taken_is_said_to_be(serve: Serve) -> None:
     port = serve().address.rpartition(":")[2]
     with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}"):
         serve(port=port)
+
+
+def test_the_end_of_the_terminal_stops_it_gracefully(parent: Parent, model_folder: Path, tmp_path: Path) -> None:
+    server = RestartableServer(parent, tmp_path / "log", model=model_folder, kv_budget="32MiB")
+    server.signal(signal.SIGHUP)
+    assert server.ended() == 0 and server.logged()[-1]["event"] == "stopped"
+
+
+def test_nohup_is_heeded(parent: Parent, model_folder: Path, tmp_path: Path) -> None:
+    before = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    server = RestartableServer(parent, tmp_path / "log", before, model=model_folder, kv_budget="32MiB")
+    server.process.send_signal(signal.SIGHUP)
+    with server.client() as client:
+        client.session()
+    server.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_the_start(number: int, parent: Parent, tmp_path: Path) -> None:
+    loading = tmp_path / "loading"
+    before = (
+        "import pathlib, time, vflow_server.app\n"
+        f"def load(settings): pathlib.Path({str(loading)!r}).touch(); time.sleep(1000)\n"
+        "vflow_server.app._load = load"
+    )
+    parent.start(tmp_path / "log", ["serve", "--port", "0", "--log-format", "json"], before)
+    process = int(parent.line())
+    until(loading.exists, 30)
+    os.kill(process, number)
+    assert parent.line() == "0\n"
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_a_stop_that_does_not_end_is_ended(parent: Parent, model_folder: Path, tmp_path: Path) -> None:
+    before = (
+        "import time, vflow_server.app, vflow_server.engine.engine\n"
+        "vflow_server.app.MARGIN = 0.3\n"
+        "vflow_server.engine.engine.Engine.stop = lambda engine: time.sleep(1000)"
+    )
+    flags = {"model": model_folder, "kv_budget": "32MiB", "grace": "200ms"}
+    server = RestartableServer(parent, tmp_path / "log", before, **flags)
+    server.signal(signal.SIGTERM)
+    assert server.ended() == FAILED
+    assert server.logged()[-1]["event"] == "the process did not stop in time and is ended"
+
+
+def test_the_address_that_is_told_is_one_that_clients_take(parent: Parent, model_folder: Path, tmp_path: Path) -> None:
+    if not socket.has_ipv6:
+        pytest.skip("there is no IPv6")
+    server = RestartableServer(parent, tmp_path / "log", model=model_folder, kv_budget="32MiB", host="[::1]")
+    assert server.address.startswith("[::1]:")
+    with server.client() as client:
+        client.session()
+    server.kill()

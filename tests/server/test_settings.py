@@ -104,6 +104,40 @@ def test_settings_that_do_not_go_together(flags: dict[str, str], complaint: str)
         load(flags, {})
 
 
+@pytest.mark.parametrize("empty", ["", "  ", "\n"])
+def test_an_empty_variable_is_unset_but_where_that_would_open_the_service(empty: str) -> None:
+    protecting = {"tokens", "tls_cert", "tls_key", "tls_client_ca"}
+    assert load({}, {f"VFLOW_{name.upper()}": empty for name in options() if name not in protecting}) == Settings()
+    for name in protecting:
+        with pytest.raises(OptionError, match=f"VFLOW_{name.upper()} is empty; .*leave it out to serve without it"):
+            load({"insecure": "on"}, {f"VFLOW_{name.upper()}": empty})
+
+
+@pytest.mark.parametrize("name", options())
+def test_an_empty_flag_or_key_is_no_value(name: str, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=f"--{name.replace('_', '-')} is empty"):
+        load({name: ""}, {})
+    file = tmp_path / "vflow.toml"
+    file.write_text(f'{name} = " "\n')
+    with pytest.raises(OptionError, match=f"{name} in .* is empty"):
+        load({}, {}, file)
+
+
+@pytest.mark.parametrize(
+    ("given", "host"),
+    [("::1", "::1"), ("[::1]", "::1"), (" 127.0.0.1 ", "127.0.0.1"), ("vflow-0.vflow", "vflow-0.vflow")],
+)
+def test_hosts(given: str, host: str) -> None:
+    assert load({"host": given, "insecure": "on"}, {}).host == host
+
+
+@pytest.mark.parametrize("given", ["127.0.0.1:50051", "[::1]:50051", "[::1", "http://localhost", "[localhost]", "a b"])
+def test_what_is_no_host(given: str) -> None:
+    for name in ("host", "admin_host", "metrics_host"):
+        with pytest.raises(OptionError, match="expected an address such as 127.0.0.1"):
+            load({name: given}, {})
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="cannot be read"):
         load({}, {}, tmp_path / "none.toml")

@@ -1,6 +1,8 @@
 """The compiled kernel computes what stock attention computes; a machine without a compiler loses nothing but time."""
 
 import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -89,3 +91,72 @@ def test_a_compiler_that_fails_is_no_failure(
     assert build_decode_kernel(8, 2, 1, 16) is None
     assert "without its compiled kernel" in caplog.text
     assert not list(tmp_path.rglob("*.so"))
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "cut off": lambda content: content[: len(content) // 2],
+    "cut off by a page": lambda content: content[:4096],
+    "without its end": lambda content: content[:-1],
+    "empty": lambda content: b"",
+    "zeros": lambda content: bytes(len(content)),
+    "one bit": lambda content: content[:5000] + bytes([content[5000] ^ 1]) + content[5001:],
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_kernel_in_the_cache_is_built_anew(
+    damage: Callable[[bytes], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process would die when it loads one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(decode_kernel, "DecodeKernel", lambda library, *geometry: library.read_bytes())
+    whole = build_decode_kernel(8, 2, 1, 16)
+    (library,) = tmp_path.glob("vflow/*.so")
+    library.write_bytes(damage(library.read_bytes()))
+    assert build_decode_kernel(8, 2, 1, 16) == whole
+
+
+@needs_compiler
+def test_the_compiler_may_have_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "cc -Wall  '-DNAME=a b'")
+    assert build_decode_kernel(8, 2, 1, 16) is not None
+    monkeypatch.setenv("CC", "")
+    assert build_decode_kernel(8, 2, 1, 16) is not None
+    assert len(list(tmp_path.glob("vflow/*.so"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("no-such-compiler -m64", "there is no C compiler 'no-such-compiler -m64'"),
+        ("cc '", "which is no command"),
+        (" ", "there is no C compiler"),
+        ("true", "failed with exit code 0"),
+        ("cat", "failed with exit code 1"),
+        ("sh -c 'echo unknown option >&2; exit 3'", "failed with exit code 3 (unknown option)"),
+    ],
+)
+def test_the_log_says_why_there_is_no_kernel(
+    compiler: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", compiler)
+    assert build_decode_kernel(8, 2, 1, 16) is None
+    assert reason in caplog.text
+
+
+@needs_compiler
+@pytest.mark.parametrize("home", ["/proc", "/dev/null", ""])
+def test_without_a_folder_to_cache_it_in_nothing_is_left_behind(
+    home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    kernel = build_decode_kernel(16, 2, 2, 4)
+    assert kernel is not None and not list(tmp_path.iterdir())
+    keys = torch.zeros(4, 2, 16)
+    pages, lengths = torch.zeros(1, 1, dtype=torch.int64), torch.tensor([2])
+    assert kernel(torch.zeros(1, 2, 16), keys, keys, pages, lengths, 4, 0.25).abs().sum() == 0

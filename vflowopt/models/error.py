@@ -7,7 +7,8 @@ class ModelError(RuntimeError):
     """A model that cannot be served.
 
     Attributes:
-        reason: ``MODEL_NOT_FOUND``, ``MODEL_FAMILY_UNKNOWN``, ``MODEL_UNREADABLE`` or ``MODEL_UNSUPPORTED``.
+        reason: ``MODEL_NOT_FOUND``, ``MODEL_UNREACHABLE``, ``MODEL_FAMILY_UNKNOWN``, ``MODEL_UNREADABLE`` or
+            ``MODEL_UNSUPPORTED``.
     """
 
     def __init__(self, reason: str, message: str) -> None:

@@ -15,7 +15,7 @@ from transformers.utils.hub import cached_file
 from vflowopt.models.error import ModelError
 from vflowopt.models.families import FAMILIES
 from vflowopt.models.interface import MultimodalModel
-from vflowopt.models.model_folder import check_family, check_model_folder, first_line, unreadable_configuration
+from vflowopt.models.model_folder import check_family, find_model, first_line, unreadable_configuration
 from vflowopt.models.origin import ModelOrigin
 from vflowopt.models.quantization import quantization as quantization_config
 
@@ -46,7 +46,7 @@ def load_model(
         raise ModelError(
             "MODEL_UNSUPPORTED", f"device is {device!r} but this torch sees no GPU; use device 'cpu' or a CUDA build"
         )
-    check_model_folder(model)
+    model = find_model(model)
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:

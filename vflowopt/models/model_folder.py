@@ -7,14 +7,24 @@ from pathlib import Path
 
 from vflowopt.models.error import ModelError
 from vflowopt.models.families import FAMILIES
+from vflowopt.models.hub import find_on_hub
 
 
-def check_model_folder(model: str | Path) -> None:
-    """Refuse a folder that cannot hold a model of a known family; says nothing about a hub id.
+def find_model(model: str | Path) -> str | Path:
+    """Where to read ``model``, a folder or a hub id, from; see :func:`~vflowopt.models.hub.find_on_hub`.
 
     Raises:
-        ModelError: there is no such folder, it has no configuration, or the family in it is unknown.
+        ModelError: there is no such folder, it has no configuration, the family in it is unknown, or there is no such
+            model on the hub.
     """
+    if not _is_path(model) and not Path(model).is_dir():
+        model = find_on_hub(str(model))
+    _check_folder(model)
+    return model
+
+
+def _check_folder(model: str | Path) -> None:
+    """Refuse a folder that cannot hold a model of a known family; says nothing about a hub id."""
     if _is_path(model) and not Path(model).is_dir():
         raise ModelError(
             "MODEL_NOT_FOUND",

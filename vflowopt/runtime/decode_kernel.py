@@ -13,9 +13,12 @@ import ctypes
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
@@ -25,6 +28,8 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 _MOST_PAGE = 256  # MAX_PAGE in the source
+
+_SEAL = hashlib.sha256().digest_size
 
 _FLAGS = (
     *("-O3", "-march=native", "-fPIC", "-std=c11", "-mprefer-vector-width=512", "-ffp-contract=fast"),
@@ -86,7 +91,9 @@ class DecodeKernel:
 
 
 def build_decode_kernel(head_dim: int, heads: int, kv_heads: int, page_size: int) -> DecodeKernel | None:
-    """Compile the kernel, or load it from the cache folder; None if neither is possible.
+    """Compile the kernel, or load it from the cache folder; None if neither is possible, and the log says why.
+
+    The compiler is what the environment variable ``CC`` names, with options if there are any, or ``cc``.
 
     Args:
         head_dim: channels of a head.
@@ -94,47 +101,100 @@ def build_decode_kernel(head_dim: int, heads: int, kv_heads: int, page_size: int
         kv_heads: key-value heads of a layer.
         page_size: tokens of a page.
     """
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None or heads % kv_heads or page_size > _MOST_PAGE:
-        return None
-    source = resources.files("vflowopt.runtime").joinpath("kernels/paged_decode.c").read_text()
-    command = [*_FLAGS, f"-DHEAD_DIM={head_dim}", f"-DGROUP={heads // kv_heads}"]
-    identity = hashlib.sha256("\0".join([source, *command, _processor()]).encode()).hexdigest()[:24]
     try:
-        folder = _cache_folder()
-        library = folder / f"paged_decode-{identity}.so"
-        if not library.exists():
-            _compile(compiler, command, source, library)
-        return DecodeKernel(library, head_dim, heads // kv_heads)
-    except (OSError, subprocess.SubprocessError) as error:
+        if heads % kv_heads or page_size > _MOST_PAGE:
+            raise _NotBuilt(f"it is not made for {heads} heads on {kv_heads} and pages of {page_size} tokens")
+        compiler = _compiler()
+        source = resources.files("vflowopt.runtime").joinpath("kernels/paged_decode.c").read_text()
+        flags = [*_FLAGS, f"-DHEAD_DIM={head_dim}", f"-DGROUP={heads // kv_heads}"]
+        identity = hashlib.sha256("\0".join([source, *compiler[1:], *flags, _processor()]).encode()).hexdigest()[:24]
+        with _cache_folder() as folder:
+            library = folder / f"paged_decode-{identity}.so"
+            if not _is_whole(library):
+                _compile(compiler, flags, source, library)
+            return DecodeKernel(library, head_dim, heads // kv_heads)
+    except (OSError, AttributeError, subprocess.SubprocessError, _NotBuilt) as error:
         log.warning("decoding runs without its compiled kernel: %s", error)
         return None
 
 
-def _compile(compiler: str, command: list[str], source: str, library: Path) -> None:
+class _NotBuilt(Exception):
+    """The kernel cannot be built; the message says why."""
+
+
+def _compiler() -> list[str]:
+    """The compiler's command, with its options."""
+    text = os.environ.get("CC") or "cc"
+    try:
+        command = shlex.split(text)
+    except ValueError as error:
+        raise _NotBuilt(f"CC is {text!r}, which is no command ({error})") from None
+    if not command or (path := shutil.which(command[0])) is None:
+        raise _NotBuilt(f"there is no C compiler {text!r}; install one, or name one in CC")
+    return [path, *command[1:]]
+
+
+def _compile(compiler: list[str], flags: list[str], source: str, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         text, compiled, linked = (Path(scratch) / name for name in ("kernel.c", "kernel.o", "kernel.so"))
         text.write_text(source)
         # In two steps: when linking with these flags, some compilers add start-up code that flushes denormals to zero.
         for arguments in (
-            ["-c", str(text), *command, "-o", str(compiled)],
+            ["-c", str(text), *flags, "-o", str(compiled)],
             ["-shared", str(compiled), "-o", str(linked)],
         ):
-            subprocess.run([compiler, *arguments], check=True, capture_output=True, timeout=120)
+            done = subprocess.run(
+                [*compiler, *arguments], stdin=subprocess.DEVNULL, capture_output=True, timeout=120, check=False
+            )
+            if done.returncode or not Path(arguments[-1]).is_file():
+                said = (done.stderr or done.stdout).decode(errors="replace").strip().partition("\n")[0]
+                raise _NotBuilt(f"{shlex.join(compiler)} failed with exit code {done.returncode} ({said})")
+        with linked.open("r+b") as file:
+            content = file.read()
+            file.write(_seal(content))
+            file.flush()
+            os.fsync(file.fileno())  # otherwise a crash may leave the name without the content
         linked.replace(library)
 
 
-def _cache_folder() -> Path:
-    """A folder that only this user can write to, because its files are loaded into the process."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vflow"
+def _is_whole(library: Path) -> bool:
+    """Whether the library is there as it was compiled: loading a truncated one would kill the process."""
+    try:
+        content = library.read_bytes()
+    except OSError:
+        return False
+    return content[-_SEAL:] == _seal(content[:-_SEAL])
+
+
+def _seal(content: bytes) -> bytes:
+    """What stands behind the content of a library that is whole; the loader ignores it."""
+    return hashlib.sha256(content).digest()
+
+
+@contextmanager
+def _cache_folder() -> Iterator[Path]:
+    """A folder that only this user can write to, because its files are loaded into the process.
+
+    Where there is none for good, it is a temporary one: a library that is loaded needs its file no longer.
+    """
+    for variable, below in (("XDG_CACHE_HOME", "vflow"), ("HOME", ".cache/vflow")):
+        if base := os.environ.get(variable):
+            if _is_private(folder := Path(base) / below):
+                yield folder
+                return
+            break
+    with tempfile.TemporaryDirectory(prefix="vflow-") as temporary:
+        yield Path(temporary)
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether ``folder``, which is made if it is missing, can be written by this user and by nobody else."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
-        if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
-            return folder
-    except (OSError, RuntimeError):
-        pass
-    return Path(tempfile.mkdtemp(prefix="vflow-"))
+    except OSError:
+        return False
+    return status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK)
 
 
 def _processor() -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import grpc
 
 from vflow_server.access.caller import DEFAULT_TENANT, METADATA_KEY, Caller, is_tenant
-from vflow_server.access.tokens import TokenEntry, find_token, read_token_file
+from vflow_server.access.tokens import TokenEntry, find_token, read_token_file, reread_token_file
 from vflow_server.access.watched_files import WatchedFiles
 from vflow_server.rpc.errors import InvalidRequest, ServiceError, unauthenticated
 
@@ -47,7 +47,7 @@ class Access:
         self._file: WatchedFiles[Sequence[TokenEntry]] | None = None
         self.open = tokens is None
         if isinstance(tokens, Path):
-            self._file = WatchedFiles([tokens], lambda: read_token_file(tokens))
+            self._file = WatchedFiles([tokens], lambda: read_token_file(tokens), lambda: reread_token_file(tokens))
         elif tokens is not None:
             self._entries = tokens
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import structlog
+
 from vflow_server.access.caller import Caller, is_tenant
 
 ROLES = ("user", "admin")
@@ -23,6 +25,9 @@ ROLES = ("user", "admin")
 
 _HASH = re.compile("[0-9a-f]{64}")
 _PREFIX = "vflow_"  # lets secret scanners recognize a leaked token
+
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,8 +74,10 @@ def entries_or_file(text: str) -> tuple[TokenEntry, ...] | Path:
     """Parse the value of an option: the entries themselves, one a line, or the path of a file with them.
 
     Raises:
-        ValueError: an entry is not valid.
+        ValueError: an entry is not valid, or there is nothing.
     """
+    if not text.strip():
+        raise ValueError("expected a file that lists tokens, or their lines; leave it unset to serve without tokens")
     return read_tokens(text) if text.lstrip().startswith("sha256=") else Path(text)
 
 
@@ -80,18 +87,12 @@ def read_tokens(text: str) -> tuple[TokenEntry, ...]:
     Raises:
         ValueError: a line is not valid, a token is listed twice, or there is none.
     """
-    entries = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if written := line.partition("#")[0].strip():
-            try:
-                entries.append(_entry(written))
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from None
+    entries, problems = _read(text)
+    if problems:
+        raise ValueError(problems[0])
     if not entries:
         raise ValueError("no token is listed; `vflow token` makes one")
-    if len({entry.digest for entry in entries}) < len(entries):
-        raise ValueError("a token is listed twice")
-    return tuple(entries)
+    return entries
 
 
 def read_token_file(file: Path) -> tuple[TokenEntry, ...]:
@@ -107,6 +108,49 @@ def read_token_file(file: Path) -> tuple[TokenEntry, ...]:
         raise OSError(f"the tokens file {file} cannot be read: {error.strerror}") from None
     except ValueError as error:  # a file that is no text is one, too
         raise ValueError(f"the tokens file {file} cannot be used: {error}") from None
+
+
+def reread_token_file(file: Path) -> tuple[TokenEntry, ...]:
+    """The entries that ``file`` lists now that it has changed while it was in use.
+
+    Whoever takes a line out of the file, or takes the file away, wants the token to be refused from then on. So a token
+    is valid only if there is a line for it that can be read: a line that cannot be read counts for nothing, and neither
+    does a file that is gone. Both are logged.
+
+    Raises:
+        OSError: it cannot be told what the file lists, as when no descriptor is left.
+    """
+    try:
+        text = file.read_bytes().decode(errors="replace")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        log.error("the tokens file is gone: no token is valid", file=str(file), because=error.strerror)
+        return ()
+    entries, problems = _read(text)
+    for problem in problems:
+        log.error("a line of the tokens file counts for nothing", file=str(file), because=problem)
+    if not entries:
+        log.error("the tokens file lists no token: none is valid", file=str(file))
+    return entries
+
+
+def _read(text: str) -> tuple[tuple[TokenEntry, ...], list[str]]:
+    """The entries that are valid, and what is wrong with the other lines."""
+    entries: dict[bytes, TokenEntry] = {}
+    twice: set[bytes] = set()
+    problems = []
+    for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), start=1):
+        if not (written := line.partition("#")[0].strip()):
+            continue
+        try:
+            entry = _entry(written)
+        except ValueError as error:
+            problems.append(f"line {number}: {error}")
+            continue
+        if entry.digest in entries:
+            problems.append(f"line {number}: a token is listed twice")
+            twice.add(entry.digest)  # nobody can tell which of them is meant
+        entries[entry.digest] = entry
+    return tuple(entry for digest, entry in entries.items() if digest not in twice), problems
 
 
 def _entry(line: str) -> TokenEntry:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TypeVar
 
 import torch
 
 from vflow_server.engine.ops import Encode
+from vflow_server.watchdog.pulse import PulsedExecutor
 from vflowopt.compression.pieces import Pieces
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.runtime.model_runner import Runtime
@@ -28,12 +29,14 @@ class EncoderThread:
 
     Attributes:
         inline: whether the encoder runs on the thread that submits the work.
+        pulse: the pulse of the thread; beats once for each piece of work.
     """
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self.inline = runtime.model.device.type != "cpu"
-        self._thread = ThreadPoolExecutor(1, "encoder")
+        self._thread = PulsedExecutor("vflow-encoder")
+        self.pulse = self._thread.pulse
 
     def begin(self, ops: Sequence[Encode]) -> Pieces[list[CompressedImage]]:
         """Begin to encode pictures in one batch, or a video, and to compress them. Nothing is run yet.

@@ -22,6 +22,7 @@ import structlog
 from vflow_server.engine.fair_queue import FairQueue
 from vflow_server.engine.ops import Op
 from vflow_server.rpc.errors import ServiceError, engine_failed, server_stopping
+from vflow_server.watchdog.pulse import Pulse
 
 E = TypeVar("E")
 R = TypeVar("R")
@@ -228,6 +229,9 @@ class Engine:
         running: how many submissions may run at once; the others wait. A tenant that has none running may exceed it.
         schedule: called once a round with the tasks that wait for an op.
         on_death: called in the engine's thread if the thread dies of an exception.
+
+    Attributes:
+        pulse: the pulse of the thread; beats in each round, and before each piece of work.
     """
 
     def __init__(
@@ -248,6 +252,7 @@ class Engine:
         self._outbox = Outbox()
         self._open = False
         self._refusal: Callable[[], ServiceError] = server_stopping
+        self.pulse = Pulse()
         self._thread = threading.Thread(target=self._run, name="vflow-engine", daemon=True)
 
     def start(self) -> None:
@@ -344,6 +349,7 @@ class Engine:
         return ticket, Task(tenant, steps(), ticket, counted=counted)
 
     def _run(self) -> None:
+        self.pulse.begin()
         try:
             while self._open:
                 self._round()
@@ -356,21 +362,26 @@ class Engine:
 
     def _round(self) -> None:
         """Admit work, advance all work to its next op, and schedule a step; sleep if there is nothing to do."""
+        self.pulse.beat()
         tasks = self._admit()
         for task in tasks:
+            self.pulse.beat()
             if (task.op is None or task.ticket.cancelled) and not task.advance():
                 task.op = None
                 with self._changed:
                     self._running.remove(task)
         self._outbox.deliver()
         waiting = [task for task in tasks if task.op is not None]
+        self.pulse.beat()
         progress = self._schedule(waiting, self.wake)
         # Do not sleep while work can continue at once: an op was done, work yielded None, or work ended, so that other
         # work can be admitted.
         if not progress and len(waiting) == len(tasks):
+            self.pulse.rest()
             with self._changed:
                 while self._open and not self._woken:
                     self._changed.wait()
+            self.pulse.beat()
 
     def _admit(self) -> list[Task]:
         """The tasks of the next round, in the order in which they began, but cancelled ones first."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from vflow_server.engine.fair_queue import RoundRobin
+from vflow_server.watchdog.pulse import Pulse
 from vflowopt.compression.pieces import Pieces
 
 T = TypeVar("T")
@@ -30,9 +31,13 @@ class PieceThread:
 
     Args:
         name: name of the thread.
+
+    Attributes:
+        pulse: the pulse of the thread; beats once for each piece.
     """
 
     def __init__(self, name: str) -> None:
+        self.pulse = Pulse()
         self._changed = threading.Condition()
         self._jobs: list[_Job] = []
         self._tenants = RoundRobin()
@@ -69,6 +74,7 @@ class PieceThread:
             self._changed.notify()
 
     def _run(self) -> None:
+        self.pulse.begin()
         while (job := self._next()) is not None:
             try:
                 if job.future.cancelled():
@@ -89,8 +95,10 @@ class PieceThread:
     def _next(self) -> _Job | None:
         """Wait for work; what to run a piece of, None if the thread is to end."""
         with self._changed:
+            self.pulse.rest()
             while not (self._jobs or self._closed):
                 self._changed.wait()
+            self.pulse.beat()
             if self._closed:
                 return None
             job = self._tenants.order(sorted(self._jobs, key=lambda job: job.run))[0]

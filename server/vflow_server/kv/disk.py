@@ -12,7 +12,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 
 from vflow_server.kv.lru import ByteBoundedLRU
 from vflow_server.store.folder_lock import lock_spill
+from vflow_server.watchdog.pulse import PulsedExecutor
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.runtime.offload import OffloadedCache, OffloadError
 from vflowopt.runtime.sequence import Sequence
@@ -68,6 +69,9 @@ class DiskStore:
         folder: made if it does not exist; no other process may use it meanwhile.
         most_bytes: returns the present bound on the bytes of all files. Beyond it the least recently used are removed.
 
+    Attributes:
+        pulse: the pulse of the thread; beats once for each file.
+
     Raises:
         OSError: the folder cannot be used.
     """
@@ -81,7 +85,8 @@ class DiskStore:
             most_bytes(), lambda file: file.nbytes, dropped=lambda _, file: self._remove(file)
         )
         self._unwritten: list[Future[str | None]] = []
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vflow-spill")
+        self._thread = PulsedExecutor("vflow-spill")
+        self.pulse = self._thread.pulse
 
     @property
     def bytes_held(self) -> int:

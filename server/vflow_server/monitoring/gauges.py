@@ -18,6 +18,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from vflow_server.monitoring.service_parts import ServiceParts
+from vflow_server.telemetry.logging import dropped_lines
 
 
 class Gauges(Collector):
@@ -56,6 +57,11 @@ class Gauges(Collector):
             {"strategy": self._parts.strategies.active.name},
         )
         yield GaugeMetricFamily("vflow_engine_up", "1 while the engine works, 0 once it has failed.", engine.alive)
+        yield CounterMetricFamily(
+            "vflow_log_lines_dropped",
+            "Log lines that could not be written: nobody read them, the disk was full, or there were too many.",
+            dropped_lines(),
+        )
         yield GaugeMetricFamily("vflow_requests_waiting", "Requests that wait for their first step.", engine.waiting)
         yield GaugeMetricFamily("vflow_requests_running", "Requests that share the model's steps.", engine.running)
 

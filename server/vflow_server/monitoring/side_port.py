@@ -66,6 +66,12 @@ class SidePort:
         self._server = _Server(self._config)
         self._serving: asyncio.Task[None] | None = None
 
+    @property
+    def serving(self) -> asyncio.Task[None]:
+        """The task that serves, once it has started."""
+        assert self._serving is not None, "it has not started"
+        return self._serving
+
     async def start(self, host: str, port: int) -> int:
         """Listen and serve; returns the port.
 
@@ -76,7 +82,8 @@ class SidePort:
             listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         except OSError as error:
             raise OSError(
-                f"cannot listen on {host}:{port} for metrics ({error.strerror}); choose another with --metrics-port"
+                error.errno,
+                f"cannot listen on {host}:{port} for metrics ({error.strerror}); choose another with --metrics-port",
             ) from error
         self._serving = asyncio.create_task(self._server.serve([listener]))
         number: int = listener.getsockname()[1]

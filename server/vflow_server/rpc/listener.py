@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import socket
 from collections.abc import Sequence
@@ -88,11 +89,15 @@ class Listener:
                 else self.server.add_secure_port(self._address, self._credentials)
             )
         except RuntimeError as error:
-            raise _cannot_listen(self._address, self._option) from error
+            raise _cannot_listen(self._address, self._option, errno.EADDRINUSE) from error
 
     async def start(self) -> None:
         """Start to serve."""
         await self.server.start()
+
+    async def ended(self) -> None:
+        """Wait until it serves no more, for whatever reason."""
+        await self.server.wait_for_termination()
 
     async def stop(self, grace: float) -> None:
         """Accept no more calls, and cancel the running ones after ``grace`` seconds."""
@@ -113,11 +118,13 @@ def check_port(host: str, port: int, option: str) -> None:
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
-        raise _cannot_listen(address(host, port), option) from error
+        later = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
+        number = errno.EAGAIN if later else errno.EINVAL
+        raise _cannot_listen(address(host, port), option, number) from error
     if host == "::":  # gRPC falls back to this where there is no IPv6
         addresses += socket.getaddrinfo("0.0.0.0", port, type=socket.SOCK_STREAM)
     if not any(_binds(family, each) for family, _, _, _, each in addresses):  # gRPC is content with one, too
-        raise _cannot_listen(address(host, port), option)
+        raise _cannot_listen(address(host, port), option, errno.EADDRINUSE)
 
 
 def _binds(family: int, address: Any) -> bool:
@@ -130,8 +137,8 @@ def _binds(family: int, address: Any) -> bool:
     return True
 
 
-def _cannot_listen(address: str, option: str) -> OSError:
-    return OSError(f"cannot listen on {address}; is the port taken? choose another with {option}")
+def _cannot_listen(address: str, option: str, number: int) -> OSError:
+    return OSError(number, f"cannot listen on {address}; is the port taken? choose another with {option}")
 
 
 def is_loopback(host: str) -> bool:

@@ -21,6 +21,7 @@ from vflow_server.sessions.session import Session, SessionParts
 from vflow_server.store.archive import Archive
 from vflow_server.store.session_record import SessionFacts, SessionRecord, recover
 from vflow_server.strategies.strategies import StrategyRevision
+from vflow_server.watchdog.pulse import Pulse
 from vflowopt.compression.strategy import Strategy, StrategyError
 
 log = structlog.get_logger(__name__)
@@ -34,6 +35,9 @@ class SessionStore:
         most: how many sessions may exist at once; a tenant that has none may exceed it.
         idle_timeout: seconds without use after which a session is deleted (also an attribute).
         archive: holds their records; None: sessions end with the process.
+
+    Attributes:
+        expiry_pulse: the pulse of :meth:`expire_forever`.
 
     Raises:
         ServiceError: STORAGE_FAILED.
@@ -50,6 +54,7 @@ class SessionStore:
         self._parts = parts
         self._most = most
         self.idle_timeout = idle_timeout
+        self.expiry_pulse = Pulse()
         self._archive = archive
         self._sessions: dict[str, Session] = {}
         self._incomplete: set[Session] = set()
@@ -196,12 +201,15 @@ class SessionStore:
     async def expire_forever(self) -> None:
         """Delete sessions as they expire; never returns."""
         while True:
+            self.expiry_pulse.rest()
             await asyncio.sleep(min(self.idle_timeout / 4, 10.0))
+            self.expiry_pulse.beat()
             await self.expire()
 
     async def expire(self) -> None:
         """Delete the sessions that have expired."""
         for session in [each for each in self if self._expired(each)]:
+            self.expiry_pulse.beat()
             await asyncio.shield(self._expire(session))
 
     def _expired(self, session: Session) -> bool:

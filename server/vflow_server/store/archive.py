@@ -39,6 +39,7 @@ class Archive:
 
     Attributes:
         pictures: the files of pictures; for the archive's thread only.
+        pulse: the pulse of the journal's thread.
         room: bytes that were left of the bound when it was last measured, for caches. May be read by any thread.
 
     Raises:
@@ -59,15 +60,11 @@ class Archive:
             lock.folder / JOURNAL, check=self._check, settle=self._settle, log_bytes=self._log_bytes, metrics=metrics
         )
         try:
+            self.pulse = self._journal.pulse
             self.submit(self._recover).result()
         except BaseException:
             self._journal.close()
             raise
-
-    @property
-    def alive(self) -> bool:
-        """Whether the archive's thread runs, which it does until :meth:`close`."""
-        return self._journal.alive
 
     def submit(self, action: Action[R]) -> Future[R]:
         """Run ``action`` within a transaction; see :meth:`Journal.submit`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from contextlib import ExitStack, suppress
@@ -46,7 +47,8 @@ class FolderLock:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._lock_folder()
             except BlockingIOError as error:
-                raise OSError(f"another process uses the folder {folder}; give each its own {option}") from error
+                message = f"another process uses the folder {folder}; give each its own {option}"
+                raise OSError(errno.EBUSY, message) from error
             self._held = stack.pop_all()
         self._identity = file_identity(folder)
 

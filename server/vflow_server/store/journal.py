@@ -25,6 +25,7 @@ from vflow_server.rpc.errors import storage_failed
 from vflow_server.store.files import WrittenByNewerRelease, set_aside
 from vflow_server.store.folder_lock import file_identity
 from vflow_server.telemetry.metrics import Metrics
+from vflow_server.watchdog.pulse import Pulse
 
 R = TypeVar("R")
 
@@ -126,6 +127,7 @@ class Journal:
     Attributes:
         file: the main file.
         new: whether there was no journal, or none that can be used.
+        pulse: the pulse of the thread; beats once for each transaction.
 
     Raises:
         WrittenByNewerRelease: a newer release wrote the file, which stays unchanged.
@@ -162,13 +164,9 @@ class Journal:
             self._connection = self._open()
         self._identities = self._found()
         self._queue: SimpleQueue[_Submission[Any] | None] = SimpleQueue()
+        self.pulse = Pulse()
         self._thread = threading.Thread(target=self._run, name="vflow-journal", daemon=True)
         self._thread.start()
-
-    @property
-    def alive(self) -> bool:
-        """Whether the thread runs, which it does until :meth:`close`."""
-        return self._thread.is_alive()
 
     def submit(self, action: Action[R]) -> Future[R]:
         """Submit an action, from any thread.
@@ -197,13 +195,17 @@ class Journal:
         self._connection.close()
 
     def _run(self) -> None:
+        self.pulse.begin()
         going = True
         while going:
+            self.pulse.rest()
             try:
                 batch = [self._queue.get(timeout=_IDLE)]
             except Empty:
+                self.pulse.beat()
                 self._rest()
                 continue
+            self.pulse.beat()
             while len(batch) < _TOGETHER and not self._queue.empty():
                 batch.append(self._queue.get())
             going = None not in batch
