@@ -37,8 +37,8 @@ def broken(*arguments, **named):
 
 ENDS, STANDS_STILL = "raise SystemExit", "time.sleep(1000)"
 ENGINE = ("vflow_server.engine.engine", "Engine", "_round")
-ENCODER = ("vflowopt.runtime.model_runner", "Runtime", "compress")
-JOURNAL = ("vflow_server.store.journal", "Journal", "_commit")
+ENCODER = ("vflowopt.models.interface", "MultimodalModel", "encoding")
+JOURNAL = ("vflow_server.store.journal", "Journal", "_process")
 EVENT_LOOP = ("vflow_server.sessions.sessions", "SessionStore", "create")
 LOG = ("vflow_server.telemetry.log_sink", "LogSink", "_write")
 EXPIRY = ("vflow_server.sessions.sessions", "SessionStore", "__iter__")

@@ -54,9 +54,14 @@ async def read_turn(
 
 def fingerprint(turn: TurnRequest) -> str:
     """Digest of a turn's content; equal for requests with the same parts and options."""
-    # A digest of each text, not the text: as JSON, millions of characters would hold up the event loop.
+    texts = [part for part in turn.parts if isinstance(part, str)]
+    # Of long texts a digest each, not the text: as JSON, millions of characters would hold up the event loop. The form
+    # of shorter ones never changes, because a request may be sent again after an upgrade.
+    spelt = sum(map(len, texts)) <= MOST_TEXT
     parts = [
-        ["text", hashlib.sha256(part.encode()).hexdigest()] if isinstance(part, str) else _described(part)
+        ["text", part if spelt else hashlib.sha256(part.encode()).hexdigest()]
+        if isinstance(part, str)
+        else _described(part)
         for part in turn.parts
     ]
     sampling = turn.sampling

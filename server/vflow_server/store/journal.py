@@ -217,7 +217,7 @@ class Journal:
             self._commit([each for each in batch if _starts(each.future)])
         except BaseException as error:
             for each in batch:
-                _end(each.future, None, error)
+                _end(each.future, None, _as_raised(error))
             with suppress(Exception):
                 log.exception("the journal's thread met a fault, and goes on")
 
@@ -459,8 +459,8 @@ def _damaged(error: sqlite3.DatabaseError) -> bool:
 
 def _as_raised(failure: BaseException) -> BaseException:
     """The exception that the future of a failed action raises."""
-    if not isinstance(failure, sqlite3.Error | OSError):
-        return failure
+    if isinstance(failure, Exception) and not isinstance(failure, sqlite3.Error | OSError):
+        return failure  # any other kind, such as SystemExit, would end those who wait
     log.error("the data folder cannot be used", because=str(failure))
     refusal = storage_failed(failure)
     refusal.__cause__ = failure
