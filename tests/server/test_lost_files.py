@@ -295,7 +295,7 @@ def test_the_journal_goes_on_whatever_an_action_or_its_caller_does(data: Path, m
         raise OSError("no room for the log")
 
     with archive_in(data) as archive:
-        with pytest.raises(SystemExit):
+        with pytest.raises(ServiceError, match="no action may do this"):
             archive.submit(fail).result(20)
         monkeypatch.setattr("vflow_server.store.journal.log", type("Log", (), {"error": say_no_more}))
         with pytest.raises(BaseException, match="room|syntax"):

@@ -461,7 +461,8 @@ def _as_raised(failure: BaseException) -> BaseException:
     """The exception that the future of a failed action raises."""
     if isinstance(failure, Exception) and not isinstance(failure, sqlite3.Error | OSError):
         return failure  # any other kind, such as SystemExit, would end those who wait
-    log.error("the data folder cannot be used", because=str(failure))
+    with suppress(Exception):
+        log.error("the data folder cannot be used", because=str(failure))
     refusal = storage_failed(failure)
     refusal.__cause__ = failure
     return refusal
