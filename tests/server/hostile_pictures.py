@@ -137,26 +137,32 @@ def webp_of_nothing(side: int) -> bytes:
     return encoded(Image.new("RGB", (side, side)), "WEBP", lossless=True, method=0)
 
 
-HOSTILE: Mapping[str, Callable[[], bytes]] = {
-    "a progressive JPEG of 6,000 scans": lambda: jpeg_of_scans(7000, 6000),
-    "a progressive JPEG of 100 scans": lambda: jpeg_of_scans(7000, 100),
-    "a JPEG of five million segments": lambda: jpeg_of_segments(5_000_000),
-    "a JPEG of 20 MB of filling": lambda: jpeg_of_filling(20_000_000),
-    "a PNG of 1.7 million chunks": lambda: png_of_chunks(1_700_000),
-    "a PNG of texts that inflate": lambda: png_of_texts(2000, 1_000_000),
-    "a PNG of two million EXIF numbers": lambda: png_of_exif(2_000_000),
-    "a PNG of 49 megapixels": lambda: png_of_nothing(7000),
-    "an interlaced PNG of 49 megapixels": lambda: interlaced_png(7000),
-    "a BMP of five million runs": lambda: bmp_of_runs(7000, 7000, 20_000_000),
-    "a small BMP of five million runs": lambda: bmp_of_runs(60, 60, 20_000_000),
-    "a GIF of ten million blocks": lambda: gif_of_blocks(10_000_000),
-    "a GIF of 20 MB of filling": lambda: gif_of_filling(20_000_000),
-    "a TIFF of a million strips": lambda: tiff_of_strips(1_000_000),
-    "a TIFF of overlapping tags": lambda: tiff_of_tags(4000, 10_000_000),
-    "a TIFF of a million fractions": lambda: tiff_of_fractions(2_000_000),
-    "a TIFF of 49 megapixels": lambda: tiff_of_nothing(7000),
-    "a TIFF of 49 million floats": lambda: wide_tiff(7000, np.float32),
-    "a TIFF of 49 million numbers": lambda: wide_tiff(7000, np.int32),
-    "a lossless WebP of 49 megapixels": lambda: webp_of_nothing(7000),
-}
-"""By what each is."""
+def hostile_files(megapixels: float) -> Mapping[str, Callable[[], bytes]]:
+    """Makers of files by what each is: the large ones of as many ``megapixels``, the others in proportion.
+
+    With 49 they are as large as a service accepts by default.
+    """
+    side = round((megapixels * 1e6) ** 0.5)
+    part = megapixels / 49
+    return {
+        "a progressive JPEG of 6,000 scans": lambda: jpeg_of_scans(side, 6000),
+        "a progressive JPEG of 100 scans": lambda: jpeg_of_scans(side, 100),
+        "a JPEG of five million segments": lambda: jpeg_of_segments(round(part * 5e6)),
+        "a JPEG of 20 MB of filling": lambda: jpeg_of_filling(round(part * 2e7)),
+        "a PNG of 1.6 million chunks": lambda: png_of_chunks(round(part * 1.6e6)),
+        "a PNG of texts that inflate": lambda: png_of_texts(2000, round(part * 1e6)),
+        "a PNG of two million EXIF numbers": lambda: png_of_exif(round(part * 2e6)),
+        "a large PNG": lambda: png_of_nothing(side),
+        "an interlaced PNG": lambda: interlaced_png(side),
+        "a large BMP of five million runs": lambda: bmp_of_runs(side, side, round(part * 2e7)),
+        "a small BMP of five million runs": lambda: bmp_of_runs(60, 60, round(part * 2e7)),
+        "a GIF of ten million blocks": lambda: gif_of_blocks(round(part * 1e7)),
+        "a GIF of 20 MB of filling": lambda: gif_of_filling(round(part * 2e7)),
+        "a TIFF of two million strips": lambda: tiff_of_strips(round(part * 2e6)),
+        "a TIFF of overlapping tags": lambda: tiff_of_tags(4000, round(part * 1e7)),
+        "a TIFF of two million fractions": lambda: tiff_of_fractions(round(part * 2e6)),
+        "a large TIFF": lambda: tiff_of_nothing(side),
+        "a TIFF of floats": lambda: wide_tiff(side, np.float32),
+        "a TIFF of wide numbers": lambda: wide_tiff(side, np.int32),
+        "a lossless WebP": lambda: webp_of_nothing(side),
+    }

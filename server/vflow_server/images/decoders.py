@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import os
 import signal
-import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +37,7 @@ BASE_MEMORY = 64 << 20
 BASE_SECONDS = 0.25
 """Processor time for any picture, beside what it gets for its pixels."""
 
-_FAST_NICENESS, _SLOW_NICENESS = 5, 15
+_FAST_NICENESS, _SLOW_NICENESS = 3, 10
 """The model goes on while hostile files take all the time that they may."""
 
 _SLOWEST = 20
@@ -181,10 +180,8 @@ class Decoders:
             task.add_done_callback(self._tasks.discard)
 
     async def _run(self, lane: _Lane, worker: Worker, job: Job, reserved: int) -> None:
-        begun = time.monotonic()
         outcome = await self._outcome(worker, job)
         del lane.running[job]
-        self._used.add(job.tenant, time.monotonic() - begun)
         self._memory.give_back(job.tenant, reserved)
         if isinstance(outcome, _Larger):
             job.most_pixels = outcome.pixels
@@ -229,9 +226,11 @@ class Decoders:
         except Exception as error:
             self._metrics.decoded("failed")
             log.error("a picture could not be handed to a worker", because=str(error), exc_info=error)
+            worker.kill()  # whatever is the matter with it
             return CapacityExhausted("picture_decoding", "the server cannot decode pictures now; retry in a moment")
         finally:
             deadline.cancel()
+            self._used.add(job.tenant, worker.seconds)
 
     def _cause(self, death: WorkerDied, job: Job, seconds: float) -> Exception:
         """Why a worker has died, as its job's caller is to hear it."""

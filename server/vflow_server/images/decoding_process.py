@@ -19,7 +19,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -98,14 +98,16 @@ def main() -> None:
         with open(files[0], "rb") as file:
             file.seek(0)
             data = file.read()
+        before = time.process_time()
         answer, pixels = _within(Task.parse(message), used + len(data), data)
+        answer["seconds"] = time.process_time() - before
         sent = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", pixels))] if pixels else []
         channel.sendmsg([json.dumps(answer).encode()], sent)
         for each in pixels:
             os.close(each)
 
 
-def _within(task: Task, used: int, data: bytes) -> tuple[Mapping[str, Any], list[int]]:
+def _within(task: Task, used: int, data: bytes) -> tuple[dict[str, Any], list[int]]:
     """The response to ``task``, and the descriptor of the pixels if there are any."""
     resource.setrlimit(resource.RLIMIT_AS, (used + task.memory, resource.RLIM_INFINITY))
     signal.setitimer(signal.ITIMER_PROF, task.seconds)

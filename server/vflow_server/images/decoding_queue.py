@@ -42,7 +42,7 @@ class Job:
 
 
 class UsedTime:
-    """The time that each tenant has lately used of the workers, in seconds."""
+    """The processor time that each tenant has lately used of the workers, in seconds."""
 
     def __init__(self) -> None:
         self._used: dict[str, tuple[float, float]] = {}

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 
@@ -46,9 +47,13 @@ class Worker:
 
     Args:
         niceness: how far the process gives way to others, 0 to 19.
+
+    Attributes:
+        seconds: processor time that the latest task took.
     """
 
     def __init__(self, niceness: int = 0) -> None:
+        self.seconds = 0.0
         self._niceness = niceness
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
@@ -58,8 +63,8 @@ class Worker:
 
     @property
     def pid(self) -> int | None:
-        """The process id; None while there is no process."""
-        return None if self._process is None else self._process.pid
+        """The process id; None while there is no process that can decode."""
+        return None if self._process is None or self._killed else self._process.pid
 
     def start(self) -> None:
         """Start a process if there is none, and wait until it can decode.
@@ -68,8 +73,9 @@ class Worker:
             OSError: no process can be started.
             WorkerDied: it ended at once.
         """
-        if self._process is not None:
+        if self.pid is not None:
             return
+        self.release()
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with there, self._lock:
             if self._closed:
@@ -88,38 +94,61 @@ class Worker:
                 raise
             self._channel = here
             self._killed = False
-        if here.recv(MOST_MESSAGE) != READY:
-            raise self._died()
+        with suppress(OSError):
+            if here.recv(MOST_MESSAGE) == READY:
+                return
+        raise self._died()
 
     def decode(self, data: bytes, task: Task) -> npt.NDArray[np.uint8]:
         """The pixels of the file ``data``, uint8 [height, width, 3], decoded as ``task`` says.
 
         Raises:
-            OSError: no process can be started, or there is no memory for the file.
+            OSError: no process can be started, or there is no memory or descriptor for the file.
             WorkerDied: the process ended: by SIGPROF when its time was up, or by the file.
             MemoryUsedUp: decoding would take more memory than it may.
             PictureError: the file is not a valid picture.
         """
-        self.start()
-        assert self._channel is not None
         file = memory_file(data)
+        begun = time.monotonic()
         try:
-            socket.send_fds(self._channel, [task.message()], [file])
-        except OSError:  # it died while it was idle
-            raise self._died() from None
+            self._send(task, file)
+            message, files = self._receive()
+        except WorkerDied:
+            self.seconds = min(task.seconds, time.monotonic() - begun)
+            raise
         finally:
             os.close(file)
+        try:
+            answer = json.loads(message)
+            self.seconds = float(answer["seconds"])
+            return _pixels(answer, files, task)
+        finally:
+            for each in files:
+                os.close(each)
+
+    def _send(self, task: Task, file: int) -> None:
+        """Hand over a task, to a new process if the present one died while it was idle."""
+        for last in (False, True):
+            self.start()
+            assert self._channel is not None
+            try:
+                socket.send_fds(self._channel, [task.message()], [file])
+                return
+            except OSError:
+                death = self._died()
+                if last or self._closed:
+                    raise death from None
+
+    def _receive(self) -> tuple[bytes, list[int]]:
+        """The message with the answer to a task, and its descriptors."""
+        assert self._channel is not None
         try:
             message, files, _, _ = socket.recv_fds(self._channel, MOST_MESSAGE, 1)
         except OSError:
             message, files = b"", []
-        try:
-            if not message:
-                raise self._died()
-            return _pixels(json.loads(message), files, task)
-        finally:
-            for each in files:
-                os.close(each)
+        if not message:
+            raise self._died()
+        return message, files
 
     def kill(self) -> None:
         """End the process at once, if there is one. For any thread."""
@@ -135,7 +164,7 @@ class Worker:
         self.kill()
 
     def release(self) -> None:
-        """Free what a process that was closed has left."""
+        """Free what a process that was killed has left."""
         if self._process is not None:
             self._died()
 

@@ -98,8 +98,9 @@ class PictureStore:
         if image.WhichOneof("source") == "digest":
             return self._by_digest(image.digest, field, tenant)
         try:
-            self.limits.check_file(image.data)
-            return await self._decoders.decode(image.data, tenant)
+            data = image.data  # once: each access copies the file
+            self.limits.check_file(data)
+            return await self._decoders.decode(data, tenant)
         except PictureError as error:
             raise InvalidRequest(error.reason, field, str(error), metadata=error.metadata) from error
 
