@@ -1,6 +1,5 @@
 """The parts of a file are counted before it is decoded; what programs write is far below the limits."""
 
-import io
 from collections.abc import Callable
 
 import pytest
@@ -8,7 +7,8 @@ from PIL import Image
 
 from tests.server import hostile_pictures as hostile
 from vflowopt.media import file_parts
-from vflowopt.media.file_parts import canvas_of_webp, excess_of
+from vflowopt.media.file_parts import excess_of
+from vflowopt.media.frame_size import webp_size
 from vflowopt.media.picture import Picture, PictureError, PictureLimits
 
 WRITTEN: dict[str, Callable[[Image.Image], bytes]] = {
@@ -86,32 +86,9 @@ def test_the_size_of_a_webp_is_known_before_its_decoder_takes_memory(
     size: tuple[int, int], options: dict[str, object]
 ) -> None:
     data = hostile.encoded(Image.new("RGBA", size, (9, 9, 9, 99)), "WEBP", method=0, **options)
-    assert canvas_of_webp(data) == size
-    assert canvas_of_webp(data[:29]) is None
+    assert webp_size(data) == size
+    assert webp_size(data[:29]) is None
     if size[0] > 1:
         with pytest.raises(PictureError) as refused:
             Picture.decode(data, PictureLimits(max_pixels=size[0] * size[1] - 1))
         assert refused.value.reason == "PICTURE_TOO_MANY_PIXELS"
-
-
-@pytest.mark.parametrize("step", ["open", "load", "convert"])
-def test_a_lack_of_memory_is_not_the_file_s_fault(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
-    data = hostile.encoded(Image.new("RGB", (8, 8)), "PNG")
-
-    def short(*arguments: object, **options: object) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(Image if step == "open" else Image.Image, step, short)
-    if step == "load":
-        monkeypatch.setattr("PIL.ImageFile.ImageFile.load", short)
-    with pytest.raises(MemoryError):
-        Picture.decode(data)
-
-
-def test_nor_is_it_where_a_decoder_reports_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = io.BytesIO(hostile.encoded(Image.new("RGB", (8, 8)), "PNG"))
-    monkeypatch.setattr(
-        "PIL.ImageFile.ImageFile.load", lambda image: (_ for _ in ()).throw(OSError("out of memory error"))
-    )
-    with pytest.raises(MemoryError):
-        Picture.decode(data.getvalue())

@@ -138,8 +138,8 @@ class Picture:
         if (excess := excess_of(data)) is not None:
             raise PictureError(
                 "PICTURE_TOO_COMPLEX",
-                f"the file has more than {excess.most} {excess.parts}, which take long to read; save it anew as a "
-                "plain JPEG or PNG",
+                f"the file has more than {excess.most} {excess.parts}, which take long to read; save it anew, and send "
+                "a plain JPEG or PNG",
                 resource=excess.parts,
                 max=excess.most,
             )

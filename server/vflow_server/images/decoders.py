@@ -18,6 +18,8 @@ from vflow_server.images.decoding_queue import DecodingQueue, Job, UsedTime
 from vflow_server.images.decoding_worker import MemoryUsedUp, Worker, WorkerDied, describe
 from vflow_server.rpc.errors import CapacityExhausted, server_stopping
 from vflow_server.telemetry.metrics import Metrics
+from vflowopt.media.error import damaged
+from vflowopt.media.file_format import format_of
 from vflowopt.media.picture import Picture, PictureError, PictureLimits
 
 MOST_WAITING = 64
@@ -29,10 +31,11 @@ WAITING_FILES = 8
 SMALL_PIXELS = 4_000_000
 """Pixels of a picture that is decoded in the fast lane at most."""
 
-BYTES_PER_PIXEL = 28
-"""Memory for decoding, beside :data:`BASE_MEMORY`. `python -m benchmarks.decoding` measures what it takes."""
+BYTES_PER_PIXEL = 20
+"""Memory that decoding may take. `python -m benchmarks.decoding` measures what it takes: up to 17, for a WebP."""
 
 BASE_MEMORY = 64 << 20
+"""Memory for any picture beside that, and beside two copies of its file."""
 
 BASE_SECONDS = 0.25
 """Processor time for any picture, beside what it gets for its pixels."""
@@ -206,7 +209,7 @@ class Decoders:
                 return held
         limits = PictureLimits(self._limits.max_bytes, job.most_pixels, self._limits.max_aspect)
         seconds = BASE_SECONDS + self._seconds * job.most_pixels / self._limits.max_pixels
-        task = Task(limits, seconds, BASE_MEMORY + BYTES_PER_PIXEL * job.most_pixels)
+        task = Task(limits, seconds, BASE_MEMORY + 2 * len(job.data) + BYTES_PER_PIXEL * job.most_pixels)
         deadline = loop.call_later(_SLOWEST * seconds, worker.kill)
         try:
             pixels = await loop.run_in_executor(self._threads, worker.decode, job.data, task)
@@ -244,10 +247,7 @@ class Decoders:
         log.error("a worker died of a picture", cause=describe(death.exit_code), bytes=len(job.data), tenant=job.tenant)
         if death.exit_code == -signal.SIGKILL:  # the system does that when memory is short
             return CapacityExhausted("picture_decoding", "the server had no memory for the picture; retry in a moment")
-        return PictureError(
-            "PICTURE_TRUNCATED",
-            f"the picture is damaged (its decoder ended with {describe(death.exit_code)}); send a whole, valid file",
-        )
+        return damaged(format_of(job.data) or "unknown", f"its decoder ended with {describe(death.exit_code)}")
 
     async def _started(self, worker: Worker) -> None:
         """Start a process for ``worker``. If that fails, its next job tries again."""
@@ -280,7 +280,8 @@ def _fail(job: Job, error: Exception) -> None:
 def _too_complex(resource: str, most: float, what: str) -> PictureError:
     return PictureError(
         "PICTURE_TOO_COMPLEX",
-        f"decoding the picture takes {what}, which no picture of its size needs; save it anew as a plain JPEG or PNG",
+        f"decoding the picture takes {what}, which no picture of its size should; save it anew, and send a plain JPEG "
+        "or PNG",
         resource=resource,
         max=most,
     )
