@@ -90,7 +90,8 @@ def _memory(data: bytes) -> int:
     worker = Worker()
     worker.start()
     before = _held(worker, "VmRSS")
-    worker.decode(data, Task(_LIMITS, seconds=1000.0, memory=1 << 34))
+    worker.load(data)
+    worker.decode(Task(_LIMITS, seconds=1000.0, memory=1 << 34))
     most = _held(worker, "VmHWM") - before
     worker.close()
     worker.release()

@@ -64,17 +64,16 @@ class Stopped:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, which: Callable[[bytes], bool]) -> None:
         self.pids: list[int] = []
-        send = Worker._send
+        load = Worker.load
 
-        def standing(worker: Worker, task: decoding_worker.Task, file: int) -> None:
-            worker.start()
-            assert worker.pid is not None
-            if which(os.pread(file, 1 << 25, 0)):
+        def standing(worker: Worker, data: bytes) -> str:
+            digest = load(worker, data)
+            if which(data) and worker.pid is not None:
                 os.kill(worker.pid, signal.SIGSTOP)
                 self.pids.append(worker.pid)
-            send(worker, task, file)
+            return digest
 
-        monkeypatch.setattr(Worker, "_send", standing)
+        monkeypatch.setattr(Worker, "load", standing)
 
 
 @contextmanager

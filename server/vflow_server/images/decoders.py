@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import signal
 from collections import Counter
@@ -129,8 +128,10 @@ class Decoders:
 
     async def start(self) -> None:
         """Start the fast lane's workers, which otherwise start when they are needed first."""
-        for worker in self._fast.idle:
+        for worker in [self._fast.idle.pop() for _ in self._fast.workers if self._fast.idle]:
             await self._started(worker)
+            self._fast.idle.append(worker)
+            self._begin(self._fast)
 
     async def decode(self, data: bytes, tenant: str) -> Picture:
         """The picture that the file ``data`` of ``tenant`` holds.
@@ -203,19 +204,18 @@ class Decoders:
     async def _outcome(self, worker: Worker, job: Job) -> Picture | _Larger | Exception:
         """How decoding ended."""
         loop = asyncio.get_running_loop()
-        if job.digest is None:  # here, not before: whose file is hashed next is to be as fair
-            job.digest = await loop.run_in_executor(self._threads, _sha256, job.data)
-            if (held := self._held(job.tenant, job.digest)) is not None:
-                return held
         limits = PictureLimits(self._limits.max_bytes, job.most_pixels, self._limits.max_aspect)
         seconds = BASE_SECONDS + self._seconds * job.most_pixels / self._limits.max_pixels
-        task = Task(limits, seconds, BASE_MEMORY + 2 * len(job.data) + BYTES_PER_PIXEL * job.most_pixels)
+        memory = BASE_MEMORY + 2 * len(job.data) + BYTES_PER_PIXEL * job.most_pixels
         deadline = loop.call_later(_SLOWEST * seconds, worker.kill)
         try:
-            pixels = await loop.run_in_executor(self._threads, worker.decode, job.data, task)
+            digest = await loop.run_in_executor(self._threads, worker.load, job.data)
+            if (held := self._held(job.tenant, digest)) is not None:
+                return held
+            pixels = await loop.run_in_executor(self._threads, worker.decode, Task(limits, seconds, memory))
             self._metrics.decoded("decoded")
             self._memory.count(job.tenant, pixels)
-            return Picture(pixels, job.digest)
+            return Picture(pixels, digest)
         except PictureError as error:
             if error.reason == "PICTURE_TOO_MANY_PIXELS" and job.most_pixels < self._limits.max_pixels:
                 return _Larger(error, self._limits)
@@ -223,7 +223,7 @@ class Decoders:
             return error
         except MemoryUsedUp:
             self._metrics.decoded("out_of_memory")
-            return _too_complex("memory", task.memory, f"more than {task.memory} bytes of memory")
+            return _too_complex("memory", memory, f"more than {memory} bytes of memory")
         except WorkerDied as death:
             return self._cause(death, job, seconds)
         except Exception as error:
@@ -266,10 +266,6 @@ class _Larger:
         pixels = size[0] * size[1] if len(size) == 2 else limits.max_pixels
         # With more than it may have it is refused there, and the message names the right bound.
         self.pixels = min(pixels, limits.max_pixels)
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def _fail(job: Job, error: Exception) -> None:

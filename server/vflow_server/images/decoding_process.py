@@ -4,15 +4,17 @@ The files are not trusted, so what reads them is a process that the service can 
 time is up, even where a decoder holds the interpreter's lock, and when the service dies. It is no sandbox: it runs as
 the user of the service.
 
-A request and its response are one message each on a socket. The file goes there, and the pixels come back, as the
-descriptor of a memory file: a descriptor costs the same for every size, and nothing is left behind when a process dies.
-Messages are JSON, which cannot make the service run code, as unpickling would.
+On a socket every request has one response. A request is a file, whose response is its digest, or a task: what to decode
+the latest file with. The file goes there, and the pixels come back, as the descriptor of a memory file: a descriptor
+costs the same for every size, and nothing is left behind when a process dies. Messages are JSON, which cannot make the
+service run code, as unpickling would.
 """
 
 from __future__ import annotations
 
 import array
 import ctypes
+import hashlib
 import json
 import os
 import resource
@@ -30,6 +32,9 @@ MOST_MESSAGE = 1 << 16
 
 READY = b"ready"
 """The message of a process that has imported everything."""
+
+FILE = b"file"
+"""The message that comes with the descriptor of a file."""
 
 _MOST_TEXT = 1000
 """Characters of a message for people at most: decoders may quote the file in it."""
@@ -91,15 +96,22 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDWR), sys.stderr.fileno())
     channel.send(READY)
     used = _address_space()
+    data = b""
     while True:
         message, files, _, _ = socket.recv_fds(channel, MOST_MESSAGE, 1)
         if not message:
             return
-        with open(files[0], "rb") as file:
-            file.seek(0)
-            data = file.read()
         before = time.process_time()
-        answer, pixels = _within(Task.parse(message), used + len(data), data)
+        pixels: list[int] = []
+        answer: dict[str, Any]
+        if files:
+            with open(files[0], "rb") as file:
+                file.seek(0)
+                data = file.read()
+            answer = {"digest": hashlib.sha256(data).hexdigest()}
+        else:
+            answer, pixels = _within(Task.parse(message), used + len(data), data)
+            data = b""
         answer["seconds"] = time.process_time() - before
         sent = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", pixels))] if pixels else []
         channel.sendmsg([json.dumps(answer).encode()], sent)

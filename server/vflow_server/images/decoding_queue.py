@@ -25,14 +25,12 @@ class Job:
         tenant: the tenant that sent it.
         data: the file.
         most_pixels: pixels that it may have where it is decoded next.
-        digest: SHA-256 of the file in hex, once it is known.
         result: the picture, or why there is none.
     """
 
     tenant: str
     data: bytes
     most_pixels: int
-    digest: str | None = None
     result: asyncio.Future[Picture] = field(default_factory=lambda: asyncio.Future())
 
     @property

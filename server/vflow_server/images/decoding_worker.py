@@ -12,12 +12,13 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from vflow_server.images import decoding_process
-from vflow_server.images.decoding_process import MOST_MESSAGE, READY, Task, memory_file
+from vflow_server.images.decoding_process import FILE, MOST_MESSAGE, READY, Task, memory_file
 from vflowopt.media.picture import PictureError
 
 
@@ -49,7 +50,7 @@ class Worker:
         niceness: how far the process gives way to others, 0 to 19.
 
     Attributes:
-        seconds: processor time that the latest task took.
+        seconds: processor time that the latest file has taken.
     """
 
     def __init__(self, niceness: int = 0) -> None:
@@ -99,56 +100,73 @@ class Worker:
                 return
         raise self._died()
 
-    def decode(self, data: bytes, task: Task) -> npt.NDArray[np.uint8]:
-        """The pixels of the file ``data``, uint8 [height, width, 3], decoded as ``task`` says.
+    def load(self, data: bytes) -> str:
+        """Hand over a file, for :meth:`decode`; returns its SHA-256 in hex.
+
+        A process that has died while it was idle is replaced.
 
         Raises:
             OSError: no process can be started, or there is no memory or descriptor for the file.
+            WorkerDied: the process ended.
+            ValueError: it did not answer as it should.
+        """
+        self.seconds = 0.0
+        file = memory_file(data)
+        try:
+            self.start()
+            try:
+                answer, _ = self._ask(FILE, [file])
+            except WorkerDied as death:
+                if death.killed:
+                    raise
+                self.start()
+                answer, _ = self._ask(FILE, [file])
+            return str(answer["digest"])
+        finally:
+            os.close(file)
+
+    def decode(self, task: Task) -> npt.NDArray[np.uint8]:
+        """The pixels of the latest file, uint8 [height, width, 3], decoded as ``task`` says.
+
+        Raises:
             WorkerDied: the process ended: by SIGPROF when its time was up, or by the file.
             MemoryUsedUp: decoding would take more memory than it may.
             PictureError: the file is not a valid picture.
+            ValueError: the process did not answer as it should.
         """
-        file = memory_file(data)
         begun = time.monotonic()
         try:
-            self._send(task, file)
-            message, files = self._receive()
+            answer, files = self._ask(task.message(), [])
         except WorkerDied:
-            self.seconds = min(task.seconds, time.monotonic() - begun)
+            self.seconds += min(task.seconds, time.monotonic() - begun)
             raise
-        finally:
-            os.close(file)
         try:
-            answer = json.loads(message)
-            self.seconds = float(answer["seconds"])
             return _pixels(answer, files, task)
         finally:
             for each in files:
                 os.close(each)
 
-    def _send(self, task: Task, file: int) -> None:
-        """Hand over a task, to a new process if the present one died while it was idle."""
-        for last in (False, True):
-            self.start()
-            assert self._channel is not None
-            try:
-                socket.send_fds(self._channel, [task.message()], [file])
-                return
-            except OSError:
-                death = self._died()
-                if last or self._closed:
-                    raise death from None
-
-    def _receive(self) -> tuple[bytes, list[int]]:
-        """The message with the answer to a task, and its descriptors."""
-        assert self._channel is not None
+    def _ask(self, message: bytes, files: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """The answer to a message, and the descriptors that came with it."""
+        channel = self._channel
+        received: list[int] = []
+        if channel is None:
+            raise WorkerDied(-signal.SIGKILL, killed=True)
         try:
-            message, files, _, _ = socket.recv_fds(self._channel, MOST_MESSAGE, 1)
+            socket.send_fds(channel, [message], files)
+            text, received, _, _ = socket.recv_fds(channel, MOST_MESSAGE, 1)
         except OSError:
-            message, files = b"", []
-        if not message:
+            text = b""
+        if not text:
             raise self._died()
-        return message, files
+        try:
+            answer = json.loads(text)
+            self.seconds += float(answer["seconds"])
+        except BaseException:
+            for each in received:
+                os.close(each)
+            raise
+        return answer, received
 
     def kill(self) -> None:
         """End the process at once, if there is one. For any thread."""
