@@ -227,6 +227,19 @@ def test_no_worker_outlives_a_service_that_is_killed(parent: Parent, tmp_path: P
     until(lambda: not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in alive))
 
 
+def test_a_worker_dies_with_the_thread_that_started_it() -> None:
+    """The system sees to it, also where a decoder would not notice that the other end of its socket is closed."""
+    worker = Worker()
+    thread = threading.Thread(target=worker.start)
+    thread.start()
+    thread.join()
+    assert worker.pid is not None
+    process = psutil.Process(worker.pid)
+    until(lambda: process.status() == psutil.STATUS_ZOMBIE)
+    worker.kill()
+    worker.release()
+
+
 def test_what_is_decoded_leaves_nothing_open(serve: Serve) -> None:
     served = serve()
     files = Path("/proc/self/fd")
