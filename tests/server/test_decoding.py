@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import grpc
 import numpy as np
 import psutil
 import pytest
@@ -21,7 +22,7 @@ from tests.server.restartable_server import Parent, RestartableServer
 from tests.server.served import Served
 from tests.server.waiting import until
 from vflow_client import CapacityExhausted, Client, PictureRejected, VFlowError
-from vflow_client.v1 import images_pb2
+from vflow_client.v1 import compression_pb2, compression_pb2_grpc, images_pb2
 from vflow_server.images import decoders, decoding_worker
 from vflow_server.images.decoding_worker import Worker
 from vflow_server.rpc.errors import ServiceError
@@ -199,8 +200,11 @@ def test_a_worker_that_dies_while_it_is_idle_costs_nobody_a_picture(serve: Serve
 def test_a_file_whose_sender_is_gone_is_dropped(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     served = serve(picture_workers="2")
     stopped = Stopped(monkeypatch, lambda data: data == png(60, 60, 1))
-    with served.connect(timeout=0.5) as client:
-        assert outcome(client, png(60, 60, 1)) != ""
+    with grpc.insecure_channel(served.address) as channel:
+        request = compression_pb2.CompressImageRequest(image=images_pb2.Image(data=png(60, 60, 1)))
+        call = compression_pb2_grpc.CompressionStub(channel).CompressImage.future(request)
+        until(lambda: bool(stopped.pids))
+        call.cancel()
     until(lambda: counted(served, "cancelled") == 1)
     until(lambda: stopped.pids[0] not in psutil.pids())
     assert served.client.compress(png(60, 60)).receipt.digest
