@@ -301,6 +301,7 @@ CLASS_OF_REASON: Mapping[str, type[VFlowError]] = {
     "PICTURE_TOO_SMALL": PictureRejected,
     "PICTURE_TOO_NARROW": PictureRejected,
     "PICTURE_UNSUPPORTED": PictureRejected,
+    "PICTURE_TOO_COMPLEX": PictureRejected,
     "VIDEO_EMPTY": VideoRejected,
     "VIDEO_TOO_LONG": VideoRejected,
     "VIDEO_FRAMES_UNEQUAL": VideoRejected,

@@ -1,8 +1,8 @@
 """The VFlow service: gRPC in front of the library ``vflowopt``.
 
 A servicer checks a request and submits its work to the engine. The events of that work come back as responses. Only the
-threads of :mod:`vflow_server.engine` run the model. The rest runs on the event loop, or on threads that decode pictures
-and use the disk.
+threads of :mod:`vflow_server.engine` run the model. Pictures are decoded in processes of their own. The rest runs on
+the event loop, or on threads that use the disk.
 
 The files of this package are the command ``vflow`` (``cli``), its settings, and the service that joins the parts
 (``app``, ``service``). The parts are packages. Each imports only from those below it:

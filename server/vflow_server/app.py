@@ -105,6 +105,7 @@ async def _serve(runtime: Runtime, settings: Settings) -> None:
     log.info(
         "ready", host=settings.host, port=port, admin_port=service.admin_port, strategy=service.strategies.active.name
     )
+    await service.pictures.start()  # only now: it takes processor time that the start above needs
     waits = [asyncio.create_task(event.wait()) for event in (stop, service.failed)]
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     for wait in waits:

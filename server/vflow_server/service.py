@@ -157,6 +157,9 @@ class Service:
         self.pictures = PictureStore(
             PictureLimits(max_bytes=settings.max_picture_bytes, max_pixels=settings.max_picture_pixels),
             held_bytes=settings.picture_memory,
+            metrics=self.metrics,
+            workers=settings.picture_workers,
+            seconds=settings.picture_seconds,
         )
         self.fidelity_monitor = FidelityMonitor(
             share=settings.watch_share,
@@ -262,7 +265,7 @@ class Service:
             await asyncio.to_thread(self.archive.close)
         if self._data is not None:
             self._data.close()
-        self.pictures.close()
+        await self.pictures.close()
         if self._side_port is not None:
             await self._side_port.stop(begun + grace - time.monotonic())
         await asyncio.to_thread(self.tracing.close)

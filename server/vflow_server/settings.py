@@ -172,6 +172,20 @@ class Settings:
     )
     max_picture_bytes: int = option(Group.LIMITS, "20MiB", "largest picture file", size, metavar="SIZE")
     max_picture_pixels: int = option(Group.LIMITS, "50000000", "largest picture, in pixels", whole(1), metavar="N")
+    picture_seconds: float = option(
+        Group.LIMITS,
+        "10s",
+        "processor time that decoding the largest picture may take; a smaller one gets its share",
+        seconds,
+        metavar="TIME",
+    )
+    picture_workers: int | None = option(
+        Group.LIMITS,
+        None,
+        "processes that decode pictures (unset: half as many as there are processors, and 2 at least)",
+        whole(2),
+        metavar="N",
+    )
     max_video_frames: int = option(
         Group.LIMITS, "256", "largest number of video frames in one request", whole(1), metavar="N"
     )

@@ -51,7 +51,9 @@ class Served:
 
     def connect(self, **options: Any) -> vflow_client.Client:
         """Another client, which never retries."""
-        return vflow_client.connect(self.address, timeout=20, retry=vflow_client.RetryPolicy(attempts=1), **options)
+        return vflow_client.connect(
+            self.address, **{"timeout": 20, "retry": vflow_client.RetryPolicy(attempts=1), **options}
+        )
 
     def kv_bytes(self) -> int:
         """KV bytes in use, after checking that no page is lost."""

@@ -10,10 +10,12 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from tests.repository.source import ROOT
+from tests.server.hostile_pictures import jpeg_of_scans
 from tests.vflowopt import picture_files as files
 from tests.vflowopt.picture_files import chunk, encoded
 from tests.vflowopt.picture_lines import JPEG_RED, with_frame_header
 from vflowopt.media import frame
+from vflowopt.media.file_parts import MOST_SCANS
 from vflowopt.media.picture import Picture, PictureError, PictureLimits
 
 LARGE = 20_000
@@ -108,6 +110,7 @@ EXAMPLES = {
     "PICTURE_NOT_AN_IMAGE": (WAV, None),
     "PICTURE_TRUNCATED": (RED[:-30], None),
     "PICTURE_TOO_LARGE": (RED, PictureLimits(max_bytes=8)),
+    "PICTURE_TOO_COMPLEX": (jpeg_of_scans(24, MOST_SCANS + 1), None),
     "PICTURE_TOO_MANY_PIXELS": (RED, PictureLimits(max_pixels=255)),
     "PICTURE_TOO_NARROW": (encoded(Image.new("RGB", (300, 1))), None),
     "PICTURE_UNSUPPORTED": (with_frame_header(JPEG_RED, 0xC1, 12), None),

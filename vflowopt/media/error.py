@@ -7,8 +7,9 @@ class PictureError(ValueError):
     """Bytes or pixels that are no usable picture.
 
     ``reason`` is one of PICTURE_EMPTY, PICTURE_NOT_AN_IMAGE, PICTURE_TRUNCATED (cut off or damaged),
-    PICTURE_UNSUPPORTED (a valid file of a kind that is not read), PICTURE_TOO_LARGE (bytes), PICTURE_TOO_MANY_PIXELS,
-    PICTURE_TOO_SMALL (a side of 0) and PICTURE_TOO_NARROW; ``metadata`` holds the numbers and names in the message.
+    PICTURE_UNSUPPORTED (a valid file of a kind that is not read), PICTURE_TOO_LARGE (bytes), PICTURE_TOO_COMPLEX (more
+    scans, segments, chunks or strips than a picture needs), PICTURE_TOO_MANY_PIXELS, PICTURE_TOO_SMALL (a side of 0)
+    and PICTURE_TOO_NARROW; ``metadata`` holds the numbers and names in the message.
     """
 
     def __init__(self, reason: str, message: str, **metadata: object) -> None:

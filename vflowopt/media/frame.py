@@ -90,6 +90,8 @@ def read_frame(form: str, data: bytes, check: Check) -> Frame:
             return _bmp(data, check)
         case "TIFF":
             return _tiff(data, check)
+    if form == "WEBP" and (size := webp_size(data)) is not None:
+        check(*size)  # its reader takes memory for the pixels at once
     image = _open(form, data)
     check(*image.size)
     turn = 1 if form == "HEIC" else _orientation(image, form)  # the plugin has turned the picture

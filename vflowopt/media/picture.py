@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from vflowopt.media.error import PictureError, unsupported
 from vflowopt.media.file_format import FORMATS, format_of
+from vflowopt.media.file_parts import excess_of
 from vflowopt.media.frame import read_frame
 from vflowopt.media.rgb import to_rgb
 
@@ -46,6 +47,19 @@ class PictureLimits:
         for name, value in vars(self).items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def check_file(self, data: bytes) -> None:
+        """Raise PictureError unless a file with these bytes may be read."""
+        if not data:
+            raise PictureError("PICTURE_EMPTY", "the picture has no bytes; send the contents of an image file")
+        if len(data) > self.max_bytes:
+            raise PictureError(
+                "PICTURE_TOO_LARGE",
+                f"the picture has {len(data)} bytes, at most {self.max_bytes} are accepted; "
+                "scale it down or compress it more",
+                bytes=len(data),
+                max_bytes=self.max_bytes,
+            )
 
     def check(self, width: int, height: int) -> None:
         """Raise PictureError unless a picture of this size may be decoded."""
@@ -120,15 +134,14 @@ class Picture:
             MemoryError: there is not enough memory to decode them.
         """
         limits = limits or PictureLimits()
-        if not data:
-            raise PictureError("PICTURE_EMPTY", "the picture has no bytes; send the contents of an image file")
-        if len(data) > limits.max_bytes:
+        limits.check_file(data)
+        if (excess := excess_of(data)) is not None:
             raise PictureError(
-                "PICTURE_TOO_LARGE",
-                f"the picture has {len(data)} bytes, at most {limits.max_bytes} are accepted; "
-                "scale it down or compress it more",
-                bytes=len(data),
-                max_bytes=limits.max_bytes,
+                "PICTURE_TOO_COMPLEX",
+                f"the file has more than {excess.most} {excess.parts}, which take long to read; save it anew, and send "
+                "a plain JPEG or PNG",
+                resource=excess.parts,
+                max=excess.most,
             )
         form = format_of(data)
         if form is None:

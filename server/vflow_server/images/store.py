@@ -1,26 +1,21 @@
-"""The picture store: decodes pictures off the event loop, and holds the latest ones so that a digest can name them."""
+"""The picture store: has pictures decoded, and holds the latest ones so that a digest can name them."""
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
 import re
-import threading
-import weakref
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
 
 from vflow_client.v1 import images_pb2
+from vflow_server.images.decoded_memory import DecodedMemory
+from vflow_server.images.decoders import Decoders, default_workers
 from vflow_server.kv.lru import ByteBoundedLRU
-from vflow_server.rpc.errors import CapacityExhausted, InvalidRequest, NotFound
+from vflow_server.rpc.errors import InvalidRequest, NotFound
+from vflow_server.telemetry.metrics import Metrics
 from vflowopt.media.picture import Detail, Picture, PictureError, PictureLimits
 
-MOST_WAITING = 64
-"""Pictures that may wait to be decoded, so that a slow one delays a bounded number of others."""
-
-_LARGEST_IN_USE = 8
-"""Pixels decoded for all running requests at most, as a multiple of the bound on one picture. One request can have half
-of that."""
+LARGEST_IN_USE = 4
+"""Pixels decoded for all running requests at most, as a multiple of the bound on one picture. One request may have as
+many."""
 
 _DIGEST = re.compile("[0-9a-f]{64}")
 _DETAILS: dict[int, Detail] = {
@@ -31,25 +26,41 @@ _DETAILS: dict[int, Detail] = {
 
 
 class PictureStore:
-    """Decodes pictures and holds the latest ones for their tenants. Belongs to the event loop's thread.
+    """Has pictures decoded, and holds the latest ones for their tenants. Belongs to the event loop's thread.
 
     Args:
         limits: the limits of one picture (also an attribute).
         held_bytes: bytes of decoded pictures to hold.
-        threads: number of pictures that are decoded at the same time.
+        metrics: counts how decoding ended.
+        workers: number of processes that decode, at least 2; None: as many as fit the processors.
+        seconds: processor time that decoding the largest picture may take.
     """
 
-    def __init__(self, limits: PictureLimits, *, held_bytes: int, threads: int = 2) -> None:
+    def __init__(
+        self,
+        limits: PictureLimits,
+        *,
+        held_bytes: int,
+        metrics: Metrics,
+        workers: int | None = None,
+        seconds: float = 10.0,
+    ) -> None:
         self.limits = limits
         self._held_bytes = held_bytes
         self._held: ByteBoundedLRU[tuple[str, str], Picture] = ByteBoundedLRU(
             held_bytes, lambda picture: picture.pixels.nbytes
         )
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="vflow-picture")
-        self._waiting = 0
-        self._decoded = _BytesAlive()
         # The pictures held here, those that live samples hold, and those of running requests.
-        self._most_decoded = 2 * held_bytes + _LARGEST_IN_USE * 3 * limits.max_pixels
+        most_decoded = 2 * held_bytes + LARGEST_IN_USE * 3 * limits.max_pixels
+        self._decoded = DecodedMemory(most_decoded, self._bytes_held_of)
+        self._decoders = Decoders(
+            limits,
+            workers=workers or default_workers(),
+            seconds=seconds,
+            memory=self._decoded,
+            held=self.held,
+            metrics=metrics,
+        )
 
     @property
     def bytes_held(self) -> int:
@@ -86,20 +97,12 @@ class PictureStore:
         """
         if image.WhichOneof("source") == "digest":
             return self._by_digest(image.digest, field, tenant)
-        if self._waiting >= MOST_WAITING:
-            raise CapacityExhausted("picture_decoding", f"{MOST_WAITING} pictures wait to be decoded; retry later")
-        loop = asyncio.get_running_loop()
-        self._waiting += 1
         try:
-            if len(image.data) <= self.limits.max_bytes:
-                digest = await loop.run_in_executor(self._threads, _sha256, image.data)
-                if (held := self._held.get((tenant, digest))) is not None:
-                    return held
-            return await loop.run_in_executor(self._threads, self._decode, image.data)
+            data = image.data  # once: each access copies the file
+            self.limits.check_file(data)
+            return await self._decoders.decode(data, tenant)
         except PictureError as error:
             raise InvalidRequest(error.reason, field, str(error), metadata=error.metadata) from error
-        finally:
-            self._waiting -= 1
 
     def hold(self, tenant: str, pictures: Collection[Picture]) -> None:
         """Hold ``pictures``, which ``tenant`` has sent; none of them if together they exceed the bound."""
@@ -111,21 +114,16 @@ class PictureStore:
         """The picture with ``digest`` that ``tenant`` has sent; None if it is no longer held."""
         return self._held.get((tenant, digest))
 
-    def close(self) -> None:
-        """End the threads."""
-        self._threads.shutdown(cancel_futures=True)
+    async def start(self) -> None:
+        """Get ready to decode; without this the first picture takes a little longer."""
+        await self._decoders.start()
 
-    def _decode(self, data: bytes) -> Picture:
-        """Decode in one of the threads. Checks the bound here, where all pictures decoded before are counted."""
-        if (decoded := self.bytes_decoded) >= self._most_decoded:
-            raise CapacityExhausted(
-                "picture_decoding",
-                f"the pictures of the requests under way take {decoded} bytes; retry when some have ended",
-                metadata={"bytes": decoded, "max_bytes": self._most_decoded},
-            )
-        picture = Picture.decode(data, self.limits)
-        self._decoded.add(picture)
-        return picture
+    async def close(self) -> None:
+        """Stop decoding at once."""
+        await self._decoders.close()
+
+    def _bytes_held_of(self, tenant: str) -> int:
+        return sum(picture.pixels.nbytes for (owner, _), picture in self._held.items() if owner == tenant)
 
     def _by_digest(self, digest: str, field: str, tenant: str) -> Picture:
         if not _DIGEST.fullmatch(digest):
@@ -155,25 +153,3 @@ def _detail(detail: int, field: str) -> Detail:
             metadata={"value": detail},
         )
     return _DETAILS[detail]
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-class _BytesAlive:
-    """Bytes of the pixels of all decoded pictures that are still referenced anywhere. For any thread."""
-
-    def __init__(self) -> None:
-        self.total = 0
-        self._lock = threading.Lock()
-
-    def add(self, picture: Picture) -> None:
-        """Count ``picture`` until its pixels are garbage-collected."""
-        nbytes = picture.pixels.nbytes
-        self._change(nbytes)
-        weakref.finalize(picture.pixels, self._change, -nbytes).atexit = False
-
-    def _change(self, nbytes: int) -> None:
-        with self._lock:
-            self.total += nbytes

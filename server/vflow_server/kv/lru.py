@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -44,6 +44,10 @@ class ByteBoundedLRU(Generic[K, V]):
         if value is not None:
             self.bytes_held -= self._size(value)
         return value
+
+    def items(self) -> Iterable[tuple[K, V]]:
+        """Keys and values, the least recently used first."""
+        return self._values.items()
 
     def put(self, key: K, value: V) -> None:
         """Hold ``value`` in place of an earlier one; a value larger than the bound is dropped at once."""

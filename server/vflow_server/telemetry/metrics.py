@@ -27,6 +27,10 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Buckets of batch sizes."""
 
+DECODING_OUTCOMES = ("decoded", "refused", "out_of_time", "out_of_memory", "crashed", "cancelled", "failed")
+"""How decoding a picture can end: with pixels; as no valid picture; the worker was ended by its limit of time, by its
+limit of memory, or by the file; the caller had gone; no worker could be had."""
+
 
 class Metrics:
     """The instruments of one service.
@@ -89,6 +93,10 @@ class Metrics:
                 self._picture_seconds.labels(phase).observe(getattr(receipt, f"{phase}_ms") / 1000)
         if receipt.prefill_ms:
             self._picture_seconds.labels("prefill").observe(receipt.prefill_ms / 1000)
+
+    def decoded(self, outcome: str) -> None:
+        """Note how decoding a picture ended: see ``DECODING_OUTCOMES``."""
+        self._decodings.labels(outcome).inc()
 
     def step(self, seconds: float, pending: Sequence[int], ran: Sequence[int]) -> None:
         """Note that the model ran a step.
@@ -177,6 +185,15 @@ class Metrics:
             ("cache",),
             registry=self.registry,
         )
+        self._decodings = Counter(
+            "vflow_picture_decodings",
+            "Picture files that worker processes were given, by outcome; a worker that ran out of time or crashed was "
+            "replaced.",
+            ("outcome",),
+            registry=self.registry,
+        )
+        for outcome in DECODING_OUTCOMES:
+            self._decodings.labels(outcome)
         self._picture_seconds = Histogram(
             "vflow_picture_seconds",
             "Seconds that a picture took, by phase; prefill only of pictures added ahead of a question.",
