@@ -14,7 +14,12 @@ def resident_bytes(process: int) -> int:
     root = psutil.Process(process)
     total = 0
     for each in (root, *root.children(recursive=True)):
-        used = each.memory_full_info()
+        try:
+            used = each.memory_full_info()
+        except psutil.NoSuchProcess:
+            if each is root:
+                raise
+            continue  # it ended meanwhile
         # The proportional share is known on Linux only.
         total += getattr(used, "pss", 0) or used.rss
     return total

@@ -235,7 +235,7 @@ class Journal:
             self._connection.execute("COMMIT")
             # Not acknowledged before it is certain that the files are still those that a new process would find.
             self._check_files()
-        except Exception as error:
+        except BaseException as error:  # an open transaction would be in the way of all later ones
             self._roll_back(error)
             outcomes = [(None, error)] * len(batch)
             self._metrics.commit_failed()
@@ -297,7 +297,7 @@ class Journal:
         self._behind &= bool(busy)
         return not busy
 
-    def _roll_back(self, error: Exception) -> None:
+    def _roll_back(self, error: BaseException) -> None:
         with suppress(sqlite3.Error):
             self._connection.rollback()
         # After a flush that failed, the whole transaction may be in the log even so, and a crash would bring it back.
