@@ -25,6 +25,8 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from PIL import AvifImagePlugin
+
 from vflowopt.media.picture import Picture, PictureError, PictureLimits
 
 MOST_MESSAGE = 1 << 16
@@ -91,6 +93,8 @@ def main() -> None:
     The argument is the niceness of the process.
     """
     _leave_the_service_alone(int(sys.argv[1]))
+    # By default as many threads as there are cores, whose stacks would count against the bound on memory.
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     channel = socket.socket(fileno=os.dup(sys.stdin.fileno()))
     # Decoders write warnings about a file to standard error, which is the log of the service.
     os.dup2(os.open(os.devnull, os.O_RDWR), sys.stderr.fileno())
