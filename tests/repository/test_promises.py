@@ -35,10 +35,24 @@ def test_as_many_formats_are_read_as_promised() -> None:
     assert "reads pictures in seven formats only" in SECURITY and len(FORMATS) == 7
 
 
-@pytest.mark.parametrize("document", ["SECURITY.md", "README.md"])
+@pytest.mark.parametrize("document", ["SECURITY.md", "README.md", "docs/how-to/restarts.md"])
 def test_the_tests_that_are_named_are_there(document: str) -> None:
-    named = set(re.findall(r"[\w/]*\btest_\w+\.py", (ROOT / document).read_text()))
+    named = set(re.findall(r"[\w/]*\btest_\w+\.py(?:::\w+)?", (ROOT / document).read_text()))
     assert named
-    there = {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.py")}
-    missing = [name for name in named if not any(path == name or path.endswith(f"/{name}") for path in there)]
-    assert not missing
+    there = {str(path.relative_to(ROOT)): path for path in ROOT.glob("tests/**/test_*.py")}
+    for name in named:
+        file, _, function = name.partition("::")
+        paths = [path for path in there if path == file or path.endswith(f"/{file}")]
+        assert paths, name
+        assert not function or any(f"def {function}(" in there[path].read_text() for path in paths), name
+
+
+@pytest.mark.parametrize(
+    ("document", "heading"),
+    [("SECURITY.md", "## What VFlow promises"), ("docs/how-to/restarts.md", "## Where this is")],
+)
+def test_each_promise_names_its_test(document: str, heading: str) -> None:
+    section = (ROOT / document).read_text().partition(heading)[2].partition("\n## ")[0]
+    _, _, *rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(rows) > 8
+    assert not [row for row in rows if not re.search(r"test_\w+\.py", row.rsplit("|", 2)[1])]
