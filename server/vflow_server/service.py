@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import grpc
 import structlog
 from google.longrunning import operations_pb2, operations_pb2_grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from vflow_client.v1 import (
@@ -34,6 +34,7 @@ from vflow_server.images.video_reader import VideoReader
 from vflow_server.interceptors.calls import Calls
 from vflow_server.interceptors.draining import Draining
 from vflow_server.interceptors.guard import Guard
+from vflow_server.interceptors.messages import Messages
 from vflow_server.kv.disk import DiskStore
 from vflow_server.kv.image_cache import ImageCache
 from vflow_server.kv.logged_images import LoggedImages
@@ -42,11 +43,13 @@ from vflow_server.kv.offload import OffloadStore
 from vflow_server.kv.prefix_cache import PrefixCache
 from vflow_server.monitoring.gauges import Gauges
 from vflow_server.monitoring.service_parts import ServiceParts
+from vflow_server.rpc.errors import server_stopping
 from vflow_server.rpc.listener import Listener, is_loopback
 from vflow_server.servicers.admin import Strategies
 from vflow_server.servicers.calibration_request import CalibrationReader
 from vflow_server.servicers.compression import Compression
 from vflow_server.servicers.conversations import Conversations
+from vflow_server.servicers.health import Health
 from vflow_server.servicers.operations_service import Operations
 from vflow_server.servicers.quotas import Quota, Quotas
 from vflow_server.sessions.live_samples import LiveSamples
@@ -81,6 +84,16 @@ _FOR_ADMINISTRATORS = tuple(
 )
 NAMES = (*_FOR_USERS, *_FOR_ADMINISTRATORS)
 """Full names of the services, as health checks ask for them."""
+
+_HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+
+_WORK = (
+    "/vflow.v1.Conversations/AddImage",
+    "/vflow.v1.Conversations/AddVideo",
+    "/vflow.v1.Conversations/Chat",
+    "/vflow.v1.Compression/CompressImage",
+)
+"""The methods whose calls the quotas count as work."""
 
 MAX_PREFIXES = 64
 """Number of prefixes that are cached for sessions that begin in the same way."""
@@ -189,6 +202,9 @@ class Service:
             tokens_per_minute=settings.tenant_tokens,
         )
         self.quotas = Quotas(quota, self.sessions, self.engine, self.kv, meter)
+        self.messages = Messages(
+            settings.message_memory, settings.max_message_bytes, {method: self.quotas.work for method in _WORK}
+        )
         self.parts = ServiceParts(
             runtime=runtime,
             engine=self.engine,
@@ -200,6 +216,7 @@ class Service:
             fidelity_monitor=self.fidelity_monitor,
             retunes=self.retunes,
             receipt_log=self.receipt_log,
+            messages=self.messages,
             metrics=self.metrics,
             access=self.access,
         )
@@ -207,7 +224,7 @@ class Service:
         self._watch_threads()
         self.failed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._health = health.aio.HealthServicer()
+        self._health = Health(("", *NAMES))
         self._listeners = self._listen()
         self.admin_port: int | None = None
         self._side_port: SidePort | None = None
@@ -224,8 +241,7 @@ class Service:
         if self.settings.metrics_port is not None:
             self.side_port = await self._start_side_port(self.settings.metrics_host, self.settings.metrics_port)
         self.engine.start()
-        for name in ("", *NAMES):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._health.set(serving=True)
         for listener in self._listeners:
             await listener.start()
         expiry = asyncio.create_task(self.sessions.expire_forever())
@@ -243,7 +259,8 @@ class Service:
     async def stop(self, grace: float | None = None) -> None:
         """Accept no more calls, wait ``grace`` seconds for the running ones (default: the setting), and release all."""
         self.watchdog.stop()
-        await self._health.enter_graceful_shutdown()
+        self._health.set(serving=False)
+        self.messages.stop(server_stopping())
         await self.retunes.close()  # before the calls that wait for it
         grace = self.settings.grace if grace is None else grace
         begun = time.monotonic()
@@ -314,8 +331,9 @@ class Service:
             port,
             option,
             credentials=files.credentials() if files else None,
-            interceptors=[Calls(self.metrics, self.tracing), Guard(self.access), self._draining],
+            interceptors=[Calls(self.metrics, self.tracing), Guard(self.access), self._draining, self.messages],
             most_bytes=settings.max_message_bytes,
+            most_streams=settings.max_running + settings.max_waiting,
             longest_idle=settings.connection_idle,
             longest_age=settings.connection_age,
         )
@@ -333,7 +351,6 @@ class Service:
                 self.strategies,
                 self.pictures,
                 self.receipt_log,
-                self.quotas,
                 most_bytes=self.settings.max_message_bytes,
             ),
             server,
@@ -355,7 +372,7 @@ class Service:
     def _serve_all(self, server: grpc.aio.Server, names: Sequence[str]) -> None:
         """Add the services that need no token: health and reflection of the services ``names``."""
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        reflection.enable_server_reflection((*names, _HEALTH, reflection.SERVICE_NAME), server)
 
     async def _start_side_port(self, host: str, port: int) -> int:
         # Starlette and uvicorn are slow to import, and are not needed without a side port.
@@ -387,7 +404,7 @@ class Service:
         """Report that the service has failed. Called in any thread."""
         self._on_failure()
         with suppress(RuntimeError):  # the event loop is closed
-            asyncio.run_coroutine_threadsafe(self._health.enter_graceful_shutdown(), self._loop)
+            self._loop.call_soon_threadsafe(self._health.set, False)
             self._loop.call_soon_threadsafe(self.failed.set)
 
 

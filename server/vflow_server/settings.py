@@ -160,6 +160,14 @@ class Settings:
         metavar="SIZE",
     )
 
+    message_memory: int = option(
+        Group.MEMORY,
+        "512MiB",
+        "memory for requests on the way and in use, and for answers; six times --max-message-bytes at least",
+        size,
+        metavar="SIZE",
+    )
+
     max_sessions: int = option(
         Group.LIMITS, "1000", "sessions that may exist at the same time (*)", whole(1), metavar="N"
     )
@@ -333,6 +341,11 @@ class Settings:
         for given, needed in (("tls_cert", "tls_key"), ("tls_key", "tls_cert"), ("tls_client_ca", "tls_cert")):
             if getattr(self, given) and not getattr(self, needed):
                 raise OptionError(f"{given} is set without {needed}; TLS needs a certificate and its key: set both")
+        if self.message_memory < 6 * self.max_message_bytes:
+            raise OptionError(
+                f"message_memory is {self.message_memory} bytes and must be at least six times max_message_bytes, "
+                f"{6 * self.max_message_bytes}, so that one slow message keeps out no other: set one of them"
+            )
         if self.status_page and self.metrics_port is None:
             raise OptionError("status_page is on without metrics_port, which serves the page: set metrics_port, too")
         if self.status_page and not is_loopback(self.metrics_host):

@@ -19,7 +19,7 @@ from vflow_client.v1.conversations_pb2 import AddImageRequest, ChatOptions, Chat
 from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
 from vflow_client.v1.images_pb2 import Image
 from vflow_server.interceptors import guard
-from vflow_server.servicers import conversations
+from vflow_server.rpc import answer_writer
 from vflow_server.servicers.quotas import Allowance
 from vflowopt.media.picture import Picture
 
@@ -258,7 +258,7 @@ def test_a_connection_of_some_age_is_replaced_and_drops_nothing(serve: Serve) ->
 
 
 def test_an_answer_that_nobody_reads_is_ended(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversations, "SLOWEST_READER", 0.3)
+    monkeypatch.setattr(answer_writer, "SLOWEST_READER", 0.3)
     monkeypatch.setattr(guard, "_LAST_WORD", 0.3)
     served = serve(tenant_turns="1")
     session, other = served.client.session(), served.client.session()

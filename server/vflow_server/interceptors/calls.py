@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 from structlog.contextvars import bind_contextvars, get_contextvars
 
-from vflow_server.rpc.handlers import Behaviour, Context, around
+from vflow_server.rpc.handlers import Behaviour, Context, around, is_open
 from vflow_server.telemetry.metrics import Metrics
 from vflow_server.telemetry.tracing import Tracing
 
@@ -29,9 +29,6 @@ earlier than the server's, by the time that the request took to arrive."""
 _REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,64}")
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
-
-COUNTED = ("/vflow.v1.", "/google.longrunning.Operations/")
-"""Prefixes of the methods that are counted; health checks and reflection are not."""
 
 
 class Calls(grpc.aio.ServerInterceptor):
@@ -49,10 +46,10 @@ class Calls(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], handler_call_details: Any
     ) -> Any:
-        """Wrap the method's handler, so that its calls are observed."""
+        """Wrap the method's handler, so that its calls are observed; health checks and reflection are not."""
         handler = await continuation(handler_call_details)
         method: str = handler_call_details.method
-        if handler is None or not method.startswith(COUNTED):
+        if handler is None or is_open(method):
             return handler
         return around(handler, lambda behaviour: self._observed(behaviour, method.removeprefix("/")))
 

@@ -1,39 +1,42 @@
-"""The guard around every method: checks access before a request is read, turns errors into statuses, and logs calls."""
+"""The guard around every method: checks access, turns errors into statuses, and logs calls."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from traceback import clear_frames
 from typing import Any
 
 import grpc
 import structlog
-from google.protobuf import descriptor_pool
-from google.protobuf.descriptor import Descriptor
-from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 from structlog.contextvars import bind_contextvars
 
 from vflow_server.access.access import Access
 from vflow_server.access.caller import Caller, bind_caller
 from vflow_server.rpc.errors import ServiceError, foreseen, incident
-from vflow_server.rpc.handlers import Behaviour, Context, around
-from vflow_server.rpc.message_scan import MOST_FIELDS, has_too_many_fields
+from vflow_server.rpc.handlers import Behaviour, Context, around, is_open
+from vflow_server.rpc.pace import Pace
 
-_POLLED = ("Operations/GetOperation", "Operations/WaitOperation")
+_POLLED = ("Operations/GetOperation", "Operations/WaitOperation", "Health/Check", "Health/List", "Health/Watch")
 """Methods that clients poll. Their calls are logged at the debug level."""
+
+_PACED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.RESOURCE_EXHAUSTED)
+"""Codes of the refusals that cost the service least, and callers nothing."""
+
+REFUSALS, REFUSALS_AHEAD, MOST_REFUSALS_HELD = 200, 50, 1024
+"""Such refusals in a second, ahead of that pace, and held back. A caller that tries again at once then waits, since a
+connection can have a bounded number of calls."""
 
 _LAST_WORD = 5.0
 """Seconds that the status of a call may wait for a caller that does not read."""
-
-_GUARDED = ("/vflow.v1.", "/google.longrunning.Operations/")
 
 log = structlog.get_logger(__name__)
 
 
 class Guard(grpc.aio.ServerInterceptor):
-    """Guards the methods of the contract's services and of Operations; health and reflection need no access.
+    """Guards every method; health and reflection need no access.
 
     Args:
         access: decides which callers may call which methods.
@@ -41,6 +44,7 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def __init__(self, access: Access) -> None:
         self._access = access
+        self._pace = Pace(REFUSALS, REFUSALS_AHEAD, MOST_REFUSALS_HELD)
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], handler_call_details: Any
@@ -48,20 +52,19 @@ class Guard(grpc.aio.ServerInterceptor):
         """Wrap the method's handler, so that its calls are guarded."""
         handler = await continuation(handler_call_details)
         method: str = handler_call_details.method
-        if handler is None or not method.startswith(_GUARDED):
+        if handler is None:
             return handler
         name = method.rpartition(".")[2]
+        if is_open(method):
+            return around(handler, lambda behaviour: _guarded(behaviour, name, None, self._pace))
         try:
             caller = self._access.caller(method, handler_call_details.invocation_metadata or ())
-        except ServiceError as refusal:
+        except ServiceError as error:
+            refusal = error
             # A handler with a stream of requests is called before the first one is received. So no message of a caller
-            # without access is buffered or parsed.
-            return grpc.stream_unary_rpc_method_handler(_guarded(_refusing(refusal), name, None))
-        if handler.request_streaming:
-            return around(handler, lambda behaviour: _guarded(behaviour, name, caller))
-        parse = handler.request_deserializer
-        type = descriptor_pool.Default().FindMethodByName(method[1:].replace("/", ".")).input_type
-        return around(handler, lambda behaviour: _guarded(_parsing(behaviour, parse, type), name, caller), raw=True)
+            # without access is read.
+            return around(handler, lambda _: _guarded(_refusing(refusal), name, None, self._pace))
+        return around(handler, lambda behaviour: _guarded(behaviour, name, caller, self._pace))
 
 
 def _refusing(refusal: ServiceError) -> Behaviour:
@@ -71,30 +74,17 @@ def _refusing(refusal: ServiceError) -> Behaviour:
     return refuse
 
 
-def _parsing(behaviour: Behaviour, parse: Callable[[bytes], Any], type: Descriptor) -> Behaviour:
-    """``behaviour`` for unparsed requests. If gRPC parsed them, an invalid one would end the call with INTERNAL."""
+def _release_frames(error: BaseException | None) -> None:
+    """Let go of what the functions had in hand that ``error`` ended, such as a request of many megabytes.
 
-    async def read(message: bytes, context: Context) -> Any:
-        if has_too_many_fields(message, type):
-            raise ServiceError(
-                grpc.StatusCode.INVALID_ARGUMENT,
-                "MESSAGE_INVALID",
-                f"the request has more than {MOST_FIELDS} fields; send fewer parts, frames, samples or numbers",
-            )
-        try:
-            request = parse(message)
-        except DecodeError as error:
-            raise ServiceError(
-                grpc.StatusCode.INVALID_ARGUMENT,
-                "MESSAGE_INVALID",
-                f"the request is not the message that this method takes ({error}); send what the contract says",
-            ) from None
-        return await behaviour(request, context)
-
-    return read
+    The traceback refers to it otherwise until the garbage collector runs, or as long as the status is being sent.
+    """
+    while error is not None:
+        clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
-def _guarded(behaviour: Behaviour, name: str, caller: Caller | None) -> Behaviour:
+def _guarded(behaviour: Behaviour, name: str, caller: Caller | None, pace: Pace) -> Behaviour:
     async def call(request: Any, context: Context) -> Any:
         begun = time.perf_counter()
         outcome = "CANCELLED"  # stays if the client or the deadline cancels the call, which raises no Exception
@@ -105,12 +95,20 @@ def _guarded(behaviour: Behaviour, name: str, caller: Caller | None) -> Behaviou
             response = await behaviour(request, context)
             outcome = "OK"
             return response
+        except grpc.aio.AbortError:  # the status is sent
+            outcome = "ABORTED"
+            raise
         except Exception as error:
             refusal = foreseen(error) or incident(error, method=name)
-            outcome = refusal.reason
+            outcome, status = refusal.reason, rpc_status.to_status(refusal.status())
+            paced = refusal.code in _PACED
+            del refusal
+            _release_frames(error)
+            if paced:
+                await pace.keep()
             try:
                 async with asyncio.timeout(_LAST_WORD):
-                    await context.abort_with_status(rpc_status.to_status(refusal.status()))
+                    await context.abort_with_status(status)
             except TimeoutError:  # the caller does not read: leave it to gRPC to notice that it is gone
                 raise asyncio.CancelledError from None
         finally:

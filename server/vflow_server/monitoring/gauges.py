@@ -35,6 +35,7 @@ class Gauges(Collector):
         """Yield the metrics with their present values."""
         yield from self._of_service()
         yield from self._of_memory()
+        yield from self._of_messages()
         yield from self._of_sessions()
         yield from self._of_fidelity()
         yield from self._of_retune()
@@ -88,6 +89,18 @@ class Gauges(Collector):
         yield GaugeMetricFamily(
             "vflow_prefix_cache_entries", "Prefixes whose KV pages are kept for other sessions.", len(parts.kv.prefixes)
         )
+
+    def _of_messages(self) -> Iterator[Metric]:
+        messages = self._parts.messages
+        yield GaugeMetricFamily("vflow_messages_on_the_way", "Requests that are being received.", messages.on_the_way)
+        yield GaugeMetricFamily("vflow_messages_waiting", "Calls whose request waits to be received.", messages.waiting)
+        yield GaugeMetricFamily(
+            "vflow_message_bytes", "Bytes of requests and answers in use that are over 64 KiB.", messages.bytes_held
+        )
+        calls = GaugeMetricFamily("vflow_calls_open", "Calls that are open, by access.", labels=("access",))
+        calls.add_metric(("tenant",), messages.calls.total)
+        calls.add_metric(("none",), messages.open_calls.total + messages.open_streams.total)
+        yield calls
 
     def _of_sessions(self) -> Iterator[Metric]:
         sessions = GaugeMetricFamily("vflow_sessions", "Sessions, by state.", labels=("state",))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from vflow_server.access.access import Access
 from vflow_server.engine.engine import Engine
 from vflow_server.images.store import PictureStore
+from vflow_server.interceptors.messages import Messages
 from vflow_server.kv.image_cache import ImageCache
 from vflow_server.kv.manager import KVCacheManager
 from vflow_server.sessions.sessions import SessionStore
@@ -33,6 +34,7 @@ class ServiceParts:
         fidelity_monitor: compares live turns with the unpruned model.
         retunes: the searches for strategies.
         receipt_log: the latest receipts.
+        messages: the messages on the way and in use.
         metrics: the counters and histograms.
         access: decides which callers may see what.
     """
@@ -47,5 +49,6 @@ class ServiceParts:
     fidelity_monitor: FidelityMonitor
     retunes: Retunes
     receipt_log: ReceiptLog
+    messages: Messages
     metrics: Metrics
     access: Access

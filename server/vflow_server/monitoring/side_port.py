@@ -21,11 +21,16 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from vflow_server.rpc.pace import Pace
+
 MOST_BYTES = 16 * 1024
 """Bytes of a request's headers at most."""
 
 MOST_OPEN = 64
 """Connections at the same time; further ones are closed at once."""
+
+REQUESTS, REQUESTS_AHEAD = 20, 20
+"""Requests in a second, and ahead of that pace: the pages are made on the event loop, beside the answers of users."""
 
 PATIENCE = 10.0
 """Seconds in which a request must arrive and be answered, and again for its answer to be read."""
@@ -47,6 +52,7 @@ class SidePort:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._pace = Pace(REQUESTS, REQUESTS_AHEAD, MOST_OPEN)
         self._config = uvicorn.Config(
             self._serve,
             interface="asgi3",
@@ -101,6 +107,7 @@ class SidePort:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. A page that takes too long is cancelled; its connection is closed by then."""
+        await self._pace.keep()
         app = self._app
         # h11 bounds only incomplete headers, so longer ones pass that arrive in one piece.
         fields = sum(len(name) + len(value) + len(": \r\n") for name, value in scope["headers"])

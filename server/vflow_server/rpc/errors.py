@@ -192,6 +192,15 @@ def reader_stalled(seconds: float) -> ServiceError:
     )
 
 
+def message_not_received(seconds: float) -> ServiceError:
+    """A caller began a call, and did not send its message."""
+    return ServiceError(
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        "MESSAGE_NOT_RECEIVED",
+        f"the message of this call did not come within {seconds:g} seconds, so the call was ended; send it faster",
+    )
+
+
 def model_changed(name: str, revision: str, served: str) -> ServiceError:
     """The session ``name`` belongs to the model ``revision``, and the model ``served`` is served now."""
     return ServiceError(

@@ -12,8 +12,17 @@ Behaviour = Callable[[Any, Context], Awaitable[Any]]
 """The function of a method. It gets a request, or the stream of them, and writes streamed responses to the context."""
 
 
-def around(handler: Any, wrap: Callable[[Behaviour], Behaviour], *, raw: bool = False) -> Any:
-    """A copy of ``handler`` with ``wrap`` around its behaviour; with ``raw`` the behaviour gets requests as bytes."""
+CONTRACT = ("/vflow.v1.", "/google.longrunning.Operations/")
+"""Prefixes of the methods that need access. The others, health checks and reflection, are open to everybody."""
+
+
+def is_open(method: str) -> bool:
+    """Whether ``method`` (``/package.Service/Method``) needs no access."""
+    return not method.startswith(CONTRACT)
+
+
+def around(handler: Any, wrap: Callable[[Behaviour], Behaviour]) -> Any:
+    """A copy of ``handler`` with ``wrap`` around its behaviour."""
     build, behaviour = {
         (False, False): (grpc.unary_unary_rpc_method_handler, handler.unary_unary),
         (False, True): (grpc.unary_stream_rpc_method_handler, handler.unary_stream),
@@ -22,6 +31,6 @@ def around(handler: Any, wrap: Callable[[Behaviour], Behaviour], *, raw: bool = 
     }[bool(handler.request_streaming), bool(handler.response_streaming)]
     return build(
         wrap(behaviour),
-        request_deserializer=None if raw else handler.request_deserializer,
+        request_deserializer=handler.request_deserializer,
         response_serializer=handler.response_serializer,
     )

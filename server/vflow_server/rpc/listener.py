@@ -4,15 +4,34 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import resource
 import socket
 from collections.abc import Sequence
 from typing import Any
 
 import grpc
 
-MOST_CALLS = 4096
-"""Calls at the same time. This only protects against runaway clients: it counts health checks, too, and gRPC refuses
-further calls without a reason."""
+FEWEST_STREAMS = 128
+"""Calls at the same time that every connection may have. A client of gRPC keeps further ones back until others have
+ended. In all, calls are bounded by what the interceptors let in: a bound of gRPC's own would count what nobody may do,
+too, and refuse everybody for it."""
+
+MOST_PENDING = 1 << 16
+"""Calls that have come and that the event loop has not taken up. From a thousand on, gRPC would end some at random."""
+
+UNREAD = 64 * 1024
+"""Bytes of a call that gRPC buffers before the call is read. By default gRPC enlarges this for connections that have
+brought large messages, to a megabyte and more for each call."""
+
+
+def most_connections() -> int:
+    """Connections that may be open: half of the descriptors that the process may have, so that the rest are its own."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 16 if soft == resource.RLIM_INFINITY else soft // 2
+
+
+HANDSHAKE = 20
+"""Seconds in which a connection must begin to speak HTTP/2, after its TLS handshake."""
 
 MOST_METADATA = 16 * 1024
 """Bytes of a call's metadata at most. By default gRPC refuses some calls at random above half of its limit."""
@@ -32,6 +51,7 @@ class Listener:
         credentials: credentials for TLS; None: unencrypted.
         interceptors: interceptors around each method.
         most_bytes: bytes of a message at most, sent or received.
+        most_streams: calls at the same time on one connection at most, if these are more than :data:`FEWEST_STREAMS`.
         longest_idle: seconds without a call after which a connection is closed.
         longest_age: seconds after which a connection accepts no more calls, and clients open a new one.
 
@@ -48,6 +68,7 @@ class Listener:
         credentials: grpc.ServerCredentials | None,
         interceptors: Sequence[grpc.aio.ServerInterceptor],
         most_bytes: int,
+        most_streams: int,
         longest_idle: float,
         longest_age: float,
     ) -> None:
@@ -56,12 +77,18 @@ class Listener:
         self._credentials = credentials  # gRPC's core calls it, but holds no reference
         self.server = grpc.aio.server(
             interceptors=interceptors,
-            maximum_concurrent_rpcs=MOST_CALLS,
             options=[
                 ("grpc.max_receive_message_length", most_bytes),
                 ("grpc.max_send_message_length", most_bytes),
                 ("grpc.max_metadata_size", MOST_METADATA),
                 ("grpc.absolute_max_metadata_size", MOST_METADATA),
+                ("grpc.max_concurrent_streams", max(most_streams, FEWEST_STREAMS)),
+                ("grpc.server.max_pending_requests", MOST_PENDING),
+                ("grpc.server.max_pending_requests_hard_limit", MOST_PENDING),
+                ("grpc.http2.lookahead_bytes", UNREAD),
+                ("grpc.http2.bdp_probe", 0),
+                ("grpc.max_allowed_incoming_connections", most_connections()),
+                ("grpc.server_handshake_timeout_ms", HANDSHAKE * 1000),
                 ("grpc.max_connection_idle_ms", round(longest_idle * 1000)),
                 ("grpc.max_connection_age_ms", round(longest_age * 1000)),
                 ("grpc.max_connection_age_grace_ms", LONGEST_CALL * 1000),

@@ -14,8 +14,8 @@ from vflow_server.engine.engine import Engine, Steps
 from vflow_server.engine.ops import Encode
 from vflow_server.images.store import PictureStore
 from vflow_server.rpc.errors import CapacityExhausted
+from vflow_server.rpc.intake import let_go_of_request
 from vflow_server.rpc.names import check_name
-from vflow_server.servicers.quotas import Quotas
 from vflow_server.sessions.receipts import image_receipt
 from vflow_server.strategies.strategies import StrategyRevision, StrategyStore
 from vflow_server.telemetry.receipt_log import ReceiptLog
@@ -36,7 +36,6 @@ class Compression(compression_pb2_grpc.CompressionServicer):
         strategies: the strategies that a request may name.
         pictures: decodes the pictures of requests.
         receipt_log: logs the receipts.
-        quotas: the quotas of the tenants.
         most_bytes: bytes of a response at most.
     """
 
@@ -47,7 +46,6 @@ class Compression(compression_pb2_grpc.CompressionServicer):
         strategies: StrategyStore,
         pictures: PictureStore,
         receipt_log: ReceiptLog,
-        quotas: Quotas,
         *,
         most_bytes: int,
     ) -> None:
@@ -56,7 +54,6 @@ class Compression(compression_pb2_grpc.CompressionServicer):
         self._strategies = strategies
         self._pictures = pictures
         self._receipt_log = receipt_log
-        self._quotas = quotas
         self._most_bytes = most_bytes
 
     async def CompressImage(self, request: compression_pb2.CompressImageRequest, context: Context) -> Response:
@@ -65,9 +62,11 @@ class Compression(compression_pb2_grpc.CompressionServicer):
             check_name(request.strategy, "strategies", "strategy")
         revision = self._strategies.get(request.strategy)
         tenant = current_caller().tenant
-        async with self._quotas.work(tenant):
-            picture = await self._pictures.acquire(request.image, "image", tenant)
-            return await self._compress(picture, revision, tenant, embeddings=request.include_embeddings)
+        picture = await self._pictures.acquire(request.image, "image", tenant)
+        embeddings = request.include_embeddings
+        del request
+        let_go_of_request()
+        return await self._compress(picture, revision, tenant, embeddings=embeddings)
 
     async def _compress(
         self, picture: Picture, revision: StrategyRevision, tenant: str, *, embeddings: bool

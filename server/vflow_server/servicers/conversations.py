@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from functools import partial
 from typing import Any
@@ -16,11 +15,12 @@ from vflow_server.access.caller import current_caller
 from vflow_server.images.pixel_bound import PixelBound
 from vflow_server.images.store import PictureStore
 from vflow_server.images.video_reader import VideoReader
-from vflow_server.rpc.errors import reader_stalled
+from vflow_server.rpc.answer_writer import AnswerWriter
+from vflow_server.rpc.intake import let_go_of_request
 from vflow_server.rpc.names import check_name
 from vflow_server.rpc.paging import Pager
 from vflow_server.servicers.chat_request import check_request_id, fingerprint, fingerprint_of, read_turn
-from vflow_server.servicers.quotas import Charge, Quotas
+from vflow_server.servicers.quotas import Quotas, current_charge
 from vflow_server.sessions.session import Session
 from vflow_server.sessions.sessions import SessionStore
 from vflow_server.strategies.strategies import StrategyStore
@@ -28,10 +28,6 @@ from vflow_server.telemetry.receipt_log import ReceiptLog
 from vflowopt.media.video import Visual
 
 Context = grpc.aio.ServicerContext[Any, Any]
-
-
-SLOWEST_READER = 60.0
-"""Seconds that a part of an answer may wait for a caller that does not read, once its flow-control window is full."""
 
 
 class Conversations(conversations_pb2_grpc.ConversationsServicer):
@@ -113,10 +109,10 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         """Add a picture before its question."""
         session = self._find(request.session, "session")
         check_request_id(request.request_id)
-        async with self._quotas.work(session.tenant) as charge:
-            picture = await self._pictures.acquire(request.image, "image", session.tenant)
-            receipt = await self._show(picture, session, request.request_id, charge)
-            return conversations_pb2.AddImageResponse(receipt=receipt)
+        request_id = request.request_id
+        picture = await self._pictures.acquire(request.image, "image", session.tenant)
+        del request
+        return conversations_pb2.AddImageResponse(receipt=await self._show(picture, session, request_id))
 
     async def AddVideo(
         self, request: conversations_pb2.AddVideoRequest, context: Context
@@ -124,14 +120,16 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         """Add a video before its question."""
         session = self._find(request.session, "session")
         check_request_id(request.request_id)
-        async with self._quotas.work(session.tenant) as charge:
-            self._videos.check({"video": request.video})
-            pixels = PixelBound(self._pictures.limits, "scale them down, or send fewer")
-            video = await self._videos.read(request.video, "video", session.tenant, pixels)
-            receipt = await self._show(video, session, request.request_id, charge)
-            return conversations_pb2.AddVideoResponse(receipt=receipt)
+        request_id = request.request_id
+        self._videos.check({"video": request.video})
+        pixels = PixelBound(self._pictures.limits, "scale them down, or send fewer")
+        video = await self._videos.read(request.video, "video", session.tenant, pixels)
+        del request
+        return conversations_pb2.AddVideoResponse(receipt=await self._show(video, session, request_id))
 
-    async def _show(self, visual: Visual, session: Session, request_id: str, charge: Charge) -> images_pb2.ImageReceipt:
+    async def _show(self, visual: Visual, session: Session, request_id: str) -> images_pb2.ImageReceipt:
+        let_go_of_request()
+        charge = current_charge()
         receipt, repeated = await session.show(
             visual,
             request_id=request_id,
@@ -152,37 +150,31 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         """
         accepted = time.perf_counter()
         session = self._find(request.session, "session")
-        async with self._quotas.work(session.tenant) as charge:
-            await self._answer(request, context, session, charge, accepted)
-
-    async def _answer(
-        self,
-        request: conversations_pb2.ChatRequest,
-        context: Context,
-        session: Session,
-        charge: Charge,
-        accepted: float,
-    ) -> None:
         turn = await read_turn(request, self._pictures, self._videos, session.tenant)
+        request_id = request.request_id
+        del request  # it is in memory as long as something refers to it
+        let_go_of_request()
+        charge = current_charge()
+        writer = AnswerWriter(context)
         pictures = sum(not isinstance(part, str) for part in turn.parts)
         answer = await session.answer(
             turn,
             accepted=accepted,
-            request_id=request.request_id,
-            fingerprint=fingerprint(turn) if request.request_id else "",
+            request_id=request_id,
+            fingerprint=fingerprint(turn) if request_id else "",
             admit=lambda: self._quotas.show(session.tenant, charge, pictures),
         )
         if isinstance(answer, conversations_pb2.Finished):
             if answer.text:
-                await _write(context, _delta(answer.text))
-            await _write(context, conversations_pb2.ChatResponse(finished=answer))
+                await writer.write(_delta(answer.text))
+            await writer.write(conversations_pb2.ChatResponse(finished=answer))
             return
         try:
             async for text in answer.events():
-                await _write(context, _delta(text))
+                await writer.write(_delta(text))
             finished = await session.outcome(answer)
             self._receipt_log.turn(session.tenant, session.name, finished)
-            await _write(context, conversations_pb2.ChatResponse(finished=finished))
+            await writer.write(conversations_pb2.ChatResponse(finished=finished))
         finally:
             answer.cancel()
 
@@ -206,21 +198,6 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         if session.goes_on:
             message.expire_time.FromNanoseconds(int((session.idle_from + self._sessions.idle_timeout) * 1e9))
         return message
-
-
-async def _write(context: Context, response: conversations_pb2.ChatResponse) -> None:
-    """Send a part of an answer.
-
-    Raises:
-        ServiceError: READER_STALLED.
-    """
-    try:
-        async with asyncio.timeout(SLOWEST_READER):
-            await context.write(response)
-    except TimeoutError:
-        raise reader_stalled(SLOWEST_READER) from None
-    except grpc.aio.InternalError:  # the connection broke, and gRPC has not cancelled the call yet
-        raise asyncio.CancelledError from None
 
 
 def _delta(text: str) -> conversations_pb2.ChatResponse:

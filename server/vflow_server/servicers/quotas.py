@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from vflow_server.engine.engine import Engine
@@ -80,6 +81,18 @@ class Charge:
     pictures: int = 0
 
 
+_current: ContextVar[Charge] = ContextVar("charge")  # each call runs in its own task, and so in its own context
+
+
+def current_charge() -> Charge:
+    """The charge of the work that is running in this context.
+
+    Raises:
+        LookupError: no work is running.
+    """
+    return _current.get()
+
+
 @dataclass
 class _Use:
     """The running work of a tenant, its forks that are being made, its allowance, and the tokens taken from that."""
@@ -142,6 +155,8 @@ class Quotas:
     async def work(self, tenant: str) -> AsyncIterator[Charge]:
         """Count a turn, a picture that is added or one that is compressed as running within the block.
 
+        It is entered before the request is received. The servicer finds the charge by :func:`current_charge`.
+
         Raises:
             CapacityExhausted: a quota is exhausted.
         """
@@ -149,6 +164,7 @@ class Quotas:
         self._check_work(use)
         charge = Charge()
         use.under_way.add(charge)
+        _current.set(charge)
         try:
             await self._make_room(tenant)
             yield charge
