@@ -19,7 +19,7 @@ from vflow_server.rpc.errors import ServiceError, foreseen, incident
 from vflow_server.rpc.handlers import Behaviour, Context, around, is_open
 from vflow_server.rpc.pace import Pace
 
-_POLLED = ("Operations/GetOperation", "Operations/WaitOperation", "Health/Check", "Health/List", "Health/Watch")
+_POLLED = ("Operations/GetOperation", "Operations/WaitOperation")
 """Methods that clients poll. Their calls are logged at the debug level."""
 
 _PACED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.RESOURCE_EXHAUSTED)
@@ -36,7 +36,7 @@ log = structlog.get_logger(__name__)
 
 
 class Guard(grpc.aio.ServerInterceptor):
-    """Guards every method; health and reflection need no access.
+    """Guards every method. Health and reflection need no access, and are not logged: anybody could fill the log.
 
     Args:
         access: decides which callers may call which methods.
@@ -56,7 +56,7 @@ class Guard(grpc.aio.ServerInterceptor):
             return handler
         name = method.rpartition(".")[2]
         if is_open(method):
-            return around(handler, lambda behaviour: _guarded(behaviour, name, None, self._pace))
+            return around(handler, lambda behaviour: _guarded(behaviour, name, None, self._pace, open=True))
         try:
             caller = self._access.caller(method, handler_call_details.invocation_metadata or ())
         except ServiceError as error:
@@ -84,7 +84,7 @@ def _release_frames(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _guarded(behaviour: Behaviour, name: str, caller: Caller | None, pace: Pace) -> Behaviour:
+def _guarded(behaviour: Behaviour, name: str, caller: Caller | None, pace: Pace, *, open: bool = False) -> Behaviour:
     async def call(request: Any, context: Context) -> Any:
         begun = time.perf_counter()
         outcome = "CANCELLED"  # stays if the client or the deadline cancels the call, which raises no Exception
@@ -113,7 +113,8 @@ def _guarded(behaviour: Behaviour, name: str, caller: Caller | None, pace: Pace)
                 raise asyncio.CancelledError from None
         finally:
             milliseconds = round((time.perf_counter() - begun) * 1000, 1)
-            write = log.debug if name in _POLLED else log.info
-            write("call", method=name, outcome=outcome, ms=milliseconds)
+            if not open:
+                write = log.debug if name in _POLLED else log.info
+                write("call", method=name, outcome=outcome, ms=milliseconds)
 
     return call
