@@ -157,6 +157,7 @@ class Intake:
         self._readings: set[_Reading] = set()
         self._paced_at = time.monotonic()
         self._held = 0
+        self._newest_first = True
         self._timer: asyncio.TimerHandle | None = None
         self._stopping: ServiceError | None = None
 
@@ -316,7 +317,8 @@ class Intake:
     def _grant(self) -> None:
         """Give free places to those who wait, or take one away from a slow message if there is none."""
         while ready := [sender for sender in self._asking if self._may_begin(sender)]:
-            sender = min(ready, key=_claim)
+            sender = min(ready, key=self._claim)
+            self._newest_first = not self._newest_first
             waiter = sender.waiting[0]
             self._take_out(sender, waiter)
             if not waiter.done():
@@ -330,7 +332,7 @@ class Intake:
         now = time.monotonic()
         leaving = sum(0 < now - each.lost_at < _LEAVING for each in self._readings)
         asking = [sender for sender in self._asking if self._seconds_ahead(sender) <= 0]
-        for sender in sorted(asking, key=_claim)[leaving:]:
+        for sender in sorted(asking, key=self._claim)[leaving:]:
             victim = self._victim(sender)
             if victim is not None:
                 victim.lose()
@@ -352,6 +354,11 @@ class Intake:
         if len(self._readings) < self._places_for(sender):  # there is a place, but not for a sender with so many
             slow = [each for each in slow if each.sender is sender]
         return max(slow, key=self._blame, default=None)
+
+    def _claim(self, sender: _Sender) -> tuple[int, float]:
+        """Orders senders: who has used least goes first, and of those who have used as much, the newest and the oldest
+        by turns. So one that comes among many hardly waits, and nobody waits for ever."""
+        return int(sender.load / HEAVY), -sender.asked if self._newest_first else sender.asked
 
     def _blame(self, reading: _Reading) -> tuple[int, float, float]:
         """Orders slow messages: the last one loses its place first. The youngest has most to come, for some time."""
@@ -402,11 +409,6 @@ class Intake:
 
     def _exhausted(self, why: str) -> CapacityExhausted:
         return CapacityExhausted(self._bounds.resource, why)
-
-
-def _claim(sender: _Sender) -> tuple[int, float]:
-    """Orders senders: who has used least goes first, and of those who have used as much, who has asked last."""
-    return int(sender.load / HEAVY), -sender.asked
 
 
 def _forget(reading: asyncio.Task[Any]) -> None:
