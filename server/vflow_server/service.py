@@ -203,7 +203,7 @@ class Service:
         )
         self.quotas = Quotas(quota, self.sessions, self.engine, self.kv, meter)
         self.messages = Messages(
-            settings.message_memory, settings.max_message_bytes, {method: self.quotas.work for method in _WORK}
+            settings.messages_bytes, settings.max_message_bytes, {method: self.quotas.work for method in _WORK}
         )
         self.parts = ServiceParts(
             runtime=runtime,

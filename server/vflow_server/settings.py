@@ -160,10 +160,11 @@ class Settings:
         metavar="SIZE",
     )
 
-    message_memory: int = option(
+    message_memory: int | None = option(
         Group.MEMORY,
-        "512MiB",
-        "memory for requests on the way and in use, and for answers; six times --max-message-bytes at least",
+        None,
+        "memory for requests on the way and in use, and for answers; six times --max-message-bytes at least (unset: "
+        "512MiB, or eight times --max-message-bytes where that is more)",
         size,
         metavar="SIZE",
     )
@@ -341,7 +342,7 @@ class Settings:
         for given, needed in (("tls_cert", "tls_key"), ("tls_key", "tls_cert"), ("tls_client_ca", "tls_cert")):
             if getattr(self, given) and not getattr(self, needed):
                 raise OptionError(f"{given} is set without {needed}; TLS needs a certificate and its key: set both")
-        if self.message_memory < 6 * self.max_message_bytes:
+        if self.message_memory is not None and self.message_memory < 6 * self.max_message_bytes:
             raise OptionError(
                 f"message_memory is {self.message_memory} bytes and must be at least six times max_message_bytes, "
                 f"{6 * self.max_message_bytes}, so that one slow message keeps out no other: set one of them"
@@ -361,6 +362,11 @@ class Settings:
                     "(--tokens FILE; `vflow token` makes the entries), listen on 127.0.0.1, or give --insecure if "
                     "nobody else can reach it"
                 )
+
+    @property
+    def messages_bytes(self) -> int:
+        """Bytes of memory for messages."""
+        return self.message_memory or max(512 * 2**20, 8 * self.max_message_bytes)
 
     def stored(self, file: str) -> Path | None:
         """Path of a file in the data folder; None without a data folder."""
