@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,23 @@ def test_a_turn_that_ends_after_its_session_was_deleted_is_told_so(serve_data: S
             answer.read()
         deletion.result(20)
     assert not list(serve_data().client.sessions())
+
+
+def test_a_session_that_was_deleted_is_not_copied(serve_data: Serve) -> None:
+    """Its copy would have no entries, though the session that was made of it would know all turns."""
+    served = serve_data()
+    session = served.client.session()
+    answer_of(session, QUESTIONS[0])
+    record, archive = served.live(session).record, served.service.archive
+    assert record is not None and archive is not None
+    twin = SessionRecord(replace(record.facts, name="sessions/twin", number=99), archive)
+    with written_together(served):
+        deletion, copy = record.delete(), twin.fork(record)
+    deletion.result(20)
+    with pytest.raises(ServiceError) as refused:
+        copy.result(20)
+    assert refused.value.reason == "SESSION_DELETED"
+    assert not archive.submit(lambda connection: connection.execute("SELECT * FROM sessions").fetchall()).result(20)
 
 
 def test_an_entry_that_is_missing_is_noticed(serve_data: Serve, data: Path, picture: bytes) -> None:

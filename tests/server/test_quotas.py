@@ -18,9 +18,9 @@ from vflow_client import CapacityExhausted, Session
 from vflow_client.v1.conversations_pb2 import AddImageRequest, ChatOptions, ChatRequest, Part
 from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
 from vflow_client.v1.images_pb2 import Image
+from vflow_server.engine.token_meter import Allowance, TokenMeter
 from vflow_server.interceptors import guard
 from vflow_server.rpc import answer_writer
-from vflow_server.servicers.quotas import Allowance
 from vflowopt.media.picture import Picture
 
 
@@ -172,6 +172,60 @@ def test_tokens_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert allowance.left == 120
 
 
+def test_tokens_come_back_to_a_tenant_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are taken when they are run, not when the tenant comes again."""
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    meter = TokenMeter(100)
+    meter.add("red", 130)
+    meter.add("blue", 99)
+    assert (meter.seconds_until_one("red"), meter.seconds_until_one("blue")) == (pytest.approx(18.6), 0)
+    now = 60.0
+    assert meter.seconds_until_one("red") == meter.seconds_until_one("nobody") == 0
+    meter.add("green", 1)
+    assert len(meter) == 2, "blue's allowance is full again"
+
+
+def test_tokens_are_counted_while_tenants_come_and_go() -> None:
+    meter = TokenMeter(1_000_000)
+
+    def run(number: int) -> None:
+        for turn in range(500):
+            meter.add(f"t{turn % 7}", 1)
+            meter.seconds_until_one(f"t{(turn + number) % 7}")
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(run, range(4)))
+    assert len(meter) <= 7
+    unbounded = TokenMeter()
+    unbounded.add("red", 1)
+    assert len(unbounded) == 0 and unbounded.seconds_until_one("red") == 0
+
+
+def test_a_picture_that_is_being_given_up_counts_until_it_is(serve: Serve) -> None:
+    """The caller is gone, and the engine may be about to finish the picture all the same."""
+    served = serve(tenant_pictures="1")
+    first, second = served.client.session(), served.client.session()
+    reached, enough = threading.Event(), threading.Event()
+
+    async def hold() -> None:
+        served.service.engine.call(lambda: reached.set() or enough.wait(20), "default")
+
+    with grpc.insecure_channel(served.address) as channel:
+        served.run(hold())
+        assert reached.wait(20)
+        request = AddImageRequest(session=first.name, image=Image(data=png(60, 60)))
+        showing = ConversationsStub(channel).AddImage.future(request, timeout=20)
+        until(lambda: served.live(first).busy)
+        showing.cancel()
+        until(lambda: not served.service.quotas.under_way("default"))
+        with exceeded("tenant_pictures", 1, retry=False):
+            second.add_image(png(60, 60))
+        enough.set()
+        until(lambda: not served.live(first).busy)
+        second.add_image(png(60, 60))
+
+
 def test_caches_of_idle_sessions_make_room(serve: Serve) -> None:
     undisturbed = serve()
     with undisturbed.client.session() as session:
@@ -205,7 +259,7 @@ def test_a_tenant_that_is_gone_leaves_nothing_behind(serve: Serve) -> None:
     for number in range(5):
         with served.connect(tenant=f"t{number}") as client, client.session() as session:
             assert ask(session)
-    assert len(served.service.quotas._uses) <= 2
+    assert not any(served.service.quotas.under_way(f"t{number}") for number in range(5))
 
 
 def test_decoded_pictures_of_requests_under_way_are_bounded(serve: Serve) -> None:
@@ -269,7 +323,7 @@ def test_an_answer_that_nobody_reads_is_ended(serve: Serve, monkeypatch: pytest.
             ChatRequest(session=session.name, parts=[Part(text="Go on")], options=options)
         )
         next(answer)
-        until(lambda: not served.service.quotas._uses["default"].under_way)  # though the caller is still there
+        until(lambda: not served.service.quotas.under_way("default"))  # though the caller is still there
         assert ask(other)
         with pytest.raises(grpc.RpcError) as ended:
             list(answer)

@@ -16,7 +16,7 @@ from vflow_server.kv.logged_images import LoggedImages
 from vflow_server.kv.offload import OffloadStore
 from vflow_server.kv.prefix_cache import PrefixCache
 from vflow_server.kv.session_state import SessionState
-from vflow_server.rpc.errors import CapacityExhausted, session_deleted
+from vflow_server.rpc.errors import CapacityExhausted, session_busy, session_deleted
 from vflow_server.telemetry.metrics import Metrics
 from vflowopt.compression.strategy import Strategy
 from vflowopt.runtime.cache import PoolExhausted
@@ -76,10 +76,13 @@ class KVCacheManager:
         """Count ``state`` as in use within the block.
 
         Raises:
-            ServiceError: SESSION_DELETED.
+            ServiceError: SESSION_DELETED, or SESSION_BUSY if it is in use already.
         """
-        if state.forgotten:  # no order of calls is known that leads here; pages would be held for good
-            raise session_deleted("the session")
+        # The event loop begins no such work; if it did, pages would be held for good.
+        if state.forgotten:
+            raise session_deleted(state.name)
+        if state in self._in_use:
+            raise session_busy(state.name)
         self._idle.pop(state, None)
         self._in_use[state] = None
         try:

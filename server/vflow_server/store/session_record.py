@@ -133,12 +133,14 @@ class SessionRecord:
     def fork(self, origin: SessionRecord) -> Future[None]:
         """Create the record with the entries of ``origin``, without its answers.
 
-        The future raises CAPACITY_EXHAUSTED if the data folder is full, SESSION_DAMAGED if ``origin`` is damaged.
+        The future raises CAPACITY_EXHAUSTED if the data folder is full, SESSION_DAMAGED if ``origin`` is damaged,
+        SESSION_DELETED if it was deleted.
         """
         self.stored = True
         self._entries = origin._entries
 
         def fork(connection: sqlite3.Connection) -> None:
+            origin._check_exists(connection)  # or the twin would have none of the turns that its callers know
             self._insert(connection)
             rows = connection.execute(
                 "SELECT number, items, images, answered, checksum FROM entries WHERE session = ?", (origin.facts.name,)
