@@ -286,7 +286,7 @@ class Settings:
         Group.STRATEGIES,
         "20",
         "number of a tenant's replayed turns in that mean, the latest with the active strategy; tenants count equally, "
-        "each from a quarter of this number on",
+        "and most of them must be below the floor",
         whole(1),
         metavar="N",
     )

@@ -126,7 +126,7 @@ def turn(
         prefilled = prefilled.then(generated.prefill)
         # More tokens than the prompt has were run if pages ran short and a part had to be run again.
         reused_tokens = max(prompt_tokens - prefilled.num_run, 0)
-        if monitor.chooses():
+        if monitor.chooses(state.tenant, strategy_name, pictures=state.images + len(receipts)):
             # With min_new_tokens the most likely token may be banned, because it would end the answer too early.
             greedy = request.sampling.temperature == 0 and not request.min_new_tokens
             log = tuple(sequence.log)
