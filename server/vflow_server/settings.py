@@ -227,7 +227,8 @@ class Settings:
     tenant_tokens: int | None = option(
         Group.TENANTS,
         None,
-        "tokens prefilled or generated for one tenant per minute (unset: no limit)",
+        "tokens that the model runs for one tenant per minute: visual tokens of pictures that it encodes, and tokens "
+        "prefilled or generated (unset: no limit)",
         whole(1),
         metavar="N",
     )

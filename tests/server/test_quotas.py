@@ -3,7 +3,8 @@
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -18,9 +19,13 @@ from vflow_client import CapacityExhausted, Session
 from vflow_client.v1.conversations_pb2 import AddImageRequest, ChatOptions, ChatRequest, Part
 from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
 from vflow_client.v1.images_pb2 import Image
+from vflow_server.engine.encoder import EncoderThread
+from vflow_server.engine.ops import Encode
 from vflow_server.engine.token_meter import Allowance, TokenMeter
 from vflow_server.interceptors import guard
 from vflow_server.rpc import answer_writer
+from vflowopt.compression.pieces import Pieces
+from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.media.picture import Picture
 
 
@@ -129,6 +134,57 @@ def test_tokens_of_a_question_count_though_its_answer_is_never_read(serve: Serve
     with exceeded("tenant_tokens", 200, retry=True):
         ask(session)
     assert session.state().turn_count == 0
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """The tokens that were taken from each tenant's allowance, of which none comes back."""
+    counted: Counter[str] = Counter()
+    monkeypatch.setattr(TokenMeter, "add", lambda meter, tenant, tokens: counted.update({tenant: tokens}))
+    return counted
+
+
+def test_tokens_of_pictures_count_when_they_are_encoded(serve: Serve, counted: Counter[str]) -> None:
+    served = serve(tenant_tokens="1000000")
+
+    def cost(call: Callable[[], object]) -> int:
+        before = counted["default"]
+        call()
+        return counted["default"] - before
+
+    session, other = served.client.session("preset-10"), served.client.session("preset-10")
+    receipt = served.client.compress(png(90, 90), strategy="preset-10").receipt
+    assert counted["default"] == receipt.visual_tokens
+    assert cost(lambda: served.client.compress(png(90, 90), strategy="preset-10")) == 0, "nothing was encoded"
+    assert receipt.kept_tokens[0] <= cost(lambda: session.add_image(png(90, 90))) < receipt.visual_tokens
+    assert cost(lambda: other.add_image(png(91, 90))) > receipt.visual_tokens
+
+
+def test_tokens_of_a_picture_that_is_given_up_count(
+    serve: Serve, counted: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever leaves while pictures are encoded pays for what was done until then."""
+    served = serve(tenant_tokens="1000000")
+    begin, reached, enough = EncoderThread.begin, threading.Event(), threading.Event()
+
+    def held(encoder: EncoderThread, ops: Sequence[Encode]) -> Pieces[list[CompressedImage]]:
+        pieces = begin(encoder, ops)
+        yield next(pieces)
+        reached.set()
+        enough.wait(20)
+        yield
+        return (yield from pieces)
+
+    monkeypatch.setattr(EncoderThread, "begin", held)
+    session = served.client.session()
+    with grpc.insecure_channel(served.address) as channel:
+        request = AddImageRequest(session=session.name, image=Image(data=png(60, 60)))
+        showing = ConversationsStub(channel).AddImage.future(request, timeout=20)
+        assert reached.wait(20)
+        showing.cancel()
+        until(lambda: not served.live(session).busy)
+        enough.set()
+        until(lambda: counted["default"] > 0)
 
 
 def test_forks_and_sessions_at_once_do_not_exceed_the_quotas(serve_data: Serve) -> None:
@@ -266,7 +322,7 @@ def test_decoded_pictures_of_requests_under_way_are_bounded(serve: Serve) -> Non
     served = serve(max_picture_pixels="2500", picture_memory="1")
     store = served.service.pictures
     in_use = [served.run(store.read(Image(data=png(50, 50, seed)), "image", "tenant")) for seed in range(4)]
-    with pytest.raises(CapacityExhausted, match="take 30000 bytes; retry") as refused:
+    with pytest.raises(CapacityExhausted, match="take the 30002 bytes") as refused:
         served.client.compress(png(50, 50))
     assert refused.value.metadata["resource"] == "picture_decoding" and refused.value.retry_after
     overview = in_use[0].in_detail("low")  # another picture of the same pixels

@@ -59,10 +59,10 @@ class LoggedImages:
         if new and self.bytes_held + new > self._most_bytes:
             raise CapacityExhausted(
                 "session_pictures",
-                f"the pictures of all sessions take {self.bytes_held} of the {self._most_bytes} bytes allowed, and "
-                f"{new} more are needed; delete sessions, retry when idle ones have expired, or start the server with "
-                "a larger --compressed-memory",
-                metadata={"bytes": self.bytes_held + new, "max_bytes": self._most_bytes},
+                f"the pictures of all sessions may take {self._most_bytes} bytes, which leave no room for {new} more; "
+                "delete sessions, retry when idle ones have expired, or start the server with a larger "
+                "--compressed-memory",
+                metadata={"bytes": new, "max_bytes": self._most_bytes},
                 retry_after=10.0 if new <= self._most_bytes else None,
             )
 

@@ -28,7 +28,7 @@ class Quota:
         kv_bytes: bytes of KV cache that its sessions may hold when new work starts. Idle sessions are offloaded before
             work is refused.
         turns: number of turns, pictures that are added, and pictures that are compressed, at the same time.
-        tokens_per_minute: tokens that the model runs per minute, counted as they are run, whatever becomes of the work.
+        tokens_per_minute: tokens that the model encodes or runs per minute, counted then, whatever becomes of the work.
             Work that has begun may exceed the bound; the tenant must then wait before it begins more.
     """
 

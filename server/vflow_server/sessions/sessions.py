@@ -100,8 +100,8 @@ class SessionStore:
         if not may_admit(living, tenant, self._most):
             raise CapacityExhausted(
                 "sessions",
-                f"{living.total()} sessions live already; delete some, or retry when idle ones have expired",
-                metadata={"sessions": living.total()},
+                f"the server holds {self._most} sessions at most; delete some, or retry when idle ones have expired",
+                metadata={"max_sessions": self._most},
                 retry_after=min(self.idle_timeout, 10.0),
             )
         name, number = f"sessions/s{secrets.token_hex(10)}", next(self._numbers)

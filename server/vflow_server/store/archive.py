@@ -114,12 +114,12 @@ class Archive:
         Raises:
             CapacityExhausted: the folder exceeds its bound, or would.
         """
-        if (held := self._measure(connection) + more) > self._most_bytes:
+        if self._measure(connection) + more > self._most_bytes:
             raise CapacityExhausted(
                 "data",
-                f"the data folder would hold {held} bytes of sessions, and may hold {self._most_bytes}; delete "
-                "sessions, retry when idle ones have expired, or start the server with a larger --data-bytes",
-                metadata={"bytes": held, "max_bytes": self._most_bytes},
+                f"the data folder may hold {self._most_bytes} bytes of sessions and would hold more; delete sessions, "
+                "retry when idle ones have expired, or start the server with a larger --data-bytes",
+                metadata={"max_bytes": self._most_bytes},
                 retry_after=10.0,
             )
 
