@@ -276,14 +276,15 @@ class KVCacheManager:
         self._runtime.pool.check_integrity([*owners, *self.prefixes.caches()])
         return sum(owner.bytes_held for owner in owners)
 
-    def check_room(self, sequence: Sequence, items: abc.Sequence[Item]) -> None:
-        """Refuse ``items`` that could never fit.
+    def check_room(self, state: SessionState, items: abc.Sequence[Item]) -> None:
+        """Refuse ``items`` that could never fit behind the log of ``state``.
 
         Raises:
             CapacityExhausted: the sequence with ``items`` needs more pages than the pool has, or the pictures of all
                 sessions would exceed their bound.
         """
-        self._images.check_room(items)
+        sequence = state.sequence
+        self._images.check_room(state.tenant, items)
         stages = sequence.cache.stages
         tokens = tokens_per_stage([*sequence.log, *items], len(stages))
         needed = sum(stage.pages_for(count) for stage, count in zip(stages, tokens, strict=True))

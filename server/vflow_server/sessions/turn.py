@@ -107,7 +107,7 @@ def turn(
         receipts, compressed = yield from _compress(runtime, state, request, session_name, strategy_name)
         items = items_of(placed, compressed)
         check_context(sequence, items, request.max_new_tokens, runtime.context)
-        kv.check_room(sequence, items)
+        kv.check_room(state, items)
         (prompt_tokens,) = tokens_per_stage([*sequence.log, *items], 1)
         resident = not sequence.log or sequence.resident
 
