@@ -50,6 +50,19 @@ def handed_in(served: Served) -> int:
     return served.service.archive._journal._queue.qsize()
 
 
+def test_one_tenant_that_fills_the_folder_leaves_the_last_part_to_others(serve_data: Serve) -> None:
+    served = serve_data(data_bytes="400KiB")
+    with served.connect(tenant="quiet") as client:
+        begun, loud = client.session(), served.client.session("full")
+        for much in (lambda seed: loud.add_image(png(90, 90, seed)), lambda seed: served.client.session()):
+            with pytest.raises(CapacityExhausted) as refused:
+                for seed in range(1000):
+                    much(seed)
+            assert refused.value.metadata == {"resource": "data", "max_bytes": str(400 << 10)}
+        for session in (begun, client.session()):
+            assert answer_of(session, QUESTIONS[0])
+
+
 def test_a_picture_that_is_deleted_and_shown_again_at_once_stays(
     serve_data: Serve, data: Path, picture: bytes, expected: list[str]
 ) -> None:
