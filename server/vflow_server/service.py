@@ -158,7 +158,7 @@ class Service:
         self.encoder = EncoderThread(runtime)
         self.tokenizer = PieceThread("tokenizer")
         self._draining = Draining()
-        meter = TokenMeter()
+        meter = TokenMeter(settings.tenant_tokens)
         self.engine = Engine(
             waiting=settings.max_waiting,
             running=settings.max_running,

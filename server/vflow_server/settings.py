@@ -228,7 +228,8 @@ class Settings:
     tenant_tokens: int | None = option(
         Group.TENANTS,
         None,
-        "tokens prefilled or generated for one tenant per minute (unset: no limit)",
+        "tokens that the model runs for one tenant per minute: visual tokens of pictures that it encodes, and tokens "
+        "prefilled or generated (unset: no limit)",
         whole(1),
         metavar="N",
     )
@@ -287,7 +288,7 @@ class Settings:
         Group.STRATEGIES,
         "20",
         "number of a tenant's replayed turns in that mean, the latest with the active strategy; tenants count equally, "
-        "each from a quarter of this number on",
+        "and most of them must be below the floor",
         whole(1),
         metavar="N",
     )

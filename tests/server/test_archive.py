@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,19 @@ def handed_in(served: Served) -> int:
     """The number of entries that wait for the journal."""
     assert served.service.archive is not None
     return served.service.archive._journal._queue.qsize()
+
+
+def test_one_tenant_that_fills_the_folder_leaves_the_last_part_to_others(serve_data: Serve) -> None:
+    served = serve_data(data_bytes="400KiB")
+    with served.connect(tenant="quiet") as client:
+        begun, loud = client.session(), served.client.session("full")
+        for much in (lambda seed: loud.add_image(png(90, 90, seed)), lambda seed: served.client.session()):
+            with pytest.raises(CapacityExhausted) as refused:
+                for seed in range(1000):
+                    much(seed)
+            assert refused.value.metadata == {"resource": "data", "max_bytes": str(400 << 10)}
+        for session in (begun, client.session()):
+            assert answer_of(session, QUESTIONS[0])
 
 
 def test_a_picture_that_is_deleted_and_shown_again_at_once_stays(
@@ -151,6 +165,23 @@ def test_a_turn_that_ends_after_its_session_was_deleted_is_told_so(serve_data: S
             answer.read()
         deletion.result(20)
     assert not list(serve_data().client.sessions())
+
+
+def test_a_session_that_was_deleted_is_not_copied(serve_data: Serve) -> None:
+    """Its copy would have no entries, though the session that was made of it would know all turns."""
+    served = serve_data()
+    session = served.client.session()
+    answer_of(session, QUESTIONS[0])
+    record, archive = served.live(session).record, served.service.archive
+    assert record is not None and archive is not None
+    twin = SessionRecord(replace(record.facts, name="sessions/twin", number=99), archive)
+    with written_together(served):
+        deletion, copy = record.delete(), twin.fork(record)
+    deletion.result(20)
+    with pytest.raises(ServiceError) as refused:
+        copy.result(20)
+    assert refused.value.reason == "SESSION_DELETED"
+    assert not archive.submit(lambda connection: connection.execute("SELECT * FROM sessions").fetchall()).result(20)
 
 
 def test_an_entry_that_is_missing_is_noticed(serve_data: Serve, data: Path, picture: bytes) -> None:

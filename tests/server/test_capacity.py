@@ -113,6 +113,29 @@ def test_room_for_the_pictures_of_all_sessions(serve: Serve) -> None:
     assert served.service.kv._images.bytes_held == 0
 
 
+def test_pictures_of_one_tenant_leave_room_for_those_of_another(serve: Serve) -> None:
+    pictures = [png(60, 60, seed=seed) for seed in range(3)]
+    alone = serve()
+    alone.client.session().add_image(pictures[0])
+    size = alone.on_engine(lambda: alone.service.kv._images.bytes_held)
+    alone.stop()
+    served = serve(compressed_memory=str(2 * size))
+    loud = served.client.session()
+    for picture in pictures[:2]:
+        loud.add_image(picture)
+    with served.connect(tenant="other") as client, client.session() as session:
+        session.add_image(pictures[0])
+        for crowded in (session, loud):
+            with pytest.raises(CapacityExhausted) as refused:
+                crowded.add_image(pictures[2])
+            assert refused.value.metadata == {
+                "resource": "session_pictures",
+                "bytes": str(size),
+                "max_bytes": str(2 * size),
+            }
+        assert session.ask("What?", max_new_tokens=1).read()
+
+
 def test_places_for_sessions(serve: Serve) -> None:
     client = serve(max_sessions="2").client
     with client.session(), client.session() as second:

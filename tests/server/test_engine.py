@@ -5,7 +5,7 @@ import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 import pytest
@@ -274,30 +274,46 @@ def test_a_tenant_that_fills_the_queue_fills_it_for_itself() -> None:
             await begun(endless)
             for _ in range(2):
                 engine.submit(counting(1), "a")
-            with pytest.raises(ServiceError, match="already wait"):
+            with pytest.raises(ServiceError, match="may wait"):
                 engine.submit(counting(1), "a")
             assert await engine.submit(counting(1), "b").result() == "done"
 
     play(scene())
 
 
+@dataclass
+class Cancellable:
+    cancelled: bool = False
+
+
+@dataclass
+class Waiting:
+    tenant: str
+    ticket: Cancellable = field(default_factory=Cancellable)
+
+
+def test_a_tenant_that_fills_the_queue_leaves_their_shares_to_others() -> None:
+    queue: FairQueue[Waiting] = FairQueue(8)
+
+    def admitted(tenant: str) -> int:
+        """How many requests of a tenant are admitted of twenty."""
+        before = len(queue)
+        for _ in range(20):
+            with suppress(ServiceError):
+                queue.put(Waiting(tenant))
+        return len(queue) - before
+
+    assert [admitted(tenant) for tenant in ("loud", "two", "three", "four", "loud")] == [8, 4, 1, 1, 0]
+
+
 def test_places_are_bounded_however_many_tenants_there_are() -> None:
-    @dataclass
-    class Ticket:
-        cancelled: bool = False
-
-    @dataclass
-    class Waiting:
-        tenant: str
-        ticket: Ticket = field(default_factory=Ticket)
-
     queue: FairQueue[Waiting] = FairQueue(2)
     for tenant in "aabc":
         queue.put(Waiting(tenant))
     for tenant in "ad":
         with pytest.raises(ServiceError) as refused:
             queue.put(Waiting(tenant))
-        assert refused.value.retry_after and refused.value.metadata == {"resource": "queue", "waiting": "4"}
+        assert refused.value.retry_after and refused.value.metadata == {"resource": "queue", "max_waiting": "2"}
     running: Counter[str] = Counter(a=2)
     first, second = queue.admit(running, 2), queue.admit(running + Counter("b"), 2)
     assert first is not None and second is not None and (first.tenant, second.tenant) == ("b", "c")

@@ -1,5 +1,6 @@
 """The live watch: what it sees of turns, and what it does about it."""
 
+import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from tests.server.served import Served
 from tests.server.waiting import until
 from vflow_client import Client
 from vflow_client.v1.strategies_pb2 import StrategyEvent
-from vflow_server.tuning.fidelity_monitor import FidelityMonitor, FidelityTotals
+from vflow_server.tuning.fidelity_monitor import MOST_WAITING, FidelityMonitor, FidelityTotals
 from vflowopt.runtime.cache import PoolExhausted
 from vflowopt.runtime.model_runner import Runtime
 from vflowopt.search.replay import AnsweredTurn, Fidelity
@@ -181,3 +182,65 @@ def test_totals_only_grow() -> None:
     found.add(Fidelity(0.5, 4, 1))
     found.add(Fidelity(1.0, 0, 0))
     assert (found.watched, found.cosine, found.agreement) == (2, 0.75, 0.25)
+
+
+def test_one_tenant_alone_does_not_decide_for_two(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    Judged(monkeypatch, {"odd": -1.0, "red": 0.99})  # their mean is far below the floor
+    served = serve(watch_share="1", watch_floor="0.85", watch_window="4")
+    strategies = served.client.strategies
+    strategies.activate("preset-25")
+    strategies.activate("preset-10")
+    converse_as(served, "red", 1)
+    converse_as(served, "odd", 4)
+    seen(served, "preset-10", 15)
+    assert strategies.get("preset-10").active
+
+
+def test_a_tenant_that_comes_first_does_not_decide_for_those_that_were_not_heard(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenth of the turns is compared. Those of odd are, and others that use the strategy are not yet."""
+    Judged(monkeypatch, {"odd": 0.1, "red": 0.1})
+    heard = {"odd"}
+    served = serve(watch_share="0.1", watch_floor="0.85", watch_window="4")
+    chooses = FidelityMonitor.chooses
+
+    def choose(monitor: FidelityMonitor, tenant: str, name: str, *, pictures: int) -> bool:
+        chooses(monitor, tenant, name, pictures=pictures)
+        return tenant in heard
+
+    monkeypatch.setattr(FidelityMonitor, "chooses", choose)
+    strategies = served.client.strategies
+    strategies.activate("preset-25")
+    strategies.activate("preset-10")
+    converse_as(served, "red", 1)
+    converse_as(served, "odd", 2)
+    seen(served, "preset-10", 6)
+    assert strategies.get("preset-10").active
+    heard.add("red")
+    converse_as(served, "red", 1)
+    until(lambda: strategies.get("preset-25").active)
+
+
+def test_a_tenant_with_many_turns_leaves_places_to_others(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparisons are held up. So many turns of one tenant wait that some are skipped, but none of the other's."""
+    looked = list[str]()
+    enough = asyncio.Event()
+
+    async def look(monitor: FidelityMonitor, turn: AnsweredTurn, pictures: object) -> Fidelity:
+        await enough.wait()
+        looked.append(turn.tenant)
+        return Fidelity(1.0, 1, 1)
+
+    monkeypatch.setattr(FidelityMonitor, "_look", look)
+    served = serve(watch_share="1")
+    converse_as(served, "loud", MOST_WAITING // 3 + 2)
+    converse_as(served, "quiet", 1)
+    until(lambda: totals(served, "preset-10").skipped > 0)
+
+    async def let_go() -> None:
+        enough.set()
+
+    served.run(let_go())
+    until(lambda: len(looked) == MOST_WAITING + 1)
+    assert looked.count("quiet") == 3 and "quiet" in looked[1:3], "tenants take turns"

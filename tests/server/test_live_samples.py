@@ -93,6 +93,17 @@ def test_everybody_gets_their_own() -> None:
     assert [digest for digest, _ in samples_of(live, "red")] == [PICTURES[0].digest]
 
 
+def test_one_tenant_does_not_displace_what_others_said() -> None:
+    live = LiveSamples(2, 1 << 20)
+    live.note_image("blue", "s", PICTURES[0], images=1)
+    ask(live, "s", "What?", tenant="blue")
+    for number in range(3):
+        live.note_image("red", f"s{number}", PICTURES[number], images=1)
+        ask(live, f"s{number}", "What?")
+    assert [digest for digest, _ in samples_of(live, "blue")] == [PICTURES[0].digest]
+    assert [digest for digest, _ in samples_of(live, "red")] == [PICTURES[2].digest]
+
+
 def converse(client: Client) -> None:
     with client.session() as session:
         session.add_image(png(60, 80, seed=41))

@@ -55,6 +55,19 @@ def test_only_so_many_are_remembered_after_their_end(tmp_path: Path) -> None:
     assert len(json.loads(file.read_text())["operations"]) == MOST_ENDED + 1
 
 
+def test_many_operations_of_one_tenant_do_not_displace_those_of_another() -> None:
+    store = OperationStore()
+
+    async def use() -> str:
+        quiet = await ended(store, "blue")
+        for _ in range(MOST_ENDED + 3):
+            await ended(store)
+        return quiet.name
+
+    assert [asyncio.run(use())] == [each.name for each in store.of("blue")]
+    assert len(list(store.of("red"))) == MOST_ENDED - 1
+
+
 @pytest.mark.parametrize("text", ["{", "{}", '{"schema": 0, "operations": []}', '{"schema": 1, "operations": [{}]}'])
 def test_a_foreign_file_is_set_aside(tmp_path: Path, text: str) -> None:
     file = tmp_path / "operations.json"

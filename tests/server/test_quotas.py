@@ -3,7 +3,8 @@
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -18,9 +19,13 @@ from vflow_client import CapacityExhausted, Session
 from vflow_client.v1.conversations_pb2 import AddImageRequest, ChatOptions, ChatRequest, Part
 from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
 from vflow_client.v1.images_pb2 import Image
+from vflow_server.engine.encoder import EncoderThread
+from vflow_server.engine.ops import Encode
+from vflow_server.engine.token_meter import Allowance, TokenMeter
 from vflow_server.interceptors import guard
 from vflow_server.rpc import answer_writer
-from vflow_server.servicers.quotas import Allowance
+from vflowopt.compression.pieces import Pieces
+from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.media.picture import Picture
 
 
@@ -131,6 +136,57 @@ def test_tokens_of_a_question_count_though_its_answer_is_never_read(serve: Serve
     assert session.state().turn_count == 0
 
 
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """The tokens that were taken from each tenant's allowance, of which none comes back."""
+    counted: Counter[str] = Counter()
+    monkeypatch.setattr(TokenMeter, "add", lambda meter, tenant, tokens: counted.update({tenant: tokens}))
+    return counted
+
+
+def test_tokens_of_pictures_count_when_they_are_encoded(serve: Serve, counted: Counter[str]) -> None:
+    served = serve(tenant_tokens="1000000")
+
+    def cost(call: Callable[[], object]) -> int:
+        before = counted["default"]
+        call()
+        return counted["default"] - before
+
+    session, other = served.client.session("preset-10"), served.client.session("preset-10")
+    receipt = served.client.compress(png(90, 90), strategy="preset-10").receipt
+    assert counted["default"] == receipt.visual_tokens
+    assert cost(lambda: served.client.compress(png(90, 90), strategy="preset-10")) == 0, "nothing was encoded"
+    assert receipt.kept_tokens[0] <= cost(lambda: session.add_image(png(90, 90))) < receipt.visual_tokens
+    assert cost(lambda: other.add_image(png(91, 90))) > receipt.visual_tokens
+
+
+def test_tokens_of_a_picture_that_is_given_up_count(
+    serve: Serve, counted: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever leaves while pictures are encoded pays for what was done until then."""
+    served = serve(tenant_tokens="1000000")
+    begin, reached, enough = EncoderThread.begin, threading.Event(), threading.Event()
+
+    def held(encoder: EncoderThread, ops: Sequence[Encode]) -> Pieces[list[CompressedImage]]:
+        pieces = begin(encoder, ops)
+        yield next(pieces)
+        reached.set()
+        enough.wait(20)
+        yield
+        return (yield from pieces)
+
+    monkeypatch.setattr(EncoderThread, "begin", held)
+    session = served.client.session()
+    with grpc.insecure_channel(served.address) as channel:
+        request = AddImageRequest(session=session.name, image=Image(data=png(60, 60)))
+        showing = ConversationsStub(channel).AddImage.future(request, timeout=20)
+        assert reached.wait(20)
+        showing.cancel()
+        until(lambda: not served.live(session).busy)
+        enough.set()
+        until(lambda: counted["default"] > 0)
+
+
 def test_forks_and_sessions_at_once_do_not_exceed_the_quotas(serve_data: Serve) -> None:
     """What is being made counts before it is there."""
     served = serve_data(tenant_pictures="10", tenant_sessions="7")
@@ -172,6 +228,60 @@ def test_tokens_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert allowance.left == 120
 
 
+def test_tokens_come_back_to_a_tenant_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are taken when they are run, not when the tenant comes again."""
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    meter = TokenMeter(100)
+    meter.add("red", 130)
+    meter.add("blue", 99)
+    assert (meter.seconds_until_one("red"), meter.seconds_until_one("blue")) == (pytest.approx(18.6), 0)
+    now = 60.0
+    assert meter.seconds_until_one("red") == meter.seconds_until_one("nobody") == 0
+    meter.add("green", 1)
+    assert len(meter) == 2, "blue's allowance is full again"
+
+
+def test_tokens_are_counted_while_tenants_come_and_go() -> None:
+    meter = TokenMeter(1_000_000)
+
+    def run(number: int) -> None:
+        for turn in range(500):
+            meter.add(f"t{turn % 7}", 1)
+            meter.seconds_until_one(f"t{(turn + number) % 7}")
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(run, range(4)))
+    assert len(meter) <= 7
+    unbounded = TokenMeter()
+    unbounded.add("red", 1)
+    assert len(unbounded) == 0 and unbounded.seconds_until_one("red") == 0
+
+
+def test_a_picture_that_is_being_given_up_counts_until_it_is(serve: Serve) -> None:
+    """The caller is gone, and the engine may be about to finish the picture all the same."""
+    served = serve(tenant_pictures="1")
+    first, second = served.client.session(), served.client.session()
+    reached, enough = threading.Event(), threading.Event()
+
+    async def hold() -> None:
+        served.service.engine.call(lambda: reached.set() or enough.wait(20), "default")
+
+    with grpc.insecure_channel(served.address) as channel:
+        served.run(hold())
+        assert reached.wait(20)
+        request = AddImageRequest(session=first.name, image=Image(data=png(60, 60)))
+        showing = ConversationsStub(channel).AddImage.future(request, timeout=20)
+        until(lambda: served.live(first).busy)
+        showing.cancel()
+        until(lambda: not served.service.quotas.under_way("default"))
+        with exceeded("tenant_pictures", 1, retry=False):
+            second.add_image(png(60, 60))
+        enough.set()
+        until(lambda: not served.live(first).busy)
+        second.add_image(png(60, 60))
+
+
 def test_caches_of_idle_sessions_make_room(serve: Serve) -> None:
     undisturbed = serve()
     with undisturbed.client.session() as session:
@@ -205,14 +315,14 @@ def test_a_tenant_that_is_gone_leaves_nothing_behind(serve: Serve) -> None:
     for number in range(5):
         with served.connect(tenant=f"t{number}") as client, client.session() as session:
             assert ask(session)
-    assert len(served.service.quotas._uses) <= 2
+    assert not any(served.service.quotas.under_way(f"t{number}") for number in range(5))
 
 
 def test_decoded_pictures_of_requests_under_way_are_bounded(serve: Serve) -> None:
     served = serve(max_picture_pixels="2500", picture_memory="1")
     store = served.service.pictures
     in_use = [served.run(store.read(Image(data=png(50, 50, seed)), "image", "tenant")) for seed in range(4)]
-    with pytest.raises(CapacityExhausted, match="take 30000 bytes; retry") as refused:
+    with pytest.raises(CapacityExhausted, match="take the 30002 bytes") as refused:
         served.client.compress(png(50, 50))
     assert refused.value.metadata["resource"] == "picture_decoding" and refused.value.retry_after
     overview = in_use[0].in_detail("low")  # another picture of the same pixels
@@ -269,7 +379,7 @@ def test_an_answer_that_nobody_reads_is_ended(serve: Serve, monkeypatch: pytest.
             ChatRequest(session=session.name, parts=[Part(text="Go on")], options=options)
         )
         next(answer)
-        until(lambda: not served.service.quotas._uses["default"].under_way)  # though the caller is still there
+        until(lambda: not served.service.quotas.under_way("default"))  # though the caller is still there
         assert ask(other)
         with pytest.raises(grpc.RpcError) as ended:
             list(answer)

@@ -8,9 +8,10 @@ is lost, and the journal holds the sessions that are listed, with what was ackno
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import pytest
@@ -24,6 +25,10 @@ from vflow_client.errors import error_from_call
 from vflow_client.v1.conversations_pb2 import ChatRequest, Part
 from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
 from vflow_server.access.caller import DEFAULT_TENANT
+from vflow_server.images.store import PictureStore
+from vflow_server.rpc.errors import CapacityExhausted, ServiceError, storage_failed
+from vflow_server.store.session_record import SessionRecord
+from vflowopt.media.picture import Picture
 
 PICTURE = png(40, 50)
 
@@ -160,6 +165,18 @@ def settle(served: Served) -> None:
     served.run(rounds())
 
 
+def stored(served: Served) -> dict[str, tuple[int, int]]:
+    """The sessions in the journal, with their numbers of turns and pictures."""
+    assert served.service.archive is not None
+    rows = served.service.archive.submit(
+        lambda connection: connection.execute(
+            "SELECT name, coalesce(sum(answered), 0), coalesce(sum(images), 0) "
+            "FROM sessions LEFT JOIN entries ON session = name GROUP BY name"
+        ).fetchall()
+    ).result(20)
+    return {name: (turns, images) for name, turns, images in rows}
+
+
 def run_pair(served: Served, hold: str, first: str, second: str) -> None:
     session = served.client.session("preset-25")
     session.ask("Begin", max_new_tokens=2, min_new_tokens=2).read()
@@ -177,15 +194,8 @@ def run_pair(served: Served, hold: str, first: str, second: str) -> None:
     store = served.service.sessions
     until(lambda: not any(each.busy for each in store))
     served.kv_bytes()  # proves the integrity of the pool
-    assert served.service.archive is not None
-    stored = served.service.archive.submit(
-        lambda connection: connection.execute(
-            "SELECT name, count(number), coalesce(sum(answered), 0), coalesce(sum(images), 0) "
-            "FROM sessions LEFT JOIN entries ON session = name GROUP BY name"
-        ).fetchall()
-    ).result(20)
     listed = {state.name: (state.turn_count, state.image_count) for state in served.client.sessions()}
-    assert {name: (turns, images) for name, _, turns, images in stored} == listed
+    assert stored(served) == listed
     if "delete" in (first, second):
         assert session.name not in listed
     for name in listed:  # whatever is left goes on
@@ -244,3 +254,77 @@ def test_a_session_that_is_used_again_does_not_expire(serve_data: Serve) -> None
         answer.result(20)
         expiry.result(20)
     assert [state.turn_count for state in served.client.sessions()] == [1]
+
+
+def test_a_session_whose_next_picture_is_being_decoded_does_not_expire(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, acquire = served.service.sessions, PictureStore.acquire
+    session = served.client.session()
+    reached, enough = threading.Event(), threading.Event()
+
+    async def slow(*arguments: Any) -> Picture:
+        reached.set()
+        await asyncio.to_thread(enough.wait, 20)
+        return await acquire(*arguments)
+
+    monkeypatch.setattr(PictureStore, "acquire", slow)
+
+    async def expire() -> None:
+        store.get(DEFAULT_TENANT, session.name)._idle_since -= 3600
+        await store.expire()
+
+    with ThreadPoolExecutor(1) as threads:
+        showing = threads.submit(session.add_image, PICTURE)
+        assert reached.wait(20)
+        served.run(expire())
+        enough.set()
+        showing.result(20)
+    assert session.state().image_count == 1
+
+
+def test_a_record_that_the_disk_does_not_let_go_is_deleted_later(
+    serve_data: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serve_data()
+    session, store = served.client.session(), served.service.sessions
+
+    def fails(*arguments: object) -> None:
+        raise CapacityExhausted("kv_cache", "a fork that fails when its record is there")
+
+    def stays(record: SessionRecord) -> Future[None]:
+        failed: Future[None] = Future()
+        failed.set_exception(storage_failed("read-only"))
+        return failed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(served.service.kv, "fork", fails)
+        patched.setattr(SessionRecord, "delete", stays)
+        with pytest.raises(VFlowError, match="a fork that fails"):
+            session.fork()
+        served.run(store.expire())
+        assert len(stored(served)) == 2
+    served.run(store.expire())
+    assert stored(served) == {session.name: (0, 0)}
+
+
+def test_the_engine_refuses_work_that_should_not_have_begun(serve: Serve) -> None:
+    """The event loop begins no work in a session that is deleted or busy. If it did, no page would be lost."""
+    served = serve()
+    session = served.client.session()
+    kv, state = served.service.kv, served.live(session).state
+
+    def twice() -> None:
+        with kv.using(state):
+            with pytest.raises(ServiceError, match="is being worked on"), kv.using(state):
+                pass
+            kv.forget(state)
+            state.sequence.log.extend([1, 2, 3])
+            served.service.runtime.advance([state.sequence], [3], want_logits=False)
+            assert state.sequence.kv_bytes
+        assert not state.sequence.kv_bytes
+        with pytest.raises(ServiceError, match="was deleted"), kv.using(state):
+            pass
+
+    served.on_engine(twice)
+    assert served.kv_bytes() == 0

@@ -31,7 +31,7 @@ from vflowopt.runtime.sequence import Sequence
 class Unwatched:
     """A fidelity monitor that looks at nothing."""
 
-    def chooses(self) -> bool:
+    def chooses(self, *turn: object, **about: object) -> bool:
         return False
 
 

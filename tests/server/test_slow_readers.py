@@ -27,7 +27,7 @@ def test_who_reads_nothing_holds_up_nobody(serve: Serve) -> None:
                 answer = session.ask("And I?", max_new_tokens=20, min_new_tokens=20)
                 answer.read()
                 assert answer.usage.completion_tokens == 20
-        assert len(served.service.quotas._uses["default"].under_way) == len(unread)  # none has been sent to its end
+        assert served.service.quotas.under_way("default") == len(unread)  # none has been sent to its end
         for answer in unread:
             answer.cancel()
-    until(lambda: not served.service.quotas._uses["default"].under_way)
+    until(lambda: not served.service.quotas.under_way("default"))

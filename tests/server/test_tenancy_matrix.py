@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 
 from tests.server.conftest import Serve
 from tests.server.served import Served
+from vflow_client import CapacityExhausted
 from vflow_client.errors import error_from_call
 from vflow_client.v1 import compression_pb2, conversations_pb2, images_pb2, strategies_pb2
 from vflow_server.access.caller import Caller
@@ -228,3 +229,17 @@ def test_what_is_listed_is_the_callers_alone(guarded: Served, channel: grpc.Chan
         for caller, expected in (("red admin", [mine]), ("blue admin", [])):
             outcome, (response,) = call(channel, METHODS[name], CASES[name].request(red), caller)
             assert outcome == "OK" and [each.name for each in getattr(response, field)] == expected
+
+
+def test_who_is_refused_learns_nothing_of_what_others_have(serve: Serve) -> None:
+    served = serve(max_sessions="2", tokens="\n".join(entry.line() for _, entry in TOKENS.values()))
+    with (
+        served.connect(token=TOKENS["red user"][0]) as red,
+        served.connect(token=TOKENS["blue user"][0]) as blue,
+        red.session(),
+        red.session(),
+        blue.session(),
+        pytest.raises(CapacityExhausted) as refused,
+    ):
+        blue.session()
+    assert refused.value.metadata == {"resource": "sessions", "max_sessions": "2"}

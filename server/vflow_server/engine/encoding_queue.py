@@ -18,6 +18,7 @@ from vflow_server.engine.encoder import EncoderThread
 from vflow_server.engine.engine import Task
 from vflow_server.engine.fair_queue import RoundRobin
 from vflow_server.engine.ops import Encode
+from vflow_server.engine.token_meter import TokenMeter
 from vflow_server.kv.image_cache import ImageCache, Key
 from vflowopt.compression.pieces import Pieces
 from vflowopt.compression.pipeline import CompressedImage
@@ -25,6 +26,9 @@ from vflowopt.media.video import Video
 
 PICTURES = 4
 """Pictures that are encoded in one batch at most; only one while answers are being decoded."""
+
+TOKENS_PER_PIECE = 256
+"""Visual tokens that a piece of what is given up is taken to have encoded, before there is one to tell by."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +54,19 @@ class Asking:
         return self.task.op is self.op
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Encoding:
-    """A batch of pictures, or a video, that is being encoded."""
+    """A batch of pictures, or a video, that is being encoded.
+
+    Attributes:
+        asking: the tasks that asked for it.
+        pieces: the work.
+        num_run: pieces that were begun.
+    """
 
     asking: Sequence[Asking]
     pieces: Pieces[list[CompressedImage]]
+    num_run: int = 0
 
 
 class _Line:
@@ -63,13 +74,16 @@ class _Line:
 
     Args:
         encoder: begins to encode it.
+        meter: takes what is encoded from the allowances of those who asked for it.
 
     Attributes:
         under_way: what is between two pieces.
     """
 
-    def __init__(self, encoder: EncoderThread) -> None:
+    def __init__(self, encoder: EncoderThread, meter: TokenMeter) -> None:
         self._encoder = encoder
+        self._meter = meter
+        self._tokens_per_piece = TOKENS_PER_PIECE
         self._tenants = RoundRobin()
         self.under_way: _Encoding | None = None
 
@@ -90,6 +104,7 @@ class _Line:
             if any(each.key in wanted for each in encoding.asking):
                 return encoding
             encoding.pieces.close()  # all who asked for it are gone
+            self.give_up(encoding)
         if not missing:
             return None
         ordered = self._tenants.order(missing)
@@ -99,6 +114,17 @@ class _Line:
             self._tenants.served(each.tenant)
         return self.begin(batch)
 
+    def give_up(self, encoding: _Encoding) -> None:
+        """Take what was encoded so far from the allowances: an estimate, as its tokens are known at the end only."""
+        for each in encoding.asking:
+            self._meter.add(each.tenant, encoding.num_run * self._tokens_per_piece // len(encoding.asking))
+
+    def finish(self, encoding: _Encoding, images: Sequence[CompressedImage]) -> None:
+        """Take the tokens that were encoded from the allowances, whether anybody still waits for them or not."""
+        for each, image in zip(encoding.asking, images, strict=True):
+            self._meter.add(each.tenant, image.tokens)
+        self._tokens_per_piece = sum(image.tokens for image in images) // encoding.num_run
+
 
 class EncodingQueue:
     """Encodes what tasks ask for, piece by piece.
@@ -106,13 +132,14 @@ class EncodingQueue:
     Args:
         images: the cache of compressed pictures.
         encoder: encodes those that are not cached.
+        meter: takes what is encoded from the tenants' allowances.
     """
 
-    def __init__(self, images: ImageCache, encoder: EncoderThread) -> None:
+    def __init__(self, images: ImageCache, encoder: EncoderThread, meter: TokenMeter) -> None:
         self._images = images
         self._encoder = encoder
         self._threads = torch.get_num_threads()
-        self._pictures, self._videos = _Line(encoder), _Line(encoder)
+        self._pictures, self._videos = _Line(encoder, meter), _Line(encoder, meter)
         self._last = self._videos
         self._running: tuple[_Line, _Encoding, Future[list[CompressedImage] | None]] | None = None
 
@@ -133,6 +160,7 @@ class EncodingQueue:
         failure = future.exception()
         if failure is not None:
             assert isinstance(failure, Exception)
+            line.give_up(encoding)
             if len(encoding.asking) == 1:
                 for each in waiting:
                     each.task.fail(failure)
@@ -141,6 +169,7 @@ class EncodingQueue:
         elif (images := future.result()) is None:
             line.under_way = encoding
         else:
+            line.finish(encoding, images)
             for each, image in zip(encoding.asking, images, strict=True):
                 self._images.put(each.key, image)
                 if each.waits:
@@ -181,6 +210,7 @@ class EncodingQueue:
             if encoding is not None:
                 # One thread is left to the answers.
                 threads = max(self._threads - 1, 1) if answering else self._threads
+                encoding.num_run += 1
                 future = self._encoder.advance(encoding.pieces, threads=threads)
                 self._last, self._running = line, (line, encoding, future)
                 future.add_done_callback(lambda _: wake())

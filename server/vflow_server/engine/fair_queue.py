@@ -37,7 +37,8 @@ class FairQueue(Generic[T]):
     """A bounded queue with a line for each tenant.
 
     Args:
-        most: how many tasks may wait; a tenant that has none waiting may exceed it (see :func:`may_admit`).
+        most: how many tasks may wait; a tenant that has none waiting may exceed it (see :func:`may_admit`), and so may
+            one that has less than an equal share, while fewer than one and a half times as many wait.
     """
 
     def __init__(self, most: int) -> None:
@@ -57,11 +58,13 @@ class FairQueue(Generic[T]):
             CapacityExhausted: too many tasks wait.
         """
         waiting = Counter({tenant: len(line) for tenant, line in self._lines.items()})
-        if not may_admit(waiting, task.tenant, self._most):
+        share = self._most // len(self._lines.keys() | {task.tenant})
+        below_share = waiting[task.tenant] < share and 2 * waiting.total() < 3 * self._most
+        if not (below_share or may_admit(waiting, task.tenant, self._most)):
             raise CapacityExhausted(
                 "queue",
-                f"{waiting.total()} requests already wait for the model; retry in a moment",
-                metadata={"waiting": waiting.total()},
+                f"{self._most} requests may wait for the model at most; retry in a moment",
+                metadata={"max_waiting": self._most},
             )
         self._lines.setdefault(task.tenant, deque()).append(task)
 

@@ -47,7 +47,7 @@ class Scheduler:
         images: the cache of compressed pictures.
         encoder: compresses pictures that are not cached.
         metrics: counts the steps.
-        meter: counts the tokens of each tenant.
+        meter: takes the tokens that are run and encoded from the tenants' allowances.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Scheduler:
         self._kv = kv
         self._metrics = metrics
         self._meter = meter
-        self._encodings = EncodingQueue(images, encoder)
+        self._encodings = EncodingQueue(images, encoder, meter)
         self._steps_without_idle_work = 0
         self._last_idle: Task | None = None
         self._saved = BESIDE_ANSWERS * SAVED  # steps without prompts beside the answers of other tenants

@@ -1,32 +1,73 @@
-"""The token meter: how many tokens the model ran for each tenant, counted as they are run."""
+"""The token meter: takes what the model runs for a tenant from the tenant's allowance, at the moment it is run."""
 
 from __future__ import annotations
 
+import threading
+import time
 
-class TokenMeter:
-    """Counts the tokens of the tenants that are watched.
 
-    Tokens are counted in the engine's thread, whatever becomes of the work that they were run for. The other methods
-    belong to the event loop's thread.
+class Allowance:
+    """A token bucket that refills evenly and holds the tokens of one minute.
+
+    Args:
+        per_minute: number of tokens per minute.
     """
 
-    def __init__(self) -> None:
-        self._run: dict[str, int] = {}
+    def __init__(self, per_minute: int) -> None:
+        self.per_minute = per_minute
+        self._left = float(per_minute)
+        self._at = time.monotonic()
 
-    def watch(self, tenant: str) -> None:
-        """Begin to count the tokens of ``tenant``, unless they are counted already."""
-        self._run.setdefault(tenant, 0)
+    @property
+    def left(self) -> float:
+        """Number of tokens in the bucket; negative if too many were taken."""
+        now = time.monotonic()
+        self._left = min(self._left + (now - self._at) * self.per_minute / 60, self.per_minute)
+        self._at = now
+        return self._left
 
-    def forget(self, tenant: str) -> None:
-        """Stop counting the tokens of ``tenant``."""
-        self._run.pop(tenant, None)
+    def spend(self, tokens: int) -> None:
+        """Take ``tokens``, even if fewer are left."""
+        self._left = self.left - tokens
+
+    def seconds_until_one(self) -> float:
+        """Seconds until one token is left; negative if there is one already."""
+        return (1 - self.left) * 60 / self.per_minute
+
+
+class TokenMeter:
+    """The allowances of all tenants. Its methods may be called from any thread.
+
+    Args:
+        per_minute: number of tokens per minute of each tenant; None: no bound, and nothing is counted.
+    """
+
+    def __init__(self, per_minute: int | None = None) -> None:
+        self.per_minute = per_minute
+        self._lock = threading.Lock()
+        self._allowances: dict[str, Allowance] = {}
+
+    def __len__(self) -> int:
+        """Number of tenants that are remembered."""
+        return len(self._allowances)
 
     def add(self, tenant: str, tokens: int) -> None:
-        """Count ``tokens`` that were run for ``tenant``, if it is watched."""
-        # Only this thread changes a count, and a tenant with running work is not forgotten: no lock is needed.
-        if tenant in self._run:
-            self._run[tenant] += tokens
+        """Take ``tokens`` that were run for ``tenant`` from its allowance, whatever becomes of the work."""
+        if self.per_minute is None or not tokens:
+            return
+        with self._lock:
+            if tenant not in self._allowances:
+                # A tenant whose allowance is full is as good as new.
+                self._allowances = {
+                    name: allowance for name, allowance in self._allowances.items() if allowance.left < self.per_minute
+                }
+                self._allowances[tenant] = Allowance(self.per_minute)
+            self._allowances[tenant].spend(tokens)
 
-    def total(self, tenant: str) -> int:
-        """Number of tokens that were run for ``tenant`` since it is watched; 0 if it is not."""
-        return self._run.get(tenant, 0)
+    def seconds_until_one(self, tenant: str) -> float:
+        """Seconds until ``tenant`` may run a token; 0 if it may run one now."""
+        with self._lock:
+            allowance = self._allowances.get(tenant)
+            if allowance is None or allowance.left > 0:
+                return 0.0
+            return allowance.seconds_until_one()

@@ -52,8 +52,9 @@ class DecodedMemory:
                 if used > self._most // _LITTLE or total + nbytes > self._most + self._most // _BEYOND:
                     raise CapacityExhausted(
                         "picture_decoding",
-                        f"the pictures of the requests under way take {total} bytes; retry when some have ended",
-                        metadata={"bytes": total, "max_bytes": self._most},
+                        f"the pictures of the requests under way take the {self._most} bytes that they may; retry when "
+                        "some have ended",
+                        metadata={"max_bytes": self._most},
                     )
             self._change(tenant, nbytes)
 

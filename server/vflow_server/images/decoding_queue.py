@@ -84,9 +84,7 @@ class DecodingQueue:
             self._jobs.remove(last)
             if not last.result.done():
                 last.result.set_exception(
-                    CapacityExhausted(
-                        "picture_decoding", f"{len(self._jobs)} pictures wait to be decoded; retry in a moment"
-                    )
+                    CapacityExhausted("picture_decoding", "too many pictures wait to be decoded; retry in a moment")
                 )
 
     def remove(self, job: Job) -> bool:

@@ -19,10 +19,8 @@ class LoggedImages:
     Belongs to the engine's thread.
 
     Args:
-        most_bytes: the bound. It is checked before a picture is added, so concurrent work may exceed it a little.
-
-    Attributes:
-        bytes_held: bytes of all pictures that are counted.
+        most_bytes: the bound. It is checked before a picture is added, so concurrent work may exceed it a little. A
+            tenant with less than an equal share may exceed it by half, so that no other can keep it out.
     """
 
     def __init__(self, most_bytes: int) -> None:
@@ -30,7 +28,12 @@ class LoggedImages:
         self._of: dict[SessionState, list[CompressedImage]] = {}
         # Number of sessions by the id of the picture; ``_of`` keeps the pictures alive, so ids stay unique.
         self._holders: Counter[int] = Counter()
-        self.bytes_held = 0
+        self._bytes: Counter[str] = Counter()
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of all pictures that are counted."""
+        return self._bytes.total()
 
     def note(self, state: SessionState, log: Sequence[Item]) -> None:
         """Count the pictures that are in the log of ``state`` now, instead of those counted before."""
@@ -39,7 +42,7 @@ class LoggedImages:
         for image in self._of[state]:
             self._holders[id(image)] += 1
             if self._holders[id(image)] == 1:
-                self.bytes_held += image_bytes(image)
+                self._bytes[state.tenant] += image_bytes(image)
 
     def forget(self, state: SessionState) -> None:
         """Stop counting the pictures of ``state``."""
@@ -47,22 +50,27 @@ class LoggedImages:
             self._holders[id(image)] -= 1
             if not self._holders[id(image)]:
                 del self._holders[id(image)]
-                self.bytes_held -= image_bytes(image)
+                self._bytes[state.tenant] -= image_bytes(image)
+                if not self._bytes[state.tenant]:
+                    del self._bytes[state.tenant]
 
-    def check_room(self, items: Iterable[Item]) -> None:
+    def check_room(self, tenant: str, items: Iterable[Item]) -> None:
         """Refuse pictures beyond the bound.
 
         Raises:
             CapacityExhausted: the pictures among ``items`` that are new would exceed the bound.
         """
         new = sum(image_bytes(image) for image in _distinct(items) if id(image) not in self._holders)
-        if new and self.bytes_held + new > self._most_bytes:
+        if not new or self.bytes_held + new <= self._most_bytes:
+            return
+        share = self._most_bytes // len(self._bytes.keys() | {tenant})
+        if self._bytes[tenant] + new > share or self.bytes_held + new > self._most_bytes * 3 // 2:
             raise CapacityExhausted(
                 "session_pictures",
-                f"the pictures of all sessions take {self.bytes_held} of the {self._most_bytes} bytes allowed, and "
-                f"{new} more are needed; delete sessions, retry when idle ones have expired, or start the server with "
-                "a larger --compressed-memory",
-                metadata={"bytes": self.bytes_held + new, "max_bytes": self._most_bytes},
+                f"the pictures of all sessions may take {self._most_bytes} bytes, which leave no room for {new} more; "
+                "delete sessions, retry when idle ones have expired, or start the server with a larger "
+                "--compressed-memory",
+                metadata={"bytes": new, "max_bytes": self._most_bytes},
                 retry_after=10.0 if new <= self._most_bytes else None,
             )
 

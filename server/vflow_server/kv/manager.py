@@ -16,7 +16,7 @@ from vflow_server.kv.logged_images import LoggedImages
 from vflow_server.kv.offload import OffloadStore
 from vflow_server.kv.prefix_cache import PrefixCache
 from vflow_server.kv.session_state import SessionState
-from vflow_server.rpc.errors import CapacityExhausted, session_deleted
+from vflow_server.rpc.errors import CapacityExhausted, session_busy, session_deleted
 from vflow_server.telemetry.metrics import Metrics
 from vflowopt.compression.strategy import Strategy
 from vflowopt.runtime.cache import PoolExhausted
@@ -76,10 +76,13 @@ class KVCacheManager:
         """Count ``state`` as in use within the block.
 
         Raises:
-            ServiceError: SESSION_DELETED.
+            ServiceError: SESSION_DELETED, or SESSION_BUSY if it is in use already.
         """
-        if state.forgotten:  # no order of calls is known that leads here; pages would be held for good
-            raise session_deleted("the session")
+        # The event loop begins no such work; if it did, pages would be held for good.
+        if state.forgotten:
+            raise session_deleted(state.name)
+        if state in self._in_use:
+            raise session_busy(state.name)
         self._idle.pop(state, None)
         self._in_use[state] = None
         try:
@@ -273,14 +276,15 @@ class KVCacheManager:
         self._runtime.pool.check_integrity([*owners, *self.prefixes.caches()])
         return sum(owner.bytes_held for owner in owners)
 
-    def check_room(self, sequence: Sequence, items: abc.Sequence[Item]) -> None:
-        """Refuse ``items`` that could never fit.
+    def check_room(self, state: SessionState, items: abc.Sequence[Item]) -> None:
+        """Refuse ``items`` that could never fit behind the log of ``state``.
 
         Raises:
             CapacityExhausted: the sequence with ``items`` needs more pages than the pool has, or the pictures of all
                 sessions would exceed their bound.
         """
-        self._images.check_room(items)
+        sequence = state.sequence
+        self._images.check_room(state.tenant, items)
         stages = sequence.cache.stages
         tokens = tokens_per_stage([*sequence.log, *items], len(stages))
         needed = sum(stage.pages_for(count) for stage, count in zip(stages, tokens, strict=True))

@@ -48,6 +48,7 @@ class SessionState:
         strategy: the strategy that compresses every picture of the session.
         tenant: the tenant. Pages and pictures are shared only with other sessions of the same tenant.
         record: the session's record in the data folder; None if the session is not stored.
+        name: resource name of the session, for errors.
 
     Attributes:
         recalled: whether the log is in memory. The log of an earlier process is read when it is needed.
@@ -57,7 +58,16 @@ class SessionState:
         images: pictures and videos in the log.
     """
 
-    def __init__(self, runtime: Runtime, strategy: Strategy, tenant: str, record: SessionRecord | None = None) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        strategy: Strategy,
+        tenant: str,
+        record: SessionRecord | None = None,
+        *,
+        name: str = "",
+    ) -> None:
+        self.name = name
         self.strategy = strategy
         self.tenant = tenant
         self.record = record

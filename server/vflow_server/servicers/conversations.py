@@ -20,7 +20,7 @@ from vflow_server.rpc.intake import let_go_of_request
 from vflow_server.rpc.names import check_name
 from vflow_server.rpc.paging import Pager
 from vflow_server.servicers.chat_request import check_request_id, fingerprint, fingerprint_of, read_turn
-from vflow_server.servicers.quotas import Quotas, current_charge
+from vflow_server.servicers.quotas import Quotas
 from vflow_server.sessions.session import Session
 from vflow_server.sessions.sessions import SessionStore
 from vflow_server.strategies.strategies import StrategyStore
@@ -94,8 +94,8 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         origin = self._find(request.name, "name")
         tenant = origin.tenant
         self._quotas.check_session(tenant)
-        with self._quotas.copying(tenant) as charge:
-            admit = partial(self._quotas.show, tenant, charge)
+        admit = partial(self._quotas.check_pictures, tenant)
+        with origin.call():
             return self._message(await self._sessions.fork(origin, admit=admit))
 
     async def DeleteSession(self, request: conversations_pb2.DeleteSessionRequest, context: Context) -> empty_pb2.Empty:
@@ -110,9 +110,10 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         session = self._find(request.session, "session")
         check_request_id(request.request_id)
         request_id = request.request_id
-        picture = await self._pictures.acquire(request.image, "image", session.tenant)
-        del request
-        return conversations_pb2.AddImageResponse(receipt=await self._show(picture, session, request_id))
+        with session.call():
+            picture = await self._pictures.acquire(request.image, "image", session.tenant)
+            del request
+            return conversations_pb2.AddImageResponse(receipt=await self._show(picture, session, request_id))
 
     async def AddVideo(
         self, request: conversations_pb2.AddVideoRequest, context: Context
@@ -123,18 +124,18 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         request_id = request.request_id
         self._videos.check({"video": request.video})
         pixels = PixelBound(self._pictures.limits, "scale them down, or send fewer")
-        video = await self._videos.read(request.video, "video", session.tenant, pixels)
-        del request
-        return conversations_pb2.AddVideoResponse(receipt=await self._show(video, session, request_id))
+        with session.call():
+            video = await self._videos.read(request.video, "video", session.tenant, pixels)
+            del request
+            return conversations_pb2.AddVideoResponse(receipt=await self._show(video, session, request_id))
 
     async def _show(self, visual: Visual, session: Session, request_id: str) -> images_pb2.ImageReceipt:
         let_go_of_request()
-        charge = current_charge()
         receipt, repeated = await session.show(
             visual,
             request_id=request_id,
             fingerprint=fingerprint_of(visual),
-            admit=lambda: self._quotas.show(session.tenant, charge, 1),
+            admit=lambda: self._quotas.check_pictures(session.tenant, 1),
         )
         if not repeated:
             self._receipt_log.picture(session.tenant, receipt)
@@ -150,20 +151,19 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         """
         accepted = time.perf_counter()
         session = self._find(request.session, "session")
-        turn = await read_turn(request, self._pictures, self._videos, session.tenant)
         request_id = request.request_id
-        del request  # it is in memory as long as something refers to it
-        let_go_of_request()
-        charge = current_charge()
+        with session.call():
+            turn = await read_turn(request, self._pictures, self._videos, session.tenant)
+            del request  # it is in memory as long as something refers to it
+            let_go_of_request()
+            answer = await session.answer(
+                turn,
+                accepted=accepted,
+                request_id=request_id,
+                fingerprint=fingerprint(turn) if request_id else "",
+                admit=partial(self._quotas.check_pictures, session.tenant),
+            )
         writer = AnswerWriter(context)
-        pictures = sum(not isinstance(part, str) for part in turn.parts)
-        answer = await session.answer(
-            turn,
-            accepted=accepted,
-            request_id=request_id,
-            fingerprint=fingerprint(turn) if request_id else "",
-            admit=lambda: self._quotas.show(session.tenant, charge, pictures),
-        )
         if isinstance(answer, conversations_pb2.Finished):
             if answer.text:
                 await writer.write(_delta(answer.text))

@@ -5,7 +5,7 @@ Nothing is held unless the operator opted in, and videos never are. Belongs to t
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -39,7 +39,7 @@ class LiveSamples:
     """The latest conversations about one picture each, by tenant. A conversation counts until another picture is added.
 
     Args:
-        most: conversations to hold; 0 holds none.
+        most: conversations to hold; 0 holds none. The tenant that has the most of them loses its oldest first.
         most_bytes: bytes of their decoded pictures to hold.
     """
 
@@ -107,7 +107,9 @@ class LiveSamples:
         self._conversations[key] = conversation
         self._conversations.move_to_end(key)
         while len(self._conversations) > self._most or self._bytes() > self._most_bytes:
-            self._conversations.popitem(last=False)
+            # The oldest of the tenant that has the most: one tenant's traffic does not displace that of others.
+            (tenant, _), *_ = Counter(tenant for tenant, _ in self._conversations).most_common(1)
+            del self._conversations[next(key for key in self._conversations if key[0] == tenant)]
 
     def _bytes(self) -> int:
         return sum(conversation.picture.pixels.nbytes for conversation in self._conversations.values())

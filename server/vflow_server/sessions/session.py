@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -46,10 +46,11 @@ class _Ticket(Protocol):
 
 @dataclass(frozen=True)
 class _UnderWay:
-    """The work that a session is doing."""
+    """The work that a session is doing, and the number of pictures that the session then has."""
 
     ticket: _Ticket
-    request_id: str = ""
+    request_id: str
+    pictures: int
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Session:
         self.tenant = tenant
         self.revision = revision
         self.record = record
-        self.state = SessionState(parts.runtime, revision.strategy, tenant, record)
+        self.state = SessionState(parts.runtime, revision.strategy, tenant, record, name=name)
         self.created = self.used = time.time() if record is None else record.facts.created
         self.deleted = False
         self._parts = parts
@@ -117,6 +118,7 @@ class Session:
         self.idle_from = self.used
         self._idle_since = time.monotonic()  # sessions expire by a clock that is never set back
         self._under_way: _UnderWay | None = None
+        self._calls = 0
         self._deletion: asyncio.Future[None] | None = None
 
     @property
@@ -125,9 +127,20 @@ class Session:
         return self._under_way is not None
 
     @property
+    def awaited(self) -> bool:
+        """Whether a call is about to use it, such as one whose pictures are being decoded (:meth:`call`)."""
+        return self._calls > 0
+
+    @property
     def deleting(self) -> bool:
         """Whether its record is being deleted."""
         return self._deletion is not None
+
+    @property
+    def pictures(self) -> int:
+        """Number of pictures and videos in its log, including those that its running work is about to add."""
+        logged = self.state.snapshot.images
+        return logged if self._under_way is None else max(logged, self._under_way.pictures)
 
     @property
     def idle(self) -> float:
@@ -145,6 +158,15 @@ class Session:
         self._answers = None
         self.state.resume(found.turns, found.images)
 
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Count a call that is about to use the session, within the block. Meanwhile the session does not expire."""
+        self._calls += 1
+        try:
+            yield
+        finally:
+            self._calls -= 1
+
     async def show(
         self,
         visual: Visual,
@@ -159,7 +181,7 @@ class Session:
             visual: the picture or video.
             request_id: identifies a request that the client may repeat; empty if it has none.
             fingerprint: digest of the request's content.
-            admit: called before ``visual`` is added; an exception that it raises refuses it.
+            admit: called right before ``visual`` is added; an exception that it raises refuses it.
 
         Returns:
             The receipt, and whether it is that of an earlier call.
@@ -190,7 +212,7 @@ class Session:
                 store_as=(request_id, fingerprint) if request_id else None,
             )
 
-        ticket = self._begin(work, request_id)
+        ticket = self._begin(work, request_id, adds=1)
         if request_id:
             ticket.on_result(lambda receipt: answers.put(StoredAnswer(request_id, fingerprint, shown(receipt))))
         ticket.on_result(lambda _: self._showed(visual))
@@ -206,7 +228,7 @@ class Session:
         accepted: float,
         request_id: str = "",
         fingerprint: str = "",
-        admit: Callable[[], None] = lambda: None,
+        admit: Callable[[int], None] = lambda pictures: None,
     ) -> Ticket[str, conversations_pb2.Finished] | conversations_pb2.Finished:
         """Start a turn, or return the stored answer to the same request.
 
@@ -217,7 +239,8 @@ class Session:
             accepted: ``time.perf_counter()`` when the request arrived.
             request_id: identifies a request that the client may repeat; empty if it has none.
             fingerprint: digest of the request's content.
-            admit: called before a turn starts that has no stored answer; an exception that it raises refuses the turn.
+            admit: called with the number of its pictures right before a turn starts that has no stored answer; an
+                exception that it raises refuses the turn.
 
         Returns:
             The ticket of the turn, whose events are pieces of text, or the stored answer.
@@ -230,7 +253,8 @@ class Session:
         await self._until_free(request_id)
         if (stored := answers.find(request_id, fingerprint)) is not None:
             return stored
-        admit()
+        pictures = sum(not isinstance(part, str) for part in request.parts)
+        admit(pictures)
         parts = self._parts
 
         def work(emit: Callable[[str], None]) -> Steps[conversations_pb2.Finished]:
@@ -249,7 +273,7 @@ class Session:
                 store_as=(request_id, fingerprint) if request_id else None,
             )
 
-        ticket = self._begin(work, request_id)
+        ticket = self._begin(work, request_id, adds=pictures)
         # Stored by the ticket, not by the caller's task: a caller that is gone by then will send the request again.
         if request_id:
             ticket.on_result(lambda finished: answers.put(StoredAnswer(request_id, fingerprint, finished)))
@@ -261,21 +285,22 @@ class Session:
 
         Args:
             twin: the new session, which no caller may know yet.
-            admit: called with the number of pictures that the twin will have, before anything is done; an exception
-                that it raises refuses the fork.
+            admit: called with the number of pictures that the twin will have, right before the fork starts; an
+                exception that it raises refuses it.
 
         Raises:
             ServiceError: SESSION_BUSY, SESSION_NOT_FOUND, SESSION_DELETED, MODEL_CHANGED, or an error of the engine or
                 of :func:`~vflow_server.sessions.work.fork`.
         """
         await self._until_free()
-        admit(self.state.snapshot.images)
+        pictures = self.state.snapshot.images
+        admit(pictures)
         parts = self._parts
 
         def work(emit: Callable[[None], None]) -> Steps[None]:
             return fork(parts.kv, parts.images, self.state, twin.state)
 
-        ticket = twin._follow(self._begin(work))
+        ticket = twin._follow(self._begin(work), pictures=pictures)
         try:
             await self.outcome(ticket)
         finally:
@@ -326,16 +351,20 @@ class Session:
             self._under_way.ticket.cancel()
             await self._under_way.ticket.ended()
 
-    def _begin(self, work: Work[E, R], request_id: str = "") -> Ticket[E, R]:
+    def _begin(self, work: Work[E, R], request_id: str = "", *, adds: int = 0) -> Ticket[E, R]:
+        """Begin work that adds ``adds`` pictures. All work begins here."""
         # Looked at once more where nothing can come between the look and the beginning.
         if self.deleted or self.deleting:
             raise session_not_found(self.name)
+        if self.busy:
+            raise session_busy(self.name)
         if self.record is not None and not self.goes_on:
             raise model_changed(self.name, self.record.facts.model, self._parts.runtime.revision)
-        return self._follow(self._parts.engine.submit(work, self.tenant), request_id)
+        pictures = self.state.snapshot.images + adds
+        return self._follow(self._parts.engine.submit(work, self.tenant), request_id, pictures=pictures)
 
-    def _follow(self, ticket: Ticket[E, R], request_id: str = "") -> Ticket[E, R]:
-        self._under_way = _UnderWay(ticket, request_id)
+    def _follow(self, ticket: Ticket[E, R], request_id: str = "", *, pictures: int) -> Ticket[E, R]:
+        self._under_way = _UnderWay(ticket, request_id, pictures)
         # The session is busy until the engine is done: a caller may be gone long before its work is undone.
         ticket.on_end(self._ended)
         return ticket

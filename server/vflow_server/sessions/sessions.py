@@ -9,9 +9,10 @@ import asyncio
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, suppress
 from itertools import count
+from typing import Any
 
 import structlog
 
@@ -58,6 +59,9 @@ class SessionStore:
         self._archive = archive
         self._sessions: dict[str, Session] = {}
         self._incomplete: set[Session] = set()
+        # Records of sessions that came to nothing, which the disk did not let go.
+        self._leftovers: set[SessionRecord] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._numbers = count(self._recover(archive) if archive is not None else 0)
         by_use = sorted(self, key=lambda session: session.used)
         parts.kv.recover([session.state for session in by_use if session.goes_on])
@@ -84,21 +88,20 @@ class SessionStore:
         try:
             yield session
         except BaseException:  # the caller does not get its name, even if all was done
-            await asyncio.shield(self._forget(session))
+            await self._to_the_end(self._forget(session))
             raise
-        finally:
-            self._incomplete.discard(session)
+        self._incomplete.remove(session)
         self._sessions[session.name] = session
 
     def _make(self, tenant: str, revision: StrategyRevision) -> Session:
         """A new session, whose record is not written yet."""
         # Sessions of another model are only stored, and use no memory.
-        living = Counter(session.tenant for session in (*self, *self._incomplete) if session.goes_on)
+        living = Counter(session.tenant for session in self._all() if session.goes_on)
         if not may_admit(living, tenant, self._most):
             raise CapacityExhausted(
                 "sessions",
-                f"{living.total()} sessions live already; delete some, or retry when idle ones have expired",
-                metadata={"sessions": living.total()},
+                f"the server holds {self._most} sessions at most; delete some, or retry when idle ones have expired",
+                metadata={"max_sessions": self._most},
                 retry_after=min(self.idle_timeout, 10.0),
             )
         name, number = f"sessions/s{secrets.token_hex(10)}", next(self._numbers)
@@ -167,7 +170,14 @@ class SessionStore:
 
     def count(self, tenant: str) -> int:
         """Number of sessions of ``tenant``, including those that are being created."""
-        return sum(session.tenant == tenant for session in (*self, *self._incomplete))
+        return sum(session.tenant == tenant for session in self._all())
+
+    def pictures(self, tenant: str) -> int:
+        """Number of pictures in these sessions, including those that running work is about to add."""
+        return sum(session.pictures for session in self._all() if session.tenant == tenant)
+
+    def _all(self) -> Iterator[Session]:
+        return iter((*self, *self._incomplete))
 
     def __iter__(self) -> Iterator[Session]:
         """The sessions of all tenants, in the order in which they were completed."""
@@ -179,7 +189,7 @@ class SessionStore:
         Raises:
             ServiceError: SESSION_NOT_FOUND if it was deleted before; STORAGE_FAILED, then it still exists.
         """
-        await asyncio.shield(self._delete(session))  # a cancelled caller must not leave a session without its record
+        await self._to_the_end(self._delete(session))  # a cancelled caller must not leave a session without its record
 
     async def _delete(self, session: Session) -> None:
         async with session.deletion():
@@ -189,14 +199,31 @@ class SessionStore:
         await session.release()
 
     async def _forget(self, session: Session) -> None:
-        """Delete a session whose name no caller knows. A record that cannot be deleted now expires after a restart."""
-        await session.stop_working()  # or it might write the record after this has deleted it
-        with suppress(ServiceError):
+        """Delete a session whose name no caller knows."""
+        try:
+            await session.stop_working()  # or it might write the record after this has deleted it
             async with session.deletion():
                 if session.record is not None and session.record.stored:
-                    with suppress(ServiceError):
-                        await asyncio.wrap_future(session.record.delete())
+                    await self._erase(session.record)
             await session.release()
+        except ServiceError as error:  # the engine is stopping, and releases it
+            log.debug("a session that came to nothing was not released", session=session.name, reason=error.reason)
+        finally:
+            self._incomplete.discard(session)
+
+    async def _erase(self, record: SessionRecord) -> None:
+        """Delete the record of a session that nobody knows. If that fails it is tried again when sessions expire."""
+        self._leftovers.add(record)
+        with suppress(ServiceError):
+            await asyncio.wrap_future(record.delete())
+            self._leftovers.discard(record)
+
+    async def _to_the_end(self, work: Coroutine[Any, Any, None]) -> None:
+        """Wait for ``work``, which continues if the caller is cancelled."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)  # the event loop itself does not keep a task alive
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.shield(task)
 
     async def expire_forever(self) -> None:
         """Delete sessions as they expire; never returns."""
@@ -210,10 +237,13 @@ class SessionStore:
         """Delete the sessions that have expired."""
         for session in [each for each in self if self._expired(each)]:
             self.expiry_pulse.beat()
-            await asyncio.shield(self._expire(session))
+            await self._to_the_end(self._expire(session))
+        for record in list(self._leftovers):
+            await self._to_the_end(self._erase(record))
 
     def _expired(self, session: Session) -> bool:
-        return session.goes_on and session.idle > self.idle_timeout and not session.busy and not session.deleting
+        unused = not (session.busy or session.awaited or session.deleting)
+        return unused and session.goes_on and session.idle > self.idle_timeout
 
     async def _expire(self, session: Session) -> None:
         # Looked at once more: it may have been used while the sessions before it were being deleted.

@@ -107,7 +107,7 @@ def turn(
         receipts, compressed = yield from _compress(runtime, state, request, session_name, strategy_name)
         items = items_of(placed, compressed)
         check_context(sequence, items, request.max_new_tokens, runtime.context)
-        kv.check_room(sequence, items)
+        kv.check_room(state, items)
         (prompt_tokens,) = tokens_per_stage([*sequence.log, *items], 1)
         resident = not sequence.log or sequence.resident
 
@@ -126,7 +126,7 @@ def turn(
         prefilled = prefilled.then(generated.prefill)
         # More tokens than the prompt has were run if pages ran short and a part had to be run again.
         reused_tokens = max(prompt_tokens - prefilled.num_run, 0)
-        if monitor.chooses():
+        if monitor.chooses(state.tenant, strategy_name, pictures=state.images + len(receipts)):
             # With min_new_tokens the most likely token may be banned, because it would end the answer too early.
             greedy = request.sampling.temperature == 0 and not request.min_new_tokens
             log = tuple(sequence.log)

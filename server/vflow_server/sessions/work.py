@@ -68,7 +68,7 @@ def recall(kv: KVCacheManager, images: ImageCache, state: SessionState) -> Steps
             )
             for entry in reading.result()
         ]
-        kv.check_room(state.sequence, [item for entry in entries for item in entry.items])
+        kv.check_room(state, [item for entry in entries for item in entry.items])
         state.recall(entries)
 
 
@@ -247,7 +247,7 @@ def add_image(
         yield op
         items = items_of(placed, [op.image])
         check_context(state.sequence, items, 0, runtime.context)
-        kv.check_room(state.sequence, items)
+        kv.check_room(state, items)
         result = yield from prefill(kv, state, items)
         if state.sequence.pending_tokens:
             rest = Forward(state.sequence)

@@ -28,6 +28,9 @@ JOURNAL, PICTURES = "sessions.sqlite3", "pictures"
 _LOG_BYTES = 4 << 20
 """Size at which the journal's write-ahead log is emptied; in a small folder, an eighth of its bound."""
 
+_LAST_PART = 8
+"""One in so many bytes of the bound is left to tenants with less than an equal share."""
+
 
 class Archive:
     """Stores records of sessions in a folder.
@@ -70,8 +73,8 @@ class Archive:
         """Run ``action`` within a transaction; see :meth:`Journal.submit`."""
         return self._journal.submit(action)
 
-    def put(self, connection: sqlite3.Connection, image: CompressedImage) -> str:
-        """Store ``image`` in a file, and return its key. Call this in the transaction whose entry names the key.
+    def put(self, connection: sqlite3.Connection, tenant: str, image: CompressedImage) -> str:
+        """Store ``image`` of ``tenant`` in a file; returns its key. Call this in the transaction whose entry names it.
 
         Raises:
             CapacityExhausted: the folder has no room for it.
@@ -80,7 +83,7 @@ class Archive:
         key, size = self.pictures.key(image)
         named = connection.execute("SELECT 1 FROM pictures WHERE key = ?", (key,)).fetchone() is not None
         if not named:
-            self.check_room(connection, size)
+            self.check_room(connection, size, tenant=tenant)
             connection.execute("INSERT INTO pictures (key, bytes) VALUES (?, ?)", (key, size))
         self._unsettled.add(key)
         self.pictures.write(image, named=named)
@@ -104,24 +107,44 @@ class Archive:
             self._unsettled.update(gone)
             self.pictures.withdraw(gone)
 
-    def check_room(self, connection: sqlite3.Connection, more: int = 0) -> None:
-        """Check that the folder may grow.
+    def check_room(self, connection: sqlite3.Connection, more: int = 0, *, tenant: str | None = None) -> None:
+        """Check that the folder may grow. Its last part is left to tenants with less than an equal share.
 
         Args:
             connection: the journal, with all that was written in the present transaction.
             more: bytes that are to be written yet.
+            tenant: the tenant that writes; None: nobody in particular.
 
         Raises:
             CapacityExhausted: the folder exceeds its bound, or would.
         """
-        if (held := self._measure(connection) + more) > self._most_bytes:
+        left = self._most_bytes - self._measure(connection) - more
+        if left < 0 or (
+            tenant is not None and left < self._most_bytes // _LAST_PART and self._exceeds_share(connection, tenant)
+        ):
             raise CapacityExhausted(
                 "data",
-                f"the data folder would hold {held} bytes of sessions, and may hold {self._most_bytes}; delete "
-                "sessions, retry when idle ones have expired, or start the server with a larger --data-bytes",
-                metadata={"bytes": held, "max_bytes": self._most_bytes},
+                f"the data folder may hold {self._most_bytes} bytes of sessions and would hold more; delete sessions, "
+                "retry when idle ones have expired, or start the server with a larger --data-bytes",
+                metadata={"max_bytes": self._most_bytes},
                 retry_after=10.0,
             )
+
+    def _exceeds_share(self, connection: sqlite3.Connection, tenant: str) -> bool:
+        """Whether ``tenant`` has more than an equal share of the folder, which it shares with others."""
+        (tenants,) = connection.execute("SELECT count(DISTINCT tenant) FROM sessions").fetchone()
+        if tenants < 2:
+            return False
+        (pictures,) = connection.execute(
+            "SELECT coalesce(sum(bytes), 0) FROM pictures "
+            "WHERE key IN (SELECT picture FROM shown JOIN sessions ON name = session WHERE tenant = ?)",
+            (tenant,),
+        ).fetchone()
+        (entries,) = connection.execute(
+            "SELECT coalesce(sum(length(items)), 0) FROM entries JOIN sessions ON name = session WHERE tenant = ?",
+            (tenant,),
+        ).fetchone()
+        return bool((pictures + entries) * tenants > self._most_bytes)
 
     def close(self) -> None:
         """Run the actions that were submitted. The folder stays locked."""

@@ -107,7 +107,7 @@ class SessionRecord:
         def write(connection: sqlite3.Connection) -> None:
             self._check_exists(connection)
             self._truncate(connection, number)
-            keys = {id(item): self._archive.put(connection, item) for item in _pictures(entry.items)}
+            keys = {id(item): self._archive.put(connection, self.facts.tenant, item) for item in _pictures(entry.items)}
             items = json.dumps([item if isinstance(item, int) else keys[id(item)] for item in entry.items])
             self._insert_row(connection, "entries", number, items, entry.images, entry.answered)
             connection.executemany(
@@ -117,7 +117,7 @@ class SessionRecord:
             connection.execute("UPDATE sessions SET used = ? WHERE name = ?", (time.time(), self.facts.name))
             if answer is not None:
                 self._insert_answer(connection, number, answer)
-            self._archive.check_room(connection)
+            self._archive.check_room(connection, tenant=self.facts.tenant)
 
         return self._archive.submit(write)
 
@@ -133,12 +133,14 @@ class SessionRecord:
     def fork(self, origin: SessionRecord) -> Future[None]:
         """Create the record with the entries of ``origin``, without its answers.
 
-        The future raises CAPACITY_EXHAUSTED if the data folder is full, SESSION_DAMAGED if ``origin`` is damaged.
+        The future raises CAPACITY_EXHAUSTED if the data folder is full, SESSION_DAMAGED if ``origin`` is damaged,
+        SESSION_DELETED if it was deleted.
         """
         self.stored = True
         self._entries = origin._entries
 
         def fork(connection: sqlite3.Connection) -> None:
+            origin._check_exists(connection)  # or the twin would have none of the turns that its callers know
             self._insert(connection)
             rows = connection.execute(
                 "SELECT number, items, images, answered, checksum FROM entries WHERE session = ?", (origin.facts.name,)
@@ -150,7 +152,7 @@ class SessionRecord:
                 "INSERT INTO shown (picture, session, entry) SELECT picture, ?, entry FROM shown WHERE session = ?",
                 (self.facts.name, origin.facts.name),
             )
-            self._archive.check_room(connection)
+            self._archive.check_room(connection, tenant=self.facts.tenant)
 
         return self._archive.submit(fork)
 
@@ -227,7 +229,7 @@ class SessionRecord:
                 facts.created,
             ),
         )
-        self._archive.check_room(connection)
+        self._archive.check_room(connection, tenant=self.facts.tenant)
 
     def _check_exists(self, connection: sqlite3.Connection) -> None:
         found = connection.execute("SELECT 1 FROM sessions WHERE name = ?", (self.facts.name,)).fetchone()

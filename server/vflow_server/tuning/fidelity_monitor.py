@@ -1,8 +1,8 @@
 """The fidelity monitor: compares a share of the turns with the unpruned model.
 
-It rolls the active strategy back if its mean cosine falls below a floor. In that mean tenants count equally, however
-many turns each of them takes, so that none of them decides alone what all others get. Belongs to the event loop's
-thread, except the methods that turns call.
+It rolls the active strategy back if its mean cosine falls below a floor. Tenants count equally, however many turns each
+of them takes, and most of them must be below the floor: none of them decides alone what all others get. Belongs to the
+event loop's thread, except the methods that turns call.
 """
 
 from __future__ import annotations
@@ -29,10 +29,13 @@ from vflowopt.runtime.model_runner import Runtime
 from vflowopt.search.replay import AnsweredTurn, Fidelity, Replay
 
 MOST_WAITING = 16
-"""Turns that may wait for their comparison; further ones are skipped."""
+"""Turns that may wait for their comparison; further ones are skipped, of the tenant that has the most of them."""
 
 MOST_TENANTS = 256
 """Tenants whose latest compared turns are remembered: those that were compared last."""
+
+_Watched = tuple[AnsweredTurn, Mapping[Identity, Picture]]
+"""A turn, and its pictures."""
 
 log = structlog.get_logger(__name__)
 
@@ -81,8 +84,8 @@ class FidelityMonitor:
     Args:
         share: share of the turns to compare, 0 to 1.
         floor: mean cosine below which the active strategy is rolled back; None: it never is.
-        window: number of the latest compared turns of a tenant that its mean is taken of. A tenant counts once it has a
-            quarter of them. While all that count have fewer together, nothing is rolled back.
+        window: number of the latest compared turns of a tenant that its mean is taken of. While all tenants have fewer
+            together, nothing is rolled back.
         judges: the tenants that count; None: all.
         engine: runs the comparisons.
         runtime: the model.
@@ -119,16 +122,33 @@ class FidelityMonitor:
         self._strategies = strategies
         self._pictures = pictures
         self._loop = asyncio.get_running_loop()
-        self._waiting: asyncio.Queue[tuple[AnsweredTurn, Mapping[Identity, Picture]]] = asyncio.Queue(MOST_WAITING)
+        # By tenant; the tenant that was served longest ago comes first.
+        self._waiting: OrderedDict[str, deque[_Watched]] = OrderedDict()
+        self._submitted = asyncio.Event()
         self._enough = window
         self._judges = judges
         # The windows belong to this activation: another one, even of the same strategy, begins new ones.
         self._windows: OrderedDict[str, deque[float]] = OrderedDict()
+        # By activation, of which there is one: two of the tenants that used it, whether they were compared or not.
+        self._users: dict[str, set[str]] = {}
         self._etag = strategies.etag
         self._resigned = False
 
-    def chooses(self) -> bool:
-        """Whether to compare the turn that has just ended. For any thread."""
+    def chooses(self, tenant: str, strategy_name: str, *, pictures: int) -> bool:
+        """Whether to compare the turn that has just ended. For any thread.
+
+        Args:
+            tenant: the tenant of its session.
+            strategy_name: resource name of its strategy.
+            pictures: number of pictures that the strategy has compressed in its session.
+        """
+        if pictures and strategy_name == self._strategies.active.name:
+            etag = self._strategies.etag
+            if (users := self._users.get(etag)) is None:
+                users = set()
+                self._users = {etag: users}
+            if len(users) < 2:
+                users.add(tenant)
         return random.random() < self._share
 
     def submit(self, turn: AnsweredTurn) -> None:
@@ -139,7 +159,7 @@ class FidelityMonitor:
     async def watch_forever(self) -> None:
         """Compare the turns that were submitted; never returns."""
         while True:
-            turn, pictures = await self._waiting.get()
+            turn, pictures = await self._next()
             totals = self.totals[turn.strategy_name]
             try:
                 fidelity = await self._look(turn, pictures)
@@ -160,10 +180,25 @@ class FidelityMonitor:
             if (picture := self._pictures.held(turn.tenant, digest)) is not None:
                 pictures[digest, detail] = picture.in_detail(detail)
         # Turns with a video are skipped: of a video only the frames are held.
-        if len(pictures) < len(turn.pictures) or self._waiting.full():
+        if len(pictures) < len(turn.pictures):
             self.totals[turn.strategy_name].skipped += 1
-        else:
-            self._waiting.put_nowait((turn, pictures))
+            return
+        self._waiting.setdefault(turn.tenant, deque()).append((turn, pictures))
+        self._submitted.set()
+        if sum(map(len, self._waiting.values())) > MOST_WAITING:
+            skipped, _ = max(self._waiting.values(), key=len).pop()
+            self.totals[skipped.strategy_name].skipped += 1
+
+    async def _next(self) -> _Watched:
+        """The turn to compare next; tenants take turns."""
+        while not self._waiting:
+            self._submitted.clear()
+            await self._submitted.wait()
+        tenant, turns = self._waiting.popitem(last=False)
+        first = turns.popleft()
+        if turns:
+            self._waiting[tenant] = turns
+        return first
 
     async def _look(self, turn: AnsweredTurn, pictures: Mapping[Identity, Picture]) -> Fidelity:
         replay = Replay(self._runtime, turn, pictures)
@@ -180,7 +215,7 @@ class FidelityMonitor:
             ticket.cancel()
 
     async def _judge(self, name: str, tenant: str, cosine: float) -> None:
-        """Add a turn of the strategy ``name`` to the tenant's window; roll back if the mean of all is too low."""
+        """Add a turn of the strategy ``name`` to the tenant's window; roll back if the tenants' means are too low."""
         if self._etag != self._strategies.etag:
             self._etag = self._strategies.etag
             self._windows.clear()
@@ -191,16 +226,18 @@ class FidelityMonitor:
         self._windows.move_to_end(tenant)
         if len(self._windows) > MOST_TENANTS:
             self._windows.popitem(last=False)
-        counted = [window for window in self._windows.values() if 4 * len(window) >= self._enough]
-        turns = sum(map(len, counted))
+        turns = sum(map(len, self._windows.values()))
         if self._floor is None or turns < self._enough or self._resigned:
             return
-        mean = fmean(map(fmean, counted))
-        if mean >= self._floor:
+        if self._judges is None and len(self._windows) < len(self._users.get(self._etag, ())):
+            return  # others use it, too, and were not heard yet
+        means = [fmean(window) for window in self._windows.values()]
+        mean, below = fmean(means), sum(each < self._floor for each in means)
+        if mean >= self._floor or 2 * below <= len(means):
             return
         reason = (
-            f"the mean cosine of the last {turns} watched turns is {mean:.4f}, with {len(counted)} tenants counted "
-            f"equally, below the floor of {self._floor:g}"
+            f"the mean cosine of the last {turns} watched turns is {mean:.4f}, with {len(means)} tenants counted "
+            f"equally, below the floor of {self._floor:g}; so it is for {below} of them"
         )
         try:
             restored = await self._strategies.roll_back(self._etag, reason)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -26,7 +27,7 @@ from vflow_server.store.files import WrittenByNewerRelease, check_schema, replac
 Metadata = strategies_pb2.RetuneMetadata
 
 MOST_ENDED = 100
-"""Number of ended operations that are remembered; beyond it the oldest are forgotten."""
+"""Number of ended operations that are remembered; beyond it the tenant that has the most loses its oldest."""
 
 _SCHEMA = 1
 
@@ -151,7 +152,10 @@ class OperationStore:
         if operation.deleted:
             del self._operations[operation.name]
         ended = [each for each in self._operations.values() if each.ended.is_set()]
-        for oldest in ended[:-MOST_ENDED]:
+        while len(ended) > MOST_ENDED:
+            (tenant, _), *_ = Counter(each.tenant for each in ended).most_common(1)
+            oldest = next(each for each in ended if each.tenant == tenant)
+            ended.remove(oldest)
             del self._operations[oldest.name]
         await self.write()
 
