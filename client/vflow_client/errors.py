@@ -260,7 +260,10 @@ class CapacityExhausted(ResourceExhausted):
 
 
 class DeadlineExceeded(VFlowError):
-    """The timeout passed before the call ended; a turn that the service had not finished does not count."""
+    """The timeout passed before the call ended, or the service waited too long for the request to arrive.
+
+    A turn that the service had not finished does not count.
+    """
 
 
 class Cancelled(VFlowError):
@@ -317,6 +320,7 @@ CLASS_OF_REASON: Mapping[str, type[VFlowError]] = {
     "NAME_INVALID": NameInvalid,
     "TENANT_INVALID": TenantInvalid,
     "MESSAGE_INVALID": MessageInvalid,
+    "MESSAGE_NOT_RECEIVED": DeadlineExceeded,
     "TOKEN_MISSING": Unauthenticated,
     "TOKEN_INVALID": Unauthenticated,
     "TOKEN_EXPIRED": Unauthenticated,
