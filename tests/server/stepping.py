@@ -1,6 +1,7 @@
 """Threads that are let go step by step, so that a test decides in which order things happen."""
 
 import asyncio
+import errno
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -69,10 +70,15 @@ class Stepping:
 
     Args:
         monkeypatch: puts the gates in place.
+
+    Attributes:
+        fails: number of the journal's action that fails, counted from the latest :meth:`held`; 0: none does.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.engine, self.journal = Gate(), Gate()
+        self.fails = 0
+        self._actions = 0
         advance, submit = Task.advance, Archive.submit
 
         def held_advance(task: Task) -> bool:
@@ -82,6 +88,9 @@ class Stepping:
         def held_submit(archive: Archive, action: Callable[[Connection], R]) -> Future[R]:
             def held(connection: Connection) -> R:
                 self.journal.enter()
+                self._actions += 1
+                if self._actions == self.fails:
+                    raise OSError(errno.ENOSPC, "No space left on device")
                 return action(connection)
 
             if threading.current_thread().name == ENGINE:
@@ -94,11 +103,13 @@ class Stepping:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold both threads within the block, but for the steps that are let go."""
+        self._actions = 0
         self.engine.close()
         self.journal.close()
         try:
             yield
         finally:
+            self.fails = 0
             self.engine.open()
             self.journal.open()
 

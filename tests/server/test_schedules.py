@@ -77,6 +77,11 @@ async def add_image(scene: Scene) -> None:
     await find(scene).show(Picture(noise(30, 40), "a" * 64))
 
 
+async def add_image_once(scene: Scene) -> None:
+    """A picture under a request_id, which both calls may use."""
+    await find(scene).show(Picture(noise(40, 30), "b" * 64), request_id="picture", fingerprint="b")
+
+
 async def fork(scene: Scene) -> None:
     scene.twins.append(await scene.served.service.sessions.fork(find(scene)))
 
@@ -110,7 +115,7 @@ async def use_all_others(scene: Scene) -> None:
 
 Call = Callable[[Scene], Awaitable[None]]
 
-WRITES: tuple[Call, ...] = (chat, chat_once, add_image)
+WRITES: tuple[Call, ...] = (chat, chat_once, add_image, add_image_once)
 """The calls that append to the session's log."""
 
 CALLS: tuple[Call, ...] = (*WRITES, fork, delete, expire, create, use_all_others)
@@ -158,11 +163,13 @@ class Schedule:
         steps: steps of the first call before the second one comes.
         leaves: whether the caller of the first call goes away then.
         engine_first: whether the engine goes on before the journal does.
+        fails: number of the journal's action that fails, as on a full disk; 0: none does.
     """
 
     steps: int
     leaves: bool
     engine_first: bool
+    fails: int = 0
 
 
 async def run(
@@ -172,6 +179,7 @@ async def run(
     scene = await begin(served)
     ahead = stepping.engine if schedule.engine_first else stepping.journal
     with stepping.held():
+        stepping.fails = schedule.fails
         one = asyncio.create_task(_of(first, scene))
         for _ in range(schedule.steps):
             await stepping.step(ahead)
@@ -192,7 +200,10 @@ async def run(
         elif (failure := task.exception()) is None:
             done.append(call)
         else:
-            assert isinstance(failure, ServiceError) and failure.reason in FORESEEN, repr(failure)
+            foreseen = {*FORESEEN, "STORAGE_FAILED"} if schedule.fails else FORESEEN
+            assert isinstance(failure, ServiceError) and failure.reason in foreseen, repr(failure)
+    if schedule.fails:
+        await served.service.sessions.expire()  # deletes what the disk has not let go
     await check(serial, scene, done, perhaps)
     return under_way
 
@@ -225,8 +236,9 @@ async def check(serial: Serial, scene: Scene, done: list[Call], perhaps: list[Ca
             assert log in await serial.possible([], [*appended[0], *appended[1]])
         assert session.record is not None
         entries = await asyncio.wrap_future(session.record.read())
-        assert log_of([item for entry in entries for item in entry.items]) == log
-        assert sum(entry.images for entry in entries) == session.pictures == session.state.images
+        written = entries[: session.record._entries]  # one more is there if the disk has not let it be taken back
+        assert log_of([item for entry in written for item in entry.items]) == log
+        assert sum(entry.images for entry in written) == session.pictures == session.state.images
         await store.delete(session)
     assert await service.engine.call(service.kv.check, DEFAULT_TENANT).result() == 0
     assert not store._incomplete and not store._leftovers
@@ -262,6 +274,16 @@ def test_two_calls_at_once_are_one_after_the_other(
         scheduled.run(run(stepping, serial, scheduled, first, second, schedule))
 
 
+@pytest.mark.parametrize("first", CALLS)
+def test_two_calls_at_once_while_the_disk_fails(
+    stepping: Stepping, scheduled: Served, serial: Serial, first: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "_PATIENCE", 5.0)
+    for number, second in enumerate(CALLS):
+        schedule = Schedule(4, bool(number % 2), engine_first=bool(number // 2 % 2), fails=1 + number % 2)
+        scheduled.run(run(stepping, serial, scheduled, first, second, schedule))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("patience", [0.0, 5.0])
 @pytest.mark.parametrize("second", CALLS)
@@ -276,9 +298,9 @@ def test_two_calls_at_once_in_every_schedule(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sessions, "_PATIENCE", patience)
-    for leaves, engine_first in product((False, True), repeat=2):
+    for leaves, engine_first, fails in product((False, True), (False, True), (0, 1, 2)):
         under_way, steps = True, 0
         while under_way:
-            schedule = Schedule(steps, leaves, engine_first)
+            schedule = Schedule(steps, leaves, engine_first, fails)
             under_way = scheduled.run(run(stepping, serial, scheduled, first, second, schedule))
             steps += 1

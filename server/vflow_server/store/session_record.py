@@ -137,20 +137,22 @@ class SessionRecord:
         SESSION_DELETED if it was deleted.
         """
         self.stored = True
-        self._entries = origin._entries
+        self._entries = entries = origin._entries
 
         def fork(connection: sqlite3.Connection) -> None:
             origin._check_exists(connection)  # or the twin would have none of the turns that its callers know
             self._insert(connection)
             rows = connection.execute(
-                "SELECT number, items, images, answered, checksum FROM entries WHERE session = ?", (origin.facts.name,)
+                "SELECT number, items, images, answered, checksum FROM entries WHERE session = ? AND number < ?",
+                (origin.facts.name, entries),  # one more is there if the disk has not let it be taken back
             ).fetchall()
             for number, *values, checksum in rows:
                 origin._check(checksum, number, *values)
                 self._insert_row(connection, "entries", number, *values)
             connection.execute(
-                "INSERT INTO shown (picture, session, entry) SELECT picture, ?, entry FROM shown WHERE session = ?",
-                (self.facts.name, origin.facts.name),
+                "INSERT INTO shown (picture, session, entry) "
+                "SELECT picture, ?, entry FROM shown WHERE session = ? AND entry < ?",
+                (self.facts.name, origin.facts.name, entries),
             )
             self._archive.check_room(connection, tenant=self.facts.tenant)
 
