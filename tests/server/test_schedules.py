@@ -298,9 +298,9 @@ def test_two_calls_at_once_in_every_schedule(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sessions, "_PATIENCE", patience)
-    for leaves, engine_first, fails in product((False, True), (False, True), (0, 1, 2)):
+    for leaves, engine_first, fails in product((False, True), (False, True), (False, True) if patience else (False,)):
         under_way, steps = True, 0
         while under_way:
-            schedule = Schedule(steps, leaves, engine_first, fails)
+            schedule = Schedule(steps, leaves, engine_first, fails=1 + steps % 2 if fails else 0)
             under_way = scheduled.run(run(stepping, serial, scheduled, first, second, schedule))
             steps += 1
