@@ -243,6 +243,6 @@ def test_an_answer_that_nobody_reads_counts_until_it_is_let_go(serve: Serve, mon
         for _ in range(3):
             caller.send(caller.call("/vflow.v1.Compression/CompressImage"), request.SerializeToString())
             time.sleep(0.5)
-        until(lambda: not served.service.quotas._uses["default"].under_way)  # it is not working any more
+        until(lambda: not served.service.quotas.under_way("default"))  # it is not working any more
         assert held.calls.total == 3 and held.bytes_held > 3 * 1000
     until(lambda: not held.calls.total and not held.bytes_held)
