@@ -232,7 +232,7 @@ def test_pictures_are_encoded_where_pictures_are_and_proposals_made_elsewhere(pa
 
     run_steps(parts, idle_work(parts.kv, parts.encoder, pieces(), lambda: [], events.append, propose=propose))
     assert events == ["encode: done", "propose: proposed"]
-    assert [name.partition("_")[0] for name in threads] == ["encoder", "elsewhere"]
+    assert [name.partition("_")[0] for name in threads] == ["vflow-encoder", "elsewhere"]
 
 
 def test_the_pieces_are_closed_however_it_ends(parts: EngineParts) -> None:

@@ -98,7 +98,10 @@ class Assailant:
             threads=process.num_threads(),
             descriptors=process.num_fds(),
             # Beside the one that Python keeps from the first search on.
-            children=sum("resource_tracker" not in " ".join(child.cmdline()) for child in process.children()),
+            children=sum(
+                not any(expected in " ".join(child.cmdline()) for expected in ("resource_tracker", "decoding_process"))
+                for child in process.children()
+            ),
         )
 
     def _answer(self, call: Call, message: bytes, metadata: list[tuple[str, str]]) -> Message | None:
