@@ -97,7 +97,8 @@ def command_parser() -> argparse.ArgumentParser:
         epilog="Every option can also be set by an environment variable "
         f"({ENVIRONMENT_PREFIX}KV_BUDGET for --kv-budget) or in a TOML file (kv_budget = ...); "
         "a flag wins over a variable, a variable over the file. "
-        "(*) A tenant without any may exceed this limit by one, so that no tenant can shut out the others.",
+        "(*) A tenant without any may exceed this limit by one, and one with less than an equal share may exceed those "
+        "of sessions and of waiting requests, so that no tenant can shut out the others.",
     )
     serve.add_argument("--config", type=Path, metavar="FILE", help=f"TOML file with settings [{CONFIG_VARIABLE}]")
     groups = {group: serve.add_argument_group(group) for group in Group}

@@ -238,8 +238,12 @@ def test_tokens_come_back_to_a_tenant_that_is_away(monkeypatch: pytest.MonkeyPat
     assert (meter.seconds_until_one("red"), meter.seconds_until_one("blue")) == (pytest.approx(18.6), 0)
     now = 60.0
     assert meter.seconds_until_one("red") == meter.seconds_until_one("nobody") == 0
-    meter.add("green", 1)
-    assert len(meter) == 2, "blue's allowance is full again"
+    for number in range(200):
+        meter.add(f"t{number}", 1)
+    now = 240.0
+    for number in range(200):
+        meter.add(f"u{number}", 1)
+    assert len(meter) < 400, "those whose allowance is full again are forgotten"
 
 
 def test_tokens_are_counted_while_tenants_come_and_go() -> None:

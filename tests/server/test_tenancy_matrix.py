@@ -3,6 +3,7 @@ token. A new method fails here until its expected outcomes are listed.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -243,3 +244,16 @@ def test_who_is_refused_learns_nothing_of_what_others_have(serve: Serve) -> None
     ):
         blue.session()
     assert refused.value.metadata == {"resource": "sessions", "max_sessions": "2"}
+
+
+def test_a_tenant_with_many_sessions_leaves_their_shares_to_others(serve: Serve) -> None:
+    served = serve(max_sessions="4")
+
+    def admitted(tenant: str) -> int:
+        """How many sessions a tenant gets that wants ten."""
+        with served.connect(tenant=tenant) as client, suppress(CapacityExhausted):
+            for _ in range(10):
+                client.session()
+        return len(list(served.service.sessions.of(tenant)))
+
+    assert [admitted(tenant) for tenant in ("loud", "two", "three", "four", "five")] == [4, 2, 1, 1, 0]

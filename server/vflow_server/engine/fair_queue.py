@@ -37,8 +37,8 @@ class FairQueue(Generic[T]):
     """A bounded queue with a line for each tenant.
 
     Args:
-        most: how many tasks may wait; a tenant that has none waiting may exceed it (see :func:`may_admit`), and so may
-            one that has less than an equal share, while fewer than one and a half times as many wait.
+        most: how many tasks may wait; a tenant that has none waiting, or few, may exceed it (see :func:`may_admit` and
+            :func:`below_share`).
     """
 
     def __init__(self, most: int) -> None:
@@ -58,9 +58,7 @@ class FairQueue(Generic[T]):
             CapacityExhausted: too many tasks wait.
         """
         waiting = Counter({tenant: len(line) for tenant, line in self._lines.items()})
-        share = self._most // len(self._lines.keys() | {task.tenant})
-        below_share = waiting[task.tenant] < share and 2 * waiting.total() < 3 * self._most
-        if not (below_share or may_admit(waiting, task.tenant, self._most)):
+        if not (may_admit(waiting, task.tenant, self._most) or below_share(waiting, task.tenant, self._most)):
             raise CapacityExhausted(
                 "queue",
                 f"{self._most} requests may wait for the model at most; retry in a moment",
@@ -140,3 +138,13 @@ def may_admit(taken: Counter[str], tenant: str, most: int) -> bool:
     cannot keep out the others, and the total stays bounded however many tenants there are.
     """
     return taken.total() < most or (not taken[tenant] and taken.total() < 2 * most)
+
+
+def below_share(taken: Counter[str], tenant: str, most: int) -> bool:
+    """Whether ``tenant`` has less than an equal share of ``most`` places, and may exceed ``most``.
+
+    It may as long as fewer than one and a half times ``most`` are taken: the rest of twice ``most`` is left to tenants
+    that have none. ``taken`` counts the places of each tenant.
+    """
+    tenants = {name for name, places in taken.items() if places} | {tenant}
+    return taken[tenant] < most // len(tenants) and 2 * taken.total() < 3 * most

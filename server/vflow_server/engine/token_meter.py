@@ -5,6 +5,9 @@ from __future__ import annotations
 import threading
 import time
 
+_FEW = 64
+"""Tenants that are remembered without a look at whether they need to be."""
+
 
 class Allowance:
     """A token bucket that refills evenly and holds the tokens of one minute.
@@ -46,6 +49,7 @@ class TokenMeter:
         self.per_minute = per_minute
         self._lock = threading.Lock()
         self._allowances: dict[str, Allowance] = {}
+        self._look_at = _FEW  # number of tenants at which those that are as good as new are forgotten
 
     def __len__(self) -> int:
         """Number of tenants that are remembered."""
@@ -57,12 +61,16 @@ class TokenMeter:
             return
         with self._lock:
             if tenant not in self._allowances:
-                # A tenant whose allowance is full is as good as new.
-                self._allowances = {
-                    name: allowance for name, allowance in self._allowances.items() if allowance.left < self.per_minute
-                }
+                self._forget_full(self.per_minute)
                 self._allowances[tenant] = Allowance(self.per_minute)
             self._allowances[tenant].spend(tokens)
+
+    def _forget_full(self, per_minute: int) -> None:
+        """Forget the tenants whose allowance is full, who are as good as new, once there are twice as many as then."""
+        if len(self._allowances) < self._look_at:
+            return
+        self._allowances = {name: each for name, each in self._allowances.items() if each.left < per_minute}
+        self._look_at = max(2 * len(self._allowances), _FEW)
 
     def seconds_until_one(self, tenant: str) -> float:
         """Seconds until ``tenant`` may run a token; 0 if it may run one now."""

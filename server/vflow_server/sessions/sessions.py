@@ -16,7 +16,7 @@ from typing import Any
 
 import structlog
 
-from vflow_server.engine.fair_queue import may_admit
+from vflow_server.engine.fair_queue import below_share, may_admit
 from vflow_server.rpc.errors import CapacityExhausted, ServiceError, session_not_found
 from vflow_server.sessions.session import Session, SessionParts
 from vflow_server.store.archive import Archive
@@ -33,7 +33,8 @@ class SessionStore:
 
     Args:
         parts: the parts that all sessions share.
-        most: how many sessions may exist at once; a tenant that has none may exceed it.
+        most: how many sessions may exist at once; a tenant that has none, or few, may exceed it (see
+            :func:`~vflow_server.engine.fair_queue.below_share`).
         idle_timeout: seconds without use after which a session is deleted (also an attribute).
         archive: holds their records; None: sessions end with the process.
 
@@ -97,7 +98,7 @@ class SessionStore:
         """A new session, whose record is not written yet."""
         # Sessions of another model are only stored, and use no memory.
         living = Counter(session.tenant for session in self._all() if session.goes_on)
-        if not may_admit(living, tenant, self._most):
+        if not (may_admit(living, tenant, self._most) or below_share(living, tenant, self._most)):
             raise CapacityExhausted(
                 "sessions",
                 f"the server holds {self._most} sessions at most; delete some, or retry when idle ones have expired",
