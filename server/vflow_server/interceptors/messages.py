@@ -61,7 +61,9 @@ class Messages(grpc.aio.ServerInterceptor):
         strangers = OPEN_PLACES * most_bytes
         self._work = work
         self.intake = Intake(Bounds(memory - strangers, most_bytes))
-        self.open_intake = Intake(Bounds(strangers, most_bytes, waiting=256, waiting_each=MOST_OPEN_EACH, longest=5.0))
+        self.open_intake = Intake(
+            Bounds(strangers, most_bytes, waiting=256, waiting_each=MOST_OPEN_EACH, prompt=0.1, longest=5.0)
+        )
         self.calls = OpenCalls(MOST_CALLS_EACH, MOST_CALLS, _too_many_calls)
         self.open_calls = OpenCalls(MOST_OPEN_EACH, MOST_CALLS, _too_many_open_calls)
         self.open_streams = OpenCalls(MOST_STREAMS_EACH, MOST_STREAMS, _too_many_open_calls)

@@ -44,6 +44,10 @@ promptly take milliseconds."""
 MEMORY = 10.0
 """Seconds after which what a sender has used counts for a third."""
 
+LOOKS = 3
+"""Looks at which a message must not have come yet, to count as slow. After the event loop itself was held up, a message
+that has come long ago is only noticed at the second look."""
+
 _SOON = 0.01
 
 _LEAVING = 0.05
@@ -95,6 +99,8 @@ class _Reading:
     lost: asyncio.Future[None]
     """Done once the place was taken away."""
     begun: float = field(default_factory=time.monotonic)
+    looks: int = 0
+    """How often it was found not to have ended."""
     lost_at: float = 0.0
 
     @property
@@ -330,6 +336,8 @@ class Intake:
     def _displace(self) -> None:
         """Take places away from slow messages, for those who wait and have used least."""
         now = time.monotonic()
+        for reading in self._readings:
+            reading.looks += 1
         leaving = sum(0 < now - each.lost_at < _LEAVING for each in self._readings)
         asking = [sender for sender in self._asking if self._seconds_ahead(sender) <= 0]
         for sender in sorted(asking, key=self._claim)[leaving:]:
@@ -343,7 +351,10 @@ class Intake:
         slow = [
             each
             for each in self._readings
-            if each.age >= self._bounds.prompt and not each.lost.done() and each.sender.load >= load
+            if each.age >= self._bounds.prompt
+            and each.looks >= LOOKS
+            and not each.lost.done()
+            and each.sender.load >= load
         ]
         if len(slow) <= self._places - PROMPT_PLACES:  # as many may be slow
             slow = [
@@ -370,7 +381,7 @@ class Intake:
         if self._timer is not None:
             return
         bounds = self._bounds
-        times = [bounds.prompt / 2]
+        times = [bounds.prompt / LOOKS]
         times += [bounds.prompt - each.age for each in self._readings if each.age < bounds.prompt]
         times += [seconds for each in self._asking if (seconds := self._seconds_ahead(each)) > 0]
 
