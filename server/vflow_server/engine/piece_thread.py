@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,6 +13,10 @@ from vflow_server.watchdog.pulse import Pulse
 from vflowopt.compression.pieces import Pieces
 
 T = TypeVar("T")
+
+_LONGEST_PAUSE = 0.05
+"""Seconds. After each piece but the first, the thread pauses for as long as the piece took, and this long at most: long
+work may take half a core from the answers."""
 
 
 @dataclass(eq=False)
@@ -80,8 +85,11 @@ class PieceThread:
                 if job.future.cancelled():
                     job.pieces.close()
                 else:
+                    begun = time.perf_counter()
                     next(job.pieces)
                     job.run += 1
+                    if job.run > 1:
+                        time.sleep(min(time.perf_counter() - begun, _LONGEST_PAUSE))
                     continue
             except StopIteration as end:
                 if job.future.set_running_or_notify_cancel():
