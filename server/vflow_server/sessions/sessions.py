@@ -207,8 +207,6 @@ class SessionStore:
                 if session.record is not None and session.record.stored:
                     await self._erase(session.record)
             await session.release()
-        except ServiceError as error:  # the engine is stopping, and releases it
-            log.debug("a session that came to nothing was not released", session=session.name, reason=error.reason)
         finally:
             self._incomplete.discard(session)
 
@@ -225,6 +223,14 @@ class SessionStore:
         self._tasks.add(task)  # the event loop itself does not keep a task alive
         task.add_done_callback(self._tasks.discard)
         await asyncio.shield(task)
+
+    async def finish(self) -> None:
+        """Wait for the deletions under way. No calls may be left, and the engine must have stopped.
+
+        Nothing is stored after the archive is closed, and a session that is deleted later would be stored for good.
+        """
+        while self._tasks:
+            await asyncio.wait(self._tasks)
 
     async def expire_forever(self) -> None:
         """Delete sessions as they expire; never returns."""
@@ -253,7 +259,7 @@ class SessionStore:
         log.info("session expired", session=session.name)
         try:
             await self._delete(session)
-        except ServiceError as error:  # the data folder takes nothing, or the engine is stopping
+        except ServiceError as error:  # the data folder takes nothing
             log.debug("an expired session was not deleted", session=session.name, reason=error.reason)
         except Exception:  # the other sessions must expire all the same
             log.exception("an expired session was not deleted", session=session.name)
