@@ -261,6 +261,19 @@ def test_a_session_whose_next_picture_is_being_decoded_does_not_expire(
     assert session.state().image_count == 1
 
 
+def test_a_session_does_not_expire_right_after_a_call_that_needed_no_work(served: Served) -> None:
+    """Such as one that is repeated, because its first answer got lost, or one that is refused."""
+    store = served.service.sessions
+    session = served.client.session()
+    ring = Ring(served, session)
+    ring.retried()
+    for call in (ring.retried, lambda: session.add_image(b"no picture")):
+        store.get(DEFAULT_TENANT, session.name)._idle_since -= 3600
+        suppressed(call)()
+        served.run(store.expire())
+        assert session.state().turn_count == 1
+
+
 def test_a_record_that_the_disk_does_not_let_go_is_deleted_later(
     serve_data: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -164,12 +164,16 @@ class Session:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Count a call that is about to use the session, within the block. Meanwhile the session does not expire."""
+        """Count a call that is about to use the session, within the block. Meanwhile the session does not expire.
+
+        It is idle from the end of the block on, even if the call was refused or had its answer already.
+        """
         self._calls += 1
         try:
             yield
         finally:
             self._calls -= 1
+            self._idle_from_now()
 
     async def show(
         self,
@@ -386,7 +390,11 @@ class Session:
 
     def _ended(self) -> None:
         self._under_way = None
-        self.used = self.idle_from = time.time()
+        self._idle_from_now()
+        self.used = self.idle_from
+
+    def _idle_from_now(self) -> None:
+        self.idle_from = time.time()
         self._idle_since = time.monotonic()
 
     async def _stored_answers(self) -> AnswerCache:
