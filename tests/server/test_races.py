@@ -274,8 +274,10 @@ def test_a_session_does_not_expire_right_after_a_call_that_needed_no_work(served
         assert session.state().turn_count == 1
 
 
+@pytest.mark.parametrize("failure", [storage_failed("read-only"), ZeroDivisionError("a fault")], ids=["disk", "fault"])
+@pytest.mark.parametrize("later", ["when sessions expire", "when the service stops"])
 def test_a_record_that_the_disk_does_not_let_go_is_deleted_later(
-    serve_data: Serve, monkeypatch: pytest.MonkeyPatch
+    serve_data: Serve, monkeypatch: pytest.MonkeyPatch, later: str, failure: Exception
 ) -> None:
     served = serve_data()
     session, store = served.client.session(), served.service.sessions
@@ -285,7 +287,7 @@ def test_a_record_that_the_disk_does_not_let_go_is_deleted_later(
 
     def stays(record: SessionRecord) -> Future[None]:
         failed: Future[None] = Future()
-        failed.set_exception(storage_failed("read-only"))
+        failed.set_exception(failure)
         return failed
 
     with monkeypatch.context() as patched:
@@ -295,7 +297,10 @@ def test_a_record_that_the_disk_does_not_let_go_is_deleted_later(
             session.fork()
         served.run(store.expire())
         assert len(stored(served)) == 2
-    served.run(store.expire())
+    if later == "when sessions expire":
+        served.run(store.expire())
+    else:
+        served = serve_data()
     assert stored(served) == {session.name: (0, 0)}
 
 

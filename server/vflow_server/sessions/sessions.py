@@ -10,7 +10,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from itertools import count
 from typing import Any
 
@@ -213,9 +213,13 @@ class SessionStore:
     async def _erase(self, record: SessionRecord) -> None:
         """Delete the record of a session that nobody knows. If that fails it is tried again when sessions expire."""
         self._leftovers.add(record)
-        with suppress(ServiceError):
+        try:
             await asyncio.wrap_future(record.delete())
             self._leftovers.discard(record)
+        except ServiceError as error:
+            log.debug("a record that nobody needs was not deleted yet", session=record.facts.name, reason=error.reason)
+        except Exception:  # sessions must expire all the same
+            log.exception("a record that nobody needs was not deleted yet", session=record.facts.name)
 
     async def _to_the_end(self, work: Coroutine[Any, Any, None]) -> None:
         """Wait for ``work``, which continues if the caller is cancelled."""
@@ -225,12 +229,14 @@ class SessionStore:
         await asyncio.shield(task)
 
     async def finish(self) -> None:
-        """Wait for the deletions under way. No calls may be left, and the engine must have stopped.
+        """Finish the deletions that were begun. No calls may be left, and the engine must have stopped.
 
-        Nothing is stored after the archive is closed, and a session that is deleted later would be stored for good.
+        After the archive is closed nothing is deleted any more, and the next process would find those sessions.
         """
         while self._tasks:
             await asyncio.wait(self._tasks)
+        for record in list(self._leftovers):
+            await self._erase(record)
 
     async def expire_forever(self) -> None:
         """Delete sessions as they expire; never returns."""
