@@ -276,7 +276,9 @@ class Service:
             await hung_up
         # If all calls have ended, the engine stops meanwhile: a health watch may stay connected until the time is up,
         # and that time is needed to persist KV caches.
-        await asyncio.to_thread(self._stop_engine, begun + grace)
+        await asyncio.to_thread(self.engine.stop)
+        await self.sessions.finish()
+        await asyncio.to_thread(self._release, begun + grace)
         await hung_up
         if self.archive is not None:
             await asyncio.to_thread(self.archive.close)
@@ -287,9 +289,8 @@ class Service:
             await self._side_port.stop(begun + grace - time.monotonic())
         await asyncio.to_thread(self.tracing.close)
 
-    def _stop_engine(self, persist_until: float) -> None:
-        """Stop the engine, persist KV caches for the next process until ``persist_until``, and release the others."""
-        self.engine.stop()
+    def _release(self, persist_until: float) -> None:
+        """Persist KV caches for the next process until ``persist_until``, and release the others."""
         persists = self.archive is not None and not self.failed.is_set()
         self.tokenizer.close()
         self.encoder.close()

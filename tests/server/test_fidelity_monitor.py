@@ -12,6 +12,9 @@ from tests.server.served import Served
 from tests.server.waiting import until
 from vflow_client import Client
 from vflow_client.v1.strategies_pb2 import StrategyEvent
+from vflow_server.access.caller import DEFAULT_TENANT
+from vflow_server.rpc.errors import storage_failed
+from vflow_server.strategies.strategies import StrategyStore
 from vflow_server.tuning.fidelity_monitor import MOST_WAITING, FidelityMonitor, FidelityTotals
 from vflowopt.runtime.cache import PoolExhausted
 from vflowopt.runtime.model_runner import Runtime
@@ -147,6 +150,27 @@ def test_it_says_once_that_there_is_nothing_to_roll_back_to(serve: Serve, capsys
     assert seen(served, "preset-10", 6).rollbacks == 0
     assert served.client.strategies.get("preset-10").active
     assert capsys.readouterr().out.count("stays active") == 1
+
+
+def test_it_tries_again_if_the_disk_did_not_let_it_roll_back(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    Judged(monkeypatch, {DEFAULT_TENANT: 0.1})
+    served = serve(watch_share="1", watch_floor="0.85", watch_window="3")
+    strategies = served.client.strategies
+    strategies.activate("preset-25")
+    strategies.activate("preset-10")
+    failing = ["once", "twice"]
+    write = StrategyStore._write
+
+    async def full(store: StrategyStore, *arguments: Any) -> None:
+        if failing:
+            raise storage_failed(failing.pop())
+        await write(store, *arguments)
+
+    monkeypatch.setattr(StrategyStore, "_write", full)
+    for _ in range(2):
+        converse(served.client)
+    until(lambda: strategies.get("preset-25").active)
+    assert not failing and totals(served, "preset-10").rollbacks == 1
 
 
 def broken(*arguments: Any) -> Any:

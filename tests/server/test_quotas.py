@@ -13,20 +13,22 @@ import pytest
 
 from tests.server.conftest import Serve
 from tests.server.drawing import png
+from tests.server.holding import engine_held
 from tests.server.served import Served
 from tests.server.waiting import until
-from vflow_client import CapacityExhausted, Session
+from vflow_client import CapacityExhausted, Session, VFlowError
 from vflow_client.v1.conversations_pb2 import AddImageRequest, ChatOptions, ChatRequest, Part
 from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
 from vflow_client.v1.images_pb2 import Image
 from vflow_server.engine.encoder import EncoderThread
+from vflow_server.engine.encoding_queue import TOKENS_PER_PIECE
 from vflow_server.engine.ops import Encode
 from vflow_server.engine.token_meter import Allowance, TokenMeter
 from vflow_server.interceptors import guard
 from vflow_server.rpc import answer_writer
 from vflowopt.compression.pieces import Pieces
 from vflowopt.compression.pipeline import CompressedImage
-from vflowopt.media.picture import Picture
+from vflowopt.media.picture import Picture, PictureError
 
 
 @contextmanager
@@ -185,6 +187,57 @@ def test_tokens_of_a_picture_that_is_given_up_count(
         until(lambda: not served.live(session).busy)
         enough.set()
         until(lambda: counted["default"] > 0)
+
+
+def test_small_pictures_do_not_make_large_ones_cheap_that_are_given_up(
+    serve: Serve, counted: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serve(tenant_tokens="1000000")
+    small = served.client.compress(png(28, 28)).receipt.visual_tokens
+    before, begin = counted["default"], EncoderThread.begin
+    reached, enough = threading.Event(), threading.Event()
+
+    def held(encoder: EncoderThread, ops: Sequence[Encode]) -> Pieces[list[CompressedImage]]:
+        reached.set()
+        enough.wait(20)
+        yield
+        return (yield from begin(encoder, ops))
+
+    monkeypatch.setattr(EncoderThread, "begin", held)
+    with grpc.insecure_channel(served.address) as channel:
+        session = served.client.session()
+        request = AddImageRequest(session=session.name, image=Image(data=png(300, 300)))
+        showing = ConversationsStub(channel).AddImage.future(request, timeout=20)
+        assert reached.wait(20)
+        showing.cancel()
+        until(lambda: not served.live(session).busy)
+        enough.set()
+        until(lambda: counted["default"] > before)
+    assert small < TOKENS_PER_PIECE <= counted["default"] - before
+
+
+def test_whoever_is_encoded_beside_a_faulty_picture_does_not_pay_for_it(
+    serve: Serve, counted: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serve(tenant_tokens="1000000")
+    begin, together = EncoderThread.begin, threading.Event()
+
+    def faulty(encoder: EncoderThread, ops: Sequence[Encode]) -> Pieces[list[CompressedImage]]:
+        if any(op.tenant == "faulty" for op in ops):
+            if len(ops) > 1:
+                together.set()
+            raise PictureError("PICTURE_UNSUPPORTED", "it is faulty")
+        return (yield from begin(encoder, ops))
+
+    monkeypatch.setattr(EncoderThread, "begin", faulty)
+    with served.connect(tenant="faulty") as other, ThreadPoolExecutor(2) as threads:
+        with engine_held(served):
+            good = threads.submit(served.client.compress, png(90, 90))
+            bad = threads.submit(other.compress, png(91, 90))
+            until(lambda: served.service.engine.waiting == 2)
+        receipt = good.result(20).receipt
+        assert isinstance(bad.exception(20), VFlowError) and together.is_set()
+    assert counted["default"] == receipt.visual_tokens and counted["faulty"]
 
 
 def test_forks_and_sessions_at_once_do_not_exceed_the_quotas(serve_data: Serve) -> None:

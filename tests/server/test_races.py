@@ -7,10 +7,12 @@ is lost, and the journal holds the sessions that are listed, with what was ackno
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -18,11 +20,20 @@ import pytest
 
 from tests.server.conftest import Serve
 from tests.server.drawing import png
+from tests.server.holding import engine_held, journal_held
 from tests.server.served import Served
 from tests.server.waiting import until
-from vflow_client import DeadlineExceeded, Session, SessionBusy, SessionDeleted, SessionNotFound, VFlowError
+from vflow_client import (
+    DeadlineExceeded,
+    Session,
+    SessionBusy,
+    SessionDeleted,
+    SessionNotFound,
+    StorageFailed,
+    VFlowError,
+)
 from vflow_client.errors import error_from_call
-from vflow_client.v1.conversations_pb2 import ChatRequest, Part
+from vflow_client.v1.conversations_pb2 import ChatRequest, DeleteSessionRequest, Part
 from vflow_client.v1.conversations_pb2_grpc import ConversationsStub
 from vflow_server.access.caller import DEFAULT_TENANT
 from vflow_server.images.store import PictureStore
@@ -117,39 +128,6 @@ OFTEN = ("chat", "show", "fork", "delete", "use all", "expire")
 """Those whose pairs are tried in every run of the tests; the others are in the long one."""
 
 FORESEEN = (SessionBusy, SessionDeleted, SessionNotFound)
-
-
-@contextmanager
-def journal_held(served: Served) -> Iterator[None]:
-    """Nothing is written within the block."""
-    enough = threading.Event()
-    assert served.service.archive is not None
-    held = served.service.archive.submit(lambda connection: enough.wait(20))
-    try:
-        yield
-    finally:
-        enough.set()
-        held.result(20)
-
-
-@contextmanager
-def engine_held(served: Served) -> Iterator[None]:
-    """The engine takes no step within the block."""
-    reached, enough = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        reached.set()
-        enough.wait(20)
-
-    async def submit() -> None:
-        served.service.engine.call(hold, DEFAULT_TENANT)
-
-    served.run(submit())
-    assert reached.wait(20)
-    try:
-        yield
-    finally:
-        enough.set()
 
 
 HOLDS = {"journal": journal_held, "engine": engine_held}
@@ -283,8 +261,23 @@ def test_a_session_whose_next_picture_is_being_decoded_does_not_expire(
     assert session.state().image_count == 1
 
 
+def test_a_session_does_not_expire_right_after_a_call_that_needed_no_work(served: Served) -> None:
+    """Such as one that is repeated, because its first answer got lost, or one that is refused."""
+    store = served.service.sessions
+    session = served.client.session()
+    ring = Ring(served, session)
+    ring.retried()
+    for call in (ring.retried, lambda: session.add_image(b"no picture")):
+        store.get(DEFAULT_TENANT, session.name)._idle_since -= 3600
+        suppressed(call)()
+        served.run(store.expire())
+        assert session.state().turn_count == 1
+
+
+@pytest.mark.parametrize("failure", [storage_failed("read-only"), ZeroDivisionError("a fault")], ids=["disk", "fault"])
+@pytest.mark.parametrize("later", ["when sessions expire", "when the service stops"])
 def test_a_record_that_the_disk_does_not_let_go_is_deleted_later(
-    serve_data: Serve, monkeypatch: pytest.MonkeyPatch
+    serve_data: Serve, monkeypatch: pytest.MonkeyPatch, later: str, failure: Exception
 ) -> None:
     served = serve_data()
     session, store = served.client.session(), served.service.sessions
@@ -294,7 +287,7 @@ def test_a_record_that_the_disk_does_not_let_go_is_deleted_later(
 
     def stays(record: SessionRecord) -> Future[None]:
         failed: Future[None] = Future()
-        failed.set_exception(storage_failed("read-only"))
+        failed.set_exception(failure)
         return failed
 
     with monkeypatch.context() as patched:
@@ -304,8 +297,115 @@ def test_a_record_that_the_disk_does_not_let_go_is_deleted_later(
             session.fork()
         served.run(store.expire())
         assert len(stored(served)) == 2
-    served.run(store.expire())
+    if later == "when sessions expire":
+        served.run(store.expire())
+    else:
+        served = serve_data()
     assert stored(served) == {session.name: (0, 0)}
+
+
+def test_who_waits_for_a_cancelled_turn_goes_on_if_the_deletion_fails(
+    serve_data: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serve_data()
+    session = served.client.session()
+    failed: Future[None] = Future()
+    with ThreadPoolExecutor(2) as threads, monkeypatch.context() as patched:
+        patched.setattr(SessionRecord, "delete", lambda record: failed)
+        cancelled = session.ask("Never?", max_new_tokens=400, min_new_tokens=400)
+        next(cancelled)
+        with engine_held(served):
+            cancelled.close()
+            until(lambda: served.live(session)._under_way.ticket.cancelled)  # type: ignore[union-attr]
+            following = threads.submit(lambda: session.ask("And now?", max_new_tokens=1).read())
+            until(lambda: served.live(session).awaited)
+            settle(served)
+            deletion = threads.submit(session.delete)
+            until(lambda: served.live(session).deleting)
+        until(lambda: not served.live(session).busy)
+        settle(served)
+        failed.set_exception(storage_failed("read-only"))
+        assert isinstance(deletion.exception(20), StorageFailed)
+        following.result(20)
+    assert session.state().turn_count == 1
+
+
+@contextmanager
+def deleted_late(served: Served, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Records are deleted only when the engine has stopped and its memory would be released; yields the first call."""
+    called, delete = threading.Event(), SessionRecord.delete
+
+    def late(record: SessionRecord) -> Future[None]:
+        called.set()
+        deleted: Future[None] = Future()
+
+        def wait() -> None:
+            until(lambda: not served.service.engine.alive)
+            time.sleep(0.2)  # in which the service would go on to the end
+            deleted.set_result(delete(record).result(5))
+
+        threading.Thread(target=wait, daemon=True).start()
+        return deleted
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SessionRecord, "delete", late)
+        yield called
+
+
+def test_a_deletion_that_is_under_way_when_the_service_stops_is_done(
+    serve_data: Serve, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serve_data()
+    gone, there = served.client.session(), served.client.session()
+    for session in (gone, there):
+        session.ask("Begin", images=[PICTURE], max_new_tokens=1).read()
+    with deleted_late(served, monkeypatch) as called:
+        deletion = ConversationsStub(served.client._channel).DeleteSession.future(DeleteSessionRequest(name=gone.name))
+        assert called.wait(20)
+        deletion.cancel()
+        served.stop()
+    kept = [path.name for path in data.rglob("vflow-kv-*")]
+    assert len(kept) == 1 and there.name.rpartition("/")[2] in kept[0], "nothing is left of a session that is deleted"
+    again = serve_data()
+    assert [state.name for state in again.client.sessions()] == [there.name]
+
+
+def test_a_session_that_comes_to_nothing_when_the_service_stops_is_not_stored(
+    serve_data: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serve_data(grace="100ms")
+    session = served.client.session()
+    begun, fork = threading.Event(), SessionRecord.fork
+
+    def slow(record: SessionRecord, origin: SessionRecord) -> Future[None]:
+        fork(record, origin).result(20)
+        begun.set()
+        return Future()  # the caller is gone before it learns that all was done
+
+    with ThreadPoolExecutor(1) as threads, deleted_late(served, monkeypatch), monkeypatch.context() as patched:
+        patched.setattr(SessionRecord, "fork", slow)
+        threads.submit(suppressed(session.fork))
+        assert begun.wait(20)
+        served.stop()
+    assert [state.name for state in serve_data().client.sessions()] == [session.name]
+
+
+def suppressed(call: Callable[[], object]) -> Callable[[], None]:
+    """``call``, of which nobody minds whether it fails."""
+
+    def calling() -> None:
+        with suppress(VFlowError):
+            call()
+
+    return calling
+
+
+def test_a_deletion_is_acknowledged_though_the_engine_takes_no_more_calls(serve_data: Serve) -> None:
+    served = serve_data()
+    session = served.client.session()
+    served.service.engine.stop()
+    session.delete()
+    assert stored(served) == {}
 
 
 def test_the_engine_refuses_work_that_should_not_have_begun(serve: Serve) -> None:

@@ -2,6 +2,7 @@
 token. A new method fails here until its expected outcomes are listed.
 """
 
+import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from vflow_client.errors import error_from_call
 from vflow_client.v1 import compression_pb2, conversations_pb2, images_pb2, strategies_pb2
 from vflow_server.access.caller import Caller
 from vflow_server.access.tokens import new_token
+from vflow_server.rpc.errors import ServiceError
+from vflow_server.rpc.intake import PROMPT_PLACES, Bounds, Intake
 from vflow_server.tuning.operations import Operation
 
 SERVICES: tuple[ServiceDescriptor, ...] = (
@@ -257,3 +260,16 @@ def test_a_tenant_with_many_sessions_leaves_their_shares_to_others(serve: Serve)
         return len(list(served.service.sessions.of(tenant)))
 
     assert [admitted(tenant) for tenant in ("loud", "two", "three", "four", "five")] == [4, 2, 1, 1, 0]
+
+
+def test_who_finds_no_room_for_a_message_learns_nothing_of_what_others_have() -> None:
+    async def receive() -> ServiceError:
+        intake = Intake(Bounds(memory=(PROMPT_PLACES + 2) << 20, most_bytes=1 << 20))
+        with intake.holding("red", 700_001), intake.holding("green", 700_002), pytest.raises(ServiceError) as refused:
+            with intake.holding("blue", 900_000):
+                pass
+        return refused.value
+
+    refusal = asyncio.run(receive())
+    assert refusal.reason == "CAPACITY_EXHAUSTED" and str(2 << 20) in refusal.message
+    assert not any(str(held) in refusal.message for held in (700_001, 700_002, 1_400_003))

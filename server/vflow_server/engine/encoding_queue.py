@@ -28,7 +28,7 @@ PICTURES = 4
 """Pictures that are encoded in one batch at most; only one while answers are being decoded."""
 
 TOKENS_PER_PIECE = 256
-"""Visual tokens that a piece of what is given up is taken to have encoded, before there is one to tell by."""
+"""Visual tokens that a piece of what is given up is taken to have encoded, until one has encoded more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +104,7 @@ class _Line:
             if any(each.key in wanted for each in encoding.asking):
                 return encoding
             encoding.pieces.close()  # all who asked for it are gone
-            self.give_up(encoding)
+            self.give_up(encoding, encoding.asking)
         if not missing:
             return None
         ordered = self._tenants.order(missing)
@@ -114,16 +114,21 @@ class _Line:
             self._tenants.served(each.tenant)
         return self.begin(batch)
 
-    def give_up(self, encoding: _Encoding) -> None:
-        """Take what was encoded so far from the allowances: an estimate, as its tokens are known at the end only."""
-        for each in encoding.asking:
+    def give_up(self, encoding: _Encoding, asking: Sequence[Asking]) -> None:
+        """Take what was encoded so far from the allowances of ``asking``, who get nothing for it.
+
+        It is an estimate, as the tokens are known at the end only. It is not on the low side: small pictures that end
+        must not make large ones cheap that are given up.
+        """
+        for each in asking:
             self._meter.add(each.tenant, encoding.num_run * self._tokens_per_piece // len(encoding.asking))
 
     def finish(self, encoding: _Encoding, images: Sequence[CompressedImage]) -> None:
         """Take the tokens that were encoded from the allowances, whether anybody still waits for them or not."""
         for each, image in zip(encoding.asking, images, strict=True):
             self._meter.add(each.tenant, image.tokens)
-        self._tokens_per_piece = sum(image.tokens for image in images) // encoding.num_run
+        per_piece = sum(image.tokens for image in images) // encoding.num_run
+        self._tokens_per_piece = max(self._tokens_per_piece, per_piece)
 
 
 class EncodingQueue:
@@ -160,7 +165,8 @@ class EncodingQueue:
         failure = future.exception()
         if failure is not None:
             assert isinstance(failure, Exception)
-            line.give_up(encoding)
+            # The others of a batch are encoded again; they do not pay for the faulty one.
+            line.give_up(encoding, [each for each in encoding.asking if len(encoding.asking) == 1 or not each.waits])
             if len(encoding.asking) == 1:
                 for each in waiting:
                     each.task.fail(failure)

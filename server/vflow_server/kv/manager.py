@@ -233,7 +233,7 @@ class KVCacheManager:
         for state in reversed(self._idle):
             sequence = state.sequence
             size = sequence.kv_bytes or self.offloaded.size(sequence)
-            if state.record is not None and 0 < size <= room:
+            if state.record is not None and not state.forgotten and 0 < size <= room:
                 room -= size
                 worth.append((_session(state), sequence))
             else:

@@ -53,7 +53,7 @@ class SessionState:
     Attributes:
         recalled: whether the log is in memory. The log of an earlier process is read when it is needed.
         snapshot: the latest published state.
-        forgotten: whether the session was deleted, so that it must hold no memory any more.
+        forgotten: whether the session was deleted, so that it must hold no memory. The event loop sets it, too.
         turns: finished turns.
         images: pictures and videos in the log.
     """

@@ -57,7 +57,10 @@ class AnswerWriter:
         Raises:
             ServiceError: READER_STALLED.
         """
-        await self._context.send_initial_metadata(())
+        try:
+            await self._context.send_initial_metadata(())
+        except grpc.aio.InternalError:  # as in write
+            raise asyncio.CancelledError from None
         writing = asyncio.create_task(self._context.write(message))
         writing.add_done_callback(lambda done: done.cancelled() or done.exception())
         await asyncio.wait({writing}, timeout=self._patience)

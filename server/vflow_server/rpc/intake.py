@@ -219,7 +219,10 @@ class Intake:
         """
         sender, size = self._sender(name), size if size > SHORT else 0
         if size and (self._held + size > self._bounds.most_held or sender.held + size > self._bounds.most_held_each):
-            raise self._exhausted(f"the messages in use take {self._held} bytes; retry when some calls have ended")
+            raise self._exhausted(
+                f"messages in use may take {self._bounds.most_held} bytes, and {self._bounds.most_held_each} of one "
+                "sender; retry when some calls have ended"
+            )
         sender.held += size
         self._held += size
 

@@ -9,13 +9,15 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import structlog
+
 from vflow_client.v1 import conversations_pb2, images_pb2
 from vflow_server.engine.engine import Engine, Steps, Ticket, Work, WorkCancelled
 from vflow_server.engine.piece_thread import PieceThread
 from vflow_server.kv.image_cache import ImageCache
 from vflow_server.kv.manager import KVCacheManager
 from vflow_server.kv.session_state import SessionState
-from vflow_server.rpc.errors import model_changed, session_busy, session_deleted, session_not_found
+from vflow_server.rpc.errors import ServiceError, model_changed, session_busy, session_deleted, session_not_found
 from vflow_server.sessions.live_samples import LiveSamples
 from vflow_server.sessions.turn import TurnRequest, turn
 from vflow_server.sessions.work import add_image, fork, shown
@@ -32,6 +34,8 @@ R = TypeVar("R")
 _PATIENCE = 0.25
 """Seconds to wait before SESSION_BUSY. A client may send its next turn right after it cancelled one or ran into the
 deadline, and the server may see the new turn before the cancellation."""
+
+log = structlog.get_logger(__name__)
 
 
 class _Ticket(Protocol):
@@ -160,12 +164,16 @@ class Session:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Count a call that is about to use the session, within the block. Meanwhile the session does not expire."""
+        """Count a call that is about to use the session, within the block. Meanwhile the session does not expire.
+
+        It is idle from the end of the block on, even if the call was refused or had its answer already.
+        """
         self._calls += 1
         try:
             yield
         finally:
             self._calls -= 1
+            self._idle_from_now()
 
     async def show(
         self,
@@ -331,7 +339,7 @@ class Session:
         self._deletion = deletion = asyncio.get_running_loop().create_future()
         try:
             yield
-            self.deleted = True
+            self.deleted = self.state.forgotten = True
         finally:
             self._deletion = None
             deletion.set_result(None)
@@ -339,11 +347,13 @@ class Session:
     async def release(self) -> None:
         """Cancel the running work of a deleted session, and release its memory; returns when that is done.
 
-        Raises:
-            ServiceError: SERVER_STOPPING or ENGINE_FAILED; then the end of the engine releases it.
+        If the engine takes no more calls, its end releases the memory.
         """
         await self.stop_working()
-        await self._parts.engine.call(lambda: self._parts.kv.forget(self.state), self.tenant).result()
+        try:
+            await self._parts.engine.call(lambda: self._parts.kv.forget(self.state), self.tenant).result()
+        except ServiceError as error:
+            log.debug("the end of the engine releases a deleted session", session=self.name, reason=error.reason)
 
     async def stop_working(self) -> None:
         """Cancel the running work, and wait until it has undone what it did."""
@@ -380,7 +390,11 @@ class Session:
 
     def _ended(self) -> None:
         self._under_way = None
-        self.used = self.idle_from = time.time()
+        self._idle_from_now()
+        self.used = self.idle_from
+
+    def _idle_from_now(self) -> None:
+        self.idle_from = time.time()
         self._idle_since = time.monotonic()
 
     async def _stored_answers(self) -> AnswerCache:
@@ -396,10 +410,10 @@ class Session:
         while (current := self._under_way) is not None:
             if current.ticket.cancelled or (request_id and current.request_id == request_id):
                 await current.ticket.ended()
-                continue
-            await current.ticket.ended(_PATIENCE)
-            if self._under_way is current and not current.ticket.cancelled:
-                raise session_busy(self.name)
+            else:
+                await current.ticket.ended(_PATIENCE)
+                if self._under_way is current and not current.ticket.cancelled:
+                    raise session_busy(self.name)
             await self._until_not_deleting()
 
     async def _until_not_deleting(self) -> None:

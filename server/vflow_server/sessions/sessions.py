@@ -10,7 +10,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from itertools import count
 from typing import Any
 
@@ -207,17 +207,19 @@ class SessionStore:
                 if session.record is not None and session.record.stored:
                     await self._erase(session.record)
             await session.release()
-        except ServiceError as error:  # the engine is stopping, and releases it
-            log.debug("a session that came to nothing was not released", session=session.name, reason=error.reason)
         finally:
             self._incomplete.discard(session)
 
     async def _erase(self, record: SessionRecord) -> None:
         """Delete the record of a session that nobody knows. If that fails it is tried again when sessions expire."""
         self._leftovers.add(record)
-        with suppress(ServiceError):
+        try:
             await asyncio.wrap_future(record.delete())
             self._leftovers.discard(record)
+        except ServiceError as error:
+            log.debug("a record that nobody needs was not deleted yet", session=record.facts.name, reason=error.reason)
+        except Exception:  # sessions must expire all the same
+            log.exception("a record that nobody needs was not deleted yet", session=record.facts.name)
 
     async def _to_the_end(self, work: Coroutine[Any, Any, None]) -> None:
         """Wait for ``work``, which continues if the caller is cancelled."""
@@ -225,6 +227,16 @@ class SessionStore:
         self._tasks.add(task)  # the event loop itself does not keep a task alive
         task.add_done_callback(self._tasks.discard)
         await asyncio.shield(task)
+
+    async def finish(self) -> None:
+        """Finish the deletions that were begun. No calls may be left, and the engine must have stopped.
+
+        After the archive is closed nothing is deleted any more, and the next process would find those sessions.
+        """
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        for record in list(self._leftovers):
+            await self._erase(record)
 
     async def expire_forever(self) -> None:
         """Delete sessions as they expire; never returns."""
@@ -253,7 +265,7 @@ class SessionStore:
         log.info("session expired", session=session.name)
         try:
             await self._delete(session)
-        except ServiceError as error:  # the data folder takes nothing, or the engine is stopping
+        except ServiceError as error:  # the data folder takes nothing
             log.debug("an expired session was not deleted", session=session.name, reason=error.reason)
         except Exception:  # the other sessions must expire all the same
             log.exception("an expired session was not deleted", session=session.name)

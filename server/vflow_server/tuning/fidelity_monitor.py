@@ -242,7 +242,8 @@ class FidelityMonitor:
         try:
             restored = await self._strategies.roll_back(self._etag, reason)
         except ServiceError as error:
-            self._resigned = True  # the next turn would fail in the same way
+            # The next turn would fail in the same way, unless the disk is the reason.
+            self._resigned = error.reason != "STORAGE_FAILED"
             log.error(
                 "a strategy is below the floor, and stays active", strategy=name, mean_cosine=mean, because=str(error)
             )
