@@ -139,22 +139,29 @@ def test_a_fault_in_a_batch_fails_only_the_turn_that_causes_it(
         return step(conversations, *arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(parts.runtime, "step", faulty)
+    let_meet(3, monkeypatch)
     first, broken, last = outcomes(parts, ["One", "z" * 30, "Two"], 4)
     assert longest == 3, "they did not meet: the test proves nothing"
     assert isinstance(broken, ZeroDivisionError)
     assert isinstance(first, Finished) and isinstance(last, Finished)
 
 
-def steps_to_answer(parts: EngineParts, turns: abc.Sequence[Asked], monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """After how many steps of the model each turn is answered. The first step is that of all their prompts."""
-    step, steps, answered = parts.runtime.step, 0, [0] * len(turns)
+def let_meet(turns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no step begin before so many turns want one, though their texts are tokenized one after the other."""
     run, met = Scheduler._run, False
 
     def once_all_run(self: Scheduler, forwards: abc.Sequence[Scheduled]) -> None:
         nonlocal met
-        met |= len(forwards) == len(turns)
+        met |= len(forwards) == turns
         if met:
             run(self, forwards)
+
+    monkeypatch.setattr(Scheduler, "_run", once_all_run)
+
+
+def steps_to_answer(parts: EngineParts, turns: abc.Sequence[Asked], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """After how many steps of the model each turn is answered. The first step is that of all their prompts."""
+    step, steps, answered = parts.runtime.step, 0, [0] * len(turns)
 
     def counted(*arguments: object, **options: object) -> object:
         nonlocal steps
@@ -166,7 +173,7 @@ def steps_to_answer(parts: EngineParts, turns: abc.Sequence[Asked], monkeypatch:
 
     with monkeypatch.context() as patch:
         patch.setattr(parts.runtime, "step", counted)
-        patch.setattr(Scheduler, "_run", once_all_run)
+        let_meet(len(turns), patch)
         for end in play(parts, turns, note):
             assert isinstance(end, Finished), end
     return answered

@@ -16,6 +16,10 @@ from vflowopt.runtime.model_runner import Runtime
 
 T = TypeVar("T")
 
+_NICENESS = 5
+"""The encoder's thread has a third of the weight of the engine's, so that answers go on beside a large picture. It
+holds the interpreter's lock for moments only, so the others hardly wait for a thread that stands back."""
+
 
 class EncoderThread:
     """Runs the vision encoder.
@@ -35,7 +39,7 @@ class EncoderThread:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self.inline = runtime.model.device.type != "cpu"
-        self._thread = PulsedExecutor("vflow-encoder")
+        self._thread = PulsedExecutor("vflow-encoder", niceness=_NICENESS)
         self.pulse = self._thread.pulse
 
     def begin(self, ops: Sequence[Encode]) -> Pieces[list[CompressedImage]]:

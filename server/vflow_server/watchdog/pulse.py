@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -53,14 +55,22 @@ class PulsedExecutor(ThreadPoolExecutor):
 
     Args:
         name: name of the thread.
+        niceness: how far the thread, and those that it starts, stand back behind others where processors are short.
+            Only Linux knows this of threads.
 
     Attributes:
         pulse: beats once for each piece of work, and whenever the work makes it.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, niceness: int = 0) -> None:
         self.pulse = Pulse()
-        super().__init__(1, name, initializer=self.pulse.begin)
+        self._niceness = niceness
+        super().__init__(1, name, initializer=self._begin)
+
+    def _begin(self) -> None:
+        self.pulse.begin()
+        if self._niceness and sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._niceness)
 
     def submit(self, work: Callable[..., R], /, *arguments: Any, **named: Any) -> Future[R]:
         """Run ``work`` on the thread."""
