@@ -98,8 +98,7 @@ def answers_alone(runtime: Runtime) -> list[list[str]]:
         served.stop()
 
 
-@pytest.mark.long  # once in three runs the service spun at its end: to be understood before it runs in every test
-@pytest.mark.parametrize("seconds", [20, 600])
+@pytest.mark.parametrize("seconds", [20, pytest.param(600, marks=pytest.mark.long)])
 def test_others_are_served_whatever_hostile_callers_send(
     seconds: float, parent: Parent, model_folder: Path, tmp_path: Path
 ) -> None:
