@@ -23,6 +23,7 @@ from vflowopt.models.backbone import unservable
 from vflowopt.models.error import ModelError
 from vflowopt.models.origin import ModelOrigin
 from vflowopt.models.quantization import is_quantized, quantized_on
+from vflowopt.models.resizing import for_large
 from vflowopt.models.tokenizer import load_tokenizer
 
 LOW_DETAIL_TOKENS = 256
@@ -85,7 +86,7 @@ class MultimodalModel(ABC):
         self._check_decoder(text)
         self.network = network
         self.tokenizer = tokenizer
-        self.processor = processor
+        self.processor = for_large(processor)
         self.image_token = tokenizer.convert_ids_to_tokens(network.config.image_token_id)
         mark = self._video_mark()
         self.video_mark = mark if mark and self._template_writes({"type": "video"}, mark) else None

@@ -19,6 +19,7 @@ from vflowopt.compression.pieces import Pieces
 from vflowopt.compression.pipeline import EncodedImage
 from vflowopt.media.picture import Picture
 from vflowopt.models.interface import LOW_DETAIL_TOKENS, MultimodalModel
+from vflowopt.models.resizing import in_pieces
 from vflowopt.models.tower import Tower, split_heads
 
 
@@ -98,12 +99,12 @@ class Mistral3(MultimodalModel):
     def _encoding(self, pictures: Sequence[Picture]) -> Pieces[list[EncodedImage]]:
         encoded = []
         for picture in pictures:
-            encoded.append(self._encoded(picture))
+            seen = yield from in_pieces(self.processor, partial(self.resized, picture))
+            encoded.append(self._encoded(picture, seen))
             yield
         return encoded
 
-    def _encoded(self, picture: Picture) -> EncodedImage:
-        seen = self.resized(picture)
+    def _encoded(self, picture: Picture, seen: np.ndarray) -> EncodedImage:
         batch = self.processor(seen, do_resize=False, input_data_format=ChannelDimension.FIRST, return_tensors="pt")
         features, query, key = self.tower(batch["pixel_values"].to(self.device, self.dtype))
         projected = self.network.model.multi_modal_projector(features[0], [seen.shape[1:]])

@@ -28,6 +28,7 @@ from vflowopt.compression.pipeline import EncodedImage
 from vflowopt.media.picture import Picture
 from vflowopt.media.video import Video
 from vflowopt.models.interface import LOW_DETAIL_TOKENS, MultimodalModel
+from vflowopt.models.resizing import in_pieces
 from vflowopt.models.video_size import video_size
 
 _MOST_PATCHES = 1 << 14
@@ -111,7 +112,7 @@ class QwenVl(MultimodalModel):
     def _encoding(self, pictures: Sequence[Picture]) -> Pieces[list[EncodedImage]]:
         seen = []
         for picture in pictures:
-            seen.append(self.resized(picture))
+            seen.append((yield from in_pieces(self.processor, partial(self.resized, picture))))
             yield
         batch = self.processor(seen, do_resize=False, input_data_format=ChannelDimension.FIRST, return_tensors="pt")
         grids: Tensor = batch["image_grid_thw"]

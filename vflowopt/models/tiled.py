@@ -22,6 +22,7 @@ from vflowopt.compression.pieces import Pieces
 from vflowopt.compression.pipeline import EncodedImage
 from vflowopt.media.picture import Detail, Picture
 from vflowopt.models.interface import MultimodalModel
+from vflowopt.models.resizing import in_pieces
 from vflowopt.models.tower import ClipTower, Tower
 
 SCORINGS = ("mean", "cls")
@@ -96,7 +97,7 @@ class TiledModel(MultimodalModel):
     def _encoding(self, pictures: Sequence[Picture]) -> Pieces[list[EncodedImage]]:
         tiles = []
         for picture in pictures:
-            tiles.append(self.tiles(picture))
+            tiles.append((yield from in_pieces(self.processor, partial(self.tiles, picture))))
             yield
         every = np.concatenate(tiles)
         groups = (every[first : first + _MOST_TILES] for first in range(0, len(every), _MOST_TILES))

@@ -1,9 +1,9 @@
 """The encoding queue: which pictures and videos are encoded next.
 
-One piece is encoded at a time. A batch of pictures takes a few pieces, one after the other. A video takes one for every
-few frames, and after each of them comes a batch of pictures, if any waits: so no picture waits for a whole video. Of
-the pictures, and of the videos, tenants take turns; within a tenant the order is first come, first served. Belongs to
-the engine's thread.
+One piece is encoded at a time. A batch of small pictures takes a few pieces, one after the other. A large picture takes
+many, and so does a video: after each of them comes a batch of small pictures, if any waits. So no small picture waits
+for a whole large one. Tenants take turns among the small ones, and among the large; within a tenant the order is first
+come, first served. Belongs to the engine's thread.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from vflow_server.kv.image_cache import ImageCache, Key
 from vflowopt.compression.pieces import Pieces
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.media.video import Video
+from vflowopt.models.resizing import LARGE_PIXELS
 
 PICTURES = 4
 """Pictures that are encoded in one batch at most; only one while answers are being decoded."""
@@ -49,6 +50,12 @@ class Asking:
         return self.op.visual.identity, self.op.strategy, self.op.tenant
 
     @property
+    def large(self) -> bool:
+        """Whether it is a video, or a picture that takes long to resize."""
+        visual = self.op.visual
+        return isinstance(visual, Video) or visual.width * visual.height >= LARGE_PIXELS
+
+    @property
     def waits(self) -> bool:
         """Whether the task still waits for the op; it may have been cancelled."""
         return self.task.op is self.op
@@ -70,7 +77,7 @@ class _Encoding:
 
 
 class _Line:
-    """What waits, of one kind: pictures or videos.
+    """What waits, of one kind: small pictures, or what is larger.
 
     Args:
         encoder: begins to encode it.
@@ -144,14 +151,14 @@ class EncodingQueue:
         self._images = images
         self._encoder = encoder
         self._threads = torch.get_num_threads()
-        self._pictures, self._videos = _Line(encoder, meter), _Line(encoder, meter)
-        self._last = self._videos
+        self._small, self._large = _Line(encoder, meter), _Line(encoder, meter)
+        self._last = self._large
         self._running: tuple[_Line, _Encoding, Future[list[CompressedImage] | None]] | None = None
 
     @property
     def under_way(self) -> bool:
         """Whether something is between two pieces."""
-        return any(line.under_way is not None for line in (self._pictures, self._videos))
+        return any(line.under_way is not None for line in (self._small, self._large))
 
     def finish(self) -> bool:
         """Finish the piece that is being encoded, if it is done; returns whether it was.
@@ -207,12 +214,12 @@ class EncodingQueue:
         return len(missing) < len(asking)
 
     def _encode(self, missing: Sequence[Asking], wake: Callable[[], None], *, answering: bool) -> None:
-        lines = [self._pictures, self._videos]
-        if self._last is self._pictures and self._pictures.under_way is None:
+        lines = [self._small, self._large]
+        if self._last is self._small and self._small.under_way is None:
             lines.reverse()
         for line in lines:
-            waiting = [each for each in missing if isinstance(each.op.visual, Video) == (line is self._videos)]
-            encoding = line.next(waiting, PICTURES if line is self._pictures and not answering else 1)
+            waiting = [each for each in missing if each.large == (line is self._large)]
+            encoding = line.next(waiting, PICTURES if line is self._small and not answering else 1)
             if encoding is not None:
                 # One thread is left to the answers.
                 threads = max(self._threads - 1, 1) if answering else self._threads
