@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,17 +12,19 @@ _READY = "VFlow is ready on "
 
 
 @contextmanager
-def running_service(*flags: str) -> Iterator[str]:
+def running_service(*flags: str, vflow: Path | None = None, patience: float = 20.0) -> Iterator[str]:
     """Start ``vflow serve`` on a free port, yield its address, and stop it whatever happens.
 
     Args:
         flags: further flags of ``vflow serve``.
+        vflow: the command; None: the one beside this interpreter.
+        patience: seconds that it may take to stop before it is killed.
 
     Raises:
         RuntimeError: the process ended before it was ready; its output is on standard error.
     """
-    command: Sequence[str] = (str(Path(sys.executable).with_name("vflow")), "serve", "--port", "0", *flags)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    command = vflow or Path(sys.executable).with_name("vflow")
+    with subprocess.Popen((str(command), "serve", "--port", "0", *flags), stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
@@ -32,6 +34,6 @@ def running_service(*flags: str) -> Iterator[str]:
         finally:
             process.terminate()
             try:
-                process.wait(timeout=20)
+                process.wait(timeout=patience)
             except subprocess.TimeoutExpired:
                 process.kill()

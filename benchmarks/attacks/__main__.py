@@ -7,12 +7,10 @@ token, one tenant, and many tenants are told apart. Each attack meets a service 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,6 +18,7 @@ from tqdm import tqdm
 from benchmarks.attacks.attack import ATTACKS, Attack, attacking
 from benchmarks.attacks.bystander import Bystander, Seen
 from benchmarks.memory import listener
+from benchmarks.service import running_service
 from benchmarks.table import Row, publish
 from vflow_server.access.caller import Caller
 from vflow_server.access.tokens import new_token
@@ -33,7 +32,6 @@ MOST_SECONDS = 2.0
 MANY = 12
 """Tenants that attack together."""
 
-_READY = "VFlow is ready on "
 _QUOTA = ("--tenant-turns", "8", "--tenant-sessions", "64", "--grace", "1s", "--log-level", "error")
 
 
@@ -68,7 +66,7 @@ def measure(attack: Attack, vflow: Path, flags: Sequence[str], seconds: float) -
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder) / "tokens"
         harmless, *attackers = _tokens(tokens, MANY + 1)
-        with _service(vflow, "--tokens", str(tokens), *_QUOTA, *flags) as address:
+        with running_service("--tokens", str(tokens), *_QUOTA, *flags, vflow=vflow, patience=60) as address:
             process = listener(address)
             assert process is not None, "the service listens on this machine"
             bystander = Bystander(address, harmless, process)
@@ -111,24 +109,6 @@ def _tokens(file: Path, tenants: int) -> list[str]:
     made = [new_token(Caller(f"tenant-{number}", admin=False)) for number in range(tenants)]
     file.write_text("".join(f"{entry.line()}\n" for _, entry in made))
     return [token for token, _ in made]
-
-
-@contextmanager
-def _service(vflow: Path, *flags: str) -> Iterator[str]:
-    """A service on a free port; it is killed if it does not stop."""
-    with subprocess.Popen((str(vflow), "serve", "--port", "0", *flags), stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            if not line.startswith(_READY):
-                raise RuntimeError(f"the service did not start (exit code {process.wait()}); see its message above")
-            yield line.removeprefix(_READY).strip()
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=60)
-            except subprocess.TimeoutExpired:
-                process.kill()
 
 
 if __name__ == "__main__":
