@@ -25,7 +25,7 @@ _POLLED = ("Operations/GetOperation", "Operations/WaitOperation")
 _PACED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.RESOURCE_EXHAUSTED)
 """Codes of the refusals that cost the service least, and callers nothing."""
 
-REFUSALS, REFUSALS_AHEAD, MOST_REFUSALS_HELD = 200, 50, 1024
+REFUSALS, REFUSALS_AHEAD, MOST_REFUSALS_HELD = 100, 50, 1024
 """Such refusals in a second, ahead of that pace, and held back. A caller that tries again at once then waits, since a
 connection can have a bounded number of calls."""
 

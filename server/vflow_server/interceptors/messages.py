@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, ExitStack, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import grpc
@@ -19,7 +20,7 @@ from vflow_server.access.caller import current_caller
 from vflow_server.rpc.answer_writer import AnswerWriter
 from vflow_server.rpc.errors import CapacityExhausted, ServiceError
 from vflow_server.rpc.handlers import Behaviour, Context, is_open
-from vflow_server.rpc.intake import Bounds, Intake, bind_request
+from vflow_server.rpc.intake import Bounds, Intake, bind_request, reading_request
 from vflow_server.rpc.message_scan import MOST_FIELDS, has_too_many_fields
 from vflow_server.rpc.open_calls import OpenCalls
 
@@ -112,9 +113,10 @@ class Messages(grpc.aio.ServerInterceptor):
                 async with quota(tenant):
                     message = await self.intake.receive(tenant, lambda: _read(context))
                     with self.intake.holding(tenant, len(message)) as release:
-                        self._check_fields(tenant, message, kind)
-                        request = _parse(message, parse)
-                        bind_request(release)
+                        bind_request(release, partial(self.intake.charge_time, tenant))
+                        with reading_request():
+                            self._check_fields(tenant, message, kind)
+                            request = _parse(message, parse)
                         answering = behaviour(request, context)
                         del message, request  # the behaviour lets go of them early
                         answer = await answering

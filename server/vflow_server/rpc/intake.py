@@ -28,11 +28,15 @@ PROMPT_PLACES = 2
 """Places that no slow message keeps while others wait, so that there is always one for messages that come promptly."""
 
 PACE = 32 << 20
-"""Bytes that all senders together may send in a second, once each has used up its :data:`BURST`. Longer messages keep
+"""Bytes that all senders together may send in a second, once they have used up their :data:`BURST`. Long messages keep
 the event loop busy for as long as it takes to copy them."""
 
 BURST = 64 << 20
-"""Bytes that a sender may send ahead of its pace."""
+"""Bytes that all senders together may send ahead of their pace."""
+
+LOOP_SECOND = PACE * 10
+"""Bytes that a second of the event loop counts for: reading what they send may take a tenth of it, once the burst is
+used up. To read text takes twenty times as long as to copy a picture."""
 
 CALL = 32 << 10
 """Bytes that a call counts for, beside those of its message: it takes the event loop's time, too."""
@@ -53,7 +57,9 @@ _SOON = 0.01
 _LEAVING = 0.05
 """Seconds in which gRPC usually lets go of a message whose call has ended."""
 
-_release: ContextVar[Callable[[], None]] = ContextVar("release")  # each call runs in its own task and context
+# Each call runs in its own task and context.
+_release: ContextVar[Callable[[], None]] = ContextVar("release")
+_charge: ContextVar[Callable[[float], None]] = ContextVar("charge")
 
 
 @dataclass(frozen=True)
@@ -244,6 +250,10 @@ class Intake:
         sender.owed += size
         self._owing.add(sender)
 
+    def charge_time(self, name: str, seconds: float) -> None:
+        """Count ``seconds`` of the event loop against the pace of a sender."""
+        self.charge(name, int(seconds * LOOP_SECOND))
+
     def stop(self, refusal: ServiceError) -> None:
         """End all readings, and refuse further ones, with ``refusal``."""
         self._stopping = refusal
@@ -411,7 +421,8 @@ class Intake:
             self._paced_at += elapsed
         elif elapsed > _SOON:
             self._paced_at += elapsed
-        return (sender.owed - BURST) * max(len(self._owing), 1) / PACE
+        owing = max(len(self._owing), 1)
+        return (sender.owed * owing - BURST) / PACE
 
     def _sender(self, name: str) -> _Sender:
         if name not in self._senders:
@@ -431,11 +442,27 @@ def _forget(reading: asyncio.Task[Any]) -> None:
         reading.exception()
 
 
-def bind_request(release: Callable[[], None]) -> None:
-    """Set what :func:`let_go_of_request` calls for the call that is served in this context."""
+def bind_request(release: Callable[[], None], charge: Callable[[float], None]) -> None:
+    """Set what the request of the call that is served in this context holds and costs.
+
+    Args:
+        release: what :func:`let_go_of_request` calls.
+        charge: takes the seconds of :func:`reading_request`.
+    """
     _release.set(release)
+    _charge.set(charge)
 
 
 def let_go_of_request() -> None:
     """Say that the request of the call that is served in this context is not in memory any more."""
     _release.get()()
+
+
+@contextmanager
+def reading_request() -> Iterator[None]:
+    """Charge the block, which waits for nothing, to the sender of the request that it reads."""
+    begun = time.perf_counter()
+    try:
+        yield
+    finally:
+        _charge.get()(time.perf_counter() - begun)

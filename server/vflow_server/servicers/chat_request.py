@@ -10,6 +10,7 @@ from vflow_server.images.pixel_bound import PixelBound
 from vflow_server.images.store import PictureStore
 from vflow_server.images.video_reader import VideoReader
 from vflow_server.rpc.errors import InvalidRequest
+from vflow_server.rpc.intake import reading_request
 from vflow_server.sessions.turn import TurnRequest
 from vflowopt.media.video import Video, Visual
 from vflowopt.runtime.sampling import SamplingOptions
@@ -32,7 +33,8 @@ async def read_turn(
         SamplingError: a sampling option is out of range.
     """
     check_request_id(request.request_id)
-    texts = _texts(request)
+    with reading_request():
+        texts = _texts(request)
     max_new_tokens, min_new_tokens = _lengths(request.options)
     sampling, stop = _options(request.options)
     videos.check({f"parts[{i}].video": part.video for i, part in enumerate(request.parts) if part.HasField("video")})

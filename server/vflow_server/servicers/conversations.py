@@ -16,7 +16,7 @@ from vflow_server.images.pixel_bound import PixelBound
 from vflow_server.images.store import PictureStore
 from vflow_server.images.video_reader import VideoReader
 from vflow_server.rpc.answer_writer import AnswerWriter
-from vflow_server.rpc.intake import let_go_of_request
+from vflow_server.rpc.intake import let_go_of_request, reading_request
 from vflow_server.rpc.names import check_name
 from vflow_server.rpc.paging import Pager
 from vflow_server.servicers.chat_request import check_request_id, fingerprint, fingerprint_of, read_turn
@@ -155,12 +155,14 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
         with session.call():
             turn = await read_turn(request, self._pictures, self._videos, session.tenant)
             del request  # it is in memory as long as something refers to it
+            with reading_request():
+                digest = fingerprint(turn) if request_id else ""
             let_go_of_request()
             answer = await session.answer(
                 turn,
                 accepted=accepted,
                 request_id=request_id,
-                fingerprint=fingerprint(turn) if request_id else "",
+                fingerprint=digest,
                 admit=partial(self._quotas.check_pictures, session.tenant),
             )
         writer = AnswerWriter(context)
