@@ -1,0 +1,1 @@
+"""Measures what the way from a token to the wire costs."""
