@@ -12,7 +12,7 @@ import grpc
 import structlog
 from google.longrunning import operations_pb2, operations_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from vflow_client.v1 import (
     compression_pb2,
@@ -332,7 +332,7 @@ class Service:
             port,
             option,
             credentials=files.credentials() if files else None,
-            interceptors=[Calls(self.metrics, self.tracing), Guard(self.access), self._draining, self.messages],
+            layers=[Calls(self.metrics, self.tracing), Guard(self.access), self._draining, self.messages],
             most_bytes=settings.max_message_bytes,
             most_streams=settings.max_running + settings.max_waiting,
             longest_idle=settings.connection_idle,
@@ -373,7 +373,8 @@ class Service:
     def _serve_all(self, server: grpc.aio.Server, names: Sequence[str]) -> None:
         """Add the services that need no token: health and reflection of the services ``names``."""
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection((*names, _HEALTH, reflection.SERVICE_NAME), server)
+        reflector = reflection.aio.ReflectionServicer((*names, _HEALTH, reflection.SERVICE_NAME))
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflector, server)
 
     async def _start_side_port(self, host: str, port: int) -> int:
         # Starlette and uvicorn are slow to import, and are not needed without a side port.

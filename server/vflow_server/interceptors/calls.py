@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import grpc
@@ -31,8 +31,8 @@ _REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,64}")
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
-class Calls(grpc.aio.ServerInterceptor):
-    """The first interceptor, so that it also sees the calls that others refuse.
+class Calls:
+    """The outermost layer, so that it also sees the calls that others refuse.
 
     Args:
         metrics: counts the calls.
@@ -43,13 +43,9 @@ class Calls(grpc.aio.ServerInterceptor):
         self._metrics = metrics
         self._tracing = tracing
 
-    async def intercept_service(
-        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], handler_call_details: Any
-    ) -> Any:
-        """Wrap the method's handler, so that its calls are observed; health checks and reflection are not."""
-        handler = await continuation(handler_call_details)
-        method: str = handler_call_details.method
-        if handler is None or is_open(method):
+    def around(self, method: str, handler: Any) -> Any:
+        """The handler with its calls observed; those of health checks and reflection are not."""
+        if is_open(method):
             return handler
         return around(handler, lambda behaviour: self._observed(behaviour, method.removeprefix("/")))
 

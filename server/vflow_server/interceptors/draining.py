@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from typing import Any
-
-import grpc
 
 from vflow_server.rpc.errors import server_stopping
 from vflow_server.rpc.handlers import Behaviour, Context, around
@@ -14,7 +11,7 @@ from vflow_server.rpc.handlers import Behaviour, Context, around
 _COUNTED = "/vflow.v1."
 
 
-class Draining(grpc.aio.ServerInterceptor):
+class Draining:
     """Counts the running calls of the contract's services. Must be called within the guard, which turns errors into
     statuses."""
 
@@ -24,14 +21,9 @@ class Draining(grpc.aio.ServerInterceptor):
         self._idle = asyncio.Event()
         self._idle.set()
 
-    async def intercept_service(
-        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], handler_call_details: Any
-    ) -> Any:
-        """Wrap the method's handler, so that its calls are counted."""
-        handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith(_COUNTED):
-            return handler
-        return around(handler, self._counted)
+    def around(self, method: str, handler: Any) -> Any:
+        """The handler with its calls counted."""
+        return around(handler, self._counted) if method.startswith(_COUNTED) else handler
 
     async def drain(self, grace: float) -> bool:
         """Refuse new calls (SERVER_STOPPING), and wait ``grace`` seconds at most for the running ones.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
 from traceback import clear_frames
 from typing import Any
 
@@ -14,8 +13,8 @@ from grpc_status import rpc_status
 from structlog.contextvars import bind_contextvars
 
 from vflow_server.access.access import Access
-from vflow_server.access.caller import Caller, bind_caller
-from vflow_server.rpc.errors import ServiceError, foreseen, incident
+from vflow_server.access.caller import bind_caller
+from vflow_server.rpc.errors import foreseen, incident
 from vflow_server.rpc.handlers import Behaviour, Context, around, is_open
 from vflow_server.rpc.pace import Pace
 
@@ -35,7 +34,7 @@ _LAST_WORD = 5.0
 log = structlog.get_logger(__name__)
 
 
-class Guard(grpc.aio.ServerInterceptor):
+class Guard:
     """Guards every method. Health and reflection need no access, and are not logged: anybody could fill the log.
 
     Args:
@@ -46,32 +45,11 @@ class Guard(grpc.aio.ServerInterceptor):
         self._access = access
         self._pace = Pace(REFUSALS, REFUSALS_AHEAD, MOST_REFUSALS_HELD)
 
-    async def intercept_service(
-        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], handler_call_details: Any
-    ) -> Any:
-        """Wrap the method's handler, so that its calls are guarded."""
-        handler = await continuation(handler_call_details)
-        method: str = handler_call_details.method
-        if handler is None:
-            return handler
+    def around(self, method: str, handler: Any) -> Any:
+        """The handler with its calls guarded."""
         name = method.rpartition(".")[2]
-        if is_open(method):
-            return around(handler, lambda behaviour: _guarded(behaviour, name, None, self._pace, open=True))
-        try:
-            caller = self._access.caller(method, handler_call_details.invocation_metadata or ())
-        except ServiceError as error:
-            refusal = error
-            # A handler with a stream of requests is called before the first one is received. So no message of a caller
-            # without access is read.
-            return around(handler, lambda _: _guarded(_refusing(refusal), name, None, self._pace))
-        return around(handler, lambda behaviour: _guarded(behaviour, name, caller, self._pace))
-
-
-def _refusing(refusal: ServiceError) -> Behaviour:
-    async def refuse(requests: Any, context: Context) -> None:
-        raise refusal
-
-    return refuse
+        access = None if is_open(method) else self._access
+        return around(handler, lambda behaviour: _guarded(behaviour, method, name, access, self._pace))
 
 
 def _release_frames(error: BaseException | None) -> None:
@@ -84,14 +62,15 @@ def _release_frames(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _guarded(behaviour: Behaviour, name: str, caller: Caller | None, pace: Pace, *, open: bool = False) -> Behaviour:
+def _guarded(behaviour: Behaviour, method: str, name: str, access: Access | None, pace: Pace) -> Behaviour:
     async def call(request: Any, context: Context) -> Any:
         begun = time.perf_counter()
         outcome = "CANCELLED"  # stays if the client or the deadline cancels the call, which raises no Exception
-        if caller is not None:
-            bind_caller(caller)
-            bind_contextvars(tenant=caller.tenant)
         try:
+            if access is not None:  # before any message of the call is read
+                caller = access.caller(method, tuple(context.invocation_metadata() or ()))
+                bind_caller(caller)
+                bind_contextvars(tenant=caller.tenant)
             response = await behaviour(request, context)
             outcome = "OK"
             return response
@@ -113,7 +92,7 @@ def _guarded(behaviour: Behaviour, name: str, caller: Caller | None, pace: Pace,
                 raise asyncio.CancelledError from None
         finally:
             milliseconds = round((time.perf_counter() - begun) * 1000, 1)
-            if not open:
+            if access is not None:
                 write = log.debug if name in _POLLED else log.info
                 write("call", method=name, outcome=outcome, ms=milliseconds)
 

@@ -49,8 +49,8 @@ Work = Callable[[str], AbstractAsyncContextManager[object]]
 """Enters the quota of a tenant, by name, for as long as a call lasts."""
 
 
-class Messages(grpc.aio.ServerInterceptor):
-    """The innermost interceptor: what is within gets a parsed request. Shared by the listeners of a service.
+class Messages:
+    """The innermost layer: what is within gets a parsed request. Shared by the listeners of a service.
 
     Args:
         memory: bytes of messages on the way and in use, in all.
@@ -69,14 +69,8 @@ class Messages(grpc.aio.ServerInterceptor):
         self.open_calls = OpenCalls(MOST_OPEN_EACH, MOST_CALLS, _too_many_open_calls)
         self.open_streams = OpenCalls(MOST_STREAMS_EACH, MOST_STREAMS, _too_many_open_calls)
 
-    async def intercept_service(
-        self, continuation: Callable[[grpc.HandlerCallDetails], Any], handler_call_details: Any
-    ) -> Any:
-        """Wrap the method's handler, so that its requests are read and its answers written here."""
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return handler
-        method = handler_call_details.method
+    def around(self, method: str, handler: Any) -> Any:
+        """The handler with its requests read and its answers written here."""
         return grpc.stream_stream_rpc_method_handler(
             self._of_stranger(handler) if is_open(method) else self._of_tenant(handler, method),
             response_serializer=handler.response_serializer,

@@ -7,13 +7,15 @@ import ipaddress
 import resource
 import socket
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import grpc
 
+from vflow_server.rpc.method_table import Layer, MethodTable
+
 FEWEST_STREAMS = 128
 """Calls at the same time that every connection may have. A client of gRPC keeps further ones back until others have
-ended. In all, calls are bounded by what the interceptors let in: a bound of gRPC's own would count what nobody may do,
+ended. In all, calls are bounded by what the layers let in: a bound of gRPC's own would count what nobody may do,
 too, and refuse everybody for it."""
 
 MOST_PENDING = 1 << 16
@@ -49,14 +51,14 @@ class Listener:
         port: port to listen on; 0 takes a free one.
         option: the option that sets the port, for the error message.
         credentials: credentials for TLS; None: unencrypted.
-        interceptors: interceptors around each method.
+        layers: what surrounds each method, the outermost first.
         most_bytes: bytes of a message at most, sent or received.
         most_streams: calls at the same time on one connection at most, if these are more than :data:`FEWEST_STREAMS`.
         longest_idle: seconds without a call after which a connection is closed.
         longest_age: seconds after which a connection accepts no more calls, and clients open a new one.
 
     Attributes:
-        server: the gRPC server. Services are added to it before :meth:`start`.
+        server: takes services, as the generated functions add them, before :meth:`start`.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class Listener:
         option: str,
         *,
         credentials: grpc.ServerCredentials | None,
-        interceptors: Sequence[grpc.aio.ServerInterceptor],
+        layers: Sequence[Layer],
         most_bytes: int,
         most_streams: int,
         longest_idle: float,
@@ -75,8 +77,10 @@ class Listener:
         self._address = address(host, port)
         self._option = option
         self._credentials = credentials  # gRPC's core calls it, but holds no reference
-        self.server = grpc.aio.server(
-            interceptors=interceptors,
+        methods = MethodTable(layers)
+        self.server = cast(grpc.aio.Server, methods)
+        self._server = grpc.aio.server(
+            handlers=[methods],
             options=[
                 ("grpc.max_receive_message_length", most_bytes),
                 ("grpc.max_send_message_length", most_bytes),
@@ -111,24 +115,24 @@ class Listener:
         """
         try:
             return (
-                self.server.add_insecure_port(self._address)
+                self._server.add_insecure_port(self._address)
                 if self._credentials is None
-                else self.server.add_secure_port(self._address, self._credentials)
+                else self._server.add_secure_port(self._address, self._credentials)
             )
         except RuntimeError as error:
             raise _cannot_listen(self._address, self._option, errno.EADDRINUSE) from error
 
     async def start(self) -> None:
         """Start to serve."""
-        await self.server.start()
+        await self._server.start()
 
     async def ended(self) -> None:
         """Wait until it serves no more, for whatever reason."""
-        await self.server.wait_for_termination()
+        await self._server.wait_for_termination()
 
     async def stop(self, grace: float) -> None:
         """Accept no more calls, and cancel the running ones after ``grace`` seconds."""
-        await self.server.stop(grace)
+        await self._server.stop(grace)
 
 
 def check_port(host: str, port: int, option: str) -> None:
