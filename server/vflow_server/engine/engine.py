@@ -82,7 +82,8 @@ class Ticket(Generic[E, R]):
         self._loop = loop
         self._outbox = outbox
         self._wake = wake
-        self._events: asyncio.Queue[E | None] = asyncio.Queue()
+        self._events: list[E] = []
+        self._arrival: asyncio.Future[None] | None = None
         self._outcome: asyncio.Future[R] = loop.create_future()
         # Marks the exception as retrieved: after a cancelled call nobody asks for the outcome.
         self._outcome.add_done_callback(lambda outcome: outcome.cancelled() or outcome.exception())
@@ -95,9 +96,18 @@ class Ticket(Generic[E, R]):
             self._wake()
 
     async def events(self) -> AsyncIterator[E]:
-        """The events of the work as they are emitted, until the work ends."""
-        while (event := await self._events.get()) is not None:
-            yield event
+        """The events of the work as they are emitted, until the work ends. One reader at a time."""
+        while batch := await self.next_events():
+            for event in batch:
+                yield event
+
+    async def next_events(self) -> Sequence[E]:
+        """Wait for the next event; returns all that have come since the last call, none if the work has ended."""
+        while not self._events and not self._outcome.done():
+            self._arrival = self._loop.create_future()
+            await self._arrival
+        batch, self._events = self._events, []
+        return batch
 
     async def result(self) -> R:
         """Wait for the result of the work.
@@ -127,7 +137,7 @@ class Ticket(Generic[E, R]):
 
     def emit(self, event: E) -> None:
         """Deliver an event. For the engine's thread."""
-        self._outbox.put(self._loop, partial(self._events.put_nowait, event))
+        self._outbox.put(self._loop, partial(self._arrive, event))
 
     def succeed(self, result: R) -> None:
         """Deliver the result. For the engine's thread."""
@@ -139,7 +149,18 @@ class Ticket(Generic[E, R]):
 
     def _end(self, settle: Callable[[V], None], value: V) -> None:
         settle(value)
-        self._events.put_nowait(None)
+        self._notify()
+
+    def _arrive(self, event: E) -> None:
+        self._events.append(event)
+        self._notify()
+
+    def _notify(self) -> None:
+        """Let the reader go on, once all that is being delivered has come."""
+        if self._arrival is not None:
+            if not self._arrival.done():
+                self._arrival.set_result(None)
+            self._arrival = None
 
 
 class Recipient(Protocol):

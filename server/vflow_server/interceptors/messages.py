@@ -153,8 +153,7 @@ class Messages:
                     yield _parse(await self._receive_open(context), handler.request_deserializer)
 
         async def call(_: Any, context: Context) -> None:
-            writer = AnswerWriter(context, LAST_WORD)
-            with self.open_streams.count(context.peer()):
+            with self.open_streams.count(context.peer()), AnswerWriter(context, LAST_WORD) as writer:
                 async for answer in handler.stream_stream(requests(context), context):
                     await writer.write(answer)
 

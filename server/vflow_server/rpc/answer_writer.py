@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from contextlib import ExitStack
+from typing import Self
 
 import grpc
 from google.protobuf.message import Message
@@ -16,7 +18,7 @@ SLOWEST_READER = 60.0
 
 
 class AnswerWriter:
-    """Writes the answer of one call.
+    """Writes the answer of one call, within that call's task. A context manager, for answers in parts.
 
     Args:
         context: the call.
@@ -27,24 +29,70 @@ class AnswerWriter:
         self._context = context
         self._patience = SLOWEST_READER if patience is None else patience
         self._begun = False
+        self._task = asyncio.current_task()
+        self._sending_since: float | None = None
+        self._look: asyncio.TimerHandle | None = None
+        self._stalled = False
 
-    async def write(self, message: Message) -> None:
-        """Send an answer, or a part of it.
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._look is not None:
+            self._look.cancel()
+
+    async def begin(self) -> None:
+        """Tell the caller that an answer follows. :meth:`write` does so if it has not been done.
+
+        gRPC would do it with the first part. While that waits for the caller, no status could be sent.
 
         Raises:
             ServiceError: READER_STALLED.
         """
+        self._begun = True
+        await self._within_patience(self._context.send_initial_metadata(()))
+
+    async def write(self, message: Message) -> None:
+        """Send a part of the answer.
+
+        Raises:
+            ServiceError: READER_STALLED.
+        """
+        if not self._begun:
+            await self.begin()
+        await self._within_patience(self._context.write(message))
+
+    async def _within_patience(self, sending: Awaitable[None]) -> None:
+        loop = asyncio.get_running_loop()
+        self._sending_since = loop.time()
+        if self._look is None:
+            self._look = loop.call_later(self._patience, self._look_for_stall)
         try:
-            async with asyncio.timeout(self._patience):
-                if not self._begun:
-                    # By itself, as gRPC would send it with the first part: while that waits, no status could be sent.
-                    await self._context.send_initial_metadata(())
-                    self._begun = True
-                await self._context.write(message)
-        except TimeoutError:
-            raise reader_stalled(self._patience) from None
+            await sending
+        except asyncio.CancelledError:
+            if self._stalled and self._task is not None and not self._task.uncancel():
+                raise reader_stalled(self._patience) from None
+            raise
         except grpc.aio.InternalError:  # the connection broke, and gRPC has not cancelled the call yet
             raise asyncio.CancelledError from None
+        finally:
+            self._sending_since = None
+
+    def _look_for_stall(self) -> None:
+        """End the call if what is being sent has waited for too long.
+
+        One timer serves all parts of an answer: it looks again when the part that is being sent then may have waited
+        for too long. One for each part would cost a third of what it costs to send it.
+        """
+        self._look = None
+        if self._sending_since is None:
+            return
+        loop = asyncio.get_running_loop()
+        if (left := self._sending_since + self._patience - loop.time()) > 0:
+            self._look = loop.call_later(left, self._look_for_stall)
+        elif self._task is not None:
+            self._stalled = True
+            self._task.cancel()
 
     async def write_all(self, message: Message, counted: ExitStack) -> None:
         """Send a whole answer.

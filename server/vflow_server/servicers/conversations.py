@@ -165,20 +165,21 @@ class Conversations(conversations_pb2_grpc.ConversationsServicer):
                 fingerprint=digest,
                 admit=partial(self._quotas.check_pictures, session.tenant),
             )
-        writer = AnswerWriter(context)
-        if isinstance(answer, conversations_pb2.Finished):
-            if answer.text:
-                await writer.write(_delta(answer.text))
-            await writer.write(conversations_pb2.ChatResponse(finished=answer))
-            return
-        try:
-            async for text in answer.events():
-                await writer.write(_delta(text))
-            finished = await session.outcome(answer)
-            self._receipt_log.turn(session.tenant, session.name, finished)
-            await writer.write(conversations_pb2.ChatResponse(finished=finished))
-        finally:
-            answer.cancel()
+        with AnswerWriter(context) as writer:
+            if isinstance(answer, conversations_pb2.Finished):
+                if answer.text:
+                    await writer.write(_delta(answer.text))
+                await writer.write(conversations_pb2.ChatResponse(finished=answer))
+                return
+            try:
+                await writer.begin()  # while the engine works
+                while texts := await answer.next_events():
+                    await writer.write(_delta("".join(texts)))
+                finished = await session.outcome(answer)
+                self._receipt_log.turn(session.tenant, session.name, finished)
+                await writer.write(conversations_pb2.ChatResponse(finished=finished))
+            finally:
+                answer.cancel()
 
     def _find(self, name: str, field: str) -> Session:
         bind_contextvars(session=check_name(name, "sessions", field))

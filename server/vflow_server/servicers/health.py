@@ -50,9 +50,9 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it has no
 
     async def Watch(self, request: HealthCheckRequest, context: Context) -> None:
         """Tell the status of a service, and again whenever it changes."""
-        writer = AnswerWriter(context)
         known = request.service in self._names
-        while True:
-            changed = self._changed
-            await writer.write(HealthCheckResponse(status=self._status if known else UNKNOWN))
-            await changed.wait()
+        with AnswerWriter(context) as writer:
+            while True:
+                changed = self._changed
+                await writer.write(HealthCheckResponse(status=self._status if known else UNKNOWN))
+                await changed.wait()
