@@ -13,6 +13,7 @@ import torch
 import uvloop
 from transformers.utils import logging as transformers_logging
 
+from vflow_server import collector
 from vflow_server.exit_code import FAILED
 from vflow_server.kv.memory import available_memory
 from vflow_server.preflight import StartError, start_errors
@@ -105,6 +106,7 @@ async def _serve(runtime: Runtime, settings: Settings) -> None:
     log.info(
         "ready", host=settings.host, port=port, admin_port=service.admin_port, strategy=service.strategies.active.name
     )
+    collector.go_on()
     await service.pictures.start()  # only now: it takes processor time that the start above needs
     waits = [asyncio.create_task(event.wait()) for event in (stop, service.failed)]
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)

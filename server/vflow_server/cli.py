@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from vflow_client import terminal
 from vflow_client.commands import retune, strategies
-from vflow_server import health_command, token_command
+from vflow_server import collector, health_command, token_command
 from vflow_server.exit_code import FAILED, NOT_NOW, STOPPED, USAGE
 from vflow_server.option import OptionError, switch
 from vflow_server.settings import CONFIG_VARIABLE, ENVIRONMENT_PREFIX, Group, Settings, load, options
@@ -164,6 +164,7 @@ def _serve(settings: Settings) -> int:
         _stop_at_signals()
         check(settings)
         log.info("starting", version=version("vflowopt"), model=settings.model or "embedded", device=settings.device)
+        collector.pause()  # until the service is ready
         # The model's libraries take seconds to import; nothing above waits for them.
         from vflow_server.app import ServiceFailed, run
 
