@@ -240,9 +240,10 @@ def test_an_answer_that_nobody_reads_counts_until_it_is_let_go(serve: Serve, mon
     request = compression_pb2.CompressImageRequest(image={"data": png(400, 400)}, strategy="strategies/full")
     request.include_embeddings = True
     with HostileCaller(served.address, window=0) as caller:
-        for _ in range(3):
+        for number in range(1, 4):
             caller.send(caller.call("/vflow.v1.Compression/CompressImage"), request.SerializeToString())
-            time.sleep(0.5)
-        until(lambda: not served.service.quotas.under_way("default"))  # it is not working any more
+            until(lambda open=number: held.calls.total == open)
+            until(lambda: not served.service.quotas.under_way("default"))  # it is not working any more
+        time.sleep(0.5)  # longer than what waits for a reader
         assert held.calls.total == 3 and held.bytes_held > 3 * 1000
     until(lambda: not held.calls.total and not held.bytes_held)

@@ -116,7 +116,8 @@ class Messages:
                         answer = await answering
                     if not handler.response_streaming:
                         counted.enter_context(self.intake.holding(tenant, answer.ByteSize()))
-                        await AnswerWriter(context).write_all(answer, counted)
+                        with AnswerWriter(context) as writer:
+                            await writer.write_all(answer, counted)
 
         return call
 
@@ -142,7 +143,8 @@ class Messages:
                 request = _parse(await self._receive_open(context), handler.request_deserializer)
                 answer = await behaviour(request, context)
                 if not handler.response_streaming:
-                    await AnswerWriter(context, LAST_WORD).write_all(answer, counted)
+                    with AnswerWriter(context, LAST_WORD) as writer:
+                        await writer.write_all(answer, counted)
 
         return call
 

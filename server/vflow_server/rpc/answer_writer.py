@@ -10,7 +10,7 @@ from typing import Self
 import grpc
 from google.protobuf.message import Message
 
-from vflow_server.rpc.errors import reader_stalled
+from vflow_server.rpc.errors import ServiceError, reader_stalled
 from vflow_server.rpc.handlers import Context
 
 SLOWEST_READER = 60.0
@@ -18,7 +18,7 @@ SLOWEST_READER = 60.0
 
 
 class AnswerWriter:
-    """Writes the answer of one call, within that call's task. A context manager, for answers in parts.
+    """Writes the answer of one call, within that call's task. A context manager.
 
     Args:
         context: the call.
@@ -111,11 +111,9 @@ class AnswerWriter:
             raise asyncio.CancelledError from None
         writing = asyncio.create_task(self._context.write(message))
         writing.add_done_callback(lambda done: done.cancelled() or done.exception())
-        await asyncio.wait({writing}, timeout=self._patience)
-        if not writing.done():
+        try:
+            await self._within_patience(asyncio.shield(writing))
+        except ServiceError:
             unread = counted.pop_all()
             writing.add_done_callback(lambda _: unread.close())
-            raise reader_stalled(self._patience)
-        if isinstance(writing.exception(), grpc.aio.InternalError):
-            raise asyncio.CancelledError
-        writing.result()
+            raise

@@ -28,19 +28,25 @@ class MethodTable(grpc.GenericRpcHandler):
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self._layers = layers
+        self._found_in: list[grpc.GenericRpcHandler] = []
         self._handlers: dict[str, Any] = {}
 
-    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
-        """Add the methods of a service."""
-        for name, handler in handlers.items():
-            method = f"/{service}/{name}"
-            for layer in reversed(self._layers):
-                handler = layer.around(method, handler)
-            self._handlers[method] = handler
-
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
-        """Does nothing: the generated functions offer the same methods in both ways."""
+        """Add the methods that ``handlers`` find."""
+        self._found_in.extend(handlers)
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
+        """Does nothing: the generated functions offer the same methods in the other way, too."""
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         """The handler of a call; None if there is no such method."""
-        return self._handlers.get(handler_call_details.method)
+        method = str(handler_call_details.method)
+        handler = self._handlers.get(method)
+        if handler is None:
+            found = (each.service(handler_call_details) for each in self._found_in)
+            handler = next((each for each in found if each is not None), None)
+            if handler is not None:  # or the table would grow with the methods that callers think up
+                for layer in reversed(self._layers):
+                    handler = layer.around(method, handler)
+                self._handlers[method] = handler
+        return handler
