@@ -24,9 +24,9 @@ _POLLED = ("Operations/GetOperation", "Operations/WaitOperation")
 _PACED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.RESOURCE_EXHAUSTED)
 """Codes of the refusals that cost the service least, and callers nothing."""
 
-REFUSALS, REFUSALS_AHEAD, MOST_REFUSALS_HELD = 100, 50, 1024
+REFUSALS, REFUSALS_AHEAD, MOST_REFUSALS_HELD = 200, 50, 1024
 """Such refusals in a second, ahead of that pace, and held back. A caller that tries again at once then waits, since a
-connection can have a bounded number of calls."""
+connection can have a bounded number of calls. A refusal that others wait for is not held back."""
 
 _LAST_WORD = 5.0
 """Seconds that the status of a call may wait for a caller that does not read."""
@@ -80,7 +80,7 @@ def _guarded(behaviour: Behaviour, method: str, name: str, access: Access | None
         except Exception as error:
             refusal = foreseen(error) or incident(error, method=name)
             outcome, status = refusal.reason, rpc_status.to_status(refusal.status())
-            paced = refusal.code in _PACED
+            paced = refusal.code in _PACED and not refusal.awaited
             del refusal
             _release_frames(error)
             if paced:

@@ -43,7 +43,12 @@ class ServiceError(Exception):
         metadata: numbers and names in the message, for programs.
         violations: field paths, with a description of what is wrong with each.
         retry_after: seconds after which a retry may succeed; None: not stated.
+
+    Attributes:
+        awaited: whether others wait for what the call lets go of when it ends, so that it must end at once.
     """
+
+    awaited: bool = False
 
     def __init__(
         self,

@@ -213,7 +213,9 @@ class Intake:
         if self._stopping is not None:
             raise self._stopping
         if place.lost.done():
-            raise self._exhausted("the message of this call was slow while others waited; send it again")
+            refusal = self._exhausted("the message of this call was slow while others waited; send it again")
+            refusal.awaited = True  # gRPC lets go of the message, and so of the place, when the call ends
+            raise refusal
         raise message_not_received(self._bounds.longest)
 
     @contextmanager
