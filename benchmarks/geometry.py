@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
+from benchmarks.decode_step import kv_bytes_read
 from benchmarks.device import DevicePeak, measure_peak, median_ms, seconds
 from benchmarks.random_model import GEOMETRIES, write_random_model
 from benchmarks.table import Row, publish
@@ -123,11 +124,6 @@ class Bench:
         return median_ms(lambda: self.runtime.decode([conversation], [0]), self.runtime.model.device, self.decode_steps)
 
 
-def kv_bytes_read(sequence: Sequence) -> int:
-    """Bytes of the keys and values that a decode step of a sequence reads."""
-    return sum(stage.length * len(stage.layers) for stage in sequence.cache.stages) * sequence.cache.pool.token_bytes
-
-
 def main(arguments: abc.Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
     options = _options(arguments)
@@ -174,9 +170,10 @@ def _prepare(options: argparse.Namespace, folder: Path) -> Bench:
     return bench
 
 
-def random_picture(side: int) -> Picture:
-    """A square picture of noise, the same for the same side."""
-    pixels = torch.randint(0, 256, (side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(side))
+def random_picture(height: int, width: int | None = None, *, seed: int | None = None) -> Picture:
+    """A picture of noise, square unless ``width`` is given; the same for the same seed, which is its height if None."""
+    generator = torch.Generator().manual_seed(height if seed is None else seed)
+    pixels = torch.randint(0, 256, (height, width or height, 3), dtype=torch.uint8, generator=generator)
     return Picture.from_pixels(pixels.numpy())
 
 
