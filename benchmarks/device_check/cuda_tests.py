@@ -31,7 +31,7 @@ def rows(setting: Setting) -> Iterator[Row]:
         *("-W", "default::DeprecationWarning", "-W", "default::FutureWarning"),
         *map(str, files),
     ]
-    environment = {**os.environ, "COLUMNS": "200"}
+    environment = {**os.environ, "COLUMNS": "200", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     counts: Counter[str] = Counter()
     lines: list[str] = []
     with subprocess.Popen(
