@@ -110,7 +110,7 @@ def _failed(report: Report) -> bool:
     return (
         any(part.state == "failed" for part in report.parts.values())
         or any(row.get("outcome") in ("failed", "error") for row in report.rows("tests"))
-        or any(row.get("answers") == "differs" for row in report.rows("exactness"))
+        or any(row.get("answers") in ("differs", "failed") for row in report.rows("exactness"))
     )
 
 

@@ -13,8 +13,8 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from benchmarks.device_check.part import Setting
-from benchmarks.device_check.shapes import ONEVISION, last_line, runtime_for
+from benchmarks.device_check.part import Setting, last_line
+from benchmarks.device_check.shapes import ONEVISION, runtime_for
 from benchmarks.geometry import QUESTION_TOKENS
 from benchmarks.table import Row
 from vflow_server.engine.encoder import EncoderThread

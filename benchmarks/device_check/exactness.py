@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.device_check.part import Setting
+from benchmarks.device_check.part import Setting, last_line
 from benchmarks.table import Row
 from tests.vflowopt.generation import Chat, picture
 from tests.vflowopt.models.matrix import ONE_EACH, TinyModel
@@ -28,6 +28,9 @@ _ROUNDINGS = 16
 """How many roundings of the largest logit two logits may be apart to count as about equal."""
 
 
+_COLUMNS = ("tokens_compared", "of", "largest_logit_difference", "answers", "error")
+
+
 def rows(setting: Setting) -> Iterator[Row]:
     """A row for each small model and number type."""
     models = ONE_EACH[:1] if setting.rehearse else ONE_EACH
@@ -37,7 +40,12 @@ def rows(setting: Setting) -> Iterator[Row]:
             if setting.left < 0:
                 return
             with tempfile.TemporaryDirectory(prefix="vflow-check-") as folder:
-                yield {"model": model.name, "dtype": dtype, **_compared(model, Path(folder), setting.device, dtype)}
+                row: dict[str, object] = {"model": model.name, "dtype": dtype, **dict.fromkeys(_COLUMNS)}
+                try:
+                    row |= _compared(model, Path(folder), setting.device, dtype)
+                except Exception as failure:  # the other models are still compared
+                    row |= {"answers": "failed", "error": last_line(failure)}
+                yield row
 
 
 def _compared(model: TinyModel, folder: Path, device: str, dtype: str) -> Row:

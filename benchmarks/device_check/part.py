@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -32,6 +33,11 @@ class Setting:
 
 Rows = Callable[[Setting], Iterator[Row]]
 """Runs a part, and yields each row as soon as it is known."""
+
+
+def last_line(failure: Exception) -> str:
+    """What failed, in a line."""
+    return traceback.format_exception_only(failure)[-1].strip().splitlines()[0][:300]
 
 
 @dataclass(frozen=True)

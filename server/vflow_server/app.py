@@ -23,6 +23,7 @@ from vflow_server.service import Service
 from vflow_server.settings import Settings
 from vflow_server.telemetry.logging import flush
 from vflowopt.demo import model_path
+from vflowopt.models.compilation import compile_encoder
 from vflowopt.models.error import ModelError
 from vflowopt.models.loading import load_model
 from vflowopt.runtime.model_runner import Runtime
@@ -62,6 +63,8 @@ def _load(settings: Settings) -> Runtime:
     transformers_logging.enable_propagation()
     try:
         loaded = load_model(model, device=settings.device, dtype=settings.dtype, quantization=settings.quantization)
+        if settings.compile_cache is not None:
+            compile_encoder(loaded, settings.compile_cache)
         runtime = Runtime(loaded, kv_budget=_kv_budget(settings, loaded.device))
         revision = runtime.revision
     except ModelError as error:
