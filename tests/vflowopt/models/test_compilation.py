@@ -36,7 +36,11 @@ def compared(folder: Path, cache: Path, backend: str) -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-@pytest.mark.parametrize("tiny", ONE_EACH, ids=lambda model: model.name)
+@pytest.mark.parametrize(
+    "tiny",
+    [ONE_EACH[0], *(pytest.param(model, marks=pytest.mark.long) for model in ONE_EACH[1:])],
+    ids=lambda model: model.name,
+)
 def test_every_family_is_encoded_by_compiled_layers(tiny: TinyModel, tmp_path: Path) -> None:
     """Traced, but not compiled: that takes long, and is torch's own."""
     assert compared(tiny.save(tmp_path / "model"), tmp_path / "cache", "eager") > 0
