@@ -47,6 +47,7 @@ def test_every_family_is_encoded_by_compiled_layers(tiny: TinyModel, tmp_path: P
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses what torch deprecates
 def test_what_was_compiled_is_found_again(tmp_path: Path) -> None:
     folder = ONE_EACH[0].save(tmp_path / "model")
     made = []
