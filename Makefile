@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-long lint format docs serve demo bench fidelity demo-model demo-eval image-check clean
+.PHONY: help setup test test-long lint format docs serve demo bench device-check fidelity demo-model demo-eval image-check clean
 
 help: ## show these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -58,6 +58,9 @@ bench: setup ## measure speed, capacity and memory (VLLM=http://host:port to com
 	$(BIN)/python -m benchmarks.scoring --runs 1 --json build/bench/scoring.json
 	$(BIN)/python -m benchmarks.geometry --runs 1 --json build/bench/geometry.json
 	$(BIN)/python -m benchmarks.fidelity --pictures 24 --retention 0.25 0.1 --json build/bench/fidelity.json
+
+device-check: setup ## check a GPU within MINUTES (8): tests, exactness, and speed in the shapes of published models
+	$(BIN)/python -m benchmarks.device_check --minutes $(or $(MINUTES),8) --json build/device-check.json
 
 fidelity: setup ## ask 2,000 questions of VFlowOpt, its rivals and itself without its parts (an hour and more on two cores)
 	$(BIN)/python -m benchmarks.fidelity --pictures 430 --json build/fidelity/rivals.json --plot build/fidelity/rivals.svg

@@ -31,16 +31,25 @@ class DevicePeak:
         return 1e3 * max(flops / self.flops, bytes_moved / self.bandwidth)
 
 
-def measure_peak(device: torch.device, dtype: torch.dtype) -> DevicePeak:
-    """Measure a device for numbers of a type."""
-    side = _MATRIX[device.type]
+def measure_peak(
+    device: torch.device, dtype: torch.dtype, *, matrix: int | None = None, copied_bytes: int = _COPIED_BYTES
+) -> DevicePeak:
+    """Measure a device for numbers of a type.
+
+    Args:
+        device: the device.
+        dtype: the type.
+        matrix: side of the matrices that are multiplied; None: enough for the device.
+        copied_bytes: how much is copied.
+    """
+    side = matrix or _MATRIX[device.type]
     left = torch.randn(side, side, device=device).to(dtype)
     right = torch.randn(side, side, device=device).to(dtype)
-    source = torch.ones(_COPIED_BYTES, dtype=torch.uint8, device=device)
+    source = torch.ones(copied_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return DevicePeak(
         flops=2 * side**3 / best_seconds(lambda: torch.mm(left, right), device),
-        bandwidth=2 * _COPIED_BYTES / best_seconds(lambda: target.copy_(source), device),
+        bandwidth=2 * copied_bytes / best_seconds(lambda: target.copy_(source), device),
     )
 
 

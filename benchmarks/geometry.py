@@ -17,12 +17,12 @@ from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
-from transformers import LlavaOnevisionConfig
 
+from benchmarks.decode_step import kv_bytes_read
 from benchmarks.device import DevicePeak, measure_peak, median_ms, seconds
 from benchmarks.random_model import GEOMETRIES, write_random_model
 from benchmarks.table import Row, publish
-from benchmarks.workload import decoder_weights, prefill_flops, tower_flops
+from benchmarks.workload import Config, decoder_weights, encoding_flops, prefill_flops
 from vflowopt.compression.pipeline import EncodedImage, choose, score
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture
@@ -47,7 +47,7 @@ class Bench:
     """A loaded model, its picture, and how to time it."""
 
     runtime: Runtime
-    config: LlavaOnevisionConfig
+    config: Config
     picture: Picture
     peak: DevicePeak
     runs: int
@@ -55,15 +55,21 @@ class Bench:
 
     def measure(self) -> Iterator[Row]:
         """One row for each budget."""
-        encode_ms, encoded = self._timed(lambda: self.runtime.model.encode([self.picture])[0])
-        encode_bound = self.peak.bound_ms(tower_flops(self.config, len(encoded.pixels)), 0)
+        encode_ms, encoded = self.encode()
         for budget in BUDGETS:
-            strategy = Strategy.full() if budget == 1 else Strategy.preset(budget, self.runtime.layers)
-            yield self._row(budget, strategy, encoded, encode_ms, encode_bound)
+            yield self.row(budget, encoded, encode_ms)
 
-    def _row(
-        self, budget: float, strategy: Strategy, encoded: EncodedImage, encode_ms: float, encode_bound_ms: float
-    ) -> Row:
+    def encode(self) -> tuple[float, EncodedImage]:
+        """The milliseconds that it takes to encode the picture, and what comes of it."""
+        return self._timed(lambda: self.runtime.model.encode([self.picture])[0])
+
+    def strategy(self, budget: float) -> Strategy:
+        """The published strategy of a budget."""
+        return Strategy.full() if budget == 1 else Strategy.preset(budget, self.runtime.layers)
+
+    def row(self, budget: float, encoded: EncodedImage, encode_ms: float) -> Row:
+        """The row of a budget, for a picture that was encoded in ``encode_ms``."""
+        strategy = self.strategy(budget)
         runtime, layers = self.runtime, self.runtime.layers
         score_ms, scores = self._timed(lambda: score(encoded, strategy))
         prune_ms, image = self._timed(lambda: choose(encoded, scores, strategy, layers))
@@ -76,11 +82,11 @@ class Bench:
 
         prefill_ms = median_ms(prefill, runtime.model.device, self.runs)
         lengths = list(conversation.cache.lengths)
-        visual_bytes = self._token_layers(lengths, strategy) * runtime.bytes_per_token()
+        visual_bytes = kv_bytes_read(conversation)
         held_bytes = conversation.kv_bytes
         question_ms = 1e3 * seconds(lambda: runtime.extend(conversation, [0] * QUESTION_TOKENS), runtime.model.device)
         decode_ms = self._decode_ms(conversation)
-        kv_read = self._token_layers(list(conversation.cache.lengths), strategy) * runtime.bytes_per_token()
+        kv_read = kv_bytes_read(conversation)
         conversation.release()
         itemsize = runtime.model.dtype.itemsize
         weights = decoder_weights(self.config)
@@ -89,7 +95,7 @@ class Bench:
             "visual_tokens": image.tokens,
             "kept_tokens": lengths,
             "encode_ms": encode_ms,
-            "encode_bound_ms": encode_bound_ms,
+            "encode_bound_ms": self.peak.bound_ms(encoding_flops(self.config, *encoded.pixels.shape[:3]), 0),
             "score_ms": score_ms,
             "prune_and_recycle_ms": prune_ms,
             "prefill_ms": prefill_ms,
@@ -116,10 +122,6 @@ class Bench:
     def _decode_ms(self, conversation: Sequence) -> float:
         """Median milliseconds of a step that adds one token to one conversation."""
         return median_ms(lambda: self.runtime.decode([conversation], [0]), self.runtime.model.device, self.decode_steps)
-
-    def _token_layers(self, lengths: abc.Sequence[int], strategy: Strategy) -> int:
-        """Cached tokens, each counted once for every layer that it is cached in."""
-        return sum(count * span for count, span in zip(lengths, strategy.spans(self.runtime.layers), strict=True))
 
 
 def main(arguments: abc.Sequence[str] | None = None) -> int:
@@ -168,9 +170,10 @@ def _prepare(options: argparse.Namespace, folder: Path) -> Bench:
     return bench
 
 
-def random_picture(side: int) -> Picture:
-    """A square picture of noise, the same for the same side."""
-    pixels = torch.randint(0, 256, (side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(side))
+def random_picture(height: int, width: int | None = None, *, seed: int | None = None) -> Picture:
+    """A picture of noise, square unless ``width`` is given; the same for the same seed, which is its height if None."""
+    generator = torch.Generator().manual_seed(height if seed is None else seed)
+    pixels = torch.randint(0, 256, (height, width or height, 3), dtype=torch.uint8, generator=generator)
     return Picture.from_pixels(pixels.numpy())
 
 

@@ -1,11 +1,32 @@
-"""How much arithmetic and memory traffic the steps of a LLaVA-OneVision model need, from its shape alone."""
+"""How much arithmetic and memory traffic the steps of a LLaVA-OneVision or a Qwen3-VL need, from its shape alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import LlavaOnevisionConfig
+from transformers import LlavaOnevisionConfig, Qwen3VLConfig
+
+Config = LlavaOnevisionConfig | Qwen3VLConfig
+
+
+def encoding_flops(config: Config, maps: int, height: int, width: int) -> float:
+    """Floating-point operations of tower and projector over so many tiles, or pictures, of height x width pixels."""
+    if isinstance(config, LlavaOnevisionConfig):
+        return tower_flops(config, maps)
+    vision: Any = config.vision_config
+    return maps * merging_tower_flops(config, height // vision.patch_size * (width // vision.patch_size))
+
+
+def merging_tower_flops(config: Qwen3VLConfig, patches: int) -> float:
+    """Operations of a Qwen3-VL's tower and mergers over a picture of so many patches, which all attend to all."""
+    vision: Any = config.vision_config
+    width = vision.hidden_size
+    layer = 2 * patches * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * patches**2 * width
+    patching = 2 * patches * width * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    merged = width * vision.spatial_merge_size**2
+    merger = 2 * patches // vision.spatial_merge_size**2 * merged * (merged + vision.out_hidden_size)
+    return float(vision.depth * layer + patching + (1 + len(vision.deepstack_visual_indexes)) * merger)
 
 
 def tower_flops(config: LlavaOnevisionConfig, tiles: int) -> float:
@@ -23,7 +44,7 @@ def tower_flops(config: LlavaOnevisionConfig, tiles: int) -> float:
     return float(tiles * (layers * layer + patching + projector))
 
 
-def prefill_flops(config: LlavaOnevisionConfig, tokens: Sequence[int], layers: Sequence[int]) -> float:
+def prefill_flops(config: Config, tokens: Sequence[int], layers: Sequence[int]) -> float:
     """Operations of a causal prefill into an empty cache: ``tokens[s]`` in each of ``layers[s]`` layers of stage s."""
     text: Any = config.text_config
     heads_width = _head_dim(config) * text.num_attention_heads
@@ -35,13 +56,13 @@ def prefill_flops(config: LlavaOnevisionConfig, tokens: Sequence[int], layers: S
     )
 
 
-def decoder_weights(config: LlavaOnevisionConfig) -> int:
+def decoder_weights(config: Config) -> int:
     """Numbers that a decode step reads: all layers and the output head."""
     text: Any = config.text_config
     return int(text.num_hidden_layers * _layer_weights(config) + text.vocab_size * text.hidden_size)
 
 
-def _layer_weights(config: LlavaOnevisionConfig) -> int:
+def _layer_weights(config: Config) -> int:
     """Numbers in the matrices of a decoder layer."""
     text: Any = config.text_config
     width, head_dim = text.hidden_size, _head_dim(config)
@@ -49,6 +70,6 @@ def _layer_weights(config: LlavaOnevisionConfig) -> int:
     return int(attention + 3 * width * text.intermediate_size)
 
 
-def _head_dim(config: LlavaOnevisionConfig) -> int:
+def _head_dim(config: Config) -> int:
     text: Any = config.text_config
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import structlog
 import torch
@@ -23,7 +24,9 @@ from vflow_server.service import Service
 from vflow_server.settings import Settings
 from vflow_server.telemetry.logging import flush
 from vflowopt.demo import model_path
+from vflowopt.models.compilation import compile_encoder
 from vflowopt.models.error import ModelError
+from vflowopt.models.interface import MultimodalModel
 from vflowopt.models.loading import load_model
 from vflowopt.runtime.model_runner import Runtime
 
@@ -62,6 +65,8 @@ def _load(settings: Settings) -> Runtime:
     transformers_logging.enable_propagation()
     try:
         loaded = load_model(model, device=settings.device, dtype=settings.dtype, quantization=settings.quantization)
+        if settings.compile_cache is not None:
+            _compile(loaded, settings.compile_cache)
         runtime = Runtime(loaded, kv_budget=_kv_budget(settings, loaded.device))
         revision = runtime.revision
     except ModelError as error:
@@ -77,6 +82,14 @@ def _load(settings: Settings) -> Runtime:
         ) from error
     log.info("model loaded", revision=revision, layers=runtime.layers, kv_bytes=runtime.pool.bytes_total)
     return runtime
+
+
+def _compile(model: MultimodalModel, cache: Path) -> None:
+    log.info("compiling the vision encoder", cache=str(cache))
+    try:
+        compile_encoder(model, cache)
+    except (OSError, RuntimeError) as error:
+        raise StartError(f"{error}; start without --compile-cache, or check the folder and the compiler") from error
 
 
 def _kv_budget(settings: Settings, device: torch.device) -> int:

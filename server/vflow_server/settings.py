@@ -74,6 +74,14 @@ class Settings:
         one_of(("8bit", "4bit")),
         metavar="NAME",
     )
+    compile_cache: Path | None = option(
+        Group.MODEL,
+        None,
+        "folder to compile the vision encoder into with torch.compile when the service starts; a later start finds it "
+        "there (unset: not compiled). Not known to pay off yet",
+        Path,
+        metavar="FOLDER",
+    )
     threads: int | None = option(
         Group.MODEL, None, "CPU threads of the model (unset: torch decides)", whole(1), metavar="N"
     )

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen3VLForConditionalGeneration
 
 from benchmarks import geometry, scoring
 from benchmarks.device import DevicePeak, best_seconds, median_ms
-from benchmarks.random_model import GEOMETRIES
-from benchmarks.workload import decoder_weights, prefill_flops, tower_flops
+from benchmarks.random_model import GEOMETRIES, SHAPES, random_model
+from benchmarks.workload import decoder_weights, encoding_flops, prefill_flops, tower_flops
 from vflowopt.compression.strategy import Strategy
 from vflowopt.demo import model_path
 
@@ -58,6 +58,23 @@ def test_operations_are_those_that_the_model_runs(name: str) -> None:
     matrices = [weight for weight in network.model.language_model.layers.parameters() if weight.dim() == 2]
     head = network.lm_head.weight.numel()
     assert decoder_weights(config) == sum(weight.numel() for weight in matrices) + head
+
+
+def test_operations_of_a_tower_that_merges_patches() -> None:
+    """Rotating queries and keys is not counted; all else in the tower is a product of matrices."""
+    device, picture = torch.device("cpu"), geometry.random_picture(96)
+    model = random_model("qwen3-vl-tiny", device, torch.float32)
+    model.network.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counted:
+        (encoded,) = model.encode([picture])
+    assert counted.get_total_flops() == encoding_flops(model.network.config, *encoded.pixels.shape[:3])
+
+
+def test_the_published_size_of_qwen3_vl() -> None:
+    """8,767,123,696 parameters, as the published checkpoint has."""
+    with torch.device("meta"):
+        network = Qwen3VLForConditionalGeneration(SHAPES["qwen3-vl-8b"]())
+    assert sum(weight.numel() for weight in network.parameters()) == 8_767_123_696
 
 
 def test_bounds() -> None:

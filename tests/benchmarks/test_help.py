@@ -7,6 +7,7 @@ import pytest
 from tests.repository.source import ROOT
 
 COMMANDS = [path.stem for path in sorted((ROOT / "benchmarks").glob("*.py")) if "__main__" in path.read_text()]
+COMMANDS += [f"{path.parent.name}.__main__" for path in sorted((ROOT / "benchmarks").glob("*/__main__.py"))]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -32,12 +32,10 @@ def threads() -> Iterator[ThreadPoolExecutor]:
         yield threads
 
 
-@pytest.fixture(params=["own thread", "engine's thread"])
-def encoding(request: pytest.FixtureRequest, serve: Serve) -> Served:
-    """A service whose encoder has a thread of its own, as on a CPU, or none, as on CUDA."""
-    served = serve()
-    served.service.encoder.inline = request.param == "engine's thread"
-    return served
+@pytest.fixture
+def encoding(serve: Serve) -> Served:
+    """A service of its own."""
+    return serve()
 
 
 def show_clip(session: Session) -> ImageReceipt:
@@ -134,17 +132,14 @@ def test_two_callers_of_one_video_wait_for_the_same_pieces(
 def test_a_stop_does_not_wait_for_a_video(
     runtime: Runtime, serve: Serve, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for inline in (False, True):
-        served = serve(grace="0.1s")
-        served.service.encoder.inline = inline
-        with monkeypatch.context() as patch:
-            held = Held(runtime, patch)
-            session = served.client.session()
-            shown = threads.submit(show_clip, session)
-            assert held.begun.wait(PATIENCE)
-            threads.submit(served.stop).result(PATIENCE)
-            with pytest.raises(VFlowError):
-                shown.result(PATIENCE)
+    served = serve(grace="0.1s")
+    held = Held(runtime, monkeypatch)
+    session = served.client.session()
+    shown = threads.submit(show_clip, session)
+    assert held.begun.wait(PATIENCE)
+    threads.submit(served.stop).result(PATIENCE)
+    with pytest.raises(VFlowError):
+        shown.result(PATIENCE)
 
 
 class Tokenizing:

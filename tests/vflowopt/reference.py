@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tests.vflowopt.reference_video import VideoInputs
 from vflowopt.media.video import Video
@@ -18,8 +19,8 @@ Turn = Sequence[str | np.ndarray | Video]
 class Reference:
     """The unpruned model behind ``generate``, stateless but for the logits behind every token of the last answers."""
 
-    def __init__(self, folder: Path) -> None:
-        self.network = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self.network = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         self.logits: list[Tensor] = []
@@ -84,7 +85,8 @@ class Reference:
             # Families whose positions have several axes ask which tokens are pictures, and which are videos.
             prompt = torch.tensor([ids])
             inputs["mm_token_type_ids"] = prompt.eq(image).int() + 2 * prompt.eq(self.network.config.video_token_id)
-        prompt = torch.tensor([ids])
+        prompt = torch.tensor([ids], device=self.network.device)
+        inputs = {name: self._placed(values) for name, values in inputs.items()}
         output = self.network.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
@@ -100,6 +102,11 @@ class Reference:
         ends = ends if isinstance(ends, list) else [ends]
         return answer[:-1] if answer and answer[-1] in ends else answer
 
+    def _placed(self, values: Tensor) -> Tensor:
+        """Values where the network is, pixels in its number type."""
+        placed: Tensor = values.to(self.network.device, self.network.dtype if values.is_floating_point() else None)
+        return placed
+
     def _pictures(self, pictures: list[np.ndarray]) -> tuple[dict[str, Tensor], Iterator[list[int]]]:
         """What the model takes of pictures, and the tokens that stand for each."""
         image = self.network.config.image_token_id
@@ -107,10 +114,12 @@ class Reference:
             return self._pictures_in_rows(pictures)
         if self.network.config.model_type != "internvl":
             inputs = dict(self.processor(pictures, return_tensors="pt", input_data_format="channels_last"))
-            features = self.network.get_image_features(**inputs).pooler_output
+            features = self.network.get_image_features(
+                **{name: self._placed(values) for name, values in inputs.items()}
+            ).pooler_output
             return inputs, iter([[image] * len(of_picture) for of_picture in features])
         batch = self.processor(pictures, return_tensors="pt", input_data_format="channels_last", crop_to_patches=True)
-        inputs = {"pixel_values": batch["pixel_values"]}
+        inputs = {"pixel_values": self._placed(batch["pixel_values"])}
         tokens = self.network.get_image_features(**inputs).pooler_output.shape[1]
         begin, end = self.tokenizer.start_image_token_id, self.tokenizer.end_image_token_id
         return inputs, iter([[begin, *[image] * (tokens * int(tiles)), end] for tiles in batch["num_patches"]])

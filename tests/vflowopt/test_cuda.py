@@ -1,5 +1,6 @@
 """What runs on the CPU runs on a GPU: the same answers, whatever is done to the cache between them."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,14 @@ from tests.vflowopt.generation import Chat, picture
 from tests.vflowopt.test_cuda_graph import decode, graphs, sequences
 from tests.vflowopt.test_varlen_attention import HEADS, compare, pool
 from vflowopt.compression.strategy import Strategy
+from vflowopt.media.picture import Picture
+from vflowopt.models.loading import load_model
+from vflowopt.models.tiled import TiledModel
 from vflowopt.runtime.cache import StagedCache
 from vflowopt.runtime.cuda_graph import DecodeGraphs
 from vflowopt.runtime.model_runner import Runtime
 from vflowopt.runtime.offload import offload, restore
+from vflowopt.runtime.side_stream import SideStream
 from vflowopt.runtime.varlen_attention import VarlenPlan, page_access
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -116,3 +121,40 @@ def test_nothing_waits_for_the_device(plain_folder: Path) -> None:
         torch.cuda.set_sync_debug_mode("default")
     for each in batch:
         each.release()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pictures_are_encoded_beside_steps(plain_folder: Path, dtype: str) -> None:
+    """On a stream and a thread of their own, while steps are captured and replayed."""
+    runtime = Runtime.load(plain_folder, device=DEVICE, dtype=dtype, kv_budget=64 << 20)
+    shown = [Picture.from_pixels(picture(100, 60 + seed, seed)) for seed in range(4)]
+    expected = [runtime.compress([each], TENTH)[0].embeddings for each in shown]
+    side = SideStream.on(runtime.model.device)
+    assert side is not None
+    batch = sequences(runtime)
+
+    def encode() -> None:
+        for _ in range(8):
+            for each, embeddings in zip(shown, expected, strict=True):
+                with side:
+                    (image,) = runtime.compress([each], TENTH)
+                    side.hand_over(image)
+                torch.testing.assert_close(image.embeddings, embeddings)
+
+    with ThreadPoolExecutor(1) as thread:
+        encoding = thread.submit(encode)
+        for step in range(200):
+            if encoding.done() and step > 8:
+                break
+            runtime.decode(batch[: 1 + step % len(batch)], [1] * (1 + step % len(batch)))
+        encoding.result()
+    for each in batch:
+        each.release()
+    runtime.pool.check_integrity([])
+
+
+def test_pixels_are_normalised_on_the_device_as_on_the_host(plain_folder: Path) -> None:
+    here, there = (load_model(plain_folder, device=device) for device in ("cpu", DEVICE))
+    assert isinstance(here, TiledModel) and isinstance(there, TiledModel)
+    tiles = here.tiles(Picture.from_pixels(picture(113, 97, seed=3)))
+    assert torch.equal(here.normalised(tiles), there.normalised(tiles).cpu())

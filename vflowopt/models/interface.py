@@ -12,7 +12,9 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor
+
+# Where torchvision is not installed, some versions of transformers leave this name out at their top.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from vflowopt.compression.pieces import Pieces, timed, whole
 from vflowopt.compression.pipeline import EncodedImage
@@ -159,6 +161,11 @@ class MultimodalModel(ABC):
         return layers
 
     @property
+    @abstractmethod
+    def encoder_layers(self) -> Sequence[nn.Module]:
+        """The layers of the vision encoder that may be compiled: nothing watches what happens within them."""
+
+    @property
     def dtype(self) -> torch.dtype:
         """Type of the decoder's weights, and of its cache."""
         weight: Tensor = self.decoder.embed_tokens.weight
@@ -198,9 +205,9 @@ class MultimodalModel(ABC):
         return found
 
     def milliseconds_since(self, begun: float) -> float:
-        """Milliseconds since ``time.perf_counter()`` was ``begun``; waits for what is queued on the device."""
+        """Milliseconds since ``time.perf_counter()`` was ``begun``; waits for what this thread queued on the device."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
         return (time.perf_counter() - begun) * 1e3
 
     @staticmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from math import isqrt
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Mistral3ForConditionalGeneration
-from transformers.image_utils import ChannelDimension, SizeDict
+from transformers.image_utils import SizeDict
 from transformers.models.pixtral.modeling_pixtral import apply_rotary_pos_emb
 
 from vflowopt.compression.layout import TokenLayout, boxes_of
@@ -19,6 +19,7 @@ from vflowopt.compression.pieces import Pieces
 from vflowopt.compression.pipeline import EncodedImage
 from vflowopt.media.picture import Picture
 from vflowopt.models.interface import LOW_DETAIL_TOKENS, MultimodalModel
+from vflowopt.models.normalisation import Normalisation
 from vflowopt.models.resizing import in_pieces
 from vflowopt.models.tower import Tower, split_heads
 
@@ -105,8 +106,7 @@ class Mistral3(MultimodalModel):
         return encoded
 
     def _encoded(self, picture: Picture, seen: np.ndarray) -> EncodedImage:
-        batch = self.processor(seen, do_resize=False, input_data_format=ChannelDimension.FIRST, return_tensors="pt")
-        features, query, key = self.tower(batch["pixel_values"].to(self.device, self.dtype))
+        features, query, key = self.tower(self._normalise(seen[None]).to(self.dtype))
         projected = self.network.model.multi_modal_projector(features[0], [seen.shape[1:]])
         shape = (seen.shape[1] // self.patch, seen.shape[2] // self.patch)
         embeddings = self._pack(projected, shape)
@@ -123,6 +123,15 @@ class Mistral3(MultimodalModel):
             merge=self.merge,
             detail=picture.detail,
         )
+
+    @cached_property
+    def _normalise(self) -> Normalisation:
+        return Normalisation(self.processor, self.device)
+
+    @property
+    def encoder_layers(self) -> Sequence[nn.Module]:
+        """See :attr:`MultimodalModel.encoder_layers`."""
+        return self.tower.layers
 
     def resized(self, picture: Picture) -> np.ndarray:
         """The 8-bit picture that the tower sees: uint8 [3, height, width], whole squares of patches.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import ChannelDimension, SizeDict
+from transformers.image_utils import SizeDict
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
@@ -28,6 +28,7 @@ from vflowopt.compression.pipeline import EncodedImage
 from vflowopt.media.picture import Picture
 from vflowopt.media.video import Video
 from vflowopt.models.interface import LOW_DETAIL_TOKENS, MultimodalModel
+from vflowopt.models.normalisation import Normalisation
 from vflowopt.models.resizing import in_pieces
 from vflowopt.models.video_size import video_size
 
@@ -114,10 +115,9 @@ class QwenVl(MultimodalModel):
         for picture in pictures:
             seen.append((yield from in_pieces(self.processor, partial(self.resized, picture))))
             yield
-        batch = self.processor(seen, do_resize=False, input_data_format=ChannelDimension.FIRST, return_tensors="pt")
-        grids: Tensor = batch["image_grid_thw"]
-        features, queries, keys = self._tower(batch["pixel_values"].to(self.device, self.dtype), grids)
-        shapes = [(rows, columns) for _, rows, columns in grids.tolist()]
+        patches = torch.cat([self._patches(pixels[None]).to(self.dtype) for pixels in seen])
+        shapes = [(pixels.shape[1] // self.patch, pixels.shape[2] // self.patch) for pixels in seen]
+        features, queries, keys = self._tower(patches, torch.tensor([[1, *shape] for shape in shapes]))
         counts = [rows * columns for rows, columns in shapes]
         embeddings = features.split([count // self.merge**2 for count in counts])
         return [
@@ -149,7 +149,7 @@ class QwenVl(MultimodalModel):
         together = max(_MOST_PATCHES // (shape[0] * shape[1]), 1)
         features, queries, keys = [], [], []
         for part in np.split(frames, range(together * self.step, len(frames), together * self.step)):
-            patches = self._patches(part).to(self.device, self.dtype)
+            patches = self._patches(part).to(self.dtype)
             of_part, query, key = self._tower(patches, torch.tensor([[len(part) // self.step, *shape]]))
             features.append(of_part)
             queries.append(self._in_rows(query, shape))
@@ -197,17 +197,23 @@ class QwenVl(MultimodalModel):
         return size
 
     def _patches(self, frames: np.ndarray) -> Tensor:
-        """What the tower reads of 8-bit frames: float32 [patches, channels * step * patch * patch], by squares."""
-        processor = self.processor
-        pixels = processor.rescale(frames, processor.rescale_factor)
-        pixels = np.stack([processor.normalize(frame, processor.image_mean, processor.image_std) for frame in pixels])
+        """What the tower reads of 8-bit frames, or of one picture, which it takes for a step of equal frames.
+
+        Returns:
+            float32 [patches, channels * step * patch * patch], square by square, on the model's device.
+        """
         _, channels, height, width = frames.shape
         rows, columns = (side // self.patch // self.merge for side in (height, width))
-        patches = torch.from_numpy(pixels).view(
-            -1, self.step, channels, rows, self.merge, self.patch, columns, self.merge, self.patch
-        )
+        pixels = self._normalise(frames)
+        if len(frames) == 1:
+            pixels = pixels.expand(self.step, -1, -1, -1)
+        patches = pixels.reshape(-1, self.step, channels, rows, self.merge, self.patch, columns, self.merge, self.patch)
         # [steps, rows, columns, merge, merge, channels, step, patch, patch]
         return patches.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, channels * self.step * self.patch**2)
+
+    @cached_property
+    def _normalise(self) -> Normalisation:
+        return Normalisation(self.processor, self.device)
 
     def _positions_per_step(self, video: Video) -> float:
         """The distance of consecutive steps on the axis of time.
@@ -249,6 +255,12 @@ class QwenVl(MultimodalModel):
         """Time, row and column of each token of a picture, or of a video with steps at ``times``: int64 [3, N]."""
         rows, columns = (side // self.merge for side in shape)
         return torch.cartesian_prod(torch.tensor(times), torch.arange(rows), torch.arange(columns)).T
+
+    @property
+    def encoder_layers(self) -> Sequence[nn.Module]:
+        """See :attr:`MultimodalModel.encoder_layers`."""
+        blocks = self.network.model.visual.blocks
+        return [block for index, block in enumerate(blocks) if index != self.scoring_layer]
 
     @property
     def _attention(self) -> Any:

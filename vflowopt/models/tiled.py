@@ -9,12 +9,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.image_utils import ChannelDimension
 
 from vflowopt.compression.layout import TokenLayout
@@ -22,6 +22,7 @@ from vflowopt.compression.pieces import Pieces
 from vflowopt.compression.pipeline import EncodedImage
 from vflowopt.media.picture import Detail, Picture
 from vflowopt.models.interface import MultimodalModel
+from vflowopt.models.normalisation import Normalisation
 from vflowopt.models.resizing import in_pieces
 from vflowopt.models.tower import ClipTower, Tower
 
@@ -152,7 +153,7 @@ class TiledModel(MultimodalModel):
         )
 
     def _look(self, tiles: np.ndarray, project: Callable[[Tensor], Tensor]) -> Seen:
-        features, query, key = self.tower(self.normalised(tiles).to(self.device))
+        features, query, key = self.tower(self.normalised(tiles))
         if not self.tower.class_token:
             return Seen(project(features), query, key, None)
         query = query[:, :, :1] if self._scoring == "cls" else query[:, :, 1:]
@@ -170,20 +171,17 @@ class TiledModel(MultimodalModel):
             raise self.too_narrow(picture) from error
 
     def normalised(self, tiles: np.ndarray) -> Tensor:
-        """What the tower reads of 8-bit tiles: float32 [tiles, 3, side, side]."""
-        processor = self.processor
-        return torch.from_numpy(
-            np.stack(
-                [
-                    processor.normalize(
-                        processor.rescale(tile, scale=processor.rescale_factor),
-                        mean=processor.image_mean,
-                        std=processor.image_std,
-                    )
-                    for tile in tiles
-                ]
-            )
-        )
+        """What the tower reads of 8-bit tiles: float32 [tiles, 3, side, side], on the model's device."""
+        return self._normalise(tiles)
+
+    @cached_property
+    def _normalise(self) -> Normalisation:
+        return Normalisation(self.processor, self.device)
+
+    @property
+    def encoder_layers(self) -> Sequence[nn.Module]:
+        """See :attr:`MultimodalModel.encoder_layers`."""
+        return self.tower.layers
 
     @property
     def side(self) -> int:

@@ -198,7 +198,8 @@ class DecodeGraph:
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._memory):
+            # Another thread may be encoding a picture on a stream of its own, and may go on.
+            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
                 self._logits = self._step(self._tokens, self._rotary, self._plan)
         except torch.OutOfMemoryError:
             raise

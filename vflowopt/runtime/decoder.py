@@ -75,11 +75,15 @@ class ModuleDecoder(Decoder):
     def __init__(self, decoder: Any) -> None:
         decoder.set_attn_implementation(PAGED)
         self._decoder = decoder
+        self._axes = _axes(decoder.config)
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, ...]:
         """Cosines and sines, each [1, tokens, head_dim]."""
         weight: Tensor = self._decoder.embed_tokens.weight
         places = positions.unsqueeze(-2).to(weight.device, non_blocking=True)
+        if self._axes and places.dim() == 2:
+            # Text stands at the same position on every axis. Not every version of Hugging Face's modules adds the axes.
+            places = places.expand(self._axes, -1, -1)
         cosines, sines = self._decoder.rotary_emb(weight[:0], places)
         return cosines, sines
 
@@ -107,6 +111,7 @@ class FusedDecoder(Decoder):
         self._rotary_embedding = decoder.rotary_emb
         self._freqs = torch.empty(0)
         self._context: int = decoder.config.max_position_embeddings
+        self._axes = _axes(decoder.config)
         self._norm = decoder.norm
         self._layers = []
         for layer in decoder.layers:
@@ -156,7 +161,10 @@ class FusedDecoder(Decoder):
     def _table(self, length: int) -> Tensor:
         weight: Tensor = self._norm.weight
         # In float32, whatever the type of the weights: angles of late positions need its precision.
-        cosines, sines = self._rotary_embedding(weight[:0].float(), torch.arange(length, device=weight.device)[None])
+        places = torch.arange(length, device=weight.device)[None]
+        if self._axes:
+            places = places.expand(self._axes, -1, -1)
+        cosines, sines = self._rotary_embedding(weight[:0].float(), places)
         half = cosines.shape[-1] // 2
         return torch.complex(cosines[0, :, None, :half], sines[0, :, None, :half])
 
@@ -223,6 +231,12 @@ class _Product:
             return states @ self._weight if self._bias is None else torch.addmm(self._bias, states, self._weight)
         result = torch.addmm(onto, states, self._weight)
         return result if self._bias is None else result.add_(self._bias)
+
+
+def _axes(config: Any) -> int:
+    """How many axes positions have for Hugging Face's rotary embedding (M-RoPE); 0: they are plain numbers."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return len(rope.get("mrope_section") or ())
 
 
 def _projections(network: Any) -> tuple[Any, ...]:

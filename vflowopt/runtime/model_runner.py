@@ -1,7 +1,8 @@
 """The runtime: encode a picture, prefill, decode. The only place that calls a model.
 
 It runs the decoder layer by layer, so that visual tokens can be dropped between layers, and runs the tokens of any
-number of sequences as one flat batch. It knows no requests and no sessions. Only one thread may use it at a time.
+number of sequences as one flat batch. It knows no requests and no sessions. Only one thread may run sequences at a
+time; another may compress pictures meanwhile.
 """
 
 from __future__ import annotations
@@ -305,9 +306,12 @@ class Runtime:
         return tokens
 
     def synchronize(self) -> None:
-        """Wait until the device has finished all queued work. Returns at once on the CPU, which queues none."""
+        """Wait until the device has done all that this thread queued. Returns at once on the CPU, which queues nothing.
+
+        What another thread has queued on a stream of its own is not waited for.
+        """
         if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
+            torch.cuda.current_stream(self.model.device).synchronize()
 
     @torch.inference_mode()
     def states(self, sequences: abc.Sequence[Sequence], items: abc.Sequence[abc.Sequence[int]]) -> list[Tensor]:

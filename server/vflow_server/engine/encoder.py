@@ -1,4 +1,4 @@
-"""The encoder: encodes and compresses pictures, on a thread of its own where that helps."""
+"""The encoder: encodes and compresses pictures, on a thread of its own."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from vflow_server.engine.ops import Encode
 from vflow_server.watchdog.pulse import PulsedExecutor
 from vflowopt.compression.pieces import Pieces
-from vflowopt.compression.pipeline import CompressedImage
+from vflowopt.compression.pipeline import CompressedImage, EncodedImage
 from vflowopt.runtime.model_runner import Runtime
+from vflowopt.runtime.side_stream import SideStream
 
 T = TypeVar("T")
 
@@ -24,23 +25,26 @@ holds the interpreter's lock for moments only, so the others hardly wait for a t
 class EncoderThread:
     """Runs the vision encoder.
 
-    On a CPU the encoder has a thread of its own: a picture takes as long as a dozen steps of decoding, and no stream
-    should wait for it. A CUDA device does one thing at a time anyway, and work from another thread would disturb the
-    capture of graphs. There the encoder runs on the thread that submits the work, piece by piece.
+    The encoder has a thread of its own: a picture takes as long as a dozen steps of decoding, and no stream of tokens
+    should wait for it. On a CUDA device it has a stream of its own, too, so that pictures are encoded beside the steps.
 
     Args:
         runtime: the model.
 
     Attributes:
-        inline: whether the encoder runs on the thread that submits the work.
         pulse: the pulse of the thread; beats once for each piece of work.
     """
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self.inline = runtime.model.device.type != "cpu"
+        self._stream = SideStream.on(runtime.model.device)
         self._thread = PulsedExecutor("vflow-encoder", niceness=_NICENESS)
         self.pulse = self._thread.pulse
+
+    @property
+    def has_stream(self) -> bool:
+        """Whether pictures are encoded on a stream of their own, beside the steps and not between them."""
+        return self._stream is not None
 
     def begin(self, ops: Sequence[Encode]) -> Pieces[list[CompressedImage]]:
         """Begin to encode pictures in one batch, or a video, and to compress them. Nothing is run yet.
@@ -83,16 +87,16 @@ class EncoderThread:
 
         def working() -> T:
             torch.set_num_threads(threads)
-            return work()
+            if self._stream is None:
+                return work()
+            with self._stream:
+                result = work()
+                for each in result if isinstance(result, list) else [result]:
+                    if isinstance(each, EncodedImage | CompressedImage):
+                        self._stream.hand_over(each)
+            return result
 
-        if not self.inline:
-            return self._thread.submit(working)
-        future: Future[T] = Future()
-        try:
-            future.set_result(working())
-        except Exception as failure:
-            future.set_exception(failure)
-        return future
+        return self._thread.submit(working)
 
     def close(self) -> None:
         """Finish the piece that is running, and drop the work that waits."""

@@ -26,7 +26,8 @@ from vflowopt.media.video import Video
 from vflowopt.models.resizing import LARGE_PIXELS
 
 PICTURES = 4
-"""Pictures that are encoded in one batch at most; only one while answers are being decoded."""
+"""Pictures that are encoded in one batch at most; only one while answers are being decoded, unless the encoder has a
+stream of its own: there the tiles of several pictures take hardly longer than those of one."""
 
 TOKENS_PER_PIECE = 256
 """Visual tokens that a piece of what is given up is taken to have encoded, until one has encoded more."""
@@ -219,7 +220,8 @@ class EncodingQueue:
             lines.reverse()
         for line in lines:
             waiting = [each for each in missing if each.large == (line is self._large)]
-            encoding = line.next(waiting, PICTURES if line is self._small and not answering else 1)
+            several = line is self._small and (self._encoder.has_stream or not answering)
+            encoding = line.next(waiting, PICTURES if several else 1)
             if encoding is not None:
                 # One thread is left to the answers.
                 threads = max(self._threads - 1, 1) if answering else self._threads

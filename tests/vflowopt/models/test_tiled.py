@@ -23,6 +23,7 @@ from vflowopt.media.picture import Picture
 from vflowopt.models.error import ModelError
 from vflowopt.models.families import FAMILIES
 from vflowopt.models.loading import load_model
+from vflowopt.models.normalisation import look_up
 from vflowopt.models.tiled import TiledModel
 from vflowopt.models.tokenizer import load_tokenizer
 
@@ -55,6 +56,14 @@ def test_the_tower_sees_what_hugging_faces_processor_makes(model: TiledModel, fo
         seen = model.tiles(Picture.from_pixels(pixels))
         assert seen.dtype == np.uint8
         assert torch.equal(model.normalised(seen), batch["pixel_values"].view(-1, *seen.shape[1:]))
+
+
+def test_pixels_are_normalised_alike_on_every_device(model: TiledModel) -> None:
+    """Bit for bit: both ways look up what the processor makes of a value."""
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16).repeat(3, axis=1)
+    table = model.normalised(levels).view(3, 256)
+    seen = model.tiles(Picture.from_pixels(picture(113, 97, seed=3)))
+    assert torch.equal(look_up(table, torch.from_numpy(seen)), model.normalised(seen))
 
 
 def test_attention_is_that_of_hugging_faces_tower(model: TiledModel, folder: Path) -> None:
