@@ -22,6 +22,7 @@ from vflowopt.media.video import Video, VideoError
 from vflowopt.models.backbone import unservable
 from vflowopt.models.error import ModelError
 from vflowopt.models.origin import ModelOrigin
+from vflowopt.models.product import speed_up
 from vflowopt.models.quantization import is_quantized, quantized_on
 from vflowopt.models.resizing import for_large
 from vflowopt.models.tokenizer import load_tokenizer
@@ -196,6 +197,13 @@ class MultimodalModel(ABC):
                     "correct it, or remove it",
                 ) from error
         return found
+
+    def fuse(self) -> None:
+        """Run what is outside the decoder's layers in fewer and faster operations from now on. Weights stay in place.
+
+        Not for a model that shares its weights.
+        """
+        speed_up(self.network)
 
     def milliseconds_since(self, begun: float) -> float:
         """Milliseconds since ``time.perf_counter()`` was ``begun``; waits for what is queued on the device."""

@@ -152,11 +152,18 @@ class TiledModel(MultimodalModel):
         )
 
     def _look(self, tiles: np.ndarray, project: Callable[[Tensor], Tensor]) -> Seen:
-        features, query, key = self.tower(self.normalised(tiles).to(self.device))
+        takes_bytes = self.tower.patches is not None
+        pixels = torch.from_numpy(tiles) if takes_bytes else self.normalised(tiles).to(self.device)
+        features, query, key = self.tower(pixels)
         if not self.tower.class_token:
             return Seen(project(features), query, key, None)
         query = query[:, :, :1] if self._scoring == "cls" else query[:, :, 1:]
         return Seen(project(features[:, 1:]), query, key[:, :, 1:], key[:, :, :1])
+
+    def fuse(self) -> None:
+        """See :meth:`MultimodalModel.fuse`."""
+        super().fuse()
+        self.tower.fuse(self.processor.rescale_factor, self.processor.image_mean, self.processor.image_std)
 
     def tiles(self, picture: Picture) -> np.ndarray:
         """The 8-bit tiles that the tower sees: uint8 [tiles, 3, side, side].

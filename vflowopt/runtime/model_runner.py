@@ -69,6 +69,8 @@ class Runtime:
         )
         self._first_values = first_values(model)
         self.decoder = build_decoder(model.decoder, fuse=not model.shared)
+        if not model.shared:
+            model.fuse()
         self._kernel: DecodeKernel | None = None
         self._page_access: PageAccess | None = None
         self._graphs: DecodeGraphs | None = None
