@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vflowopt.models.product import Activation, by_onednn, product
+from vflowopt.models.product import Activation, product
 
 _LAYERS = (
     "transformers.models.clip.modeling_clip.CLIPEncoderLayer",
@@ -52,13 +52,13 @@ class FusedTowerLayer:
 
     @staticmethod
     def fits(layer: Any) -> bool:
-        """Whether a layer is of a known kind, on the processor, with plain weights that oneDNN multiplies fastest."""
+        """Whether a layer is of a known kind, on the processor, and not quantized."""
         if f"{type(layer).__module__}.{type(layer).__name__}" not in _LAYERS:
             return False
         attention, network = layer.self_attn, layer.mlp
         maps = [attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, network.fc1, network.fc2]
         return all(
-            isinstance(each, nn.Linear) and type(each.weight.detach()) is Tensor and by_onednn(each.weight)
+            isinstance(each, nn.Linear) and type(each.weight.detach()) is Tensor and each.weight.device.type == "cpu"
             for each in maps
         )
 

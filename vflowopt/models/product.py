@@ -82,14 +82,18 @@ def _onednn_is_faster(out: int, width: int, by_rows: bool, dtype: torch.dtype) -
         return False
     if dtype == torch.bfloat16:  # torch's own choice, too; but by one operation it can do more
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()  # type: ignore[no-any-return]
-    with torch.inference_mode():
-        weight = torch.full((out, width), 0.5) if by_rows else torch.full((width, out), 0.5).t()
-        states = torch.full((min(max(_TRIAL // (out * width), 8), 256), width), 0.5)
-        try:
+    weight = torch.full((out, width), 0.5) if by_rows else torch.full((width, out), 0.5).t()
+    states = torch.full((min(max(_TRIAL // (out * width), 8), 256), width), 0.5)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several would wait for each other, and for whatever else keeps the processor busy
+    try:
+        with torch.inference_mode():
             theirs = _shortest(lambda: _onednn(states, weight, None, "none", [], ""))
-        except RuntimeError:  # another release of torch may have another operator by this name
-            return False
-        return theirs < _CLEARLY * _shortest(lambda: F.linear(states, weight))
+            return theirs < _CLEARLY * _shortest(lambda: F.linear(states, weight))
+    except RuntimeError:  # another release of torch may have another operator by this name
+        return False
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _shortest(work: Callable[[], object]) -> float:
