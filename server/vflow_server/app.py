@@ -22,9 +22,10 @@ from vflow_server.rpc.listener import address
 from vflow_server.service import Service
 from vflow_server.settings import Settings
 from vflow_server.telemetry.logging import flush
+from vflow_server.tower_dtype import choose_tower_dtype
 from vflowopt.demo import model_path
 from vflowopt.models.error import ModelError
-from vflowopt.models.loading import load_model
+from vflowopt.models.loading import DTYPES, load_model
 from vflowopt.runtime.model_runner import Runtime
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -62,7 +63,10 @@ def _load(settings: Settings) -> Runtime:
     transformers_logging.enable_propagation()
     try:
         loaded = load_model(model, device=settings.device, dtype=settings.dtype, quantization=settings.quantization)
-        runtime = Runtime(loaded, kv_budget=_kv_budget(settings, loaded.device))
+        tower_dtype = DTYPES.get(settings.tower_dtype)  # none of "auto"
+        runtime = Runtime(loaded, kv_budget=_kv_budget(settings, loaded.device), tower_dtype=tower_dtype)
+        if tower_dtype is None:
+            choose_tower_dtype(runtime)
         revision = runtime.revision
     except ModelError as error:
         raise StartError(str(error), may_pass=error.reason == "MODEL_UNREACHABLE") from error

@@ -166,6 +166,20 @@ class MultimodalModel(ABC):
         return weight.dtype
 
     @property
+    def tower_dtype(self) -> torch.dtype:
+        """Type of the weights of the vision tower and its projector."""
+        return self.dtype
+
+    def set_tower_dtype(self, dtype: torch.dtype) -> None:
+        """Convert the weights of the vision tower and its projector; the decoder reads what they make in its own type.
+
+        Raises:
+            ModelError: the two have to be of the same type in this model.
+        """
+        if dtype != self.tower_dtype:
+            raise self.unsupported(f"a vision tower of another type ({dtype}) than its decoder ({self.dtype})")
+
+    @property
     def device(self) -> torch.device:
         """The decoder's device."""
         weight: Tensor = self.decoder.embed_tokens.weight

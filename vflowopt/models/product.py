@@ -8,7 +8,8 @@ how many rows a product has, which MKL's do. A trial decides for each shape, whe
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Literal
 
@@ -83,15 +84,38 @@ def _onednn_is_faster(out: int, width: int, by_rows: bool, dtype: torch.dtype) -
     if dtype == torch.bfloat16:  # torch's own choice, too; but by one operation it can do more
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()  # type: ignore[no-any-return]
     weight = torch.full((out, width), 0.5) if by_rows else torch.full((width, out), 0.5).t()
-    states = torch.full((min(max(_TRIAL // (out * width), 8), 256), width), 0.5)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several would wait for each other, and for whatever else keeps the processor busy
-    try:
-        with torch.inference_mode():
+    states = torch.full((_rows(out, width), width), 0.5)
+    with torch.inference_mode(), _one_thread():
+        try:
             theirs = _shortest(lambda: _onednn(states, weight, None, "none", [], ""))
-            return theirs < _CLEARLY * _shortest(lambda: F.linear(states, weight))
-    except RuntimeError:  # another release of torch may have another operator by this name
-        return False
+        except RuntimeError:  # another release of torch may have another operator by this name
+            return False
+        return theirs < _CLEARLY * _shortest(lambda: F.linear(states, weight))
+
+
+@cache
+def bfloat16_is_faster(out: int, width: int) -> bool:
+    """Whether products with a weight [out, in] take clearly less time in bfloat16 than in float32.
+
+    So they do where the processor multiplies bfloat16; where it does not, they take longer.
+    """
+    with torch.inference_mode(), _one_thread():
+        weight, states = torch.full((out, width), 0.5), torch.full((_rows(out, width), width), 0.5)
+        narrow, narrow_states = weight.bfloat16(), states.bfloat16()
+        return _shortest(lambda: product(narrow_states, narrow)) < _CLEARLY * _shortest(lambda: product(states, weight))
+
+
+def _rows(out: int, width: int) -> int:
+    return min(max(_TRIAL // (out * width), 8), 256)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Several would wait for each other, and for whatever else keeps the processor busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)
 

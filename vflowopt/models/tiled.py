@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.image_utils import ChannelDimension
 
 from vflowopt.compression.layout import TokenLayout
@@ -156,13 +156,36 @@ class TiledModel(MultimodalModel):
         pixels = torch.from_numpy(tiles) if takes_bytes else self.normalised(tiles).to(self.device)
         features, query, key = self.tower(pixels)
         if not self.tower.class_token:
-            return Seen(project(features), query, key, None)
+            return Seen(project(features).to(self.dtype), query, key, None)
         query = query[:, :, :1] if self._scoring == "cls" else query[:, :, 1:]
-        return Seen(project(features[:, 1:]), query, key[:, :, 1:], key[:, :, :1])
+        return Seen(project(features[:, 1:]).to(self.dtype), query, key[:, :, 1:], key[:, :, :1])
+
+    @property
+    def tower_dtype(self) -> torch.dtype:
+        """See :attr:`MultimodalModel.tower_dtype`."""
+        dtype: torch.dtype = next(self.network.model.vision_tower.parameters()).dtype
+        return dtype
+
+    def set_tower_dtype(self, dtype: torch.dtype) -> None:
+        """See :meth:`MultimodalModel.set_tower_dtype`."""
+        if self.quantized or self.shared:
+            return super().set_tower_dtype(dtype)
+        for part in self.tower_parts:
+            part.to(dtype)
+        if self.tower.patches is not None:
+            self._fuse_tower()
+
+    @property
+    def tower_parts(self) -> tuple[nn.Module, ...]:
+        """The modules whose weights are of the type :attr:`tower_dtype`."""
+        return self.network.model.vision_tower, self.network.model.multi_modal_projector
 
     def fuse(self) -> None:
         """See :meth:`MultimodalModel.fuse`."""
         super().fuse()
+        self._fuse_tower()
+
+    def _fuse_tower(self) -> None:
         self.tower.fuse(self.processor.rescale_factor, self.processor.image_mean, self.processor.image_std)
 
     def tiles(self, picture: Picture) -> np.ndarray:

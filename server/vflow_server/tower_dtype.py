@@ -1,0 +1,51 @@
+"""The number type of the vision tower, where the service chooses it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+
+import structlog
+import torch
+
+from vflowopt.demo import picture_path
+from vflowopt.media.picture import Picture
+from vflowopt.models.error import ModelError
+from vflowopt.models.product import bfloat16_is_faster
+from vflowopt.runtime.cache import PoolExhausted
+from vflowopt.runtime.model_runner import Runtime
+from vflowopt.runtime.tower_agreement import compare_towers
+
+_PICTURES = ("cat.png", "gravel.png", "photographer.png")
+_QUESTION = "What is in the picture?"
+
+log = structlog.get_logger(__name__)
+
+
+def choose_tower_dtype(runtime: Runtime) -> None:
+    """Run the vision tower in bfloat16 if the processor multiplies it faster, and its results agree with float32's.
+
+    Only a model in float32 on the processor is converted. The two are compared on the bundled pictures.
+    """
+    model = runtime.model
+    if model.device.type != "cpu" or model.tower_dtype != torch.float32 or model.shared:
+        return
+    vision = model.network.config.vision_config
+    if not bfloat16_is_faster(vision.intermediate_size, vision.hidden_size):
+        log.info("the vision tower stays in float32: the processor multiplies bfloat16 no faster")
+        return
+    begun = time.perf_counter()
+    pictures = [Picture.decode((picture_path() / name).read_bytes()) for name in _PICTURES]
+    try:
+        agreement = compare_towers(runtime, torch.bfloat16, pictures, _QUESTION)
+    except ModelError:
+        log.info("the vision tower stays in float32: a model of this family has no other")
+    except PoolExhausted:
+        log.info("the vision tower stays in float32: the KV budget is too small to compare it with one in bfloat16")
+    else:
+        log.info(
+            "the vision tower was compared in bfloat16 and float32",
+            tower_dtype=str(model.tower_dtype).removeprefix("torch."),
+            **{name: round(value, 4) for name, value in asdict(agreement).items()},
+            milliseconds=round((time.perf_counter() - begun) * 1e3),
+        )
