@@ -19,6 +19,9 @@ from vflowopt.runtime.tower_agreement import compare_towers
 _PICTURES = ("cat.png", "gravel.png", "photographer.png")
 _QUESTION = "What is in the picture?"
 
+_MOST_SECONDS = 3.0
+"""Of the start, for the comparison. With the embedded model it takes 0.2 seconds."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -37,12 +40,17 @@ def choose_tower_dtype(runtime: Runtime) -> None:
     begun = time.perf_counter()
     pictures = [Picture.decode((picture_path() / name).read_bytes()) for name in _PICTURES]
     try:
-        agreement = compare_towers(runtime, torch.bfloat16, pictures, _QUESTION)
+        agreement = compare_towers(runtime, torch.bfloat16, pictures, _QUESTION, most_seconds=_MOST_SECONDS)
     except ModelError:
         log.info("the vision tower stays in float32: a model of this family has no other")
     except PoolExhausted:
         log.info("the vision tower stays in float32: the KV budget is too small to compare it with one in bfloat16")
     else:
+        if agreement is None:
+            log.info(
+                "the vision tower stays in float32: it takes too long to compare; --tower-dtype can choose another"
+            )
+            return
         log.info(
             "the vision tower was compared in bfloat16 and float32",
             tower_dtype=str(model.tower_dtype).removeprefix("torch."),

@@ -138,10 +138,9 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tenso
 
 
 def _joined(maps: list[nn.Linear]) -> tuple[Tensor, Tensor]:
-    """The weights and biases of maps of the same input, one behind the other; those of the maps become views of them."""
+    """The weights and biases of maps of one input, one behind the other. Those of the maps become views of them."""
     weight = torch.cat([each.weight.detach() for each in maps])
     bias = torch.cat([each.bias.detach() for each in maps])
     for each, of_map, of_bias in zip(maps, weight.chunk(len(maps)), bias.chunk(len(maps)), strict=True):
-        each.weight = nn.Parameter(of_map, requires_grad=False)
-        each.bias = nn.Parameter(of_bias, requires_grad=False)
+        each.weight.data, each.bias.data = of_map, of_bias
     return weight, bias

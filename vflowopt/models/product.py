@@ -1,8 +1,8 @@
 """Matrix products with weights, on the processor by whichever library is faster there: torch's own choice, or oneDNN.
 
 For float32 torch calls MKL, which does not use AVX512 on processors of all makers. oneDNN does: on an AMD EPYC it takes
-less than half the time, at every shape where the arithmetic takes longer than the call. Its results do not depend on
-how many rows a product has, which MKL's do. A trial decides for each shape, when the weights are loaded.
+less than half the time, at every shape where the arithmetic takes longer than the call. Nor do its results depend on
+how many rows a product has, which MKL's do for few. A trial decides for each shape, when the weights are loaded.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def product(
         if onto is not None:
             summed: Tensor = _onednn.binary(states, onto, weight, bias, "add")
             return summed
-        multiplied: Tensor = _onednn(states, weight, bias, _ONEDNN_NAMES[activation][0], [], _ONEDNN_NAMES[activation][1])
+        multiplied: Tensor = _onednn(
+            states, weight, bias, _ONEDNN_NAMES[activation][0], [], _ONEDNN_NAMES[activation][1]
+        )
         return multiplied
     result = F.linear(states, weight, bias)
     if activation != "none":
@@ -79,7 +81,7 @@ def by_onednn(weight: Tensor) -> bool:
 @cache
 def _onednn_is_faster(out: int, width: int, by_rows: bool, dtype: torch.dtype) -> bool:
     """Try both on a weight of this shape; see :func:`by_onednn`."""
-    if _onednn is None or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if _onednn is None or not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:  # torch's own choice, too; but by one operation it can do more
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()  # type: ignore[no-any-return]

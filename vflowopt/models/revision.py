@@ -2,8 +2,8 @@
 
 It is made of the files of the model's folder: every byte of the weights, the configuration, the tokenizer and the image
 processor; and of what was made of them: the chat template, the tokens that end an answer, and the types that the
-weights were loaded in. What libraries note about themselves in these files does not count, nor does the order in which they
-write, nor how the weights are spread over files.
+weights were loaded in. What libraries note about themselves in these files does not count, nor does the order in which
+they write, nor how the weights are spread over files.
 """
 
 from __future__ import annotations
