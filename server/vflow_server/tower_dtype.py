@@ -7,10 +7,10 @@ from dataclasses import asdict
 
 import structlog
 import torch
+from torch import nn
 
 from vflowopt.demo import picture_path
 from vflowopt.media.picture import Picture
-from vflowopt.models.error import ModelError
 from vflowopt.models.product import bfloat16_is_faster
 from vflowopt.runtime.cache import PoolExhausted
 from vflowopt.runtime.model_runner import Runtime
@@ -31,18 +31,20 @@ def choose_tower_dtype(runtime: Runtime) -> None:
     Only a model in float32 on the processor is converted. The two are compared on the bundled pictures.
     """
     model = runtime.model
-    if model.device.type != "cpu" or model.tower_dtype != torch.float32 or model.shared:
+    if model.device.type != "cpu" or model.tower_dtype != torch.float32:
         return
-    vision = model.network.config.vision_config
-    if not bfloat16_is_faster(vision.intermediate_size, vision.hidden_size):
+    maps = [each for part in model.tower_parts for each in part.modules() if isinstance(each, nn.Linear)]
+    if not maps:
+        log.info("the vision tower stays in float32: in this model it is of the decoder's type")
+        return
+    largest = max((each.weight for each in maps), key=torch.Tensor.numel)
+    if not bfloat16_is_faster(*largest.shape):
         log.info("the vision tower stays in float32: the processor multiplies bfloat16 no faster")
         return
     begun = time.perf_counter()
     pictures = [Picture.decode((picture_path() / name).read_bytes()) for name in _PICTURES]
     try:
         agreement = compare_towers(runtime, torch.bfloat16, pictures, _QUESTION, most_seconds=_MOST_SECONDS)
-    except ModelError:
-        log.info("the vision tower stays in float32: a model of this family has no other")
     except PoolExhausted:
         log.info("the vision tower stays in float32: the KV budget is too small to compare it with one in bfloat16")
     else:

@@ -1,9 +1,12 @@
 """The type of the vision tower that the service chooses, and says in its log."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from structlog.testing import capture_logs
 
+from tests.vflowopt.models.tiny_qwen_vl import QWEN2_VL
 from vflow_server import tower_dtype
 from vflow_server.settings import Settings
 from vflow_server.tower_dtype import choose_tower_dtype
@@ -42,6 +45,13 @@ def test_it_stays_float32_where_it_cannot_be_compared(monkeypatch: pytest.Monkey
         choose_tower_dtype(runtime)
     assert runtime.model.tower_dtype == torch.float32 and "stays in float32" in lines[0]["event"]
     assert runtime.pool.bytes_used == 0
+
+
+def test_a_family_whose_tower_has_the_decoders_type(tmp_path: Path) -> None:
+    runtime = Runtime.load(QWEN2_VL[0].save(tmp_path), kv_budget=32 << 20)
+    with capture_logs() as lines:
+        choose_tower_dtype(runtime)
+    assert runtime.model.tower_dtype == torch.float32 and "of the decoder's type" in lines[0]["event"]
 
 
 def test_the_service_chooses_unless_it_is_told() -> None:

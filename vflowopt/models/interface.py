@@ -170,12 +170,19 @@ class MultimodalModel(ABC):
         """Type of the weights of the vision tower and its projector."""
         return self.dtype
 
+    @property
+    def tower_parts(self) -> tuple[nn.Module, ...]:
+        """The modules that :meth:`set_tower_dtype` converts; empty: they have the decoder's type in this model."""
+        return ()
+
     def set_tower_dtype(self, dtype: torch.dtype) -> None:
         """Convert the weights of the vision tower and its projector; the decoder reads what they make in its own type.
 
         Raises:
-            ModelError: the two have to be of the same type in this model.
+            ModelError: this model has no :attr:`tower_parts`.
         """
+        for part in self.tower_parts:
+            part.to(dtype)
         if dtype != self.tower_dtype:
             raise self.unsupported(f"a vision tower of another type ({dtype}) than its decoder ({self.dtype})")
 

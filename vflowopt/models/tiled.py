@@ -168,16 +168,15 @@ class TiledModel(MultimodalModel):
 
     def set_tower_dtype(self, dtype: torch.dtype) -> None:
         """See :meth:`MultimodalModel.set_tower_dtype`."""
-        if self.quantized or self.shared:
-            return super().set_tower_dtype(dtype)
-        for part in self.tower_parts:
-            part.to(dtype)
+        super().set_tower_dtype(dtype)
         if self.tower.patches is not None:
             self._fuse_tower()
 
     @property
     def tower_parts(self) -> tuple[nn.Module, ...]:
-        """The modules whose weights are of the type :attr:`tower_dtype`."""
+        """See :attr:`MultimodalModel.tower_parts`."""
+        if self.quantized or self.shared:
+            return ()
         return self.network.model.vision_tower, self.network.model.multi_modal_projector
 
     def fuse(self) -> None:
