@@ -163,8 +163,9 @@ class TiledModel(MultimodalModel):
     @property
     def tower_dtype(self) -> torch.dtype:
         """See :attr:`MultimodalModel.tower_dtype`."""
-        dtype: torch.dtype = next(self.network.model.vision_tower.parameters()).dtype
-        return dtype
+        weights = (weight for part in self.tower_parts for weight in part.parameters())
+        first = next(weights, None)
+        return super().tower_dtype if first is None else first.dtype
 
     def set_tower_dtype(self, dtype: torch.dtype) -> None:
         """See :meth:`MultimodalModel.set_tower_dtype`."""
