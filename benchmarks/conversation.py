@@ -37,7 +37,8 @@ STRATEGIES = {PRUNED: "diverse-10", WHOLE: "full"}
 
 NOTES = """\
 All systems: the embedded model, greedy, {turns} turns of {tokens} new tokens; times as the client sees them.
-vflow and transformers: float32, {threads} threads. vflow: one service process per budget, over gRPC. transformers:
+vflow and transformers: float32, {threads} threads; vflow's vision tower in bfloat16 where the service chooses that
+(--serve=--tower-dtype=float32: in float32, too). vflow: one service process per budget, over gRPC. transformers:
 `generate`, one turn at a time (it batches nothing over conversations; waiting counts); stateless runs everything again
 in every turn, and its KV cache lives for the turn only. vllm: over HTTP, everything sent in every turn; its KV bytes
 are computed from the tokens. Resident memory holds what a server sets aside for KV caches as far as it touched it."""

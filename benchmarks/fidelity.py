@@ -28,6 +28,7 @@ from benchmarks.asked_pictures import AskedPicture, from_folder, generated
 from benchmarks.fidelity_rows import ALL, Mark, Scores, compare, group_summary, summary
 from benchmarks.line_chart import line_chart, save
 from benchmarks.rivals import Compressed, Method, Sight, looks, rivals
+from benchmarks.rivals.other_tower import OtherTower
 from benchmarks.rivals.vflowopt import VFlowOpt, ablations, choices, curves, own
 from benchmarks.table import Row, render, write
 from vflow_client.commands.share import share
@@ -187,6 +188,10 @@ def _contestants(options: argparse.Namespace, runtime: Runtime) -> list[Contesta
     methods += looks(runtime.layers) if "looks" in options.compare else []
     methods += ablations(base, runtime.layers) if "ablations" in options.compare else []
     methods += curves(base, runtime.layers) if "curves" in options.compare else []
+    methods += [
+        OtherTower(base, options.model, device=options.device, dtype=options.dtype, tower_dtype=DTYPES[each])
+        for each in options.tower_dtype
+    ]
     methods = list({method.name: method for method in methods}.values())
     if options.methods:
         unknown = sorted(set(options.methods) - {method.name for method in methods})
@@ -241,6 +246,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default=model_path(), help="folder or hub id (default: the embedded model)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="number type")
+    parser.add_argument(
+        "--tower-dtype",
+        nargs="+",
+        choices=DTYPES,
+        default=[],
+        help="the base with a vision tower of each of these types, too",
+    )
     parser.add_argument("--plot", type=Path, help="draw accuracy against retention here, as SVG or PNG")
     return parser.parse_args(arguments)
 

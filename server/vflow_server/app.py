@@ -23,11 +23,12 @@ from vflow_server.rpc.listener import address
 from vflow_server.service import Service
 from vflow_server.settings import Settings
 from vflow_server.telemetry.logging import flush
+from vflow_server.tower_dtype import choose_tower_dtype
 from vflowopt.demo import model_path
 from vflowopt.models.compilation import compile_encoder
 from vflowopt.models.error import ModelError
 from vflowopt.models.interface import MultimodalModel
-from vflowopt.models.loading import load_model
+from vflowopt.models.loading import DTYPES, load_model
 from vflowopt.runtime.model_runner import Runtime
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -67,7 +68,10 @@ def _load(settings: Settings) -> Runtime:
         loaded = load_model(model, device=settings.device, dtype=settings.dtype, quantization=settings.quantization)
         if settings.compile_cache is not None:
             _compile(loaded, settings.compile_cache)
-        runtime = Runtime(loaded, kv_budget=_kv_budget(settings, loaded.device))
+        tower_dtype = DTYPES.get(settings.tower_dtype)  # none of "auto"
+        runtime = Runtime(loaded, kv_budget=_kv_budget(settings, loaded.device), tower_dtype=tower_dtype)
+        if tower_dtype is None:
+            choose_tower_dtype(runtime)
         revision = runtime.revision
     except ModelError as error:
         raise StartError(str(error), may_pass=error.reason == "MODEL_UNREACHABLE") from error

@@ -47,6 +47,15 @@ def test_rows_at_the_smallest_size(tmp_path: Path, capsys: pytest.CaptureFixture
     assert all(f">{name}<" in drawn for name in (*chosen, "unpruned"))
 
 
+def test_a_tower_of_another_type_on_the_same_questions(tmp_path: Path) -> None:
+    arguments = ["--pictures", "1", "--turns", "1", "--retention", "0.1", "--new-tokens", "3"]
+    methods = ["vflowopt-diverse", "vflowopt-diverse-bfloat16-tower"]
+    rows = tmp_path / "rows.json"
+    assert fidelity.main([*arguments, "--tower-dtype", "bfloat16", "--methods", *methods, "--json", str(rows)]) == 0
+    cosine = {row["method"]: row["cosine"] for row in json.loads(rows.read_text()) if row["turn"] == "all"}
+    assert set(cosine) == {"full", *methods} and cosine[methods[0]] != cosine[methods[1]]
+
+
 def test_a_folder_of_one_s_own(tmp_path: Path) -> None:
     drawn = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     Image.fromarray(drawn).save(tmp_path / "a.png")

@@ -35,6 +35,7 @@ def test_a_flag_wins_over_a_variable_over_the_file_over_the_default(tmp_path: Pa
         ("watch_tenants", "red, blue", frozenset({"red", "blue"})),
         ("data", "/tmp/x", Path("/tmp/x")),
         ("log_format", "json", "json"),
+        ("tower_dtype", "bfloat16", "bfloat16"),
     ],
 )
 def test_values_are_read_as_people_write_them(name: str, text: str, value: object) -> None:

@@ -17,10 +17,23 @@ Turn = Sequence[str | np.ndarray | Video]
 
 
 class Reference:
-    """The unpruned model behind ``generate``, stateless but for the logits behind every token of the last answers."""
+    """The unpruned model behind ``generate``, stateless but for the logits behind every token of the last answers.
 
-    def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    Its vision tower and projector can be of another type than its decoder.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        tower_dtype: torch.dtype | None = None,
+    ) -> None:
         self.network = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device).eval()
+        if tower_dtype not in (None, dtype):
+            self.network.model.vision_tower.to(tower_dtype)
+            self.network.model.multi_modal_projector.to(tower_dtype)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         self.logits: list[Tensor] = []

@@ -10,6 +10,7 @@ from tests.vflowopt.models.matrix import MODELS, TinyModel
 from tests.vflowopt.reference import Reference
 from vflowopt.compression.strategy import Strategy
 from vflowopt.demo import model_path
+from vflowopt.models.loading import DTYPES
 from vflowopt.runtime.model_runner import Runtime
 
 NEW_TOKENS = 8
@@ -53,15 +54,16 @@ def test_three_turns_with_two_pictures_answer_like_generate(
     assert runtime.pool.bytes_used == 0
 
 
-def test_the_embedded_model_answers_like_generate() -> None:
+@pytest.mark.parametrize("tower_dtype", ["float32", "bfloat16"])
+def test_the_embedded_model_answers_like_generate(tower_dtype: str) -> None:
     """Three turns on the weights that ship, a square picture first and a wide one in turn three."""
     turns = [
         [picture(448, 448, 1), "What colour is the star?"],
         ["How many circles are there?"],
         [picture(160, 500, 2), "And what shape is the red object?"],
     ]
-    expected = Reference(model_path()).answers(turns, NEW_TOKENS)
-    runtime = Runtime.load(model_path(), kv_budget=64 << 20)
+    expected = Reference(model_path(), tower_dtype=DTYPES[tower_dtype]).answers(turns, NEW_TOKENS)
+    runtime = Runtime.load(model_path(), tower_dtype=tower_dtype, kv_budget=64 << 20)
     chat = Chat(runtime, Strategy.full())
     assert [chat.ask(turn, NEW_TOKENS) for turn in turns] == expected
     chat.sequence.release()

@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, LlavaOnevisionForCon
 from vflowopt.models import revision as revisions
 from vflowopt.models.error import ModelError
 from vflowopt.models.loading import load_model, wrap_model
-from vflowopt.models.revision import revision
+from vflowopt.models.revision import earlier_revisions, revision
 
 
 @pytest.fixture
@@ -191,3 +191,12 @@ def test_weights_that_are_gone_are_told(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(content[:-1])
     with pytest.raises(ModelError, match="cannot be read any more"):
         revision(model)
+
+
+def test_the_type_of_the_vision_tower_counts(folder: Path) -> None:
+    model = load_model(folder)
+    first = revision(model)
+    assert revision(model, tower_dtype=torch.float32) == first
+    model.set_tower_dtype(torch.bfloat16)
+    assert revision(model) != first == revision(model, tower_dtype=torch.float32)
+    assert first in earlier_revisions(model, b"") and revision(model) not in earlier_revisions(model, b"")

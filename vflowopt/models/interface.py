@@ -24,6 +24,7 @@ from vflowopt.media.video import Video, VideoError
 from vflowopt.models.backbone import unservable
 from vflowopt.models.error import ModelError
 from vflowopt.models.origin import ModelOrigin
+from vflowopt.models.product import speed_up
 from vflowopt.models.quantization import is_quantized, quantized_on
 from vflowopt.models.resizing import for_large
 from vflowopt.models.tokenizer import load_tokenizer
@@ -172,6 +173,27 @@ class MultimodalModel(ABC):
         return weight.dtype
 
     @property
+    def tower_dtype(self) -> torch.dtype:
+        """Type of the weights of the vision tower and its projector."""
+        return self.dtype
+
+    @property
+    def tower_parts(self) -> tuple[nn.Module, ...]:
+        """The modules that :meth:`set_tower_dtype` converts; empty: they have the decoder's type in this model."""
+        return ()
+
+    def set_tower_dtype(self, dtype: torch.dtype) -> None:
+        """Convert the weights of the vision tower and its projector; the decoder reads what they make in its own type.
+
+        Raises:
+            ModelError: this model has no :attr:`tower_parts`.
+        """
+        for part in self.tower_parts:
+            part.to(dtype)
+        if dtype != self.tower_dtype:
+            raise self.unsupported(f"a vision tower of another type ({dtype}) than its decoder ({self.dtype})")
+
+    @property
     def device(self) -> torch.device:
         """The decoder's device."""
         weight: Tensor = self.decoder.embed_tokens.weight
@@ -203,6 +225,13 @@ class MultimodalModel(ABC):
                     "correct it, or remove it",
                 ) from error
         return found
+
+    def fuse(self) -> None:
+        """Run what is outside the decoder's layers in fewer and faster operations from now on. Weights stay in place.
+
+        Not for a model that shares its weights.
+        """
+        speed_up(self.network)
 
     def milliseconds_since(self, begun: float) -> float:
         """Milliseconds since ``time.perf_counter()`` was ``begun``; waits for what this thread queued on the device."""

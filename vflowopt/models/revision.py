@@ -1,9 +1,9 @@
 """The revision of a model: a digest of all that its answers depend on, and of nothing else.
 
 It is made of the files of the model's folder: every byte of the weights, the configuration, the tokenizer and the image
-processor; and of what was made of them: the chat template, the tokens that end an answer, and the type that the weights
-were loaded in. What libraries note about themselves in these files does not count, nor does the order in which they
-write, nor how the weights are spread over files.
+processor; and of what was made of them: the chat template, the tokens that end an answer, and the types that the
+weights were loaded in. What libraries note about themselves in these files does not count, nor does the order in which
+they write, nor how the weights are spread over files.
 """
 
 from __future__ import annotations
@@ -83,8 +83,12 @@ _SETTLED = 2.0
 _BLOCK = 8 << 20
 
 
-def revision(model: MultimodalModel) -> str:
+def revision(model: MultimodalModel, *, tower_dtype: torch.dtype | None = None) -> str:
     """The revision of ``model``, 16 hexadecimal digits.
+
+    Args:
+        model: the model.
+        tower_dtype: the revision that it has with a vision tower of this type; None: with the tower that it has.
 
     The weights of a model that was wrapped, not loaded, are read from memory, every time. Those of a folder are read
     once: their digests are kept in the folder, or in the user's cache folder where the folder cannot be written to.
@@ -93,7 +97,7 @@ def revision(model: MultimodalModel) -> str:
         ModelError: MODEL_UNREADABLE; a file of the model cannot be read any more.
     """
     digest = hashlib.sha256()
-    for part in _parts(model):
+    for part in _parts(model, tower_dtype or model.tower_dtype):
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()[:16]
 
@@ -113,10 +117,13 @@ def first_values(model: MultimodalModel) -> bytes:
 
 
 def earlier_revisions(model: MultimodalModel, values: bytes) -> frozenset[str]:
-    """The revisions that releases before this scheme may have given to the same model.
+    """Other revisions whose sessions go on with this model.
 
-    They hashed the first values of the weights, and a configuration with the version of transformers that had loaded
-    it. So there is one for each version that they could be installed with.
+    Releases before this scheme hashed the first values of the weights, and a configuration with the version of
+    transformers that had loaded it. So there is one for each version that they could be installed with.
+
+    And the same model with a vision tower of another type is one: a stored session holds what the tower made of its
+    pictures, so it does not need the tower any more.
 
     Args:
         model: the model.
@@ -125,15 +132,17 @@ def earlier_revisions(model: MultimodalModel, values: bytes) -> frozenset[str]:
     config = model.network.config.to_json_string()
     latest = int(transformers.__version__.split(".")[1])
     versions = {f"5.{minor}.{patch}" for minor in range(17, latest + 1) for patch in range(5)}
-    return frozenset(
+    by_release = (
         hashlib.sha256(
             re.sub(r'("transformers_version": )"[^"]*"', rf'\g<1>"{version}"', config).encode() + values
         ).hexdigest()[:16]
         for version in {transformers.__version__, *versions}
     )
+    towers = {torch.float32, torch.bfloat16, torch.float16, model.dtype} - {model.tower_dtype}
+    return frozenset([*by_release, *(revision(model, tower_dtype=each) for each in towers)])
 
 
-def _parts(model: MultimodalModel) -> list[bytes]:
+def _parts(model: MultimodalModel, tower_dtype: torch.dtype) -> list[bytes]:
     tokenizer = model.tokenizer
     settings: dict[str, Any] = {
         "chat_template": tokenizer.chat_template,
@@ -141,6 +150,8 @@ def _parts(model: MultimodalModel) -> list[bytes]:
         "video_size": getattr(model, "video_size", None),
         "dtype": str(model.dtype),
     }
+    if tower_dtype != model.dtype:
+        settings["tower_dtype"] = str(tower_dtype)
     if (origin := model.origin) is None:
         config, processor = model.network.config.to_diff_dict(), model.processor.to_dict()
         backend = getattr(tokenizer, "backend_tokenizer", None)

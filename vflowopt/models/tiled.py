@@ -153,11 +153,41 @@ class TiledModel(MultimodalModel):
         )
 
     def _look(self, tiles: np.ndarray, project: Callable[[Tensor], Tensor]) -> Seen:
-        features, query, key = self.tower(self.normalised(tiles))
+        # A fused tower takes bytes: normalising them is part of its first product.
+        pixels = self.normalised(tiles) if self.tower.patches is None else torch.from_numpy(tiles)
+        features, query, key = self.tower(pixels)
         if not self.tower.class_token:
-            return Seen(project(features), query, key, None)
+            return Seen(project(features).to(self.dtype), query, key, None)
         query = query[:, :, :1] if self._scoring == "cls" else query[:, :, 1:]
-        return Seen(project(features[:, 1:]), query, key[:, :, 1:], key[:, :, :1])
+        return Seen(project(features[:, 1:]).to(self.dtype), query, key[:, :, 1:], key[:, :, :1])
+
+    @property
+    def tower_dtype(self) -> torch.dtype:
+        """See :attr:`MultimodalModel.tower_dtype`."""
+        weights = (weight for part in self.tower_parts for weight in part.parameters())
+        first = next(weights, None)
+        return super().tower_dtype if first is None else first.dtype
+
+    def set_tower_dtype(self, dtype: torch.dtype) -> None:
+        """See :meth:`MultimodalModel.set_tower_dtype`."""
+        super().set_tower_dtype(dtype)
+        if self.tower.patches is not None:
+            self._fuse_tower()
+
+    @property
+    def tower_parts(self) -> tuple[nn.Module, ...]:
+        """See :attr:`MultimodalModel.tower_parts`."""
+        if self.quantized or self.shared:
+            return ()
+        return self.network.model.vision_tower, self.network.model.multi_modal_projector
+
+    def fuse(self) -> None:
+        """See :meth:`MultimodalModel.fuse`."""
+        super().fuse()
+        self._fuse_tower()
+
+    def _fuse_tower(self) -> None:
+        self.tower.fuse(self.processor.rescale_factor, self.processor.image_mean, self.processor.image_std)
 
     def tiles(self, picture: Picture) -> np.ndarray:
         """The 8-bit tiles that the tower sees: uint8 [tiles, 3, side, side].

@@ -1,6 +1,7 @@
 """A vision tower, run only as far as a model's features and the scoring of its tokens need it.
 
-The layers are Hugging Face's. Their attention stays fused: scoring computes queries and keys by itself.
+The layers are Hugging Face's. Their attention stays fused: scoring computes queries and keys by itself. On the
+processor layers of a known kind run in fewer operations (:mod:`vflowopt.models.fused_tower`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from vflowopt.models.fused_tower import FusedTowerLayer, PatchProduct
 
 
 class Tower:
@@ -26,6 +29,7 @@ class Tower:
         features: how many layers have run when each feature is taken.
         scoring: index of the scoring layer.
         class_token: whether a token that carries no pixels stands before the patches.
+        patches: makes hidden states of 8-bit pixels; None: the tower takes normalised pixels.
     """
 
     class_token = False
@@ -36,6 +40,21 @@ class Tower:
         chosen = [feature_layer] if isinstance(feature_layer, int) else feature_layer
         self.features = [index % (depth + 1) for index in chosen]
         self.scoring = max(self.features) - 1 if scoring_layer is None else scoring_layer % depth
+        self.patches: PatchProduct | None = None
+        self._fused: dict[int, FusedTowerLayer] = {}
+
+    def fuse(self, rescale: float, mean: Sequence[float], deviation: Sequence[float]) -> None:
+        """Run in fewer operations from now on, if the layers are of a known kind and lie on the processor.
+
+        Args:
+            rescale: factor of 8-bit pixels in normalisation.
+            mean: of each colour, subtracted thereafter.
+            deviation: of each colour, by which is divided thereafter.
+        """
+        used = range(max(*self.features, self.scoring + 1))
+        if all(FusedTowerLayer.fits(self.layers[index]) for index in used):
+            self._fused = {index: FusedTowerLayer(self.layers[index]) for index in used}
+            self.patches = PatchProduct(self.module.embeddings.patch_embedding, rescale, mean, deviation)
 
     @property
     def layers(self) -> Sequence[Any]:
@@ -53,7 +72,7 @@ class Tower:
         """Encode tiles.
 
         Args:
-            pixels: [tiles, 3, height, width], normalised.
+            pixels: [tiles, 3, height, width], normalised; 8-bit ones if the tower has :attr:`patches`.
 
         Returns:
             Features [tiles, tokens, channels], the channels of several feature layers side by side, and queries and
@@ -68,14 +87,20 @@ class Tower:
             if index in self.features:
                 states[index] = hidden
             if index == self.scoring:
-                query, key = self._queries_and_keys(self.layers[index], hidden)
+                query, key = (
+                    self._fused[index].queries_and_keys(hidden)
+                    if self._fused
+                    else self._queries_and_keys(self.layers[index], hidden)
+                )
             if index < last:
-                hidden = self._run(self.layers[index], hidden)
+                hidden = self._fused[index](hidden) if self._fused else self._run(self.layers[index], hidden)
         assert query is not None and key is not None
         return torch.cat([states[index] for index in self.features], dim=-1), query, key
 
     def _embed(self, pixels: Tensor) -> Tensor:
         """The input of the first layer."""
+        if self.patches is not None:
+            return self.patches(pixels).add_(self.module.embeddings.position_embedding.weight)
         embedded: Tensor = self.module.embeddings(pixels)
         return embedded
 
@@ -101,8 +126,15 @@ class ClipTower(Tower):
     class_token = True
 
     def _embed(self, pixels: Tensor) -> Tensor:
-        embedded: Tensor = self.module.pre_layrnorm(self.module.embeddings(pixels))
-        return embedded
+        embeddings = self.module.embeddings
+        if self.patches is None:
+            embedded = embeddings(pixels)
+        else:
+            patches = self.patches(pixels)
+            class_token = embeddings.class_embedding.expand(len(patches), 1, -1)
+            embedded = torch.cat((class_token, patches), dim=1).add_(embeddings.position_embedding.weight)
+        normed: Tensor = self.module.pre_layrnorm(embedded)
+        return normed
 
 
 def split_heads(states: Tensor, heads: int) -> Tensor:

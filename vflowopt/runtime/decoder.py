@@ -9,6 +9,7 @@ complex numbers.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vflowopt.models.product import ENOUGH, by_onednn, product
 from vflowopt.runtime.attention import PAGED, Plan
 
 _FUSABLE = (
@@ -224,9 +226,13 @@ class _Product:
         self._weight = torch.cat([weight.detach() for weight, _ in maps]).t().contiguous()
         biases = [weight.new_zeros(len(weight)) if bias is None else bias.detach() for weight, bias in maps]
         self._bias = None if all(bias is None for _, bias in maps) else torch.cat(biases)
+        # Of one token and few, torch multiplies fastest by a weight that lies as this one does.
+        self._tokens_for_onednn = ENOUGH // self._weight.numel() if by_onednn(self._weight.t()) else sys.maxsize
 
     def __call__(self, states: Tensor, onto: Tensor | None = None) -> Tensor:
         """From [tokens, in] to [tokens, out], added to ``onto`` if it is given."""
+        if len(states) > self._tokens_for_onednn:
+            return product(states, self._weight.t(), self._bias, onto=onto)
         if onto is None:
             return states @ self._weight if self._bias is None else torch.addmm(self._bias, states, self._weight)
         result = torch.addmm(onto, states, self._weight)

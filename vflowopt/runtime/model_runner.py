@@ -21,7 +21,7 @@ from vflowopt.compression.pipeline import CompressedImage, compressing
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.video import Video, Visual
 from vflowopt.models.interface import MultimodalModel
-from vflowopt.models.loading import load_model
+from vflowopt.models.loading import DTYPES, load_model
 from vflowopt.models.revision import earlier_revisions, first_values, revision
 from vflowopt.runtime.attention import AttentionPlan, Plan
 from vflowopt.runtime.batch import Chunk, joined, next_chunk
@@ -42,6 +42,7 @@ class Runtime:
         model: the model.
         kv_budget: bytes for the keys and values of all sequences together.
         page_size: tokens of a page.
+        tower_dtype: type that the vision tower is converted to; None: it stays as it is.
 
     Attributes:
         model: the model.
@@ -52,10 +53,18 @@ class Runtime:
         pool: the KV pages.
 
     Raises:
+        ModelError: the vision tower cannot be of another type than the decoder.
         ValueError: the budget does not hold one page.
     """
 
-    def __init__(self, model: MultimodalModel, *, kv_budget: int, page_size: int = 16) -> None:
+    def __init__(
+        self,
+        model: MultimodalModel,
+        *,
+        kv_budget: int,
+        page_size: int = 16,
+        tower_dtype: torch.dtype | None = None,
+    ) -> None:
         self.model = model
         self.chat = ChatFormat(model.tokenizer, model.image_token, model.stop_ids, model.video_mark)
         self.layers = len(model.layers)
@@ -70,6 +79,10 @@ class Runtime:
         )
         self._first_values = first_values(model)
         self.decoder = build_decoder(model.decoder, fuse=not model.shared)
+        if tower_dtype is not None:
+            model.set_tower_dtype(tower_dtype)
+        if not model.shared:
+            model.fuse()
         self._kernel: DecodeKernel | None = None
         self._page_access: PageAccess | None = None
         self._graphs: DecodeGraphs | None = None
@@ -94,6 +107,7 @@ class Runtime:
         device: str = "cpu",
         dtype: str = "float32",
         quantization: str | None = None,
+        tower_dtype: str | None = None,
         kv_budget: int,
         page_size: int = 16,
     ) -> Runtime:
@@ -104,6 +118,7 @@ class Runtime:
             device: a torch device.
             dtype: a torch type, by name.
             quantization: how to quantize the weights; None: they stay as they are.
+            tower_dtype: a torch type, by name, for the vision tower; None: as ``dtype``.
             kv_budget: bytes for the keys and values of all sequences together.
             page_size: tokens of a page.
 
@@ -112,7 +127,8 @@ class Runtime:
             ValueError: the budget does not hold one page.
         """
         loaded = load_model(model, device=device, dtype=dtype, quantization=quantization)
-        return cls(loaded, kv_budget=kv_budget, page_size=page_size)
+        narrow = None if tower_dtype is None else DTYPES[tower_dtype]
+        return cls(loaded, kv_budget=kv_budget, page_size=page_size, tower_dtype=narrow)
 
     @cached_property
     def revision(self) -> str:
