@@ -4,13 +4,14 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from vflowopt.compression.strategy import Strategy
-from vflowopt.runtime import decode_kernel
-from vflowopt.runtime.decode_kernel import build_decode_kernel
+from vflowopt.kernels import build
+from vflowopt.kernels.decode_kernel import build_decode_kernel
 from vflowopt.runtime.model_runner import Runtime
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
@@ -60,7 +61,7 @@ def test_it_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert build_decode_kernel(8, 2, 1, 16) is not None
     (library,) = tmp_path.glob("vflow/*.so")
     made = library.stat().st_mtime_ns
-    monkeypatch.setattr(decode_kernel, "_compile", None)  # calling it would raise
+    monkeypatch.setattr(build, "_compile", None)  # calling it would raise
     assert build_decode_kernel(8, 2, 1, 16) is not None
     assert library.stat().st_mtime_ns == made
 
@@ -110,11 +111,14 @@ def test_a_damaged_kernel_in_the_cache_is_built_anew(
 ) -> None:
     """A process would die when it loads one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(decode_kernel, "DecodeKernel", lambda library, *geometry: library.read_bytes())
-    whole = build_decode_kernel(8, 2, 1, 16)
+    loaded: list[bytes] = []
+    stand_in = SimpleNamespace(paged_decode=None)
+    monkeypatch.setattr(build.ctypes, "CDLL", lambda path: loaded.append(Path(path).read_bytes()) or stand_in)
+    build.load("paged_decode", "decoding", HEAD_DIM=8, GROUP=2)
     (library,) = tmp_path.glob("vflow/*.so")
     library.write_bytes(damage(library.read_bytes()))
-    assert build_decode_kernel(8, 2, 1, 16) == whole
+    build.load("paged_decode", "decoding", HEAD_DIM=8, GROUP=2)
+    assert loaded[1] == loaded[0]
 
 
 @needs_compiler

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from vflowopt.kernels.decode_kernel import DecodeKernel
 from vflowopt.runtime.cache import PagePool, StagedCache
-from vflowopt.runtime.decode_kernel import DecodeKernel
 
 PAGED = "vflow_paged"
 
