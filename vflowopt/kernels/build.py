@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -30,18 +29,18 @@ _FLAGS = (
 )
 
 
-def load(name: str, purpose: str, **macros: int) -> Any:
+def load(name: str, purpose: str, **macros: int) -> ctypes.CDLL | None:
     """Compile a kernel, or load it from the cache folder.
 
     The compiler is what the environment variable ``CC`` names, with options if there are any, or ``cc``.
 
     Args:
-        name: the kernel's one function, and its file beside this one without the ending.
+        name: its file beside this one, without the ending.
         purpose: what is slower without it, for the log.
         macros: what is defined in its source.
 
     Returns:
-        The function, as :mod:`ctypes` loads it; None if it cannot be built, and the log says why.
+        The library; None if it cannot be built, and the log says why.
     """
     try:
         compiler = _compiler()
@@ -52,8 +51,8 @@ def load(name: str, purpose: str, **macros: int) -> Any:
             library = folder / f"{name}-{identity}.so"
             if not _is_whole(library):
                 _compile(compiler, flags, source, library)
-            return getattr(ctypes.CDLL(str(library)), name)
-    except (OSError, AttributeError, subprocess.SubprocessError, _NotBuilt) as error:
+            return ctypes.CDLL(str(library))
+    except (OSError, subprocess.SubprocessError, _NotBuilt) as error:
         log.warning("%s runs without its compiled kernel: %s", purpose, error)
         return None
 

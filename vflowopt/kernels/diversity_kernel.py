@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Generator
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,11 +29,11 @@ class DiversityKernel:
     """The kernel, for rows of any width. It runs in the caller's thread, and holds no lock of the interpreter.
 
     Args:
-        function: the compiled function.
+        library: the compiled source.
     """
 
-    def __init__(self, function: Any) -> None:
-        self._function = function
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._function = library.diversity_order
         pointer, whole, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
         self._function.restype = whole
         self._function.argtypes = [*[pointer] * 2, whole, whole, real, *[whole] * 3, *[pointer] * 4]
@@ -77,5 +76,5 @@ class DiversityKernel:
 @cache
 def diversity_kernel() -> DiversityKernel | None:
     """The kernel, built on the first call; None if that is not possible, and the log says why."""
-    function = build.load("diversity_order", "the choice of diverse tokens")
-    return None if function is None else DiversityKernel(function)
+    library = build.load("diversity_order", "the choice of diverse tokens")
+    return None if library is None else DiversityKernel(library)
