@@ -1,5 +1,6 @@
 """The compiled kernel computes what stock attention computes; a machine without a compiler loses nothing but time."""
 
+import ctypes
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -85,13 +86,13 @@ def test_a_sequence_is_attended_to_alike_in_any_batch() -> None:
     assert kernel is not None
     lengths = torch.tensor([1, 40, 16, 33, 90])
     pages = torch.randperm(30, generator=generator).view(5, 6)
-    store = torch.randn(2, 480, 2, 32, generator=generator)
+    keys, values = torch.randn(2, 480, 2, 32, generator=generator)
     states = torch.randn(5, 10 * 32, generator=generator)
     freqs = torch.randn(5, 1, 16, dtype=torch.complex64, generator=generator)
-    together = kernel(states, freqs, *store.clone(), pages, lengths, 0.2)
+    together = kernel(states, freqs, keys.clone(), values.clone(), pages, lengths, 0.2)
     for row in range(5):
         own = slice(row, row + 1)
-        alone = kernel(states[own], freqs[own], *store.clone(), pages[own], lengths[own], 0.2)
+        alone = kernel(states[own], freqs[own], keys.clone(), values.clone(), pages[own], lengths[own], 0.2)
         assert torch.equal(alone, together[own])
 
 
@@ -153,7 +154,7 @@ def test_a_damaged_kernel_in_the_cache_is_built_anew(
     """A process would die when it loads one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     loaded: list[bytes] = []
-    monkeypatch.setattr(build.ctypes, "CDLL", lambda path: loaded.append(Path(path).read_bytes()))
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: loaded.append(Path(path).read_bytes()))
     build.load("token_rows", "decoding")
     (library,) = tmp_path.glob("vflow/*.so")
     library.write_bytes(damage(library.read_bytes()))
