@@ -29,7 +29,7 @@ SERVICE = (
 )
 """The packages of the service from top to bottom. Above them all are the files of vflow_server itself, the wiring."""
 
-LIBRARY = ("demo", "search", "runtime", "models", "compression", "media")
+LIBRARY = ("demo", "search", "runtime", "models", "compression", "kernels", "media")
 """The packages of the library from top to bottom. Above them all is its front door, vflowopt/__init__.py."""
 
 PACKAGES = [

@@ -11,7 +11,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from vflowopt.compression.pieces import Pieces, whole
+from vflowopt.kernels.diversity_kernel import diversity_kernel
 
 
 def diversified(importance: Tensor, features: Tensor, structural: Tensor, count: int, weight: float) -> Tensor:
@@ -32,22 +34,25 @@ def diversified(importance: Tensor, features: Tensor, structural: Tensor, count:
     Returns:
         float32 [N], on the processor, greater for tokens that come earlier; zero at structural tokens.
     """
+    return whole(diversifying(importance, features, structural, count, weight))
+
+
+def diversifying(importance: Tensor, features: Tensor, structural: Tensor, count: int, weight: float) -> Pieces[Tensor]:
+    """:func:`diversified` in pieces."""
     device = features.device
     content = (~structural).nonzero().squeeze(-1)
-    relevance = importance[content].float().to(device)
-    spread = (relevance.max() - relevance.min()).clamp_min(torch.finfo(relevance.dtype).tiny)
-    relevance = (1.0 - weight) * (relevance - relevance.min()) / spread
-    directions = F.normalize(features[content.to(device)].float(), dim=-1)
-
+    values = importance[content].float()
+    relevance = values.to(device)
+    count = min(count, len(content))
     order: list[int] = []
-    picked = [int(importance[content].argmax())] if count and len(content) else []
-    likeness = torch.full_like(relevance, -torch.inf)
-    while picked:
-        order += picked
-        likeness = torch.maximum(likeness, (directions @ directions[picked].T).amax(-1))
-        likeness[picked] = torch.inf  # and never again
-        picked = _next(relevance, likeness, directions, weight, min(count, len(content)) - len(order))
-
+    if count:
+        spread = (relevance.max() - relevance.min()).clamp_min(torch.finfo(relevance.dtype).tiny)
+        relevance = (1.0 - weight) * (relevance - relevance.min()) / spread
+        directions = features[content.to(device)].float()
+        directions /= directions.norm(dim=-1, keepdim=True).clamp_min(_TINY)  # in place: rows may take 100 megabytes
+        kernel = diversity_kernel() if device.type == "cpu" else None
+        in_order = _in_order if kernel is None else kernel.order
+        order = yield from in_order(directions, relevance, int(values.argmax()), count, weight)
     behind = torch.ones(len(content), dtype=torch.bool)
     behind[order] = False
     rest = behind.nonzero().squeeze(-1)
@@ -56,6 +61,24 @@ def diversified(importance: Tensor, features: Tensor, structural: Tensor, count:
     places = torch.cat((torch.tensor(order, dtype=torch.int64), rest))
     ranks[content[places]] = torch.arange(len(content), 0, -1, dtype=torch.float32)
     return ranks
+
+
+def _in_order(directions: Tensor, relevance: Tensor, first: int, count: int, weight: float) -> Pieces[list[int]]:
+    """The same as :meth:`DiversityKernel.order`, on any device and without a compiler."""
+    # Products are summed in float64 and rounded, so that the order does not depend on the order of summation. GPUs are
+    # slow in float64; there, tokens whose scores differ by rounding errors alone may be swapped.
+    exact = directions.double() if directions.device.type == "cpu" else directions
+    order: list[int] = []
+    picked = [first]
+    likeness = torch.full_like(relevance, -torch.inf)
+    while True:
+        order += picked
+        likeness = torch.maximum(likeness, (exact @ exact[picked].T).float().amax(-1))
+        likeness[picked] = torch.inf  # and never again
+        if len(order) == count:
+            return order
+        yield
+        picked = _next(relevance, likeness, exact, weight, count - len(order))
 
 
 def _next(relevance: Tensor, likeness: Tensor, directions: Tensor, weight: float, most: int) -> list[int]:
@@ -67,15 +90,16 @@ def _next(relevance: Tensor, likeness: Tensor, directions: Tensor, weight: float
     """
     scores = relevance - weight * likeness
     best = scores.argsort(descending=True, stable=True)[: _FEW + 1]
-    few, others = best[:_FEW], scores[best[_FEW:]]
+    few, others = best[:_FEW].sort().values, scores[best[_FEW:]]
     bound = float(others[0]) if len(others) else -np.inf
     near = directions[few]
-    similarity = (near @ near.T).cpu().numpy()
+    similarity = (near @ near.T).float().cpu().numpy()
     score, worth, like = (each[few].cpu().numpy() for each in (scores, relevance, likeness))
     picked: list[int] = []
     while len(picked) < most:
         leader = int(score.argmax())
-        if score[leader] < bound:
+        # Of equal tokens the first is the next one. Which that is shows if the others are up to date, as they are now.
+        if picked and score[leader] <= bound:
             break
         picked.append(leader)
         like = np.maximum(like, similarity[leader])
@@ -87,3 +111,6 @@ def _next(relevance: Tensor, likeness: Tensor, directions: Tensor, weight: float
 
 _FEW = 64
 """How many of the best tokens are compared with each other at a time."""
+
+_TINY = 1e-12
+"""The least length that features are divided by, so that zeros stay zeros."""

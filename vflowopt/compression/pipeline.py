@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from vflowopt.compression.diversity import diversified
+from vflowopt.compression.diversity import diversifying
 from vflowopt.compression.importance import context_relevance_of, head_averaged_attention, importance, patch_entropy
 from vflowopt.compression.layout import TokenLayout
 from vflowopt.compression.pieces import Pieces, timed, whole
@@ -220,13 +220,18 @@ def choose(encoded: EncodedImage, scores: Tensor, strategy: Strategy, layers: in
         strategy: how much each stage keeps; its stages must lie within the decoder.
         layers: decoder layers of the model, over which the budget is averaged.
     """
-    begun = time.perf_counter()
+    image, prune_ms = whole(timed(choosing(encoded, scores, strategy, layers), _since))
+    return replace(image, timings=replace(image.timings, prune_ms=prune_ms))
+
+
+def choosing(encoded: EncodedImage, scores: Tensor, strategy: Strategy, layers: int) -> Pieces[CompressedImage]:
+    """:func:`choose` in pieces, without the time that they take."""
     layout = encoded.layout
     structural = int(layout.structural.sum())
     targets = stage_targets(strategy, len(layout), structural, layers)
     ranks, choices = scores, [target - structural for target in targets if target < len(layout)]
     if strategy.diversity and choices:
-        ranks = diversified(scores, encoded.entering, layout.structural, choices[0], strategy.diversity)
+        ranks = yield from diversifying(scores, encoded.entering, layout.structural, choices[0], strategy.diversity)
     if strategy.grid is None or targets[0] == len(layout):
         first = keep_most_important(ranks, layout.structural, targets[0])
         recycled = first[:0]
@@ -262,7 +267,7 @@ def choose(encoded: EncodedImage, scores: Tensor, strategy: Strategy, layers: in
         embeddings=embeddings,
         positions=positions,
         span=span,
-        timings=CompressionTimings(encoded.encode_ms, 0.0, (time.perf_counter() - begun) * 1e3),
+        timings=CompressionTimings(encoded.encode_ms, 0.0, 0.0),
         detail=encoded.detail,
         frames=encoded.frames,
     )
@@ -275,6 +280,11 @@ def compress(encoded: EncodedImage, strategy: Strategy, layers: int) -> Compress
 
 def compressing(encoded: EncodedImage, strategy: Strategy, layers: int) -> Pieces[CompressedImage]:
     """:func:`compress` in pieces."""
-    scores, score_ms = yield from timed(_scoring(encoded, strategy), lambda begun: (time.perf_counter() - begun) * 1e3)
-    image = choose(encoded, scores, strategy, layers)
-    return replace(image, timings=replace(image.timings, score_ms=score_ms))
+    scores, score_ms = yield from timed(_scoring(encoded, strategy), _since)
+    image, prune_ms = yield from timed(choosing(encoded, scores, strategy, layers), _since)
+    return replace(image, timings=CompressionTimings(encoded.encode_ms, score_ms, prune_ms))
+
+
+def _since(begun: float) -> float:
+    """Milliseconds since a ``time.perf_counter()``."""
+    return (time.perf_counter() - begun) * 1e3

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from vflowopt.kernels.decode_kernel import DecodeKernel
 from vflowopt.runtime.cache import PagePool, StagedCache
-from vflowopt.runtime.decode_kernel import DecodeKernel
+from vflowopt.runtime.rope import apply_rope
 
 PAGED = "vflow_paged"
 
@@ -47,6 +48,7 @@ class AttentionPlan:
         pool: as given.
         first_layer: the first layer of the run.
         decodes: the number of decodes.
+        rotates: whether :meth:`attend_unrotated` can be called.
         write_slots: int64 [layers, tokens], the slots of the new keys and values.
         prefills: for each prefill, its tokens in the batch; the slots of its context, int64 [layers, context_len]; and
             which of these each token attends to, bool [tokens, context_len]. Both are None if the context is nothing
@@ -79,6 +81,7 @@ class AttentionPlan:
         ]
         self.write_slots = torch.from_numpy(np.concatenate(written, axis=1)).to(pool.keys.device)
         self.prefills = self._plan_prefills(counts)
+        self.rotates = kernel is not None and self.decodes > 0
 
     def _plan_decodes(self, layers: int) -> np.ndarray:
         """The slots of the decodes' tokens, int64 [layers, decodes]; also sets the decodes' block tables and mask.
@@ -141,18 +144,68 @@ class AttentionPlan:
         Returns:
             [tokens, heads, head_dim].
         """
+        if self.rotates:
+            joint = torch.cat([each.reshape(len(each), -1) for each in (query, key, value)], dim=1)
+            return self._attend_compiled(layer, joint, None, scale).view(query.shape)
         layer -= self.first_layer
-        pool = self.pool
-        pool.keys.index_copy_(0, self.write_slots[layer], key)
-        pool.values.index_copy_(0, self.write_slots[layer], value)
+        self._write(layer, slice(None), key, value)
         outputs = [self._attend_decodes(layer, query[: self.decodes], key.shape[1], scale)] if self.decodes else []
+        outputs += self._attend_prefills(layer, query, key, value, scale)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def attend_unrotated(self, layer: int, states: Tensor, freqs: Tensor, scale: float) -> Tensor:
+        """The same as :meth:`attend`, by the kernel.
+
+        Args:
+            layer: the decoder layer.
+            states: [tokens, (heads + 2 * kv_heads) * head_dim], queries, keys and values side by side.
+            freqs: complex64 [tokens, 1, head_dim / 2], the rotation of queries and keys; see
+                :func:`vflowopt.runtime.rope.apply_rope`.
+            scale: factor of the scores.
+
+        Returns:
+            [tokens, heads * head_dim].
+        """
+        return self._attend_compiled(layer, states, freqs, scale)
+
+    def _attend_compiled(self, layer: int, states: Tensor, freqs: Tensor | None, scale: float) -> Tensor:
+        """Attention of the decodes by the kernel, of the prefills by PyTorch; arguments as the kernel takes them."""
+        assert self._kernel is not None
+        layer, pool = layer - self.first_layer, self.pool
+        output = self._kernel(
+            states, freqs, pool.keys, pool.values, self.decode_block_tables[layer], self.decode_context_lens, scale
+        )
+        if self.prefills:
+            kv_heads, size = pool.keys.shape[1:]
+            heads = states[self.decodes :].view(len(states) - self.decodes, -1, size)
+            rotated, value = heads[:, :-kv_heads], heads[:, -kv_heads:]
+            if freqs is not None:
+                rotated = apply_rope(rotated, freqs[self.decodes :])
+            query, key = rotated[:, :-kv_heads], rotated[:, -kv_heads:]
+            self._write(layer, slice(self.decodes, None), key, value)
+            attended = self._attend_prefills(layer, query, key, value, scale, first=self.decodes)
+            torch.cat(attended, out=output[self.decodes :].view(query.shape))
+        return output
+
+    def _write(self, layer: int, tokens: slice, key: Tensor, value: Tensor) -> None:
+        """Write the keys and values of some of the batch's tokens."""
+        slots = self.write_slots[layer, tokens]
+        self.pool.keys.index_copy_(0, slots, key)
+        self.pool.values.index_copy_(0, slots, value)
+
+    def _attend_prefills(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, first: int = 0
+    ) -> list[Tensor]:
+        """Attention of each prefill, of tokens [tokens, heads, head_dim] of which ``first`` is the batch's first."""
+        outputs = []
         for tokens, context_slots, mask in self.prefills:
+            tokens = slice(tokens.start - first, tokens.stop - first)
             if context_slots is None:
                 # The context is what was just computed: no need to gather it.
                 keys, values = key[tokens], value[tokens]
             else:
                 slots = context_slots[layer]
-                keys, values = pool.keys.index_select(0, slots), pool.values.index_select(0, slots)
+                keys, values = self.pool.keys.index_select(0, slots), self.pool.values.index_select(0, slots)
             attended = nn.functional.scaled_dot_product_attention(
                 query[tokens].transpose(0, 1)[None],
                 keys.transpose(0, 1)[None],
@@ -163,14 +216,11 @@ class AttentionPlan:
                 enable_gqa=query.shape[1] != key.shape[1],
             )
             outputs.append(attended[0].transpose(0, 1))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return outputs
 
     def _attend_decodes(self, layer: int, query: Tensor, kv_heads: int, scale: float) -> Tensor:
         """Attention of the decodes: [decodes, heads, head_dim] to the same shape."""
         pages = self.decode_block_tables[layer]
-        if self._kernel is not None:
-            size = self.pool.page_size
-            return self._kernel(query, self.pool.keys, self.pool.values, pages, self.decode_context_lens, size, scale)
         # Whole pages are gathered: they are long enough to be copied at memory speed.
         keys, values = (
             store.view(self.pool.pages, -1)

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vflowopt.kernels.row_kernel import RowKernel, row_kernel
 from vflowopt.models.product import ENOUGH, by_onednn, product
-from vflowopt.runtime.attention import PAGED, Plan
+from vflowopt.runtime.attention import PAGED, AttentionPlan, Plan
+from vflowopt.runtime.rope import apply_rope
 
 _FUSABLE = (
     "transformers.models.llama.modeling_llama.LlamaDecoderLayer",
@@ -115,9 +117,10 @@ class FusedDecoder(Decoder):
         self._context: int = decoder.config.max_position_embeddings
         self._axes = _axes(decoder.config)
         self._norm = decoder.norm
+        self._rows = _Rows(decoder.norm.weight)
         self._layers = []
         for layer in decoder.layers:
-            self._layers.append(_FusedLayer(layer))
+            self._layers.append(_FusedLayer(layer, self._rows))
             layer.to("meta")
 
     @staticmethod
@@ -182,23 +185,61 @@ class FusedDecoder(Decoder):
 
     def norm(self, hidden: Tensor) -> Tensor:
         """See :meth:`Decoder.norm`."""
-        return F.rms_norm(hidden, hidden.shape[-1:], self._norm.weight, self._norm.variance_epsilon)
+        return self._rows.norm(hidden, self._norm.weight, self._norm.variance_epsilon)
+
+
+class _Rows:
+    """What is done to each token between matrix products: by a compiled kernel if it is faster, or by PyTorch.
+
+    Args:
+        weight: some weight of the decoder.
+
+    Attributes:
+        kernel: the compiled kernel; None: there is none for this device and type.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        compiled = weight.device.type == "cpu" and weight.dtype == torch.float32
+        self.kernel: RowKernel | None = row_kernel() if compiled else None
+
+    def norm(self, states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """RMS norm of [tokens, width]."""
+        if self.kernel is not None and states.numel() < _ENOUGH_FOR_PYTORCH:
+            return self.kernel.norm(states.contiguous(), weight, epsilon)
+        return F.rms_norm(states, states.shape[-1:], weight, epsilon)
+
+    def gated(self, states: Tensor) -> Tensor:
+        """The SiLU of a gate times what it gates: from [tokens, 2 * width], the gate first, to [tokens, width]."""
+        if self.kernel is not None and states.numel() < _ENOUGH_FOR_PYTORCH:
+            return self.kernel.gated(states)
+        gate, up = states.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+
+_ENOUGH_FOR_PYTORCH = 1 << 19
+"""Values from which on PyTorch's operations, on several threads, are faster than the kernels, which have one."""
+
+_ENOUGH_FOR_THREADS = 8 << 20
+"""Multiplications of a product from which on PyTorch's, on several threads, is faster."""
 
 
 class _FusedLayer:
     """One layer: its weights, each [in, out]."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, rows: _Rows) -> None:
+        self._rows = rows
         attention, network = layer.self_attn, layer.mlp
         self._size = attention.head_dim
         self._scale = attention.scaling
         rotated = [_interleave(linear, self._size) for linear in (attention.q_proj, attention.k_proj)]
         value = (attention.v_proj.weight, attention.v_proj.bias)
         self._heads = [len(weight) // self._size for weight, _ in (*rotated, value)]
-        self._query_key_value = _Product([*rotated, value])
-        self._output = _Product([(attention.o_proj.weight, attention.o_proj.bias)])
-        self._gate_up = _Product([(linear.weight, linear.bias) for linear in (network.gate_proj, network.up_proj)])
-        self._down = _Product([(network.down_proj.weight, network.down_proj.bias)])
+        self._query_key_value = _Product([*rotated, value], rows)
+        self._output = _Product([(attention.o_proj.weight, attention.o_proj.bias)], rows)
+        self._gate_up = _Product(
+            [(linear.weight, linear.bias) for linear in (network.gate_proj, network.up_proj)], rows
+        )
+        self._down = _Product([(network.down_proj.weight, network.down_proj.bias)], rows)
         self._norms = [
             (norm.weight, norm.variance_epsilon) for norm in (layer.input_layernorm, layer.post_attention_layernorm)
         ]
@@ -206,31 +247,37 @@ class _FusedLayer:
     def __call__(self, index: int, hidden: Tensor, freqs: Tensor, plan: Plan) -> Tensor:
         tokens = len(hidden)
         (weight, epsilon), (late_weight, late_epsilon) = self._norms
-        normed = F.rms_norm(hidden, hidden.shape[-1:], weight, epsilon)
-        states = self._query_key_value(normed).view(tokens, -1, self._size)
-        queries, keys, _ = self._heads
-        rotated = apply_rope(states[:, : queries + keys], freqs)
-        attended = plan.attend(
-            index, rotated[:, :queries], rotated[:, queries:], states[:, queries + keys :], scale=self._scale
-        )
-        hidden = self._output(attended.reshape(tokens, -1), onto=hidden)
-        normed = F.rms_norm(hidden, hidden.shape[-1:], late_weight, late_epsilon)
-        gate, up = self._gate_up(normed).chunk(2, dim=-1)
-        return self._down(F.silu(gate).mul_(up), onto=hidden)
+        states = self._query_key_value(self._rows.norm(hidden, weight, epsilon))
+        if isinstance(plan, AttentionPlan) and plan.rotates:
+            attended = plan.attend_unrotated(index, states, freqs, self._scale)
+        else:
+            heads = states.view(tokens, -1, self._size)
+            queries, keys, _ = self._heads
+            rotated = apply_rope(heads[:, : queries + keys], freqs)
+            attended = plan.attend(
+                index, rotated[:, :queries], rotated[:, queries:], heads[:, queries + keys :], scale=self._scale
+            ).reshape(tokens, -1)
+        hidden = self._output(attended, onto=hidden)
+        normed = self._rows.norm(hidden, late_weight, late_epsilon)
+        return self._down(self._rows.gated(self._gate_up(normed)), onto=hidden)
 
 
 class _Product:
     """Several linear maps of the same input, as one matrix product."""
 
-    def __init__(self, maps: list[tuple[Tensor, Tensor | None]]) -> None:
+    def __init__(self, maps: list[tuple[Tensor, Tensor | None]], rows: _Rows) -> None:
         self._weight = torch.cat([weight.detach() for weight, _ in maps]).t().contiguous()
         biases = [weight.new_zeros(len(weight)) if bias is None else bias.detach() for weight, bias in maps]
         self._bias = None if all(bias is None for _, bias in maps) else torch.cat(biases)
+        self._kernel = rows.kernel
+        self._few = _ENOUGH_FOR_THREADS // self._weight.numel()
         # Of one token and few, torch multiplies fastest by a weight that lies as this one does.
         self._tokens_for_onednn = ENOUGH // self._weight.numel() if by_onednn(self._weight.t()) else sys.maxsize
 
     def __call__(self, states: Tensor, onto: Tensor | None = None) -> Tensor:
         """From [tokens, in] to [tokens, out], added to ``onto`` if it is given."""
+        if self._kernel is not None and len(states) <= self._few:
+            return self._kernel.product(states, self._weight, self._bias, onto)
         if len(states) > self._tokens_for_onednn:
             return product(states, self._weight.t(), self._bias, onto=onto)
         if onto is None:
@@ -260,17 +307,3 @@ def _interleave(linear: Any, size: int) -> tuple[Tensor, Tensor | None]:
         return heads.transpose(1, 2).reshape(rows.shape)
 
     return reorder(linear.weight), None if linear.bias is None else reorder(linear.bias)
-
-
-def apply_rope(states: Tensor, freqs: Tensor) -> Tensor:
-    """Rotate each pair of adjacent channels.
-
-    Args:
-        states: [tokens, heads, head_dim].
-        freqs: complex64 [tokens, 1, head_dim / 2], the rotation of each pair.
-
-    Returns:
-        Like ``states``.
-    """
-    pairs = torch.view_as_complex(states.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * freqs).flatten(-2).to(states.dtype)

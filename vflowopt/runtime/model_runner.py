@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from vflowopt.compression.pieces import Pieces, whole
 from vflowopt.compression.pipeline import CompressedImage, compressing
 from vflowopt.compression.strategy import Strategy
+from vflowopt.kernels.decode_kernel import DecodeKernel, build_decode_kernel
+from vflowopt.kernels.diversity_kernel import diversity_kernel
 from vflowopt.media.video import Video, Visual
 from vflowopt.models.interface import MultimodalModel
 from vflowopt.models.loading import DTYPES, load_model
@@ -28,7 +30,6 @@ from vflowopt.runtime.batch import Chunk, joined, next_chunk
 from vflowopt.runtime.cache import PagePool, StagedCache, reserve
 from vflowopt.runtime.chat import ChatFormat
 from vflowopt.runtime.cuda_graph import DecodeGraphs, DecodePlan, Rotary
-from vflowopt.runtime.decode_kernel import DecodeKernel, build_decode_kernel
 from vflowopt.runtime.decoder import build_decoder
 from vflowopt.runtime.sampling import Sampler, sample
 from vflowopt.runtime.sequence import Item, Sequence, tokens_per_stage
@@ -90,6 +91,8 @@ class Runtime:
         heads = model.decoder.config.num_attention_heads
         layer: int = sum(weight.numel() for weight in model.layers[0].parameters() if weight.dim() > 1)
         self._context_per_token: float = layer / (2 * heads * model.head_dim)
+        if model.device.type == "cpu":
+            diversity_kernel()  # so that the first picture does not wait for a compiler
         if model.device.type == "cpu" and model.dtype == torch.float32:
             self._kernel = build_decode_kernel(model.head_dim, heads, model.heads, page_size)
         elif model.device.type == "cuda":

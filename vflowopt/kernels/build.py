@@ -1,10 +1,6 @@
-"""A compiled kernel for decode attention on the CPU: one new token per sequence attends to all pages of its sequence.
+"""Building kernels: each is a page of C, compiled for this processor and kept in a cache folder of the user's.
 
-PyTorch's attention needs contiguous keys and values, so the pages of every sequence are gathered first, in every layer
-of every step. That takes longer than the attention itself. The kernel reads the pages in place.
-
-It is a page of C, compiled for the model's geometry and this processor when the model is loaded. On a machine without a
-C compiler, decoding is slower, and otherwise the same.
+On a machine without a C compiler there are no kernels. What uses one is slower there, and otherwise the same.
 """
 
 from __future__ import annotations
@@ -17,17 +13,12 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 log = logging.getLogger(__name__)
-
-_MOST_PAGE = 256  # MAX_PAGE in the source
 
 _SEAL = hashlib.sha256().digest_size
 
@@ -38,83 +29,31 @@ _FLAGS = (
 )
 
 
-class DecodeKernel:
-    """The kernel for one geometry, float32.
-
-    Args:
-        library: the compiled source.
-        head_dim: channels of a head.
-        group: query heads that share a key head.
-    """
-
-    def __init__(self, library: Path, head_dim: int, group: int) -> None:
-        self._head_dim, self._group = head_dim, group
-        pointer, whole = ctypes.c_void_p, ctypes.c_int64
-        self._function = ctypes.CDLL(str(library)).paged_decode
-        self._function.restype = None
-        self._function.argtypes = [*[pointer] * 5, *[whole] * 4, ctypes.c_float, pointer]
-
-    def __call__(
-        self, query: Tensor, keys: Tensor, values: Tensor, pages: Tensor, lengths: Tensor, page_size: int, scale: float
-    ) -> Tensor:
-        """Attention of one token of each sequence.
-
-        Args:
-            query: float32 [sequences, kv_heads * group, head_dim].
-            keys: float32 [slots, kv_heads, head_dim].
-            values: like ``keys``.
-            pages: int64 [sequences, blocks], the block tables; pages after the end of a context are not read.
-            lengths: int64 [sequences], the tokens of each context.
-            page_size: slots of a page, at most 256.
-            scale: factor of the scores.
-
-        Returns:
-            float32 like ``query``.
-        """
-        query = query.contiguous()
-        output = torch.empty_like(query)
-        sequences, num_blocks = pages.shape
-        self._function(
-            query.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            pages.data_ptr(),
-            lengths.data_ptr(),
-            sequences,
-            num_blocks,
-            page_size,
-            keys.shape[1],
-            scale,
-            output.data_ptr(),
-        )
-        return output
-
-
-def build_decode_kernel(head_dim: int, heads: int, kv_heads: int, page_size: int) -> DecodeKernel | None:
-    """Compile the kernel, or load it from the cache folder; None if neither is possible, and the log says why.
+def load(name: str, purpose: str, **macros: int) -> ctypes.CDLL | None:
+    """Compile a kernel, or load it from the cache folder.
 
     The compiler is what the environment variable ``CC`` names, with options if there are any, or ``cc``.
 
     Args:
-        head_dim: channels of a head.
-        heads: query heads of a layer.
-        kv_heads: key-value heads of a layer.
-        page_size: tokens of a page.
+        name: its file beside this one, without the ending.
+        purpose: what is slower without it, for the log.
+        macros: what is defined in its source.
+
+    Returns:
+        The library; None if it cannot be built, and the log says why.
     """
     try:
-        if heads % kv_heads or page_size > _MOST_PAGE:
-            raise _NotBuilt(f"it is not made for {heads} heads on {kv_heads} and pages of {page_size} tokens")
         compiler = _compiler()
-        source = resources.files("vflowopt.runtime").joinpath("kernels/paged_decode.c").read_text()
-        flags = [*_FLAGS, f"-DHEAD_DIM={head_dim}", f"-DGROUP={heads // kv_heads}"]
+        source = resources.files("vflowopt.kernels").joinpath(f"{name}.c").read_text()
+        flags = [*_FLAGS, *(f"-D{macro}={value}" for macro, value in macros.items())]
         identity = hashlib.sha256("\0".join([source, *compiler[1:], *flags, _processor()]).encode()).hexdigest()[:24]
         with _cache_folder() as folder:
-            library = folder / f"paged_decode-{identity}.so"
+            library = folder / f"{name}-{identity}.so"
             if not _is_whole(library):
                 _compile(compiler, flags, source, library)
-            return DecodeKernel(library, head_dim, heads // kv_heads)
-    except (OSError, AttributeError, subprocess.SubprocessError, _NotBuilt) as error:
-        log.warning("decoding runs without its compiled kernel: %s", error)
+            return ctypes.CDLL(str(library))
+    except (OSError, subprocess.SubprocessError, _NotBuilt) as error:
+        log.warning("%s runs without its compiled kernel: %s", purpose, error)
         return None
 
 
@@ -134,7 +73,7 @@ def _compiler() -> list[str]:
     return [path, *command[1:]]
 
 
-def _compile(compiler: list[str], flags: list[str], source: str, library: Path) -> None:
+def _compile(compiler: list[str], flags: Sequence[str], source: str, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         text, compiled, linked = (Path(scratch) / name for name in ("kernel.c", "kernel.o", "kernel.so"))
         text.write_text(source)
