@@ -108,7 +108,7 @@ class AttentionPlan:
         if self._kernel is None and any(length != num_blocks * size for length in context_lens):
             valid = np.arange(num_blocks * size) < np.array(context_lens)[:, None]
             mask = np.where(valid, np.float32(0), np.float32(-np.inf))[:, None, None]
-            self.decode_mask = torch.from_numpy(mask).to(device, self.pool.keys.dtype)
+            self.decode_mask = torch.from_numpy(mask).to(device, self.pool.dtype)
         slots: np.ndarray = last * size + (np.array(context_lens) - 1) % size
         return slots
 
@@ -143,16 +143,16 @@ class AttentionPlan:
         """
         layer -= self.first_layer
         pool = self.pool
-        pool.keys.index_copy_(0, self.write_slots[layer], key)
-        pool.values.index_copy_(0, self.write_slots[layer], value)
+        pool.write(self.write_slots[layer], key, value)
         outputs = [self._attend_decodes(layer, query[: self.decodes], key.shape[1], scale)] if self.decodes else []
         for tokens, context_slots, mask in self.prefills:
             if context_slots is None:
                 # The context is what was just computed: no need to gather it.
                 keys, values = key[tokens], value[tokens]
+                if pool.rounds:  # but as a later chunk reads it: answers must not depend on where chunks end
+                    keys, values = (pool.computed(pool.stored(each)) for each in (keys, values))
             else:
-                slots = context_slots[layer]
-                keys, values = pool.keys.index_select(0, slots), pool.values.index_select(0, slots)
+                keys, values = pool.read(context_slots[layer])
             attended = nn.functional.scaled_dot_product_attention(
                 query[tokens].transpose(0, 1)[None],
                 keys.transpose(0, 1)[None],
@@ -171,12 +171,8 @@ class AttentionPlan:
         if self._kernel is not None:
             size = self.pool.page_size
             return self._kernel(query, self.pool.keys, self.pool.values, pages, self.decode_context_lens, size, scale)
-        # Whole pages are gathered: they are long enough to be copied at memory speed.
         keys, values = (
-            store.view(self.pool.pages, -1)
-            .index_select(0, pages.flatten())
-            .view(self.decodes, -1, kv_heads, query.shape[-1])
-            for store in (self.pool.keys, self.pool.values)
+            each.view(self.decodes, -1, kv_heads, query.shape[-1]) for each in self.pool.read_pages(pages.flatten())
         )
         # The query heads that share a key head stand in for query tokens: one pass over the keys serves them all.
         together = nn.functional.scaled_dot_product_attention(

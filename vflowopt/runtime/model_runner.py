@@ -22,16 +22,24 @@ from vflowopt.media.video import Video, Visual
 from vflowopt.models.interface import MultimodalModel
 from vflowopt.models.loading import load_model
 from vflowopt.models.revision import earlier_revisions, first_values, revision
-from vflowopt.runtime.attention import AttentionPlan, Plan
+from vflowopt.runtime.attention import Plan
+from vflowopt.runtime.backend import Backend, BackendName, SdpaBackend, build_backend, choose_backend
 from vflowopt.runtime.batch import Chunk, joined, next_chunk
 from vflowopt.runtime.cache import PagePool, StagedCache, reserve
 from vflowopt.runtime.chat import ChatFormat
 from vflowopt.runtime.cuda_graph import DecodeGraphs, DecodePlan, Rotary
-from vflowopt.runtime.decode_kernel import DecodeKernel, build_decode_kernel
+from vflowopt.runtime.decode_kernel import build_decode_kernel
 from vflowopt.runtime.decoder import build_decoder
 from vflowopt.runtime.sampling import Sampler, sample
 from vflowopt.runtime.sequence import Item, Sequence, tokens_per_stage
-from vflowopt.runtime.varlen_attention import PageAccess, VarlenPlan, page_access
+
+KV_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp8_e4m3": torch.float8_e4m3fn,
+}
+"""Types in which keys and values can be stored, by name."""
 
 
 class Runtime:
@@ -41,8 +49,11 @@ class Runtime:
         model: the model.
         kv_budget: bytes for the keys and values of all sequences together.
         page_size: tokens of a page.
+        kv_dtype: type of the stored keys and values, one of :data:`KV_DTYPES`; None: the model's.
+        attention: the attention backend; None: the best one on the model's device.
 
     Attributes:
+        backend: computes attention.
         model: the model.
         chat: turns the parts of a chat turn into items of a log.
         layers: number of decoder layers.
@@ -51,10 +62,18 @@ class Runtime:
         pool: the KV pages.
 
     Raises:
-        ValueError: the budget does not hold one page.
+        ValueError: the budget does not hold one page, or the attention backend does not work here.
     """
 
-    def __init__(self, model: MultimodalModel, *, kv_budget: int, page_size: int = 16) -> None:
+    def __init__(
+        self,
+        model: MultimodalModel,
+        *,
+        kv_budget: int,
+        page_size: int = 16,
+        kv_dtype: str | None = None,
+        attention: BackendName | None = None,
+    ) -> None:
         self.model = model
         self.chat = ChatFormat(model.tokenizer, model.image_token, model.stop_ids, model.video_mark)
         self.layers = len(model.layers)
@@ -65,25 +84,35 @@ class Runtime:
             heads=model.heads,
             head_dim=model.head_dim,
             dtype=model.dtype,
+            stored_as=None if kv_dtype is None else KV_DTYPES[kv_dtype],
             device=model.device,
         )
         self._first_values = first_values(model)
         self.decoder = build_decoder(model.decoder, fuse=not model.shared)
-        self._kernel: DecodeKernel | None = None
-        self._page_access: PageAccess | None = None
         self._graphs: DecodeGraphs | None = None
         self._products_per_token = model.decoder.config.hidden_size * model.decoder.config.intermediate_size
         heads = model.decoder.config.num_attention_heads
         layer: int = sum(weight.numel() for weight in model.layers[0].parameters() if weight.dim() > 1)
         self._context_per_token: float = layer / (2 * heads * model.head_dim)
-        if model.device.type == "cpu" and model.dtype == torch.float32:
-            self._kernel = build_decode_kernel(model.head_dim, heads, model.heads, page_size)
-        elif model.device.type == "cuda":
-            self._page_access = page_access(self.pool, heads)
-            if not model.quantized:  # a quantizer's operations may wait for the device, which a capture does not allow
-                self._graphs = DecodeGraphs(
-                    self.pool, self.layers, rotary=self.decoder.rotary, step=self._step, access=self._page_access
-                )
+        self.backend = self._build_backend(heads, attention)
+        # A quantizer's operations may wait for the device, which a capture does not allow.
+        if model.device.type == "cuda" and not model.quantized:
+            self._graphs = DecodeGraphs(
+                self.pool, self.layers, rotary=self.decoder.rotary, step=self._step, backend=self.backend
+            )
+
+    def _build_backend(self, heads: int, name: BackendName | None) -> Backend:
+        pool = self.pool
+        if name is None and pool.keys.device.type == "cpu":
+            compiled = pool.keys.dtype == pool.dtype == torch.float32
+            return SdpaBackend(
+                pool,
+                build_decode_kernel(self.model.head_dim, heads, self.model.heads, pool.page_size) if compiled else None,
+            )
+        backend = choose_backend(pool, heads) if name is None else build_backend(name, pool, heads)
+        if backend is None:
+            raise ValueError(f"the attention backend {name!r} does not work here; the log says why")
+        return backend
 
     @classmethod
     def load(
@@ -95,6 +124,8 @@ class Runtime:
         quantization: str | None = None,
         kv_budget: int,
         page_size: int = 16,
+        kv_dtype: str | None = None,
+        attention: BackendName | None = None,
     ) -> Runtime:
         """Load a model and allocate its pool.
 
@@ -105,13 +136,15 @@ class Runtime:
             quantization: how to quantize the weights; None: they stay as they are.
             kv_budget: bytes for the keys and values of all sequences together.
             page_size: tokens of a page.
+            kv_dtype: type of the stored keys and values, one of :data:`KV_DTYPES`; None: ``dtype``.
+            attention: the attention backend; None: the best one on the device.
 
         Raises:
             ModelError: the model cannot be served; the message says why.
-            ValueError: the budget does not hold one page.
+            ValueError: the budget does not hold one page, or the attention backend does not work here.
         """
         loaded = load_model(model, device=device, dtype=dtype, quantization=quantization)
-        return cls(loaded, kv_budget=kv_budget, page_size=page_size)
+        return cls(loaded, kv_budget=kv_budget, page_size=page_size, kv_dtype=kv_dtype, attention=attention)
 
     @cached_property
     def revision(self) -> str:
@@ -399,9 +432,7 @@ class Runtime:
         return logits
 
     def _plan(self, layers: range, caches: abc.Sequence[StagedCache], counts: abc.Sequence[int]) -> Plan:
-        if self._page_access is None:
-            return AttentionPlan(self.pool, layers, caches, counts, self._kernel)
-        return VarlenPlan(self.pool, layers, caches, counts, access=self._page_access)
+        return self.backend.plan(layers, caches, counts)
 
     def _forward(self, chunks: abc.Sequence[Chunk], wanted: abc.Sequence[tuple[int, int]]) -> Tensor:
         """Run chunks through the decoder layers; hidden states [wanted, hidden] after the last one.
