@@ -7,7 +7,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
+
+# Before Triton is imported, which decides then how its own functions are run.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # No test depends on how busy the machine is.
 settings.register_profile("vflow", deadline=None)

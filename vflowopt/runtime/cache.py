@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
 _LARGEST_E4M3 = 448.0
 
 
