@@ -215,16 +215,21 @@ def _agrees(build: Callable[[PagePool, int], Backend], pool: PagePool, heads: in
     """
     size, (kv_heads, head_dim) = pool.page_size, pool.keys.shape[1:]
     device, dtype, stored_as = pool.keys.device, pool.dtype, pool.keys.dtype
-    shape = {"page_size": size, "heads": kv_heads, "head_dim": head_dim}
-    trial = PagePool(16 * pool.page_bytes, **shape, dtype=dtype, stored_as=stored_as, device=device)
+    trial = PagePool(
+        16 * pool.page_bytes,
+        page_size=size,
+        heads=kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        stored_as=stored_as,
+        device=device,
+    )
     generator = torch.Generator().manual_seed(0)
     scale = head_dim**-0.5
 
-    def states(tokens: int) -> tuple[Tensor, ...]:
-        return tuple(
-            torch.randn(tokens, some, head_dim, generator=generator).to(device, dtype)
-            for some in (heads, kv_heads, kv_heads)
-        )
+    def states(tokens: int) -> list[Tensor]:
+        widths = (heads, kv_heads, kv_heads)
+        return [torch.randn(tokens, width, head_dim, generator=generator).to(device, dtype) for width in widths]
 
     def close(answer: Tensor, expected: Tensor) -> bool:
         tolerance = 1e-4 if dtype == torch.float32 else 2e-2
@@ -236,7 +241,8 @@ def _agrees(build: Callable[[PagePool, int], Backend], pool: PagePool, heads: in
         for cache, count in zip(caches, counts, strict=True):
             cache.reserve([count])
             slots = cache.stages[0].slots(range(cache.lengths[0], cache.lengths[0] + count))[0]
-            trial.write(slots, *states(count)[1:])
+            _, key, value = states(count)
+            trial.write(slots, key, value)
             cache.advance([count])
     ours, stock = build(trial, heads), SdpaBackend(trial)
     counts = (1, 5)
@@ -253,6 +259,10 @@ def _agrees(build: Callable[[PagePool, int], Backend], pool: PagePool, heads: in
         device=device,
     )
     lens = torch.tensor([cache.lengths[0] + count for cache, count in zip(caches, counts, strict=True)])
-    step = tuple(part[:2] for part in (query, key, value)), tables, lens.to(device, torch.int32)
-    expected, answer = (backend.decodes(2, blocks)(*step[0], *step[1:], scale) for backend in (stock, ours))
-    return close(answer, expected)
+    device_lens = lens.to(device, torch.int32)
+
+    def step(backend: Backend) -> Tensor:
+        return backend.decodes(2, blocks)(query[:2], key[:2], value[:2], tables, device_lens, scale)
+
+    expected = step(stock)
+    return close(step(ours), expected)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ import triton
 from torch import Tensor
 
 from vflowopt.runtime import ragged_kernels as kernels
+from vflowopt.runtime.backend import BackendName
 from vflowopt.runtime.cache import PagePool, StagedCache
 from vflowopt.runtime.transfer import to_device
 
@@ -327,7 +327,7 @@ class RaggedBackend:
         ValueError: the key heads do not divide the query heads.
     """
 
-    name: Literal["triton"] = "triton"
+    name: BackendName = "triton"
     in_place = True
 
     def __init__(

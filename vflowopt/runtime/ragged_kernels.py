@@ -11,6 +11,9 @@ Pages hold float32, float16, bfloat16, or bytes in the format e4m3, four bits of
 conversions of e4m3 are written out in integer operations: Triton's own need compute capability 8.9.
 """
 
+# The parameters of a kernel have no types of Python's.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
 from __future__ import annotations
 
 import triton
@@ -19,6 +22,12 @@ import triton.language as tl
 TILE_FIELDS = tl.constexpr(5)
 """Fields of a tile, each int32: sequence, first query within the sequence's new ones, split, number of splits, and the
 place of its partial result."""
+
+
+# Triton compiles anew for a number that is 1 or a multiple of 16, and for a pointer that is one. These vary from batch
+# to batch, and nothing is gained by a kernel of their own.
+_VARYING = ["table_stride"]
+_UNALIGNED = ["tiles", "sequences", "query_starts", "context_lens", "block_tables"]
 
 
 @triton.jit
@@ -44,7 +53,7 @@ def encode_e4m3(numbers):
     return (coded | sign).to(tl.uint8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def write_kernel(
     pool_keys,  # [slots, KV_HEADS, HEAD_DIM]
     pool_values,
@@ -87,7 +96,7 @@ def write_kernel(
         tl.store(pool_values + target, new_value.to(pool_values.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def attention_kernel(
     output,  # [tokens, KV_HEADS * GROUP, HEAD_DIM]
     partial_output,  # float32 [partial results, KV_HEADS, ROWS, HEAD_DIM]
@@ -182,7 +191,7 @@ def attention_kernel(
         tl.store(partial_lse + at_row, lse, mask=is_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_UNALIGNED)
 def combine_kernel(
     output,  # [tokens, KV_HEADS * GROUP, HEAD_DIM]
     partial_output,  # float32 [partial results, KV_HEADS, ROWS, HEAD_DIM]

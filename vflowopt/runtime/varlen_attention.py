@@ -13,8 +13,8 @@ it reads the cache depends on the version of flash attention:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -23,11 +23,12 @@ from torch import Tensor
 from vflowopt.runtime.cache import PagePool, StagedCache
 from vflowopt.runtime.transfer import to_device
 
+varlen_attn: Callable[..., Any] | None
 try:
     from torch.nn.attention import current_flash_attention_impl
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # pragma: no cover - a PyTorch that lacks one of them
-    varlen_attn = current_flash_attention_impl = None
+except ImportError:  # a PyTorch that lacks one of them
+    varlen_attn = None
 
 PageAccess = Literal["paged", "gathered"]
 """How the kernel reads the cache."""
