@@ -62,7 +62,8 @@ def _load(settings: Settings) -> Runtime:
     transformers_logging.enable_propagation()
     try:
         loaded = load_model(model, device=settings.device, dtype=settings.dtype, quantization=settings.quantization)
-        runtime = Runtime(loaded, kv_budget=_kv_budget(settings, loaded.device))
+        kv_dtype = None if settings.kv_dtype == "auto" else settings.kv_dtype
+        runtime = Runtime(loaded, kv_budget=_kv_budget(settings, loaded.device), kv_dtype=kv_dtype)
         revision = runtime.revision
     except ModelError as error:
         raise StartError(str(error), may_pass=error.reason == "MODEL_UNREACHABLE") from error
@@ -75,7 +76,14 @@ def _load(settings: Settings) -> Runtime:
             "check --device, or lower --kv-budget",
             may_pass=True,
         ) from error
-    log.info("model loaded", revision=revision, layers=runtime.layers, kv_bytes=runtime.pool.bytes_total)
+    log.info(
+        "model loaded",
+        revision=revision,
+        layers=runtime.layers,
+        attention=runtime.backend.name,
+        kv_bytes=runtime.pool.bytes_total,
+        kv_dtype=str(runtime.pool.keys.dtype).removeprefix("torch."),
+    )
     return runtime
 
 

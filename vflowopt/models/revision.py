@@ -83,17 +83,21 @@ _SETTLED = 2.0
 _BLOCK = 8 << 20
 
 
-def revision(model: MultimodalModel) -> str:
+def revision(model: MultimodalModel, kv_dtype: torch.dtype | None = None) -> str:
     """The revision of ``model``, 16 hexadecimal digits.
 
     The weights of a model that was wrapped, not loaded, are read from memory, every time. Those of a folder are read
     once: their digests are kept in the folder, or in the user's cache folder where the folder cannot be written to.
 
+    Args:
+        model: the model.
+        kv_dtype: type in which its keys and values are stored; None: the model's own.
+
     Raises:
         ModelError: MODEL_UNREADABLE; a file of the model cannot be read any more.
     """
     digest = hashlib.sha256()
-    for part in _parts(model):
+    for part in _parts(model, kv_dtype):
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()[:16]
 
@@ -133,7 +137,7 @@ def earlier_revisions(model: MultimodalModel, values: bytes) -> frozenset[str]:
     )
 
 
-def _parts(model: MultimodalModel) -> list[bytes]:
+def _parts(model: MultimodalModel, kv_dtype: torch.dtype | None) -> list[bytes]:
     tokenizer = model.tokenizer
     settings: dict[str, Any] = {
         "chat_template": tokenizer.chat_template,
@@ -141,6 +145,8 @@ def _parts(model: MultimodalModel) -> list[bytes]:
         "video_size": getattr(model, "video_size", None),
         "dtype": str(model.dtype),
     }
+    if kv_dtype not in (None, model.dtype):  # otherwise it is as it was before there was a choice
+        settings["kv_dtype"] = str(kv_dtype)
     if (origin := model.origin) is None:
         config, processor = model.network.config.to_diff_dict(), model.processor.to_dict()
         backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -153,11 +153,11 @@ class Runtime:
         Raises:
             ModelError: a file of the model cannot be read any more.
         """
-        return revision(self.model)
+        return revision(self.model, self.pool.keys.dtype)
 
     def earlier_revisions(self) -> frozenset[str]:
-        """See :func:`vflowopt.models.revision.earlier_revisions`."""
-        return earlier_revisions(self.model, self._first_values)
+        """See :func:`vflowopt.models.revision.earlier_revisions`; none stored keys and values in another type."""
+        return frozenset() if self.pool.rounds else earlier_revisions(self.model, self._first_values)
 
     def bytes_per_token(self) -> int:
         """KV bytes of one token in one layer."""
