@@ -24,8 +24,10 @@ from torch import Tensor
 from benchmarks.device import seconds as seconds_of
 from benchmarks.table import Row, render, write
 from vflowopt.models.loading import DTYPES
-from vflowopt.runtime.backend import Backend, SdpaBackend, VarlenBackend
+from vflowopt.runtime.attention import SdpaBackend
+from vflowopt.runtime.backend import Backend
 from vflowopt.runtime.cache import PagePool, StagedCache
+from vflowopt.runtime.varlen_attention import VarlenBackend
 
 _CALLS = 10
 """Calls in a CUDA graph, so that starting it counts little."""

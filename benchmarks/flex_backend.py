@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from vflowopt.runtime.attention import Plan
+from vflowopt.runtime.backend import Plan
 from vflowopt.runtime.cache import PagePool, StagedCache
 from vflowopt.runtime.transfer import to_device
 

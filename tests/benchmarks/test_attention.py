@@ -9,7 +9,7 @@ import torch
 from benchmarks import attention
 from benchmarks.attention import GEOMETRIES, Variant, rows, scenarios, variants
 from tests.vflowopt.interpreter import DEVICE, repaired_interpreter  # noqa: F401
-from vflowopt.runtime.backend import SdpaBackend
+from vflowopt.runtime.attention import SdpaBackend
 from vflowopt.runtime.cache import PagePool
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:flex_attention called:UserWarning")

@@ -10,7 +10,8 @@ from tests.vflowopt.generation import Chat, picture
 from tests.vflowopt.test_cuda_graph import decode, graphs, sequences
 from tests.vflowopt.test_varlen_attention import compare, page_access, pool
 from vflowopt.compression.strategy import Strategy
-from vflowopt.runtime.backend import BACKENDS, BackendName, build_backend, choose_backend
+from vflowopt.runtime.backend import BackendName
+from vflowopt.runtime.backend_choice import BACKENDS, build_backend, choose_backend
 from vflowopt.runtime.cache import StagedCache
 from vflowopt.runtime.cuda_graph import DecodeGraphs
 from vflowopt.runtime.model_runner import Runtime

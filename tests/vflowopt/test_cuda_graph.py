@@ -14,12 +14,13 @@ from tests.vflowopt.varlen_stand_in import stand_in
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture
 from vflowopt.runtime import varlen_attention
-from vflowopt.runtime.backend import Backend, SdpaBackend, VarlenBackend
+from vflowopt.runtime.attention import SdpaBackend
+from vflowopt.runtime.backend import Backend
 from vflowopt.runtime.cuda_graph import SIZES, DecodeGraphs, DecodePlan, Rotary
 from vflowopt.runtime.model_runner import Runtime
 from vflowopt.runtime.ragged_attention import RaggedBackend
 from vflowopt.runtime.sequence import CachedLength, Sequence
-from vflowopt.runtime.varlen_attention import PageAccess
+from vflowopt.runtime.varlen_attention import PageAccess, VarlenBackend
 
 STRATEGIES = (
     Strategy.from_budget(0.1, 6, (0.12, 0.9), threshold=1.0, alpha=0.1, grid=3.0),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.vflowopt.interpreter import DEVICE, repaired_interpreter  # noqa: F401
 from vflowopt.runtime.attention import AttentionPlan
-from vflowopt.runtime.backend import build_backend
+from vflowopt.runtime.backend_choice import build_backend
 from vflowopt.runtime.cache import PagePool, StagedCache
 from vflowopt.runtime.ragged_attention import Geometry, RaggedBackend, Tiling
 from vflowopt.runtime.ragged_kernels import decode_e4m3, encode_e4m3

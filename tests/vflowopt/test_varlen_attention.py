@@ -8,9 +8,9 @@ import torch
 from tests.vflowopt.varlen_stand_in import VarlenAttention, stand_in
 from vflowopt.runtime import varlen_attention
 from vflowopt.runtime.attention import AttentionPlan
-from vflowopt.runtime.backend import VarlenBackend, build_backend
+from vflowopt.runtime.backend_choice import build_backend
 from vflowopt.runtime.cache import PagePool, StagedCache
-from vflowopt.runtime.varlen_attention import PageAccess, VarlenPlan
+from vflowopt.runtime.varlen_attention import PageAccess, VarlenBackend, VarlenPlan
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 6, 2, 8, 4
 STARTS: tuple[tuple[int, ...], ...] = ((0,), (0, 2, 4), (0, 3))

@@ -10,25 +10,18 @@ An :class:`AttentionPlan` computes the slots of a batch once for all layers of a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from vflowopt.runtime.backend import BackendName, DecodeAttention, Plan
 from vflowopt.runtime.cache import PagePool, StagedCache
 from vflowopt.runtime.decode_kernel import DecodeKernel
 
 PAGED = "vflow_paged"
-
-
-class Plan(Protocol):
-    """Where the keys and values of a batch are written and read; each batch has its own."""
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
-        """See :meth:`AttentionPlan.attend`."""
-        ...
 
 
 class AttentionPlan:
@@ -180,6 +173,61 @@ class AttentionPlan:
             keys.transpose(1, 2),
             values.transpose(1, 2),
             attn_mask=self.decode_mask,
+            scale=scale,
+        )
+        return together.reshape(query.shape)
+
+
+class SdpaBackend:
+    """PyTorch's scaled dot-product attention.
+
+    Args:
+        pool: the pages.
+        kernel: computes the attention of the decodes of a plan; None: PyTorch's attention does.
+    """
+
+    name: BackendName = "sdpa"
+    in_place = False
+
+    def __init__(self, pool: PagePool, kernel: DecodeKernel | None = None) -> None:
+        self._pool = pool
+        self._kernel = kernel
+
+    def plan(self, layers: range, caches: Sequence[StagedCache], counts: Sequence[int]) -> Plan:
+        """See :meth:`vflowopt.runtime.backend.Backend.plan`; decodes come first."""
+        return AttentionPlan(self._pool, layers, caches, counts, self._kernel)
+
+    def decodes(self, batch: int, blocks: int) -> DecodeAttention:
+        """See :meth:`vflowopt.runtime.backend.Backend.decodes`."""
+        return SdpaDecodes(self._pool, blocks)
+
+
+class SdpaDecodes:
+    """A :class:`vflowopt.runtime.backend.DecodeAttention` over copies of the pages.
+
+    Args:
+        pool: the pages.
+        blocks: the most blocks of a sequence.
+    """
+
+    def __init__(self, pool: PagePool, blocks: int) -> None:
+        self._pool = pool
+        self._places = torch.arange(blocks * pool.page_size, dtype=torch.int32, device=pool.keys.device)
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, pages: Tensor, context_lens: Tensor, scale: float
+    ) -> Tensor:
+        """See :class:`vflowopt.runtime.backend.DecodeAttention`."""
+        pool = self._pool
+        batch, kv_heads, head_dim = key.shape
+        pool.write(pool.last_slots(pages, context_lens), key, value)
+        keys, values = (each.view(batch, -1, kv_heads, head_dim) for each in pool.read_pages(pages.flatten()))
+        # The query heads that share a key head stand in for query tokens: one pass over the keys serves them all.
+        together = nn.functional.scaled_dot_product_attention(
+            query.reshape(batch, kv_heads, -1, head_dim),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=(self._places < context_lens[:, None])[:, None, None],
             scale=scale,
         )
         return together.reshape(query.shape)

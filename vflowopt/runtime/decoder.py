@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vflowopt.runtime.attention import PAGED, Plan
+from vflowopt.runtime.attention import PAGED
+from vflowopt.runtime.backend import Plan
 
 _FUSABLE = (
     "transformers.models.llama.modeling_llama.LlamaDecoderLayer",

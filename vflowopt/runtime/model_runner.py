@@ -22,8 +22,9 @@ from vflowopt.media.video import Video, Visual
 from vflowopt.models.interface import MultimodalModel
 from vflowopt.models.loading import load_model
 from vflowopt.models.revision import earlier_revisions, first_values, revision
-from vflowopt.runtime.attention import Plan
-from vflowopt.runtime.backend import Backend, BackendName, SdpaBackend, build_backend, choose_backend
+from vflowopt.runtime.attention import SdpaBackend
+from vflowopt.runtime.backend import Backend, BackendName, Plan
+from vflowopt.runtime.backend_choice import build_backend, choose_backend
 from vflowopt.runtime.batch import Chunk, joined, next_chunk
 from vflowopt.runtime.cache import PagePool, StagedCache, reserve
 from vflowopt.runtime.chat import ChatFormat

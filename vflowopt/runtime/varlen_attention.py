@@ -8,7 +8,7 @@ it reads the cache depends on the version of flash attention:
   built with takes only pages of a multiple of 256 tokens, which would waste most of a pruned cache.
 - ``"gathered"``: from a copy in which each sequence's pages are contiguous.
 
-:func:`vflowopt.runtime.backend.choose_backend` finds out by trial which of the two works.
+:func:`vflowopt.runtime.backend_choice.choose_backend` finds out by trial which of the two works.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vflowopt.runtime.backend import BackendName, DecodeAttention, Plan
 from vflowopt.runtime.cache import PagePool, StagedCache
 from vflowopt.runtime.transfer import to_device
 
@@ -210,6 +211,30 @@ class VarlenDecodes:
             max_capacity=self._capacity,
             scale=scale,
         )
+
+
+class VarlenBackend:
+    """PyTorch's variable-length flash attention.
+
+    Args:
+        pool: the pages.
+        access: how the kernel reads them.
+    """
+
+    name: BackendName = "varlen"
+
+    def __init__(self, pool: PagePool, access: PageAccess) -> None:
+        self._pool = pool
+        self.access = access
+        self.in_place = access == "paged"
+
+    def plan(self, layers: range, caches: Sequence[StagedCache], counts: Sequence[int]) -> Plan:
+        """See :meth:`vflowopt.runtime.backend.Backend.plan`."""
+        return VarlenPlan(self._pool, layers, caches, counts, access=self.access)
+
+    def decodes(self, batch: int, blocks: int) -> DecodeAttention:
+        """See :meth:`vflowopt.runtime.backend.Backend.decodes`."""
+        return VarlenDecodes(self._pool, batch, blocks, self.access)
 
 
 def _widen(pages: np.ndarray, num_blocks: int) -> np.ndarray:
