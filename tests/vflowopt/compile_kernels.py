@@ -31,13 +31,16 @@ ALIGNED |= {"query_stride", "query_head_stride", "key_stride", "key_head_stride"
 Shape = tuple[torch.dtype, torch.dtype, int, int, int]
 """Types of queries and of pages, key heads, query heads of each, channels of a head."""
 
-FEW: tuple[Shape, ...] = (
-    (torch.bfloat16, torch.bfloat16, 4, 7, 128),
-    (torch.bfloat16, torch.float8_e4m3fn, 8, 4, 80),
-    (torch.float32, torch.float32, 2, 7, 64),
+FEW: tuple[tuple[int, Shape], ...] = (
+    (90, (torch.bfloat16, torch.bfloat16, 4, 7, 128)),
+    (80, (torch.bfloat16, torch.float8_e4m3fn, 8, 4, 80)),
+    (80, (torch.float32, torch.float32, 2, 7, 64)),
 )
-MANY: tuple[Shape, ...] = tuple(
-    (dtype, stored_as, kv_heads, group, head_dim)
+"""Compute capabilities and shapes."""
+
+MANY: tuple[tuple[int, Shape], ...] = tuple(
+    (capability, (dtype, stored_as, kv_heads, group, head_dim))
+    for capability in (80, 90)
     for dtype in (torch.bfloat16, torch.float16, torch.float32)
     for stored_as in (dtype, torch.float8_e4m3fn)
     for kv_heads, group, head_dim in ((4, 7, 128), (32, 1, 72), (1, 32, 256), (2, 3, 96), (2, 6, 16))
@@ -80,6 +83,5 @@ def compile_for(capability: int, shape: Shape) -> None:
 
 
 if __name__ == "__main__":
-    for shape in MANY if "many" in sys.argv[1:] else FEW:
-        for capability in (80, 90):
-            compile_for(capability, shape)
+    for capability, shape in MANY if "many" in sys.argv[1:] else FEW:
+        compile_for(capability, shape)

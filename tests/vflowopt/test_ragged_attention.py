@@ -139,7 +139,7 @@ def check(each: Case) -> None:
         assert torch.equal(each.pool.key_store, after[0]) and torch.equal(each.pool.value_store, after[1])
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_any_batch_on_any_geometry(seed: int) -> None:
     check(case(seed))
 
