@@ -1,6 +1,7 @@
 """The Triton kernels attend to what they should, on any geometry; interpreted where there is no GPU."""
 
 import random
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from tests.vflowopt.interpreter import DEVICE, repaired_interpreter  # noqa: F401
 from vflowopt.runtime.attention import AttentionPlan
-from vflowopt.runtime.backend_choice import build_backend
+from vflowopt.runtime.backend_choice import build_backend, choose_backend
 from vflowopt.runtime.cache import PagePool, StagedCache
 from vflowopt.runtime.ragged_attention import Geometry, RaggedBackend, Tiling
 from vflowopt.runtime.ragged_kernels import decode_e4m3, encode_e4m3
@@ -161,14 +162,13 @@ def test_many_more_batches(seed: int) -> None:
 def test_what_lies_behind_a_context_is_not_read(splits: int) -> None:
     """NaN in all other slots: in other pages, and in the rest of the last one."""
     pool = pool_of(2, 16, 4, torch.float32)
+    other, cache = (StagedCache(pool, [0], 1) for _ in range(2))
+    other.reserve([4])  # page 0 is not of this sequence
+    cache.reserve([11])
     pool.keys.fill_(torch.nan)
     pool.values.fill_(torch.nan)
-    cache = StagedCache(pool, [0], 1)
-    cache.reserve([9])
-    slots = cache.stages[0].slots(range(9))[0]
-    pool.write(slots, states(pool, 9, 2), states(pool, 9, 2))
+    pool.write(cache.stages[0].slots(range(9))[0], states(pool, 9, 2), states(pool, 9, 2))
     cache.advance([9])
-    cache.reserve([2])
     tiling = Tiling(16, 16)
     backend = RaggedBackend(pool, 4, chosen=(tiling, tiling), splits=splits)
     plan = backend.plan(range(1), [cache], [2])
@@ -216,3 +216,13 @@ def test_every_number_is_stored_as_pytorch_stores_it() -> None:
     _decode[(1,)](decoded, patterns, 256)
     there = patterns.view(torch.float8_e4m3fn).to(torch.float16)
     torch.testing.assert_close(decoded, there, atol=0, rtol=0, equal_nan=True)
+
+
+def test_without_triton_another_backend_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = pool_of(2, 16, 4, torch.float32)
+    assert choose_backend(pool, 4).name == "triton"
+    monkeypatch.setitem(sys.modules, "vflowopt.runtime.ragged_attention", None)  # importing it raises ImportError
+    assert choose_backend(pool, 4).name == "sdpa"
+    assert "the attention backend 'triton' is not used: ModuleNotFoundError" in caplog.text
