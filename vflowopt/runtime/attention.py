@@ -191,11 +191,11 @@ class SdpaBackend:
 
     def __init__(self, pool: PagePool, kernel: DecodeKernel | None = None) -> None:
         self._pool = pool
-        self._kernel = kernel
+        self.kernel = kernel
 
     def plan(self, layers: range, caches: Sequence[StagedCache], counts: Sequence[int]) -> Plan:
         """See :meth:`vflowopt.runtime.backend.Backend.plan`; decodes come first."""
-        return AttentionPlan(self._pool, layers, caches, counts, self._kernel)
+        return AttentionPlan(self._pool, layers, caches, counts, self.kernel)
 
     def decodes(self, batch: int, blocks: int) -> DecodeAttention:
         """See :meth:`vflowopt.runtime.backend.Backend.decodes`."""
