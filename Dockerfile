@@ -20,7 +20,7 @@ COPY . .
 RUN pip install --constraint constraints.txt ./client '.[otel]'
 
 FROM ${BASE}
-# The compiler makes the kernels for the processor at hand when the service starts.
+# The compiler makes the kernels for the processor at hand when the service starts; on a GPU, Triton calls it too.
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin vflow && install --directory --owner=vflow /data
 COPY --from=build /opt/vflow /opt/vflow
@@ -29,6 +29,7 @@ ENV PATH=/opt/vflow/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HF_HOME=/data/huggingface \
     XDG_CACHE_HOME=/data/cache \
+    TRITON_CACHE_DIR=/data/cache/triton \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     VFLOW_DEVICE=${DEVICE} \

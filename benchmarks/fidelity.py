@@ -100,10 +100,10 @@ def measure(
     progress = tqdm(total=options.pictures, unit="picture", disable=None)
     while batch := list(islice(pictures, options.batch)):
         # One picture at a time: all tiles of a batch at once would not fit the caches of a processor.
-        encoded = [_encoded(runtime.model, each.picture) for each in batch]
+        of_batch = [encoded(runtime.model, each.picture) for each in batch]
         sights = [
             [Sight(each.picture, tokens, question.text) for question in each.questions]
-            for each, tokens in zip(batch, encoded, strict=True)
+            for each, tokens in zip(batch, of_batch, strict=True)
         ]
         asked = [each.questions for each in batch]
         reference: dict[tuple[int, int, str], Reply] = {}
@@ -112,9 +112,9 @@ def measure(
             for place, retention in enumerate(retentions):
                 answered = ask(runtime, [each[place] for each in images], asked, options.new_tokens)
                 if not reference:
-                    reference = {(each.picture, each.number, _setting(each)): each.reply for each in answered}
+                    reference = {(each.picture, each.number, setting(each)): each.reply for each in answered}
                 scores.marks[method.name, retention] += [
-                    _mark(each, batch, reference[each.picture, each.number, _setting(each)], seen) for each in answered
+                    mark(each, batch, reference[each.picture, each.number, setting(each)], seen) for each in answered
                 ]
         seen += len(batch)
         progress.update(len(batch))
@@ -124,7 +124,8 @@ def measure(
     return scores.rows(seen, contestants[0][0].name)
 
 
-def _encoded(model: MultimodalModel, shown: Visual) -> EncodedImage:
+def encoded(model: MultimodalModel, shown: Visual) -> EncodedImage:
+    """A picture's or a video's tokens."""
     return model.encode_video(shown) if isinstance(shown, Video) else model.encode([shown])[0]
 
 
@@ -155,11 +156,13 @@ def _compressed(
     return [[image] * len(sights) for image in method.compress(runtime, sights[0], retentions)]
 
 
-def _setting(answered: Answered) -> str:
+def setting(answered: Answered) -> str:
+    """``SINGLE`` for a question asked alone, else ``ALL``."""
     return SINGLE if answered.turn == SINGLE else ALL
 
 
-def _mark(answered: Answered, batch: Sequence[AskedPicture], reference: Reply, before: int) -> Mark:
+def mark(answered: Answered, batch: Sequence[AskedPicture], reference: Reply, before: int) -> Mark:
+    """A reply of a batch compared with ``reference``; ``before`` pictures were asked about before the batch."""
     question = batch[answered.picture].questions[answered.number]
     agrees, cosine, divergence = compare(answered.reply, reference)
     return Mark(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vflowopt.compression.pipeline import compress
 from vflowopt.compression.strategy import Strategy
-from vflowopt.runtime.attention import Plan
+from vflowopt.runtime.backend import Plan
 from vflowopt.runtime.decoder import Decoder
 from vflowopt.runtime.model_runner import Runtime
 from vflowopt.runtime.sequence import Item

@@ -69,7 +69,9 @@ def _load(settings: Settings) -> Runtime:
         if settings.compile_cache is not None:
             _compile(loaded, settings.compile_cache)
         tower_dtype = DTYPES.get(settings.tower_dtype)  # none of "auto"
-        runtime = Runtime(loaded, kv_budget=_kv_budget(settings, loaded.device), tower_dtype=tower_dtype)
+        kv_dtype = None if settings.kv_dtype == "auto" else settings.kv_dtype
+        kv_budget = _kv_budget(settings, loaded.device)
+        runtime = Runtime(loaded, kv_budget=kv_budget, tower_dtype=tower_dtype, kv_dtype=kv_dtype)
         if tower_dtype is None:
             choose_tower_dtype(runtime)
         revision = runtime.revision
@@ -84,7 +86,14 @@ def _load(settings: Settings) -> Runtime:
             "check --device, or lower --kv-budget",
             may_pass=True,
         ) from error
-    log.info("model loaded", revision=revision, layers=runtime.layers, kv_bytes=runtime.pool.bytes_total)
+    log.info(
+        "model loaded",
+        revision=revision,
+        layers=runtime.layers,
+        attention=runtime.backend.name,
+        kv_bytes=runtime.pool.bytes_total,
+        kv_dtype=str(runtime.pool.keys.dtype).removeprefix("torch."),
+    )
     return runtime
 
 

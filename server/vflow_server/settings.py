@@ -162,6 +162,14 @@ class Settings:
         size_or_share,
         metavar="SIZE",
     )
+    kv_dtype: str = option(
+        Group.MEMORY,
+        "auto",
+        "type in which the KV cache is stored: float32, bfloat16, float16 or fp8_e4m3, a byte for each number; auto is "
+        "that of --dtype. Another type changes answers slightly",
+        one_of(("auto", "float32", "bfloat16", "float16", "fp8_e4m3")),
+        metavar="NAME",
+    )
     offload_memory: int = option(
         Group.MEMORY, "1GiB", "memory for KV caches of idle sessions, beside the KV budget", size, metavar="SIZE"
     )

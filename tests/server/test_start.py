@@ -71,6 +71,7 @@ REFUSED: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "a port out of range": (lambda place: ["--port", "99999"], "--port is '99999': expected"),
     "a device of no kind": (lambda place: ["--device", "gpu"], "--device is 'gpu': expected cpu, cuda or cuda:N"),
     "an unknown type": (lambda place: ["--dtype", "float8"], "--dtype is 'float8': expected one of float32"),
+    "an unknown type of the KV cache": (lambda place: ["--kv-dtype", "fp4"], "expected one of auto, float32"),
     "an unknown quantization": (lambda place: ["--quantization", "2bit"], "expected one of 8bit, 4bit"),
     "a settings file that is missing": (lambda place: ["--config", place.missing()], "cannot be read"),
     "an unknown setting": (lambda place: ["--config", place.file("a.toml", "prot = 1")], "did you mean 'port'"),

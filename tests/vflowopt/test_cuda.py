@@ -6,19 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.attention import GEOMETRIES, rows, scenarios, variants
 from tests.vflowopt.generation import Chat, picture
 from tests.vflowopt.test_cuda_graph import decode, graphs, sequences
-from tests.vflowopt.test_varlen_attention import HEADS, compare, pool
+from tests.vflowopt.test_varlen_attention import compare, page_access, pool
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture
 from vflowopt.models.loading import load_model
 from vflowopt.models.tiled import TiledModel
+from vflowopt.runtime.backend import BackendName
+from vflowopt.runtime.backend_choice import BACKENDS, build_backend, choose_backend
 from vflowopt.runtime.cache import StagedCache
 from vflowopt.runtime.cuda_graph import DecodeGraphs
 from vflowopt.runtime.model_runner import Runtime
 from vflowopt.runtime.offload import offload, restore
 from vflowopt.runtime.side_stream import SideStream
-from vflowopt.runtime.varlen_attention import VarlenPlan, page_access
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -63,30 +65,66 @@ def test_half_precision_and_ragged_batches(plain_folder: Path) -> None:
         sequence.release()
 
 
+def test_the_triton_kernels_are_chosen(plain_folder: Path) -> None:
+    for dtype in ("float32", "bfloat16"):
+        assert Runtime.load(plain_folder, device=DEVICE, dtype=dtype, kv_budget=8 << 20).backend.name == "triton"
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "fp8_e4m3"])
+@pytest.mark.parametrize("name", ["triton", "sdpa"])
+def test_backends_answer_alike(plain_folder: Path, name: BackendName, kv_dtype: str | None) -> None:
+    """In float32, against stock attention on the CPU. test_ragged_attention compares the numbers of each batch."""
+    here = converse(Runtime.load(plain_folder, kv_budget=32 << 20, kv_dtype=kv_dtype), TENTH)
+    there = converse(
+        Runtime.load(plain_folder, device=DEVICE, kv_budget=32 << 20, kv_dtype=kv_dtype, attention=name), TENTH
+    )
+    for one, other in zip(here.logits, there.logits, strict=True):
+        tolerance = 1e-3 if kv_dtype is None else 5e-2
+        torch.testing.assert_close(one, other.cpu(), atol=tolerance, rtol=tolerance)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_the_kernel_attends_as_stock_attention_does(dtype: torch.dtype) -> None:
+def test_pytorchs_kernel_attends_as_stock_attention_does(dtype: torch.dtype) -> None:
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("PyTorch's flash attention needs compute capability 8.0")
-    access = page_access(pool(dtype, DEVICE), HEADS)
-    assert access is not None
+    access = page_access(pool(dtype, DEVICE))
+    if access is None:
+        pytest.skip("this PyTorch's variable-length attention takes neither pages nor lengths")
     for seed in range(4):
         compare(pool(dtype, DEVICE), access, seed, tolerance=2e-2)
 
 
-def test_full_precision_is_left_to_stock_attention() -> None:
-    assert page_access(pool(torch.float32, DEVICE), HEADS) is None
+def test_full_precision_is_nothing_for_pytorchs_kernel() -> None:
+    assert page_access(pool(torch.float32, DEVICE)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_variant_is_right_or_missing(dtype: torch.dtype) -> None:
+    """The Triton kernels, FlexAttention over pages and PyTorch's kernels, on the geometry of a 7B model."""
+    geometry = GEOMETRIES["7b"]
+    ways = variants(dtype, geometry, tilings=False)
+    found = list(rows(torch.device(DEVICE), dtype, geometry, scenarios(4), ways, budget_s=600, repeats=3))
+    for row in found:
+        assert row["why_not"] != "wrong numbers", row
+        if str(row["variant"]).startswith("triton"):
+            assert row["ms"] is not None, row
+            assert row["captured"], "its launches can be captured, decodes and chunks alike"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_replayed_steps_equal_those_that_are_launched(
-    plain_folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+    plain_folder: Path, name: BackendName, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over page boundaries, with sequences that come and go. A step that cannot be captured warns, and so fails."""
     monkeypatch.setattr(DecodeGraphs, "suit", lambda graphs, caches: False)  # the runtime launches its steps
     runtime = Runtime.load(plain_folder, device=DEVICE, dtype=dtype, kv_budget=64 << 20)
     ours = sequences(runtime)
     theirs = [each.fork() for each in ours]
-    replayed = graphs(runtime, page_access(runtime.pool, runtime.model.decoder.config.num_attention_heads))
+    backend = build_backend(name, runtime.pool, runtime.model.decoder.config.num_attention_heads)
+    if backend is None:
+        pytest.skip(f"{name} takes no {dtype} here")
+    replayed = graphs(runtime, backend)
     for step in range(40):
         chosen = range(step % 3, 1 + (step * 5) % len(ours) + step % 3)[: len(ours) - step % 3]
         tokens = [(7 * step + place) % 256 for place in chosen]
@@ -104,10 +142,10 @@ def test_replayed_steps_equal_those_that_are_launched(
 def test_nothing_waits_for_the_device(plain_folder: Path) -> None:
     """Neither a step that is replayed nor a plan, once there is room for its tokens."""
     runtime = Runtime.load(plain_folder, device=DEVICE, dtype="bfloat16", kv_budget=64 << 20)
-    access = page_access(runtime.pool, runtime.model.decoder.config.num_attention_heads)
+    backend = choose_backend(runtime.pool, runtime.model.decoder.config.num_attention_heads)
     batch = sequences(runtime)
     caches: list[StagedCache] = [each.cache for each in batch]
-    replayed = graphs(runtime, access)
+    replayed = graphs(runtime, backend)
     decode(runtime, replayed, batch, [1] * len(batch))  # captures
     for cache in caches:
         cache.reserve([1] * len(cache.stages))
@@ -115,8 +153,7 @@ def test_nothing_waits_for_the_device(plain_folder: Path) -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         replayed.run(caches, [2] * len(batch), [each.cached.position for each in batch])
-        if access is not None:
-            VarlenPlan(runtime.pool, range(1), caches, [1] * len(batch), access=access)
+        backend.plan(range(1), caches, [1] * len(batch))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for each in batch:

@@ -2,37 +2,49 @@
 
 import random
 from collections import abc
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.vflowopt.generation import picture
+from tests.vflowopt.interpreter import repaired_interpreter  # noqa: F401
 from tests.vflowopt.varlen_stand_in import stand_in
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture
 from vflowopt.runtime import varlen_attention
+from vflowopt.runtime.attention import SdpaBackend
+from vflowopt.runtime.backend import Backend
 from vflowopt.runtime.cuda_graph import SIZES, DecodeGraphs, DecodePlan, Rotary
 from vflowopt.runtime.model_runner import Runtime
+from vflowopt.runtime.ragged_attention import RaggedBackend
 from vflowopt.runtime.sequence import CachedLength, Sequence
-from vflowopt.runtime.varlen_attention import PageAccess
+from vflowopt.runtime.varlen_attention import PageAccess, VarlenBackend
 
 STRATEGIES = (
     Strategy.from_budget(0.1, 6, (0.12, 0.9), threshold=1.0, alpha=0.1, grid=3.0),
     Strategy.full(),
     Strategy((0, 1, 3, 5), (0.9, 0.6, 0.5, 0.3)),
 )
-READINGS: tuple[PageAccess | None, ...] = ("paged", "gathered", None)
+BACKENDS = ("paged", "gathered", "sdpa", "triton")
 
 
-def graphs(runtime: Runtime, access: PageAccess | None) -> DecodeGraphs:
+def backend_of(runtime: Runtime, name: str) -> Backend:
+    """A backend over the runtime's pool."""
+    if name == "triton":
+        return RaggedBackend(runtime.pool, runtime.model.decoder.config.num_attention_heads, splits=2)
+    return SdpaBackend(runtime.pool) if name == "sdpa" else VarlenBackend(runtime.pool, cast(PageAccess, name))
+
+
+def graphs(runtime: Runtime, backend: Backend) -> DecodeGraphs:
     def step(tokens: Tensor, rotary: Rotary, plan: DecodePlan) -> Tensor:
         hidden = runtime.model.decoder.embed_tokens(tokens)
         hidden = runtime.decoder.run(range(runtime.layers), hidden, rotary, plan)
         logits: Tensor = runtime.model.head(runtime.decoder.norm(hidden)).float()
         return logits
 
-    return DecodeGraphs(runtime.pool, runtime.layers, rotary=runtime.decoder.rotary, step=step, access=access)
+    return DecodeGraphs(runtime.pool, runtime.layers, rotary=runtime.decoder.rotary, step=step, backend=backend)
 
 
 def sequences(runtime: Runtime) -> list[Sequence]:
@@ -58,18 +70,16 @@ def decode(runtime: Runtime, graphs: DecodeGraphs, batch: abc.Sequence[Sequence]
     return logits
 
 
-@pytest.mark.parametrize("access", READINGS)
-def test_steps_equal_those_of_the_runtime(
-    runtime: Runtime, access: PageAccess | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", BACKENDS)
+def test_steps_equal_those_of_the_runtime(runtime: Runtime, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For any sequences in any order, whatever happened to their caches between the steps."""
     monkeypatch.setattr(varlen_attention, "varlen_attn", stand_in())
     generator = random.Random(0)
     ours = sequences(runtime)
     theirs = [each.fork() for each in ours]
-    replayed = graphs(runtime, access)
+    replayed = graphs(runtime, backend_of(runtime, name))
     marks = [each.checkpoint() for each in ours]
-    for step in range(40):
+    for step in range(8 if name == "triton" else 40):  # the interpreter is slow
         chosen = generator.sample(range(len(ours)), generator.randint(1, len(ours)))
         tokens = [generator.randrange(256) for _ in chosen]
         expected = runtime.decode([theirs[place] for place in chosen], tokens)
@@ -92,10 +102,8 @@ def test_steps_equal_those_of_the_runtime(
         each.release()
 
 
-@pytest.mark.parametrize("access", READINGS)
-def test_a_step_writes_nothing_but_its_tokens(
-    runtime: Runtime, access: PageAccess | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_step_writes_nothing_but_its_tokens(runtime: Runtime, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three sequences in a graph for four: the row that is left over writes nowhere else."""
     monkeypatch.setattr(varlen_attention, "varlen_attn", stand_in())
     batch = sequences(runtime)
@@ -105,7 +113,9 @@ def test_a_step_writes_nothing_but_its_tokens(
     before, held = runtime.pool.keys.clone(), [each.cache.lengths for each in batch]
     for each in batch:
         each.cache.reserve([1] * len(each.cache.stages))
-    graphs(runtime, access).run([each.cache for each in batch], [1, 2, 3], [each.cached.position for each in batch])
+    graphs(runtime, backend_of(runtime, name)).run(
+        [each.cache for each in batch], [1, 2, 3], [each.cached.position for each in batch]
+    )
     assert [each.cache.lengths for each in batch] == held
     written = {
         int(slot)
@@ -119,7 +129,8 @@ def test_a_step_writes_nothing_but_its_tokens(
         each.release()
 
 
-def test_what_goes_wrong_in_one_conversation_stays_there(runtime: Runtime) -> None:
+@pytest.mark.parametrize("name", ["sdpa", "triton"])
+def test_what_goes_wrong_in_one_conversation_stays_there(runtime: Runtime, name: str) -> None:
     batch = [runtime.start(Strategy.full()) for _ in range(3)]
     for index, sequence in enumerate(batch):
         runtime.extend(sequence, list(range(5 + 20 * index)))
@@ -128,7 +139,7 @@ def test_what_goes_wrong_in_one_conversation_stays_there(runtime: Runtime) -> No
         stage = sequence.cache.stages[0]
         broken[stage.slots(range(runtime.pool.page_size * len(stage.block_table))).flatten()] = False
     runtime.pool.keys[broken] = runtime.pool.values[broken] = torch.nan
-    logits = decode(runtime, graphs(runtime, None), batch, [1, 2, 3])
+    logits = decode(runtime, graphs(runtime, backend_of(runtime, name)), batch, [1, 2, 3])
     assert logits.isfinite().all(1).tolist() == [False, True, True]
     for sequence in batch:
         sequence.release()
@@ -141,9 +152,11 @@ def test_few_words_beside_a_long_text_are_no_batch_for_copies(runtime: Runtime) 
     for sequence in short:
         runtime.extend(sequence, [1, 2, 3])
     caches = [each.cache for each in (*short, long)]
-    assert graphs(runtime, None).suit(caches[:-1]) and graphs(runtime, None).suit(caches[-1:])
-    assert not graphs(runtime, None).suit(caches)
-    assert graphs(runtime, "paged").suit(caches)
-    assert not graphs(runtime, "paged").suit(caches[:1] * (SIZES[-1] + 1))
+    assert graphs(runtime, SdpaBackend(runtime.pool)).suit(caches[:-1]) and graphs(
+        runtime, SdpaBackend(runtime.pool)
+    ).suit(caches[-1:])
+    assert not graphs(runtime, SdpaBackend(runtime.pool)).suit(caches)
+    assert graphs(runtime, backend_of(runtime, "paged")).suit(caches)
+    assert not graphs(runtime, backend_of(runtime, "paged")).suit(caches[:1] * (SIZES[-1] + 1))
     for sequence in (*short, long):
         sequence.release()

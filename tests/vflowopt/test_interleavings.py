@@ -16,6 +16,7 @@ from tests.vflowopt.generation import picture
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.compression.strategy import Strategy
 from vflowopt.media.picture import Picture
+from vflowopt.runtime.attention import SdpaBackend
 from vflowopt.runtime.cache import PagePool, PoolExhausted
 from vflowopt.runtime.model_runner import Runtime
 from vflowopt.runtime.offload import OffloadedCache, offload, restore
@@ -115,6 +116,8 @@ class Interleaving(RuleBasedStateMachine):
             dtype=self.runtime.model.dtype,
             device=self.runtime.model.device,
         )
+        assert isinstance(self.runtime.backend, SdpaBackend)
+        self.runtime.backend = SdpaBackend(self.runtime.pool, self.runtime.backend.kernel)
         self.chats: list[Chat] = []
 
     def chat(self, place: int) -> Chat:

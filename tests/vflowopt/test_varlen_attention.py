@@ -8,8 +8,9 @@ import torch
 from tests.vflowopt.varlen_stand_in import VarlenAttention, stand_in
 from vflowopt.runtime import varlen_attention
 from vflowopt.runtime.attention import AttentionPlan
+from vflowopt.runtime.backend_choice import build_backend
 from vflowopt.runtime.cache import PagePool, StagedCache
-from vflowopt.runtime.varlen_attention import PageAccess, VarlenPlan, page_access
+from vflowopt.runtime.varlen_attention import PageAccess, VarlenBackend, VarlenPlan
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 6, 2, 8, 4
 STARTS: tuple[tuple[int, ...], ...] = ((0,), (0, 2, 4), (0, 3))
@@ -33,6 +34,13 @@ def filled(shared: PagePool, generator: random.Random) -> list[StagedCache]:
     shared.keys.normal_()
     shared.values.normal_()
     return caches
+
+
+def page_access(shared: PagePool) -> PageAccess | None:
+    """How the backend that is chosen by trial reads pages; None if there is none."""
+    backend = build_backend("varlen", shared, HEADS)
+    assert backend is None or isinstance(backend, VarlenBackend)
+    return backend and backend.access
 
 
 def compare(shared: PagePool, access: PageAccess, seed: int, tolerance: float) -> None:
@@ -81,7 +89,7 @@ def test_a_kernel_is_used_for_what_it_does_right(
     kernel: VarlenAttention, expected: PageAccess | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(varlen_attention, "varlen_attn", kernel)
-    assert page_access(pool(torch.bfloat16), HEADS) == expected
+    assert page_access(pool(torch.bfloat16)) == expected
 
 
 def test_an_older_kernel_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,8 +97,13 @@ def test_an_older_kernel_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("called with what it does not know")
 
     monkeypatch.setattr(varlen_attention, "varlen_attn", without_block_table)
-    assert page_access(pool(), HEADS) is None
+    assert page_access(pool()) is None
+
+
+def test_a_pytorch_without_the_kernel_has_no_such_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen_attention, "varlen_attn", None)
+    assert page_access(pool(torch.bfloat16)) is None
 
 
 def test_there_is_no_such_kernel_on_the_cpu() -> None:
-    assert page_access(pool(torch.bfloat16), HEADS) is None
+    assert page_access(pool(torch.bfloat16)) is None

@@ -83,21 +83,24 @@ _SETTLED = 2.0
 _BLOCK = 8 << 20
 
 
-def revision(model: MultimodalModel, *, tower_dtype: torch.dtype | None = None) -> str:
+def revision(
+    model: MultimodalModel, kv_dtype: torch.dtype | None = None, *, tower_dtype: torch.dtype | None = None
+) -> str:
     """The revision of ``model``, 16 hexadecimal digits.
-
-    Args:
-        model: the model.
-        tower_dtype: the revision that it has with a vision tower of this type; None: with the tower that it has.
 
     The weights of a model that was wrapped, not loaded, are read from memory, every time. Those of a folder are read
     once: their digests are kept in the folder, or in the user's cache folder where the folder cannot be written to.
+
+    Args:
+        model: the model.
+        kv_dtype: type in which its keys and values are stored; None: the model's own.
+        tower_dtype: the revision that it has with a vision tower of this type; None: with the tower that it has.
 
     Raises:
         ModelError: MODEL_UNREADABLE; a file of the model cannot be read any more.
     """
     digest = hashlib.sha256()
-    for part in _parts(model, tower_dtype or model.tower_dtype):
+    for part in _parts(model, kv_dtype, tower_dtype or model.tower_dtype):
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()[:16]
 
@@ -116,7 +119,7 @@ def first_values(model: MultimodalModel) -> bytes:
     return b"".join(parts)
 
 
-def earlier_revisions(model: MultimodalModel, values: bytes) -> frozenset[str]:
+def earlier_revisions(model: MultimodalModel, values: bytes, kv_dtype: torch.dtype | None = None) -> frozenset[str]:
     """Other revisions whose sessions go on with this model.
 
     Releases before this scheme hashed the first values of the weights, and a configuration with the version of
@@ -128,7 +131,12 @@ def earlier_revisions(model: MultimodalModel, values: bytes) -> frozenset[str]:
     Args:
         model: the model.
         values: what :func:`first_values` returned.
+        kv_dtype: as for :func:`revision`. Those releases knew no type but the model's.
     """
+    towers = {torch.float32, torch.bfloat16, torch.float16, model.dtype} - {model.tower_dtype}
+    by_tower = frozenset(revision(model, kv_dtype, tower_dtype=each) for each in towers)
+    if kv_dtype not in (None, model.dtype):
+        return by_tower
     config = model.network.config.to_json_string()
     latest = int(transformers.__version__.split(".")[1])
     versions = {f"5.{minor}.{patch}" for minor in range(17, latest + 1) for patch in range(5)}
@@ -138,11 +146,10 @@ def earlier_revisions(model: MultimodalModel, values: bytes) -> frozenset[str]:
         ).hexdigest()[:16]
         for version in {transformers.__version__, *versions}
     )
-    towers = {torch.float32, torch.bfloat16, torch.float16, model.dtype} - {model.tower_dtype}
-    return frozenset([*by_release, *(revision(model, tower_dtype=each) for each in towers)])
+    return by_tower.union(by_release)
 
 
-def _parts(model: MultimodalModel, tower_dtype: torch.dtype) -> list[bytes]:
+def _parts(model: MultimodalModel, kv_dtype: torch.dtype | None, tower_dtype: torch.dtype) -> list[bytes]:
     tokenizer = model.tokenizer
     settings: dict[str, Any] = {
         "chat_template": tokenizer.chat_template,
@@ -152,6 +159,8 @@ def _parts(model: MultimodalModel, tower_dtype: torch.dtype) -> list[bytes]:
     }
     if tower_dtype != model.dtype:
         settings["tower_dtype"] = str(tower_dtype)
+    if kv_dtype not in (None, model.dtype):  # otherwise it is as it was before there was a choice
+        settings["kv_dtype"] = str(kv_dtype)
     if (origin := model.origin) is None:
         config, processor = model.network.config.to_diff_dict(), model.processor.to_dict()
         backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -10,7 +10,7 @@ An :class:`AttentionPlan` computes the slots of a batch once for all layers of a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,18 +18,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from vflowopt.kernels.decode_kernel import DecodeKernel
+from vflowopt.runtime.backend import BackendName, DecodeAttention, Plan
 from vflowopt.runtime.cache import PagePool, StagedCache
 from vflowopt.runtime.rope import apply_rope
 
 PAGED = "vflow_paged"
-
-
-class Plan(Protocol):
-    """Where the keys and values of a batch are written and read; each batch has its own."""
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
-        """See :meth:`AttentionPlan.attend`."""
-        ...
 
 
 class AttentionPlan:
@@ -111,7 +104,7 @@ class AttentionPlan:
         if self._kernel is None and any(length != num_blocks * size for length in context_lens):
             valid = np.arange(num_blocks * size) < np.array(context_lens)[:, None]
             mask = np.where(valid, np.float32(0), np.float32(-np.inf))[:, None, None]
-            self.decode_mask = torch.from_numpy(mask).to(device, self.pool.keys.dtype)
+            self.decode_mask = torch.from_numpy(mask).to(device, self.pool.dtype)
         slots: np.ndarray = last * size + (np.array(context_lens) - 1) % size
         return slots
 
@@ -189,23 +182,22 @@ class AttentionPlan:
 
     def _write(self, layer: int, tokens: slice, key: Tensor, value: Tensor) -> None:
         """Write the keys and values of some of the batch's tokens."""
-        slots = self.write_slots[layer, tokens]
-        self.pool.keys.index_copy_(0, slots, key)
-        self.pool.values.index_copy_(0, slots, value)
+        self.pool.write(self.write_slots[layer, tokens], key, value)
 
     def _attend_prefills(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, first: int = 0
     ) -> list[Tensor]:
         """Attention of each prefill, of tokens [tokens, heads, head_dim] of which ``first`` is the batch's first."""
-        outputs = []
+        outputs, pool = [], self.pool
         for tokens, context_slots, mask in self.prefills:
             tokens = slice(tokens.start - first, tokens.stop - first)
             if context_slots is None:
                 # The context is what was just computed: no need to gather it.
                 keys, values = key[tokens], value[tokens]
+                if pool.rounds:  # but as a later chunk reads it: answers must not depend on where chunks end
+                    keys, values = (pool.computed(pool.stored(each)) for each in (keys, values))
             else:
-                slots = context_slots[layer]
-                keys, values = self.pool.keys.index_select(0, slots), self.pool.values.index_select(0, slots)
+                keys, values = pool.read(context_slots[layer])
             attended = nn.functional.scaled_dot_product_attention(
                 query[tokens].transpose(0, 1)[None],
                 keys.transpose(0, 1)[None],
@@ -221,12 +213,8 @@ class AttentionPlan:
     def _attend_decodes(self, layer: int, query: Tensor, kv_heads: int, scale: float) -> Tensor:
         """Attention of the decodes: [decodes, heads, head_dim] to the same shape."""
         pages = self.decode_block_tables[layer]
-        # Whole pages are gathered: they are long enough to be copied at memory speed.
         keys, values = (
-            store.view(self.pool.pages, -1)
-            .index_select(0, pages.flatten())
-            .view(self.decodes, -1, kv_heads, query.shape[-1])
-            for store in (self.pool.keys, self.pool.values)
+            each.view(self.decodes, -1, kv_heads, query.shape[-1]) for each in self.pool.read_pages(pages.flatten())
         )
         # The query heads that share a key head stand in for query tokens: one pass over the keys serves them all.
         together = nn.functional.scaled_dot_product_attention(
@@ -234,6 +222,61 @@ class AttentionPlan:
             keys.transpose(1, 2),
             values.transpose(1, 2),
             attn_mask=self.decode_mask,
+            scale=scale,
+        )
+        return together.reshape(query.shape)
+
+
+class SdpaBackend:
+    """PyTorch's scaled dot-product attention.
+
+    Args:
+        pool: the pages.
+        kernel: computes the attention of the decodes of a plan; None: PyTorch's attention does.
+    """
+
+    name: BackendName = "sdpa"
+    in_place = False
+
+    def __init__(self, pool: PagePool, kernel: DecodeKernel | None = None) -> None:
+        self._pool = pool
+        self.kernel = kernel
+
+    def plan(self, layers: range, caches: Sequence[StagedCache], counts: Sequence[int]) -> Plan:
+        """See :meth:`vflowopt.runtime.backend.Backend.plan`; decodes come first."""
+        return AttentionPlan(self._pool, layers, caches, counts, self.kernel)
+
+    def decodes(self, batch: int, blocks: int) -> DecodeAttention:
+        """See :meth:`vflowopt.runtime.backend.Backend.decodes`."""
+        return SdpaDecodes(self._pool, blocks)
+
+
+class SdpaDecodes:
+    """A :class:`vflowopt.runtime.backend.DecodeAttention` over copies of the pages.
+
+    Args:
+        pool: the pages.
+        blocks: the most blocks of a sequence.
+    """
+
+    def __init__(self, pool: PagePool, blocks: int) -> None:
+        self._pool = pool
+        self._places = torch.arange(blocks * pool.page_size, dtype=torch.int32, device=pool.keys.device)
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, pages: Tensor, context_lens: Tensor, scale: float
+    ) -> Tensor:
+        """See :class:`vflowopt.runtime.backend.DecodeAttention`."""
+        pool = self._pool
+        batch, kv_heads, head_dim = key.shape
+        pool.write(pool.last_slots(pages, context_lens), key, value)
+        keys, values = (each.view(batch, -1, kv_heads, head_dim) for each in pool.read_pages(pages.flatten()))
+        # The query heads that share a key head stand in for query tokens: one pass over the keys serves them all.
+        together = nn.functional.scaled_dot_product_attention(
+            query.reshape(batch, kv_heads, -1, head_dim),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=(self._places < context_lens[:, None])[:, None, None],
             scale=scale,
         )
         return together.reshape(query.shape)

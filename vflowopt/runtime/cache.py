@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_LARGEST_E4M3 = 448.0
+
 
 class PoolExhausted(RuntimeError):
     """The pool has fewer free pages than were asked for; none was acquired.
@@ -44,12 +46,17 @@ class PagePool:
         page_size: tokens of a page.
         heads: key-value heads of a layer.
         head_dim: channels of a head.
-        dtype: type of the stored keys and values.
+        dtype: type in which keys and values are computed and read.
+        stored_as: type of the stored ones; None: ``dtype``. float8_e4m3fn has a byte for each number and no scale of
+            its own; see :meth:`write`.
         device: where they live.
 
     Attributes:
+        dtype: as given.
         keys: [slots, heads, head_dim]; a slot holds one token in one layer, a page is ``page_size`` slots in a row.
         values: like ``keys``.
+        key_store: the same memory as ``keys``, in a type that every operation takes: bytes for float8_e4m3fn.
+        value_store: like ``key_store``.
 
     Raises:
         ValueError: the budget does not hold a single page.
@@ -64,9 +71,12 @@ class PagePool:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        stored_as: torch.dtype | None = None,
     ) -> None:
+        stored_as = stored_as or dtype
         self.page_size = page_size
-        self.token_bytes = 2 * heads * head_dim * dtype.itemsize
+        self.dtype = dtype
+        self.token_bytes = 2 * heads * head_dim * stored_as.itemsize
         self.page_bytes = page_size * self.token_bytes
         self.pages = budget // self.page_bytes
         if self.pages < 1:
@@ -75,8 +85,9 @@ class PagePool:
             )
         shape = (self.pages * page_size, heads, head_dim)
         # Not zeroed here: a page is zeroed when it is acquired, so memory is touched only when it is used.
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.keys = torch.empty(shape, dtype=stored_as, device=device)
+        self.values = torch.empty(shape, dtype=stored_as, device=device)
+        self.key_store, self.value_store = as_bytes(self.keys), as_bytes(self.values)
         self._free = list(range(self.pages - 1, -1, -1))
         self._references = [0] * self.pages
 
@@ -107,8 +118,8 @@ class PagePool:
         del self._free[len(self._free) - count :]
         # Zeroed, so that nothing of the last owner reaches the new one: a masked NaN is still NaN times zero.
         fresh = self._on_device(taken)
-        self.keys.view(self.pages, -1).index_fill_(0, fresh, 0)
-        self.values.view(self.pages, -1).index_fill_(0, fresh, 0)
+        for store in (self.key_store, self.value_store):
+            store.view(self.pages, -1).index_fill_(0, fresh, 0)
         for page in taken:
             self._references[page] = 1
         return taken
@@ -132,9 +143,62 @@ class PagePool:
     def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
         """Copy the contents of each page of ``source`` to the page at the same place of ``target``."""
         from_pages, to_pages = self._on_device(source), self._on_device(target)
-        for store in (self.keys, self.values):
+        for store in (self.key_store, self.value_store):
             by_page = store.view(self.pages, -1)
             by_page.index_copy_(0, to_pages, by_page.index_select(0, from_pages))
+
+    @property
+    def rounds(self) -> bool:
+        """Whether what is read differs from what was written, because it is stored in another type."""
+        return self.keys.dtype != self.dtype
+
+    @property
+    def is_e4m3(self) -> bool:
+        """Whether the numbers are stored as float8_e4m3fn."""
+        return self.keys.dtype == torch.float8_e4m3fn
+
+    def stored(self, states: Tensor) -> Tensor:
+        """States in the stores' type. In float8_e4m3fn, numbers beyond the largest one, 448, become that one."""
+        if self.is_e4m3:
+            return as_bytes(states.clamp(-_LARGEST_E4M3, _LARGEST_E4M3).to(torch.float8_e4m3fn))
+        return states.to(self.keys.dtype)
+
+    def computed(self, stored: Tensor) -> Tensor:
+        """What is in a store, or what :meth:`stored` returned, in the type ``dtype``."""
+        if self.is_e4m3:
+            # bfloat16 holds each of these numbers, and PyTorch converts to it several times as fast as to float32.
+            return stored.view(torch.float8_e4m3fn).to(torch.bfloat16).to(self.dtype)
+        return stored.to(self.dtype)
+
+    def write(self, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Write keys and values, each [tokens, heads, head_dim], to ``slots``, int64 [tokens]."""
+        self.key_store.index_copy_(0, slots, self.stored(key))
+        self.value_store.index_copy_(0, slots, self.stored(value))
+
+    def last_slots(self, pages: Tensor, context_lens: Tensor) -> Tensor:
+        """The slot of the last token of each context, int64 [batch], computed on the device.
+
+        Args:
+            pages: int32 [batch, blocks].
+            context_lens: int32 [batch].
+        """
+        last = (context_lens - 1).long()
+        page = pages.gather(1, (last // self.page_size)[:, None])[:, 0]
+        return page * self.page_size + last % self.page_size
+
+    def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of the keys and values, each [tokens, heads, head_dim] of type ``dtype``, at ``slots``."""
+        keys, values = (self.computed(store.index_select(0, slots)) for store in (self.key_store, self.value_store))
+        return keys, values
+
+    def read_pages(self, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of the keys and values, each [pages * page_size, heads, head_dim], of whole pages, int [pages]."""
+        # Whole pages are gathered: they are long enough to be copied at memory speed.
+        keys, values = (
+            self.computed(store.view(self.pages, -1).index_select(0, pages)).view(-1, *store.shape[1:])
+            for store in (self.key_store, self.value_store)
+        )
+        return keys, values
 
     def _on_device(self, pages: Sequence[int]) -> Tensor:
         """Pages as an index on the pool's device, int64 [pages], without waiting for the device."""
@@ -265,8 +329,7 @@ class StageTable:
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """Copies of all keys and values of ``layer``, each [length, heads, head_dim]."""
-        slots = self.slots()[layer - self.layers.start]
-        return self.pool.keys[slots], self.pool.values[slots]
+        return self.pool.read(self.slots()[layer - self.layers.start])
 
     def _last_block_shared(self) -> bool:
         """Whether the next token falls into a block that is shared."""
@@ -372,3 +435,8 @@ def reserve(caches: Sequence[StagedCache], tokens: Sequence[Sequence[int]]) -> N
     pages = iter(caches[0].pool.acquire(sum(wanted)))
     for stage, count in zip(stages, wanted, strict=True):
         stage.make_writable(list(islice(pages, count)))
+
+
+def as_bytes(states: Tensor) -> Tensor:
+    """A view of states in float8_e4m3fn as bytes, because few operations take that type; others as they are."""
+    return states.view(torch.uint8) if states.dtype == torch.float8_e4m3fn else states

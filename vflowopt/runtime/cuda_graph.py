@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from vflowopt.runtime.backend import Backend
 from vflowopt.runtime.cache import PagePool, StagedCache
-from vflowopt.runtime.varlen_attention import PageAccess, to_device, varlen_attention
+from vflowopt.runtime.transfer import to_device
 
 SIZES = (1, 2, 4, 8, 16, 32)
 """Batch sizes of the graphs."""
@@ -43,26 +44,18 @@ class DecodePlan:
         layers: number of decoder layers.
         batch: number of sequences.
         blocks: the most blocks of a sequence, its new token included.
-        access: how the variable-length kernel reads the cache; None: scaled dot-product attention over copies.
+        backend: computes attention.
 
     Attributes:
-        pool: as given.
-        access: as given.
-        capacity: the most tokens of a sequence, the new one included.
         pages: int32 [layers, batch, blocks], the block tables.
         context_lens: int32 [layers, batch], the tokens of each context, the new one included.
     """
 
-    def __init__(self, pool: PagePool, layers: int, batch: int, blocks: int, access: PageAccess | None) -> None:
+    def __init__(self, pool: PagePool, layers: int, batch: int, blocks: int, backend: Backend) -> None:
         device = pool.keys.device
-        self.pool = pool
-        self.access = access
-        self.capacity = blocks * pool.page_size
+        self._attention = backend.decodes(batch, blocks)
         self.pages = torch.zeros(layers, batch, blocks, dtype=torch.int32, device=device)
         self.context_lens = torch.ones(layers, batch, dtype=torch.int32, device=device)
-        self._query_starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
-        self._key_starts = self._query_starts * self.capacity
-        self._places = torch.arange(self.capacity, dtype=torch.int32, device=device)
         self._laid_out = np.zeros((layers, batch, blocks), np.int32)
         self._made_of: list[list[np.ndarray]] = [[] for _ in range(batch)]
 
@@ -105,41 +98,7 @@ class DecodePlan:
         Returns:
             [batch, heads, head_dim].
         """
-        pool, pages, context_lens = self.pool, self.pages[layer], self.context_lens[layer]
-        last = (context_lens - 1).long()
-        page = pages.gather(1, (last // pool.page_size)[:, None])[:, 0]
-        slots = page * pool.page_size + last % pool.page_size
-        pool.keys.index_copy_(0, slots, key)
-        pool.values.index_copy_(0, slots, value)
-        if self.access is None:
-            return self._attend_to_copies(query, pages, context_lens, scale)
-        return varlen_attention(
-            query,
-            pool,
-            pages if self.access == "paged" else pages.flatten(),
-            query_starts=self._query_starts,
-            key_starts=self._key_starts,
-            context_lens=context_lens,
-            max_query=1,
-            max_capacity=self.capacity,
-            scale=scale,
-        )
-
-    def _attend_to_copies(self, query: Tensor, pages: Tensor, context_lens: Tensor, scale: float) -> Tensor:
-        batch, (kv_heads, head_dim) = len(pages), self.pool.keys.shape[1:]
-        keys, values = (
-            store.view(self.pool.pages, -1).index_select(0, pages.flatten()).view(batch, -1, kv_heads, head_dim)
-            for store in (self.pool.keys, self.pool.values)
-        )
-        # The query heads that share a key head stand in for query tokens: one pass over the keys serves them all.
-        together = nn.functional.scaled_dot_product_attention(
-            query.reshape(batch, kv_heads, -1, head_dim),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=(self._places < context_lens[:, None])[:, None, None],
-            scale=scale,
-        )
-        return together.reshape(query.shape)
+        return self._attention(query, key, value, self.pages[layer], self.context_lens[layer], scale)
 
 
 Step = Callable[[Tensor, Rotary, DecodePlan], Tensor]
@@ -219,8 +178,7 @@ class DecodeGraphs:
         rotary: from positions, int64 [tokens] on the host (pinned if there is a CUDA device), to what the layers need
             of them: tensors whose shapes depend on the number of tokens alone.
         step: the decode step.
-        access: how the variable-length kernel reads the cache, as :func:`vflowopt.runtime.varlen_attention.page_access`
-        says.
+        backend: computes attention.
     """
 
     def __init__(
@@ -230,13 +188,13 @@ class DecodeGraphs:
         *,
         rotary: Callable[[Tensor], Rotary],
         step: Step,
-        access: PageAccess | None,
+        backend: Backend,
     ) -> None:
         self._pool = pool
         self._layers = layers
         self._rotary = rotary
         self._step = step
-        self._access = access
+        self._backend = backend
         self._graphs: dict[tuple[int, int], DecodeGraph] = {}
         self._memory = torch.cuda.graph_pool_handle() if pool.keys.is_cuda else None
 
@@ -249,7 +207,7 @@ class DecodeGraphs:
             return False
         size, capacity = self._shape(caches)
         pages = sum(stage.pages_for(stage.length + 1) for cache in caches for stage in cache.stages)
-        return self._access == "paged" or size * capacity * self._layers <= _MOST_COPIED * pages
+        return self._backend.in_place or size * capacity * self._layers <= _MOST_COPIED * pages
 
     @torch.inference_mode()
     def run(self, caches: Sequence[StagedCache], tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
@@ -272,7 +230,7 @@ class DecodeGraphs:
         rotary = self._rotary(torch.tensor([positions[row] for row in rows], pin_memory=self._pool.keys.is_cuda))
         graph = self._graphs.get((size, capacity))
         if graph is None:
-            plan = DecodePlan(self._pool, self._layers, size, capacity, self._access)
+            plan = DecodePlan(self._pool, self._layers, size, capacity, self._backend)
             graph = self._graphs[size, capacity] = DecodeGraph(plan, rotary, self._step, self._memory)
         logits = graph.run([caches[row] for row in rows], [tokens[row] for row in rows], rotary)
         return logits[: len(caches)].clone()

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from vflowopt.kernels.row_kernel import RowKernel, row_kernel
 from vflowopt.models.product import ENOUGH, by_onednn, product
-from vflowopt.runtime.attention import PAGED, AttentionPlan, Plan
+from vflowopt.runtime.attention import PAGED, AttentionPlan
+from vflowopt.runtime.backend import Plan
 from vflowopt.runtime.rope import apply_rope
 
 _FUSABLE = (

@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from vflowopt.compression.pieces import Pieces, whole
 from vflowopt.compression.pipeline import CompressedImage, compressing
 from vflowopt.compression.strategy import Strategy
-from vflowopt.kernels.decode_kernel import DecodeKernel, build_decode_kernel
+from vflowopt.kernels.decode_kernel import build_decode_kernel
 from vflowopt.kernels.diversity_kernel import diversity_kernel
 from vflowopt.media.video import Video, Visual
 from vflowopt.models.interface import MultimodalModel
 from vflowopt.models.loading import DTYPES, load_model
 from vflowopt.models.revision import earlier_revisions, first_values, revision
-from vflowopt.runtime.attention import AttentionPlan, Plan
+from vflowopt.runtime.attention import SdpaBackend
+from vflowopt.runtime.backend import Backend, BackendName, Plan
+from vflowopt.runtime.backend_choice import build_backend, choose_backend
 from vflowopt.runtime.batch import Chunk, joined, next_chunk
 from vflowopt.runtime.cache import PagePool, StagedCache, reserve
 from vflowopt.runtime.chat import ChatFormat
@@ -33,7 +35,14 @@ from vflowopt.runtime.cuda_graph import DecodeGraphs, DecodePlan, Rotary
 from vflowopt.runtime.decoder import build_decoder
 from vflowopt.runtime.sampling import Sampler, sample
 from vflowopt.runtime.sequence import Item, Sequence, tokens_per_stage
-from vflowopt.runtime.varlen_attention import PageAccess, VarlenPlan, page_access
+
+KV_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp8_e4m3": torch.float8_e4m3fn,
+}
+"""Types in which keys and values can be stored, by name."""
 
 
 class Runtime:
@@ -44,8 +53,11 @@ class Runtime:
         kv_budget: bytes for the keys and values of all sequences together.
         page_size: tokens of a page.
         tower_dtype: type that the vision tower is converted to; None: it stays as it is.
+        kv_dtype: type of the stored keys and values, one of :data:`KV_DTYPES`; None: the model's.
+        attention: the attention backend; None: the best one on the model's device.
 
     Attributes:
+        backend: computes attention.
         model: the model.
         chat: turns the parts of a chat turn into items of a log.
         layers: number of decoder layers.
@@ -55,7 +67,7 @@ class Runtime:
 
     Raises:
         ModelError: the vision tower cannot be of another type than the decoder.
-        ValueError: the budget does not hold one page.
+        ValueError: the budget does not hold one page, or the attention backend does not work here.
     """
 
     def __init__(
@@ -65,6 +77,8 @@ class Runtime:
         kv_budget: int,
         page_size: int = 16,
         tower_dtype: torch.dtype | None = None,
+        kv_dtype: str | None = None,
+        attention: BackendName | None = None,
     ) -> None:
         self.model = model
         self.chat = ChatFormat(model.tokenizer, model.image_token, model.stop_ids, model.video_mark)
@@ -76,6 +90,7 @@ class Runtime:
             heads=model.heads,
             head_dim=model.head_dim,
             dtype=model.dtype,
+            stored_as=None if kv_dtype is None else KV_DTYPES[kv_dtype],
             device=model.device,
         )
         self._first_values = first_values(model)
@@ -84,8 +99,6 @@ class Runtime:
             model.set_tower_dtype(tower_dtype)
         if not model.shared:
             model.fuse()
-        self._kernel: DecodeKernel | None = None
-        self._page_access: PageAccess | None = None
         self._graphs: DecodeGraphs | None = None
         self._products_per_token = model.decoder.config.hidden_size * model.decoder.config.intermediate_size
         heads = model.decoder.config.num_attention_heads
@@ -93,14 +106,25 @@ class Runtime:
         self._context_per_token: float = layer / (2 * heads * model.head_dim)
         if model.device.type == "cpu":
             diversity_kernel()  # so that the first picture does not wait for a compiler
-        if model.device.type == "cpu" and model.dtype == torch.float32:
-            self._kernel = build_decode_kernel(model.head_dim, heads, model.heads, page_size)
-        elif model.device.type == "cuda":
-            self._page_access = page_access(self.pool, heads)
-            if not model.quantized:  # a quantizer's operations may wait for the device, which a capture does not allow
-                self._graphs = DecodeGraphs(
-                    self.pool, self.layers, rotary=self.decoder.rotary, step=self._step, access=self._page_access
-                )
+        self.backend = self._build_backend(heads, attention)
+        # A quantizer's operations may wait for the device, which a capture does not allow.
+        if model.device.type == "cuda" and not model.quantized:
+            self._graphs = DecodeGraphs(
+                self.pool, self.layers, rotary=self.decoder.rotary, step=self._step, backend=self.backend
+            )
+
+    def _build_backend(self, heads: int, name: BackendName | None) -> Backend:
+        pool = self.pool
+        if name is None and pool.keys.device.type == "cpu":
+            compiled = pool.keys.dtype == pool.dtype == torch.float32
+            return SdpaBackend(
+                pool,
+                build_decode_kernel(self.model.head_dim, heads, self.model.heads, pool.page_size) if compiled else None,
+            )
+        backend = choose_backend(pool, heads) if name is None else build_backend(name, pool, heads)
+        if backend is None:
+            raise ValueError(f"the attention backend {name!r} does not work here; the log says why")
+        return backend
 
     @classmethod
     def load(
@@ -113,6 +137,8 @@ class Runtime:
         tower_dtype: str | None = None,
         kv_budget: int,
         page_size: int = 16,
+        kv_dtype: str | None = None,
+        attention: BackendName | None = None,
     ) -> Runtime:
         """Load a model and allocate its pool.
 
@@ -124,14 +150,22 @@ class Runtime:
             tower_dtype: a torch type, by name, for the vision tower; None: as ``dtype``.
             kv_budget: bytes for the keys and values of all sequences together.
             page_size: tokens of a page.
+            kv_dtype: type of the stored keys and values, one of :data:`KV_DTYPES`; None: ``dtype``.
+            attention: the attention backend; None: the best one on the device.
 
         Raises:
             ModelError: the model cannot be served; the message says why.
-            ValueError: the budget does not hold one page.
+            ValueError: the budget does not hold one page, or the attention backend does not work here.
         """
         loaded = load_model(model, device=device, dtype=dtype, quantization=quantization)
-        narrow = None if tower_dtype is None else DTYPES[tower_dtype]
-        return cls(loaded, kv_budget=kv_budget, page_size=page_size, tower_dtype=narrow)
+        return cls(
+            loaded,
+            kv_budget=kv_budget,
+            page_size=page_size,
+            tower_dtype=None if tower_dtype is None else DTYPES[tower_dtype],
+            kv_dtype=kv_dtype,
+            attention=attention,
+        )
 
     @cached_property
     def revision(self) -> str:
@@ -140,11 +174,11 @@ class Runtime:
         Raises:
             ModelError: a file of the model cannot be read any more.
         """
-        return revision(self.model)
+        return revision(self.model, self.pool.keys.dtype)
 
     def earlier_revisions(self) -> frozenset[str]:
         """See :func:`vflowopt.models.revision.earlier_revisions`."""
-        return earlier_revisions(self.model, self._first_values)
+        return earlier_revisions(self.model, self._first_values, self.pool.keys.dtype)
 
     def bytes_per_token(self) -> int:
         """KV bytes of one token in one layer."""
@@ -422,9 +456,7 @@ class Runtime:
         return logits
 
     def _plan(self, layers: range, caches: abc.Sequence[StagedCache], counts: abc.Sequence[int]) -> Plan:
-        if self._page_access is None:
-            return AttentionPlan(self.pool, layers, caches, counts, self._kernel)
-        return VarlenPlan(self.pool, layers, caches, counts, access=self._page_access)
+        return self.backend.plan(layers, caches, counts)
 
     def _forward(self, chunks: abc.Sequence[Chunk], wanted: abc.Sequence[tuple[int, int]]) -> Tensor:
         """Run chunks through the decoder layers; hidden states [wanted, hidden] after the last one.

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vflowopt.runtime.cache import as_bytes
 from vflowopt.runtime.sequence import CachedLength, Sequence
 
 
@@ -94,8 +95,8 @@ def offload(sequence: Sequence) -> OffloadedCache:
     for stage in sequence.cache.stages:
         slots = stage.slots()
         # One read for all layers of the stage.
-        keys.append(stage.pool.keys[slots].cpu())
-        values.append(stage.pool.values[slots].cpu())
+        keys.append(stage.pool.key_store[slots].cpu().view(stage.pool.keys.dtype))
+        values.append(stage.pool.value_store[slots].cpu().view(stage.pool.values.dtype))
     offloaded = OffloadedCache(tuple(keys), tuple(values), sequence.cached)
     sequence.release()
     return offloaded
@@ -111,19 +112,23 @@ def restore(sequence: Sequence, offloaded: OffloadedCache) -> None:
 
     Raises:
         PoolExhausted: too few pages are free.
-        OffloadError: the sequence has a cache already, has other stages, or has a shorter log.
+        OffloadError: the sequence has a cache already, has other stages, or has a shorter log; or the pool stores keys
+            and values in another type.
     """
     cache = sequence.cache
     lengths = [keys.shape[1] for keys in offloaded.keys]
     fits = [len(stage.layers) for stage in cache.stages] == [len(keys) for keys in offloaded.keys]
     if sequence.resident or not fits or offloaded.cached.items > len(sequence.log):
         raise OffloadError("the offloaded cache is not of this sequence, or the sequence holds a cache already")
+    types = {tensor.dtype for tensor in (*offloaded.keys, *offloaded.values)}
+    if types != {cache.pool.keys.dtype}:
+        raise OffloadError(f"the offloaded cache is stored as {types}, and the pool as {cache.pool.keys.dtype}")
     cache.reserve(lengths)
     try:
         for stage, keys, values in zip(cache.stages, offloaded.keys, offloaded.values, strict=True):
             slots = stage.slots(range(keys.shape[1]))
-            stage.pool.keys[slots] = keys.to(stage.pool.keys)
-            stage.pool.values[slots] = values.to(stage.pool.values)
+            stage.pool.key_store[slots] = as_bytes(keys).to(slots.device)
+            stage.pool.value_store[slots] = as_bytes(values).to(slots.device)
     except BaseException:
         cache.truncate(cache.lengths)  # gives back the pages
         raise

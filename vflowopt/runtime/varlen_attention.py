@@ -8,23 +8,28 @@ it reads the cache depends on the version of flash attention:
   built with takes only pages of a multiple of 256 tokens, which would waste most of a pruned cache.
 - ``"gathered"``: from a copy in which each sequence's pages are contiguous.
 
-:func:`page_access` finds out by trial which of the two works. Versions differ, and a kernel that reads pages in another
-order, or applies another mask, would give wrong answers and no error.
+:func:`vflowopt.runtime.backend_choice.choose_backend` finds out by trial which of the two works.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention import current_flash_attention_impl
-from torch.nn.attention.varlen import varlen_attn
 
-from vflowopt.runtime.attention import AttentionPlan
+from vflowopt.runtime.backend import BackendName, DecodeAttention, Plan
 from vflowopt.runtime.cache import PagePool, StagedCache
+from vflowopt.runtime.transfer import to_device
+
+varlen_attn: Callable[..., Any] | None
+try:
+    from torch.nn.attention import current_flash_attention_impl
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # a PyTorch that lacks one of them
+    varlen_attn = None
 
 PageAccess = Literal["paged", "gathered"]
 """How the kernel reads the cache."""
@@ -102,8 +107,7 @@ class VarlenPlan:
             [tokens, heads, head_dim].
         """
         layer -= self.first_layer
-        self.pool.keys.index_copy_(0, self.write_slots[layer], key)
-        self.pool.values.index_copy_(0, self.write_slots[layer], value)
+        self.pool.write(self.write_slots[layer], key, value)
         return varlen_attention(
             query,
             self.pool,
@@ -145,14 +149,17 @@ def varlen_attention(
     Returns:
         [tokens, heads, head_dim].
     """
+    if varlen_attn is None:
+        raise RuntimeError("this PyTorch has no variable-length attention")
     heads, head_dim = pool.keys.shape[1:]
-    keys, values = (store.view(pool.pages, pool.page_size, heads, head_dim) for store in (pool.keys, pool.values))
     table: Tensor | None = pages
     starts: Tensor | None = key_starts
     if pages.dim() == 1:
-        keys, values = (store.index_select(0, pages).flatten(0, 1) for store in (keys, values))
+        keys, values = pool.read_pages(pages)
         table = None
-    elif current_flash_attention_impl() is not None:
+    else:
+        keys, values = (store.view(pool.pages, pool.page_size, heads, head_dim) for store in (pool.keys, pool.values))
+    if table is not None and current_flash_attention_impl() is not None:
         starts = None  # only the flash attention that PyTorch is built with takes both these and a block table
     output = varlen_attn(
         query.contiguous(),
@@ -171,62 +178,63 @@ def varlen_attention(
     return cast(Tensor, output)
 
 
-def page_access(pool: PagePool, heads: int) -> PageAccess | None:
-    """How the kernel can read the caches of ``pool``: the first of the two ways that gives the right numbers.
-
-    Compares each with :class:`vflowopt.runtime.attention.AttentionPlan` on a small pool of the same kind: a decode
-    beside a prefill, with page boundaries within both the keys and the new tokens.
+class VarlenDecodes:
+    """Attention of one new token of each of a fixed number of sequences.
 
     Args:
-        pool: the pool.
-        heads: query heads of a layer.
-
-    Returns:
-        The way; None if neither works: without a GPU, in full precision, or if PyTorch's kernel supports neither.
+        pool: the pages, of half precision.
+        batch: number of sequences.
+        blocks: the most blocks of a sequence.
+        access: how the kernel reads the cache.
     """
-    ways: tuple[PageAccess, ...] = ("paged", "gathered")
-    return next((access for access in ways if _agrees(pool, heads, access)), None)
+
+    def __init__(self, pool: PagePool, batch: int, blocks: int, access: PageAccess) -> None:
+        self._pool = pool
+        self._access = access
+        self._capacity = blocks * pool.page_size
+        self._query_starts = torch.arange(batch + 1, dtype=torch.int32, device=pool.keys.device)
+        self._key_starts = self._query_starts * self._capacity
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, pages: Tensor, context_lens: Tensor, scale: float
+    ) -> Tensor:
+        """See :class:`vflowopt.runtime.backend.DecodeAttention`."""
+        self._pool.write(self._pool.last_slots(pages, context_lens), key, value)
+        return varlen_attention(
+            query,
+            self._pool,
+            pages if self._access == "paged" else pages.flatten(),
+            query_starts=self._query_starts,
+            key_starts=self._key_starts,
+            context_lens=context_lens,
+            max_query=1,
+            max_capacity=self._capacity,
+            scale=scale,
+        )
 
 
-@torch.inference_mode()
-def _agrees(pool: PagePool, heads: int, access: PageAccess) -> bool:
-    """Whether the kernel computes the right numbers with this access."""
-    size, (kv_heads, head_dim) = pool.page_size, pool.keys.shape[1:]
-    device, dtype = pool.keys.device, pool.keys.dtype
-    budget = 16 * pool.page_bytes
-    trial = PagePool(budget, page_size=size, heads=kv_heads, head_dim=head_dim, dtype=dtype, device=device)
-    generator = torch.Generator().manual_seed(0)
+class VarlenBackend:
+    """PyTorch's variable-length flash attention.
 
-    def random(tokens: int, heads: int) -> Tensor:
-        return torch.randn(tokens, heads, head_dim, generator=generator).to(device, dtype)
+    Args:
+        pool: the pages.
+        access: how the kernel reads them.
+    """
 
-    caches = [StagedCache(trial, [0], 1) for _ in range(2)]
-    # In turn, so that neither cache's pages are contiguous.
-    for counts in ((size, size), (3, size + 2)):
-        for cache, count in zip(caches, counts, strict=True):
-            cache.reserve([count])
-            slots = cache.stages[0].slots(range(cache.lengths[0], cache.lengths[0] + count))[0]
-            trial.keys[slots], trial.values[slots] = random(count, kv_heads), random(count, kv_heads)
-            cache.advance([count])
-    counts = (1, 5)
-    for cache, count in zip(caches, counts, strict=True):
-        cache.reserve([count])
-    states = random(6, heads), random(6, kv_heads), random(6, kv_heads)
-    expected = AttentionPlan(trial, range(1), caches, counts).attend(0, *states, scale=head_dim**-0.5)
-    try:
-        plan = VarlenPlan(trial, range(1), caches, counts, access=access)
-        answer = plan.attend(0, *states, scale=head_dim**-0.5)
-        return torch.allclose(answer.float(), expected.float(), atol=2e-2, rtol=2e-2)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError):  # no such kernel here, or an older one that takes no block table
-        return False
+    name: BackendName = "varlen"
 
+    def __init__(self, pool: PagePool, access: PageAccess) -> None:
+        self._pool = pool
+        self.access = access
+        self.in_place = access == "paged"
 
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy an array to ``device``, without waiting for it."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    def plan(self, layers: range, caches: Sequence[StagedCache], counts: Sequence[int]) -> Plan:
+        """See :meth:`vflowopt.runtime.backend.Backend.plan`."""
+        return VarlenPlan(self._pool, layers, caches, counts, access=self.access)
+
+    def decodes(self, batch: int, blocks: int) -> DecodeAttention:
+        """See :meth:`vflowopt.runtime.backend.Backend.decodes`."""
+        return VarlenDecodes(self._pool, batch, blocks, self.access)
 
 
 def _widen(pages: np.ndarray, num_blocks: int) -> np.ndarray:

@@ -50,6 +50,8 @@ class Gauges(Collector):
                 "model_revision": runtime.revision,
                 "device": str(runtime.model.device),
                 "dtype": str(runtime.model.dtype).removeprefix("torch."),
+                "kv_dtype": str(runtime.pool.keys.dtype).removeprefix("torch."),
+                "attention": runtime.backend.name,
             },
         )
         yield InfoMetricFamily(
