@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from vflowopt.compression.pipeline import CompressedImage, EncodedImage, choose
 from vflowopt.compression.strategy import Strategy
-from vflowopt.runtime.attention import AttentionPlan
 from vflowopt.runtime.model_runner import Runtime
 
 
@@ -92,7 +91,7 @@ class PromptPass:
         return torch.cat((text[0], whole.positions + self._start, text[1]), dim=-1)
 
 
-class _Recorded(AttentionPlan):
+class _Recorded:
     """Causal attention of a sequence to itself alone; remembers the queries and keys of the last layer."""
 
     def __init__(self) -> None:
@@ -101,7 +100,7 @@ class _Recorded(AttentionPlan):
         self._scale = 1.0
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
-        """See :meth:`AttentionPlan.attend`."""
+        """See :meth:`vflowopt.runtime.attention.AttentionPlan.attend`."""
         self._query, self._key, self._scale = query, key, scale
         attended = nn.functional.scaled_dot_product_attention(
             query.transpose(0, 1)[None],

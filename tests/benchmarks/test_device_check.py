@@ -26,7 +26,7 @@ from tests.repository.source import ROOT
 from vflowopt.compression.strategy import Strategy
 from vflowopt.runtime.model_runner import Runtime
 
-NEEDED = ("torch", "transformers", "pytest", "pillow")
+NEEDED = ("torch", "transformers", "triton", "pytest", "pillow")
 """What must be installed, with what these need themselves."""
 
 BESIDES = {"rich", "vflow_client"}

@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tests.vflowopt.generation import picture
 from vflowopt.compression.pipeline import CompressedImage
 from vflowopt.compression.strategy import Strategy
+from vflowopt.kernels.decode_kernel import build_decode_kernel
 from vflowopt.media.picture import Picture
 from vflowopt.runtime.attention import SdpaBackend
 from vflowopt.runtime.cache import PagePool, PoolExhausted
@@ -117,7 +118,9 @@ class Interleaving(RuleBasedStateMachine):
             device=self.runtime.model.device,
         )
         assert isinstance(self.runtime.backend, SdpaBackend)
-        self.runtime.backend = SdpaBackend(self.runtime.pool, self.runtime.backend.kernel)
+        model = self.runtime.model
+        kernel = build_decode_kernel(model.head_dim, model.decoder.config.num_attention_heads, model.heads, PAGE_SIZE)
+        self.runtime.backend = SdpaBackend(self.runtime.pool, kernel)
         self.chats: list[Chat] = []
 
     def chat(self, place: int) -> Chat:

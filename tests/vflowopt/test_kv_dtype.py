@@ -104,7 +104,8 @@ def test_a_cache_in_another_type_is_refused(other: Runtime, runtime: Runtime) ->
 
 def test_it_is_part_of_the_revision(other: Runtime, runtime: Runtime, plain_folder: Path) -> None:
     assert other.revision != runtime.revision
-    assert not other.earlier_revisions() and runtime.earlier_revisions()
+    assert runtime.earlier_revisions() and runtime.revision not in other.earlier_revisions()
+    assert not other.earlier_revisions() & runtime.earlier_revisions()
     named = Runtime.load(plain_folder, kv_budget=1 << 20, kv_dtype="float32")
     assert named.revision == runtime.revision
 

@@ -31,9 +31,14 @@ class DecodeKernel:
         heads: query heads of a layer.
         kv_heads: key-value heads of a layer.
         head_dim: channels of a head.
+        page_size: tokens of a page.
+
+    Attributes:
+        page_size: as given.
     """
 
-    def __init__(self, library: ctypes.CDLL, heads: int, kv_heads: int, head_dim: int) -> None:
+    def __init__(self, library: ctypes.CDLL, heads: int, kv_heads: int, head_dim: int, page_size: int) -> None:
+        self.page_size = page_size
         self._width, self._kv_heads = heads * head_dim, kv_heads
         pointer, whole = ctypes.c_void_p, ctypes.c_int64
         self._function = library.paged_decode
@@ -104,4 +109,4 @@ def build_decode_kernel(head_dim: int, heads: int, kv_heads: int, page_size: int
     library = build.load(
         "paged_decode", "decoding", HEAD_DIM=head_dim, GROUP=heads // kv_heads, PAGE=page_size, LANES=lanes
     )
-    return None if library is None else DecodeKernel(library, heads, kv_heads, head_dim)
+    return None if library is None else DecodeKernel(library, heads, kv_heads, head_dim, page_size)

@@ -233,12 +233,17 @@ class SdpaBackend:
     Args:
         pool: the pages.
         kernel: computes the attention of the decodes of a plan; None: PyTorch's attention does.
+
+    Raises:
+        ValueError: the kernel is made for pages of another size.
     """
 
     name: BackendName = "sdpa"
     in_place = False
 
     def __init__(self, pool: PagePool, kernel: DecodeKernel | None = None) -> None:
+        if kernel is not None and kernel.page_size != pool.page_size:
+            raise ValueError(f"the kernel reads pages of {kernel.page_size} tokens, the pool's have {pool.page_size}")
         self._pool = pool
         self.kernel = kernel
 
