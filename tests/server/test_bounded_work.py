@@ -1,7 +1,7 @@
 """What takes long, and who is held up by it: nobody. The order is forced here; nothing depends on a time."""
 
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tests.server.waiting import until
 from vflow_client import Client, ContextExceeded, Session, VFlowError
 from vflow_client.v1.conversations_pb2 import TurnReceipt
 from vflow_client.v1.images_pb2 import ImageReceipt
+from vflow_server.engine import encoding_queue
 from vflow_server.engine.encoding_queue import Asking, EncodingQueue
 from vflow_server.servicers.chat_request import MOST_PARTS, MOST_TEXT
 from vflowopt.media import video
@@ -51,15 +52,27 @@ def in_the_end() -> threading.Event:
     return event
 
 
-class Held:
-    """Lets no video be encoded to its end before it is released; each of its pieces ends at once."""
+def is_video(visual: Visual) -> bool:
+    return isinstance(visual, video.Video)
 
-    def __init__(self, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+
+class Held:
+    """Lets no video be encoded to its end before it is released; each of its pieces ends at once.
+
+    Args:
+        runtime: encodes it.
+        monkeypatch: exchanges that.
+        holds: whether something is held, if it is not videos that are.
+    """
+
+    def __init__(
+        self, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, holds: Callable[[Visual], bool] = is_video
+    ) -> None:
         self.begun, self.given_up, self.released = threading.Event(), threading.Event(), in_the_end()
         compressing = runtime.compressing
 
         def held(visuals: Sequence[Visual], *rest: Any) -> Generator[None, None, Any]:
-            if isinstance(visuals[0], video.Video):
+            if holds(visuals[0]):
                 try:
                     while not self.released.is_set():
                         self.begun.set()
@@ -90,6 +103,20 @@ def test_pictures_and_answers_come_between_the_pieces_of_a_video(
         assert not shown.done(), "the video was encoded: the test proves nothing"
         held.released.set()
         assert shown.result(PATIENCE).frames == 3
+
+
+def test_small_pictures_come_between_the_pieces_of_a_large_one(
+    encoding: Served, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding_queue, "LARGE_PIXELS", 100 * 100)
+    held = Held(encoding.service.runtime, monkeypatch, lambda visual: visual.width >= 100)
+    with encoding.client.session() as busy, tenant(encoding, "quiet") as quiet, quiet.session() as session:
+        shown = threads.submit(busy.add_image, png(120, 100))
+        assert held.begun.wait(PATIENCE)
+        assert session.add_image(png(60, 60)).visual_tokens
+        assert not shown.done(), "the large picture was encoded: the test proves nothing"
+        held.released.set()
+        assert shown.result(PATIENCE).visual_tokens
 
 
 def test_a_video_that_nobody_waits_for_is_given_up(

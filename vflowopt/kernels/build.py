@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import logging
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,6 +20,9 @@ from importlib import resources
 from pathlib import Path
 
 log = logging.getLogger(__name__)
+
+_INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
+"""A file of this folder that is put where it is named: what is compiled is one text."""
 
 _SEAL = hashlib.sha256().digest_size
 
@@ -44,7 +48,7 @@ def load(name: str, purpose: str, **macros: int) -> ctypes.CDLL | None:
     """
     try:
         compiler = _compiler()
-        source = resources.files("vflowopt.kernels").joinpath(f"{name}.c").read_text()
+        source = _INCLUDE.sub(lambda line: _text(line[1]), _text(f"{name}.c"))
         flags = [*_FLAGS, *(f"-D{macro}={value}" for macro, value in macros.items())]
         identity = hashlib.sha256("\0".join([source, *compiler[1:], *flags, _processor()]).encode()).hexdigest()[:24]
         with _cache_folder() as folder:
@@ -55,6 +59,10 @@ def load(name: str, purpose: str, **macros: int) -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError, _NotBuilt) as error:
         log.warning("%s runs without its compiled kernel: %s", purpose, error)
         return None
+
+
+def _text(file: str) -> str:
+    return resources.files("vflowopt.kernels").joinpath(file).read_text()
 
 
 class _NotBuilt(Exception):

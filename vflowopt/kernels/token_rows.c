@@ -6,6 +6,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "exponential.h"
+
 #define LANES 16
 #define VECTORS 8 /* of columns, at most, and */
 #define ROWS 6    /* rows of a block of a product: what fits into registers */
@@ -21,23 +23,6 @@ void rms_norm(const float *restrict input, const float *restrict weight, int64_t
         const float factor = 1.0f / sqrtf(sum / width + epsilon);
         for (int64_t d = 0; d < width; d++) output[d] = input[d] * factor * weight[d];
     }
-}
-
-/* e^x for x <= 0, within 2 units in the last place of float32; a polynomial, so that the compiler can vectorise it. */
-static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    const float t = x * 1.44269504088896341f;
-    const float whole = floorf(t + 0.5f);
-    const float r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    union { int32_t i; float f; } power = {((int32_t)whole + 127) << 23};
-    return p * power.f;
 }
 
 /* output[r] = silu(gate[r]) * up[r]; rows of `input` are a gate and an up of `width` each. */

@@ -267,18 +267,7 @@ class RaggedPlan:
         ]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
-        """Write new keys and values to a layer, then attend causally from each new token to its sequence's context.
-
-        Args:
-            layer: the decoder layer.
-            query: [tokens, heads, head_dim].
-            key: [tokens, kv_heads, head_dim]; written into the caches, like ``value``.
-            value: [tokens, kv_heads, head_dim].
-            scale: factor of the scores.
-
-        Returns:
-            [tokens, heads, head_dim].
-        """
+        """See :meth:`vflowopt.runtime.attention.AttentionPlan.attend`."""
         table = self.block_tables[layer - self.first_layer]
         bounds = self.query_starts, self.context_lens, table
         write(self.geometry.pool, key, value, self.sequences, *bounds)

@@ -29,7 +29,7 @@ class TowerAgreement:
     Attributes:
         rank_correlation: Spearman's, of the importance of tokens.
         overlap: share of the tokens that one keeps which the other keeps, too, at a tenth of them.
-        answers: share of the pictures of whose answers every token is the same, with all tokens kept.
+        answers: share of the pictures whose answers are the same text, with all tokens kept.
     """
 
     rank_correlation: float

@@ -94,18 +94,7 @@ class VarlenPlan:
         self.max_query, self.max_capacity = max(counted), max(capacities)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
-        """Write new keys and values to a layer, then attend causally from each new token to its sequence's context.
-
-        Args:
-            layer: the decoder layer.
-            query: [tokens, heads, head_dim].
-            key: [tokens, kv_heads, head_dim]; written into the caches, like ``value``.
-            value: [tokens, kv_heads, head_dim].
-            scale: factor of the scores.
-
-        Returns:
-            [tokens, heads, head_dim].
-        """
+        """See :meth:`vflowopt.runtime.attention.AttentionPlan.attend`."""
         layer -= self.first_layer
         self.pool.write(self.write_slots[layer], key, value)
         return varlen_attention(
